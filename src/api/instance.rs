@@ -1,0 +1,181 @@
+//! `ZitadelInstance`: one ZITADEL server, how to reach it, and who may have which tokens from it.
+//! Cluster-scoped, owned by the platform team.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+/// A ZITADEL server, the connection to it, and the access rules.
+///
+/// Whoever may edit this object decides where assertions are sent, which equals holding every key used with it.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[kube(
+    group = "zitadel-tokens.dev",
+    version = "v1alpha1",
+    kind = "ZitadelInstance",
+    plural = "zitadelinstances",
+    shortname = "zi",
+    category = "zitadel",
+    status = "ZitadelInstanceStatus",
+    derive = "PartialEq",
+    doc = "A ZITADEL server, the connection to it, and who may have which tokens from it.",
+    validation = Rule::new("self.metadata.name.size() <= 63")
+        .message("metadata.name: at most 63 characters, because it becomes a label value"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(name = "Issuer", type_ = "string", json_path = ".spec.issuer"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new(
+        "self.issuer.startsWith('https://') || (has(self.connection) && has(self.connection.allowInsecureHttp) && self.connection.allowInsecureHttp == true)"
+    ).message("spec.issuer: an http:// issuer needs spec.connection.allowInsecureHttp: true; better, use https://")
+)]
+pub struct ZitadelInstanceSpec {
+    /// The issuer, exactly as ZITADEL's discovery document states it: scheme, lowercase host, and the port if it is
+    /// not the scheme's own. Opaque text, compared and never normalised. Immutable.
+    #[schemars(
+        length(max = 253),
+        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
+    )]
+    #[x_kube(
+        validation = Rule::new("self == oldSelf")
+            .message("spec.issuer is immutable: tokens carry it; make a new ZitadelInstance"),
+        validation = Rule::new("!(self.startsWith('https://') && self.endsWith(':443')) && !(self.startsWith('http://') && self.endsWith(':80'))")
+            .message("spec.issuer: leave out the scheme's own port (:443, :80), as ZITADEL does")
+    )]
+    pub issuer: String,
+
+    /// How to reach the server; absent means: dial the issuer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connection: Option<Connection>,
+
+    /// Pins the real id of the project behind the `zitadel` audience. It is learned from the server in any case; a
+    /// pinned value that differs makes the instance not Ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64), regex(pattern = r"^[a-zA-Z0-9_-]+$"))]
+    pub zitadel_project_id: Option<String>,
+
+    /// Who may have which tokens: a union of rules, closed by default. Each audience of a token must be allowed by
+    /// some rule that matches the namespace.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 128))]
+    pub access: Vec<AccessRule>,
+}
+
+/// How the server is dialled. Every field is optional.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Connection {
+    /// Dial here and keep the issuer: requests carry `x-zitadel-instance-host` with the issuer's `host[:port]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(max = 253),
+        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
+    )]
+    pub endpoint: Option<String>,
+
+    /// Time for one request, connect and body included; a duration such as `10s` (the default), 1s to 60s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"))]
+    pub timeout: Option<String>,
+
+    /// Sustained requests per second to the dialled host, all objects together. Default 30.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub requests_per_second: Option<i32>,
+
+    /// Requests that may go out at once after a quiet time. Default 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub burst: Option<i32>,
+
+    /// Requests under way at once. Default 8, measured best on a live server (reference/zitadel.md §10.8).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 64))]
+    pub max_concurrent_requests: Option<i32>,
+
+    /// Allows `http://`, and only to loopback or `*.svc`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_insecure_http: Option<bool>,
+}
+
+/// One access rule: these namespaces may have these audiences.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct AccessRule {
+    /// The namespaces; `{}` is every namespace. Prefer the label `kubernetes.io/metadata.name`: tenants cannot set it.
+    pub namespace_selector: LabelSelector,
+
+    /// Project ids that may become audiences; `["*"]` is any but the ZITADEL API's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 256),
+        inner(length(max = 64), regex(pattern = r"^([a-zA-Z0-9_-]+|\*)$"))
+    )]
+    #[x_kube(validation = Rule::new("!self.exists(p, p == 'zitadel')")
+        .message("access[].projectIds: `zitadel` is the ZITADEL API itself; allow it with zitadelApi: true"))]
+    pub project_ids: Vec<String>,
+
+    /// Whether tokens may carry the ZITADEL API's own audience.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zitadel_api: Option<bool>,
+}
+
+/// What the operator knows of the server. Output only.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct ZitadelInstanceStatus {
+    /// Generation of the spec that this status describes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+
+    /// `Ready`: the server answers discovery and names this issuer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+
+    /// Where tokens are asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_endpoint: Option<String>,
+
+    /// The real id of the project behind the `zitadel` audience, once learned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zitadel_project_id: Option<String>,
+}
+
+impl ZitadelInstance {
+    /// The connection settings, defaults where none are given.
+    #[must_use]
+    pub fn connection(&self) -> Connection {
+        self.spec.connection.clone().unwrap_or_default()
+    }
+}
+
+/// Whether `labels` match `selector`, by the rules of `metav1.LabelSelector`; an operator that is none of the four
+/// matches nothing, so that a mistake closes and does not open.
+#[must_use]
+pub fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
+    let equal = selector
+        .match_labels
+        .as_ref()
+        .is_none_or(|wanted| wanted.iter().all(|(key, value)| labels.get(key) == Some(value)));
+    let expressions = selector.match_expressions.as_ref().is_none_or(|all| {
+        all.iter().all(|e| {
+            let value = labels.get(&e.key);
+            let among = |value: &String| e.values.as_ref().is_some_and(|v| v.contains(value));
+            match e.operator.as_str() {
+                "In" => value.is_some_and(among),
+                "NotIn" => !value.is_some_and(among),
+                "Exists" => value.is_some(),
+                "DoesNotExist" => value.is_none(),
+                _ => false,
+            }
+        })
+    });
+    equal && expressions
+}

@@ -1,0 +1,47 @@
+//! The command line.
+
+mod crds;
+mod reasons;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Keeps fresh, audience-scoped ZITADEL access tokens in Kubernetes Secrets.
+#[derive(Parser, Debug)]
+#[command(name = "zitadel-tokens", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the operator against the current kubeconfig context, or in its cluster.
+    Run(run::Arguments),
+    /// Print the custom resource definitions as YAML, for `kubectl apply --server-side -f -`.
+    Crds,
+    /// Print the reasons that status and Events show, with meaning and mend, as Markdown.
+    Reasons,
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Crds => crds::print(),
+        Command::Reasons => {
+            reasons::print();
+            Ok(())
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("zitadel-tokens: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}

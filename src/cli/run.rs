@@ -1,0 +1,155 @@
+//! `zitadel-tokens run`: the composition root.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use clap::Args;
+use kube::{Client, Config};
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+
+use crate::controller::instance::Connections;
+use crate::controller::metrics::Metrics;
+use crate::controller::queue::Queue;
+use crate::controller::service_user::UnwrittenTokens;
+use crate::controller::triggers::{Cache, Triggers};
+use crate::controller::write::Writer;
+use crate::controller::{Context, instance, service_user};
+use crate::domain::order::{Urgency, urgency};
+use crate::ops::http::Probe;
+use crate::ops::lease::Fence;
+use crate::ops::shutdown::Shutdown;
+use crate::ops::{http, telemetry};
+
+/// A pass may mint 16 tokens behind a full budget; longer than this it hangs.
+const LONGEST_PASS: Duration = Duration::from_mins(2);
+
+/// How to run.
+#[derive(Args, Debug)]
+pub struct Arguments {
+    /// Serve only the ZitadelInstances with these labels, such as `team=a`; several operators can then share a cluster.
+    #[arg(long, env, default_value = "")]
+    instance_selector: String,
+
+    /// Where /livez, /readyz and /metrics are served.
+    #[arg(long, env, default_value = "0.0.0.0:8080")]
+    listen: SocketAddr,
+
+    /// Objects that are worked on at once.
+    #[arg(long, env, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    concurrent: u16,
+
+    /// The operator's own namespace; service users in it are refused.
+    #[arg(long, env = "POD_NAMESPACE")]
+    namespace: Option<String>,
+
+    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`. Libraries are held at `warn`.
+    #[arg(long, env = "RUST_LOG", default_value = "info")]
+    log_level: String,
+
+    /// How log lines look.
+    #[arg(long, env, value_enum, default_value = "text")]
+    log_format: telemetry::Format,
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub fn run(arguments: Arguments) -> Result<(), String> {
+    telemetry::start(arguments.log_format, &arguments.log_level)?;
+    // One crypto backend for kube, reqwest and signing (reference/kube.md §0, facts 1 and 2).
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| "a TLS backend was chosen twice")?;
+    jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER
+        .install_default()
+        .map_err(|_| "a signing backend was chosen twice")?;
+    let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("no runtime: {e}"))?;
+    runtime.block_on(serve(arguments))
+}
+
+async fn serve(arguments: Arguments) -> Result<(), String> {
+    let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
+    let client = client().await?;
+    let mut registry = Registry::default();
+    let metrics = Metrics::register(&mut registry);
+    let listener = TcpListener::bind(arguments.listen)
+        .await
+        .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
+    let address = listener.local_addr().map_err(|e| e.to_string())?;
+
+    let cache = Arc::new(Cache::default());
+    let users = Arc::new(Queue::new(arguments.concurrent.into(), {
+        let cache = cache.clone();
+        Box::new(move |id| cache.user(id).map_or(Urgency::Retry, |user| urgency(&user)))
+    }));
+    let instances = Arc::new(Queue::new(8, Box::new(|_| Urgency::Newcomer)));
+    let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone()));
+    let context = Arc::new(Context {
+        writer: Writer::new(client.clone(), Fence::always_ours()),
+        client: client.clone(),
+        cache,
+        connections: Connections::default(),
+        instances: instances.clone(),
+        unwritten: UnwrittenTokens::default(),
+        metrics,
+        operator_namespace: arguments.namespace,
+        serves_some_instances_only: !arguments.instance_selector.is_empty(),
+    });
+
+    let ready = Arc::new(AtomicBool::new(false));
+    let probe: Probe = {
+        let ready = ready.clone();
+        Arc::new(move || ready.load(Ordering::Relaxed))
+    };
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), %address, "started");
+    let watches = {
+        let triggers = triggers.clone();
+        tokio::spawn(async move { Box::pin(triggers.run(client, &arguments.instance_selector)).await })
+    };
+    let alive: Probe = {
+        let watches = watches.abort_handle();
+        Arc::new(move || !watches.is_finished())
+    };
+    let health = tokio::spawn(http::serve(
+        listener,
+        alive,
+        probe,
+        Arc::new(registry),
+        shutdown.clone(),
+    ));
+
+    let mut early = shutdown.clone();
+    tokio::select! {
+        () = early.requested() => {}
+        () = triggers.first_lists() => {
+            ready.store(true, Ordering::Relaxed);
+            tracing::info!("watching");
+        }
+    }
+    let (for_users, for_instances) = (context.clone(), context);
+    tokio::join!(
+        users.work(LONGEST_PASS, shutdown.clone(), move |id| service_user::reconcile(
+            for_users.clone(),
+            id
+        )),
+        instances.work(LONGEST_PASS, shutdown, move |id| instance::reconcile(
+            for_instances.clone(),
+            id
+        )),
+    );
+    watches.abort();
+    // The probes end with the signal too; what they answered last does not matter.
+    let _ = health.await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// A client without kube's own retries, which would hold a pass for minutes (reference/kube.md §0, fact 7).
+async fn client() -> Result<Client, String> {
+    let mut config = Config::infer()
+        .await
+        .map_err(|e| format!("no cluster: neither a kubeconfig nor a service account could be used: {e}"))?;
+    config.default_retry = false;
+    Client::try_from(config).map_err(|e| format!("no client for the cluster: {e}"))
+}

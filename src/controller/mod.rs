@@ -1,0 +1,42 @@
+//! The controllers: watches, queues, reads and writes. Decides nothing itself; asks the domain.
+
+pub mod instance;
+pub mod metrics;
+pub mod queue;
+pub mod secrets;
+pub mod service_user;
+pub mod triggers;
+pub mod write;
+
+use std::sync::Arc;
+
+use kube::Client;
+
+use crate::controller::instance::Connections;
+use crate::controller::metrics::Metrics;
+use crate::controller::queue::Queue;
+use crate::controller::service_user::UnwrittenTokens;
+use crate::controller::triggers::Cache;
+use crate::controller::write::Writer;
+
+/// What a pass needs.
+pub struct Context {
+    /// For reads.
+    pub client: Client,
+    /// What the watches say.
+    pub cache: Arc<Cache>,
+    /// For writes.
+    pub writer: Writer,
+    /// Connections to ZITADEL.
+    pub connections: Connections,
+    /// The queue of the instances, to wake one whose state changed.
+    pub instances: Arc<Queue>,
+    /// Tokens that wait for their write.
+    pub unwritten: UnwrittenTokens,
+    /// Counters.
+    pub metrics: Metrics,
+    /// The namespace that the operator runs in, if it runs in one.
+    pub operator_namespace: Option<String>,
+    /// Whether an instance that is not there may be another operator's.
+    pub serves_some_instances_only: bool,
+}

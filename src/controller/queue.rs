@@ -1,0 +1,347 @@
+//! The queue: which object gets a pass, when, and after how long again. It owns delays and back-off, runs one pass per
+//! object at a time, and knows the echoes of our own writes (decision K7: kube's machinery only triggers).
+
+use std::collections::{BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt;
+use k8s_openapi::jiff::Timestamp;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+use crate::domain::facts::ObjectRef;
+use crate::domain::order::{Urgency, Waiting};
+use crate::domain::reason::Retry;
+use crate::domain::report::Wake;
+use crate::domain::schedule::backoff;
+use crate::ops::shutdown::Shutdown;
+
+/// Timers are looked at again after this at the latest: the monotonic clock stops while a machine sleeps and the wall
+/// clock jumps, so that no sleep is trusted for long (decision K18).
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// Says how urgent an object is that has not failed.
+pub type UrgencyOf = Box<dyn Fn(&ObjectRef) -> Urgency + Send + Sync>;
+
+/// Objects, and when they are due.
+pub struct Queue {
+    state: Mutex<State>,
+    changed: Notify,
+    slots: usize,
+    urgency: UrgencyOf,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: Waiting,
+    entries: HashMap<ObjectRef, Entry>,
+    timers: BTreeSet<(Timestamp, ObjectRef)>,
+}
+
+#[derive(Default)]
+struct Entry {
+    running: bool,
+    gone: bool,
+    /// Versions of what changed while a pass ran; without a version: something that has none.
+    dirty: Vec<Option<String>>,
+    /// Versions that our own last pass wrote and whose echo has not come yet.
+    written: Vec<String>,
+    timer: Option<Timestamp>,
+    failures: u32,
+}
+
+/// One pass over one object, to be ended by [`Turn::done`]. Dropped without it (a panic, a timeout), it counts as a
+/// transient failure.
+pub struct Turn {
+    /// Whose turn it is.
+    pub id: ObjectRef,
+    queue: Arc<Queue>,
+    ended: bool,
+}
+
+impl Queue {
+    /// A queue for at most `slots` passes at once.
+    #[must_use]
+    pub fn new(slots: usize, urgency: UrgencyOf) -> Self {
+        Self {
+            state: Mutex::default(),
+            changed: Notify::new(),
+            slots,
+            urgency,
+        }
+    }
+
+    /// Something that decides about `id` changed. `version` is the resource version of what changed, if it has one: a
+    /// version that we wrote ourselves wakes nobody.
+    pub fn wake(&self, id: &ObjectRef, version: Option<&str>) {
+        let urgency = (self.urgency)(id);
+        let mut state = self.lock();
+        let state = &mut *state;
+        let entry = state.entries.entry(id.clone()).or_default();
+        entry.gone = false;
+        if let Some(place) = version.and_then(|v| entry.written.iter().position(|w| w == v)) {
+            entry.written.swap_remove(place);
+            return;
+        }
+        if entry.running {
+            entry.dirty.push(version.map(str::to_owned));
+            return;
+        }
+        // A change of input begins the back-off anew.
+        entry.failures = 0;
+        state.waiting.push(id, urgency);
+        self.changed.notify_one();
+    }
+
+    /// The object is gone.
+    pub fn forget(&self, id: &ObjectRef) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.waiting.remove(id);
+        if let Some(entry) = state.entries.get_mut(id) {
+            if let Some(at) = entry.timer.take() {
+                state.timers.remove(&(at, id.clone()));
+            }
+            entry.gone = true;
+            entry.dirty.clear();
+            if !entry.running {
+                state.entries.remove(id);
+            }
+        }
+    }
+
+    /// The next object; waits until there is one.
+    pub async fn next(self: &Arc<Self>) -> Turn {
+        loop {
+            let sleep = match self.take(Timestamp::now()) {
+                Ok(id) => {
+                    return Turn {
+                        id,
+                        queue: self.clone(),
+                        ended: false,
+                    };
+                }
+                Err(sleep) => sleep,
+            };
+            // Either way the state is looked at again.
+            let _ = tokio::time::timeout(sleep, self.changed.notified()).await;
+        }
+    }
+
+    /// Runs passes until shutdown, then waits for those under way. A pass that panics or takes longer than `limit`
+    /// ends alone (reference/kube.md §0, fact 4).
+    pub async fn work<F, P>(self: Arc<Self>, limit: Duration, mut shutdown: Shutdown, pass: P)
+    where
+        P: Fn(ObjectRef) -> F,
+        F: Future<Output = Done> + Send + 'static,
+    {
+        let mut running = JoinSet::new();
+        loop {
+            while running.try_join_next().is_some() {}
+            let turn = tokio::select! {
+                biased;
+                () = shutdown.requested() => break,
+                _ = running.join_next(), if running.len() >= self.slots => continue,
+                turn = self.next(), if running.len() < self.slots => turn,
+            };
+            let pass = AssertUnwindSafe(tokio::time::timeout(limit, pass(turn.id.clone()))).catch_unwind();
+            running.spawn(async move {
+                match pass.await {
+                    Ok(Ok(done)) => turn.done(done),
+                    Ok(Err(_)) => tracing::warn!(object = %turn.id, "a pass took too long and was ended"),
+                    // The panic hook has told where.
+                    Err(_) => tracing::error!(object = %turn.id, "a pass panicked"),
+                }
+            });
+        }
+        let _ = tokio::time::timeout(limit, async { while running.join_next().await.is_some() {} }).await;
+    }
+
+    fn take(&self, now: Timestamp) -> Result<ObjectRef, Duration> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        while let Some((at, _)) = state.timers.first()
+            && *at <= now
+            && let Some((_, id)) = state.timers.pop_first()
+        {
+            if let Some(entry) = state.entries.get_mut(&id) {
+                entry.timer = None;
+                let urgency = if entry.failures > 0 {
+                    Urgency::Retry
+                } else {
+                    (self.urgency)(&id)
+                };
+                if !entry.running {
+                    state.waiting.push(&id, urgency);
+                }
+            }
+        }
+        if let Some(id) = state.waiting.pop(now, self.slots) {
+            let entry = state.entries.entry(id.clone()).or_default();
+            entry.running = true;
+            entry.dirty.clear();
+            if let Some(at) = entry.timer.take() {
+                state.timers.remove(&(at, id.clone()));
+            }
+            return Ok(id);
+        }
+        let next = state.timers.first().map(|(at, _)| at.duration_since(now));
+        // A millisecond more, so that rounding never wakes us just before the time.
+        let sleep = next
+            .and_then(|d| Duration::try_from(d).ok())
+            .map(|d| d + Duration::from_millis(1));
+        Err(sleep.unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a pass ended.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// When to look again.
+    pub wake: Wake,
+    /// Versions that the pass wrote.
+    pub written: Vec<String>,
+}
+
+impl Done {
+    /// Nothing was written, and something failed that will pass.
+    #[must_use]
+    pub fn transient_failure() -> Self {
+        Self {
+            wake: Wake {
+                retry: Some(Retry::Transient),
+                ..Wake::default()
+            },
+            written: Vec::new(),
+        }
+    }
+}
+
+impl Turn {
+    /// Ends the turn.
+    pub fn done(mut self, done: Done) {
+        self.end(done);
+    }
+
+    fn end(&mut self, mut done: Done) {
+        self.ended = true;
+        let now = Timestamp::now();
+        let urgency = (self.queue.urgency)(&self.id);
+        let mut state = self.queue.lock();
+        let state = &mut *state;
+        state.waiting.finished(&self.id);
+        let Some(entry) = state.entries.get_mut(&self.id) else {
+            return;
+        };
+        entry.running = false;
+        if entry.gone {
+            state.entries.remove(&self.id);
+            return;
+        }
+        // Echoes that came while the pass ran are no news; those that have not come yet are waited for.
+        let dirty = std::mem::take(&mut entry.dirty);
+        let (echoes, news): (Vec<_>, Vec<_>) = dirty
+            .into_iter()
+            .partition(|v| v.as_ref().is_some_and(|v| done.written.contains(v)));
+        done.written.retain(|w| !echoes.contains(&Some(w.clone())));
+        entry.written = done.written;
+        if news.is_empty() {
+            let failed = done.wake.retry.is_some();
+            entry.failures = if failed { entry.failures.saturating_add(1) } else { 0 };
+            let retry = done.wake.retry.map(|retry| {
+                let at = now + backoff(retry, entry.failures, &self.id.to_string());
+                done.wake.not_before.map_or(at, |not_before| at.max(not_before))
+            });
+            if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
+                entry.timer = Some(at);
+                state.timers.insert((at, self.id.clone()));
+            }
+        } else {
+            entry.failures = 0;
+            state.waiting.push(&self.id, urgency);
+        }
+        self.queue.changed.notify_one();
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.end(Done::transient_failure());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue() -> Arc<Queue> {
+        Arc::new(Queue::new(4, Box::new(|_| Urgency::Newcomer)))
+    }
+
+    fn id(name: &str) -> ObjectRef {
+        ObjectRef::new("ns", name)
+    }
+
+    fn nothing(queue: &Arc<Queue>) -> bool {
+        queue.next().now_or_never().is_none()
+    }
+
+    fn wrote(versions: &[&str]) -> Done {
+        Done {
+            written: versions.iter().map(ToString::to_string).collect(),
+            ..Done::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn echoes_of_our_own_writes_wake_nobody() {
+        let queue = queue();
+        queue.wake(&id("a"), Some("1"));
+        let turn = queue.next().await;
+        // One echo overtakes the answer to the write, the other comes later.
+        queue.wake(&id("a"), Some("7"));
+        turn.done(wrote(&["7", "8"]));
+        assert!(nothing(&queue));
+        queue.wake(&id("a"), Some("8"));
+        assert!(nothing(&queue));
+        // The same version again is news: nobody else can have it, but a relist may show it.
+        queue.wake(&id("a"), Some("9"));
+        assert_eq!(queue.next().await.id, id("a"));
+    }
+
+    #[tokio::test]
+    async fn one_pass_at_a_time_and_news_meanwhile_is_not_lost() {
+        let queue = queue();
+        queue.wake(&id("a"), Some("1"));
+        let turn = queue.next().await;
+        queue.wake(&id("a"), Some("2"));
+        assert!(nothing(&queue));
+        turn.done(Done::default());
+        let turn = queue.next().await;
+        turn.done(Done::default());
+        assert!(nothing(&queue));
+    }
+
+    #[tokio::test]
+    async fn a_dropped_turn_is_retried_and_a_forgotten_object_is_not() {
+        let queue = queue();
+        queue.wake(&id("a"), None);
+        queue.wake(&id("b"), None);
+        let (a, b) = (queue.next().await, queue.next().await);
+        drop(a);
+        queue.forget(&id("b"));
+        drop(b);
+        let state = queue.lock();
+        assert_eq!(state.timers.len(), 1);
+        assert_eq!(state.entries.len(), 1);
+        assert_eq!(state.entries[&id("a")].failures, 1);
+    }
+}

@@ -1,0 +1,196 @@
+//! Carries out a plan: one outcome per token, and a token that fails stops no other.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use k8s_openapi::jiff::Timestamp;
+use secrecy::ExposeSecret;
+
+use crate::api::service_user::Token;
+use crate::controller::Context;
+use crate::controller::write::WriteError;
+use crate::domain::answer::{Format, Minted, accept};
+use crate::domain::facts::{Facts, Held, ObjectRef, Outcome, Unwritten};
+use crate::domain::failure::{Failure, OAuthError, classify};
+use crate::domain::plan::{self, MintRequest, Plan, Step};
+use crate::domain::reason::Reason;
+use crate::domain::secret::{self, SecretDraft};
+use crate::zitadel::Instance;
+
+/// A mint starts only if we lead for the time of the exchange and this: the write must still be ours.
+const TIME_TO_WRITE: Duration = Duration::from_secs(5);
+
+/// What came of a plan.
+#[derive(Default)]
+pub struct Acted {
+    /// One per token.
+    pub outcomes: Vec<Outcome>,
+    /// Versions that were written.
+    pub written: Vec<String>,
+}
+
+/// Carries out `plan`. The tokens of one object are minted side by side; the host's limits hold them back.
+pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Acted {
+    let steps = facts.user.spec.tokens.iter().zip(plan.steps).enumerate();
+    let done = join_all(steps.map(|(index, (token, step))| async move {
+        let (ended, version) = carry_out(ctx, id, facts, token, step).await;
+        let outcome = Outcome {
+            token: index,
+            reason: ended.reason,
+            held: ended.held,
+            not_before: ended.not_before,
+        };
+        (outcome, version)
+    }))
+    .await;
+    for leftover in &plan.deletes {
+        if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
+            tracing::warn!(object = %id, secret = leftover.name, %error, "a Secret that is no longer asked for could not be deleted");
+        }
+    }
+    let (outcomes, written): (Vec<_>, Vec<_>) = done.into_iter().unzip();
+    Acted {
+        outcomes,
+        written: written.into_iter().flatten().collect(),
+    }
+}
+
+struct Ended {
+    reason: Reason,
+    held: Option<Held>,
+    not_before: Option<Timestamp>,
+}
+
+impl Ended {
+    fn with(reason: Reason, held: Option<Held>) -> Self {
+        Self {
+            reason,
+            held,
+            not_before: None,
+        }
+    }
+}
+
+async fn carry_out(ctx: &Context, id: &ObjectRef, facts: &Facts, token: &Token, step: Step) -> (Ended, Option<String>) {
+    match step {
+        Step::Keep(held) => {
+            ctx.unwritten.drop_token(id, &token.name);
+            (Ended::with(Reason::Issued, Some(held)), None)
+        }
+        // A suspended token is as good as it was.
+        Step::Refuse(Reason::Suspended) => (Ended::with(Reason::Suspended, facts.recorded(token)), None),
+        Step::Refuse(reason) => (Ended::with(reason, None), None),
+        Step::Write(draft, held) => write(ctx, id, token, &draft, held, None).await,
+        Step::Mint(request) => match mint(ctx, facts, token, &request).await {
+            Ok(minted) => {
+                ctx.metrics.minted(Reason::Issued.name());
+                write_minted(ctx, id, facts, token, *request, minted).await
+            }
+            Err((reason, not_before)) => {
+                ctx.metrics.minted(reason.name());
+                let held = request.fallback;
+                (
+                    Ended {
+                        reason,
+                        held,
+                        not_before,
+                    },
+                    None,
+                )
+            }
+        },
+    }
+}
+
+async fn mint(
+    ctx: &Context,
+    facts: &Facts,
+    token: &Token,
+    request: &MintRequest,
+) -> Result<Minted, (Reason, Option<Timestamp>)> {
+    let known = |reason| (reason, None);
+    let instance = facts.instance.as_deref().ok_or(known(Reason::InstanceMissing))?;
+    let connection = ctx.connections.of(instance).map_err(|f| known(classify(f, false)))?;
+    let key = facts.key.as_ref().map_err(|reason| known(*reason))?;
+    let needed = connection.settings().timeout + TIME_TO_WRITE;
+    if ctx.writer.remaining().is_ok_and(|remaining| remaining < needed) {
+        return Err(known(Reason::NotLeading));
+    }
+    let learned_before = connection.known_project_id().is_some();
+    let project_id = match connection.project_id(key).await {
+        Ok(id) => id,
+        Err(failure) => return Err(judge(&connection, failure).await),
+    };
+    if !learned_before {
+        // Its status shows the id.
+        ctx.instances
+            .wake(&ObjectRef::new("", &facts.user.spec.instance_ref.name), None);
+    }
+    let expected = plan::expect(facts, token, project_id).map_err(known)?;
+    match connection.exchange(key, &request.scope).await {
+        Ok(exchanged) => accept(exchanged.answer, &expected, exchanged.sent).map_err(known),
+        Err(failure) => Err(judge(&connection, failure).await),
+    }
+}
+
+/// The reason of a failure. Up to v4.13 a refused assertion and an outage are the same 500: discovery tells them apart.
+async fn judge(connection: &Instance, failure: Failure) -> (Reason, Option<Timestamp>) {
+    let (ambiguous, not_before) = match failure {
+        Failure::Status { error, retry_after, .. } => (error == Some(OAuthError::InternalError), retry_after),
+        _ => (false, None),
+    };
+    let discovery_works = ambiguous && connection.discover().await.is_ok();
+    (classify(failure, discovery_works), not_before)
+}
+
+async fn write_minted(
+    ctx: &Context,
+    id: &ObjectRef,
+    facts: &Facts,
+    token: &Token,
+    request: MintRequest,
+    minted: Minted,
+) -> (Ended, Option<String>) {
+    let issuer = facts.instance.as_deref().map_or("", |i| i.spec.issuer.as_str());
+    let record = secret::record(
+        facts,
+        request.inputs,
+        request.shape,
+        minted.issued,
+        minted.expires,
+        &minted.token,
+    );
+    let draft = secret::draft(facts, token, issuer, &minted.token, &record);
+    let held = Held {
+        schedule: facts.schedule(token, minted.issued, minted.expires),
+        format: Format::of(minted.token.expose_secret()),
+    };
+    let (ended, version) = write(ctx, id, token, &draft, held, request.fallback).await;
+    if version.is_none() {
+        ctx.unwritten.keep(id, &token.name, Unwritten { minted, record });
+    }
+    (ended, version)
+}
+
+/// Writes a Secret; if that fails, `fallback` is what is still there.
+async fn write(
+    ctx: &Context,
+    id: &ObjectRef,
+    token: &Token,
+    draft: &SecretDraft,
+    held: Held,
+    fallback: Option<Held>,
+) -> (Ended, Option<String>) {
+    match ctx.writer.apply_secret(draft).await {
+        Ok(version) => {
+            ctx.unwritten.drop_token(id, &token.name);
+            (Ended::with(Reason::Issued, Some(held)), Some(version))
+        }
+        Err(error) => {
+            if !matches!(error, WriteError::Conflict) {
+                tracing::warn!(object = %id, secret = draft.name, %error, "a token Secret could not be written");
+            }
+            (Ended::with(error.reason(), fallback), None)
+        }
+    }
+}

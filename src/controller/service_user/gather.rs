@@ -1,0 +1,123 @@
+//! Gathers the facts about one service user. The only place that reads Secrets; a key is read per use and never kept.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::{join, try_join_all};
+use kube::Api;
+use secrecy::{ExposeSecret, SecretSlice};
+
+use crate::api::metadata::LABEL_SERVICE_USER;
+use crate::api::service_user::KeySecretRef;
+use crate::controller::Context;
+use crate::controller::secrets::WholeSecret;
+use crate::domain::facts::{Facts, ObjectRef, Unwritten};
+use crate::domain::key::{self, ServiceKey};
+use crate::domain::reason::Reason;
+
+/// Longest time of one read.
+const DEADLINE: Duration = Duration::from_secs(15);
+
+/// Tokens that were minted and not written yet, by object and token name. They die with the process: a crash costs
+/// the mints in flight.
+#[derive(Default)]
+pub struct UnwrittenTokens(Mutex<HashMap<ObjectRef, BTreeMap<String, Arc<Unwritten>>>>);
+
+impl UnwrittenTokens {
+    /// Keeps a token until its write succeeds.
+    pub fn keep(&self, id: &ObjectRef, token: &str, unwritten: Unwritten) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(id.clone())
+            .or_default()
+            .insert(token.to_owned(), Arc::new(unwritten));
+    }
+
+    /// Drops what was kept for a token.
+    pub fn drop_token(&self, id: &ObjectRef, token: &str) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tokens) = all.get_mut(id) {
+            tokens.remove(token);
+            if tokens.is_empty() {
+                all.remove(id);
+            }
+        }
+    }
+
+    /// Drops what was kept for an object.
+    pub fn drop_object(&self, id: &ObjectRef) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+
+    fn of(&self, id: &ObjectRef) -> BTreeMap<String, Arc<Unwritten>> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(id).cloned().unwrap_or_default()
+    }
+}
+
+/// Reads what decides about `id`. None: the object is gone, going, or not ours to serve.
+pub async fn gather(ctx: &Context, id: &ObjectRef) -> Result<Option<Facts>, ReadError> {
+    let user = ctx.cache.user(id).filter(|u| u.metadata.deletion_timestamp.is_none());
+    let Some(user) = user else {
+        ctx.unwritten.drop_object(id);
+        return Ok(None);
+    };
+    let instance = ctx.cache.instance(&user.spec.instance_ref.name);
+    if instance.is_none() && ctx.serves_some_instances_only {
+        return Ok(None);
+    }
+    let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), &id.namespace);
+    let names = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
+    let read_tokens = try_join_all(names.map(|name| async { Ok((name.to_owned(), read(&api, name).await?)) }));
+    let (key, tokens) = join(read_key(&api, &user.spec.key_secret_ref), read_tokens).await;
+    let secrets = tokens?
+        .into_iter()
+        .filter_map(|(name, secret)| Some((name, secret?.into_existing())));
+    Ok(Some(Facts {
+        in_operator_namespace: ctx.operator_namespace.as_deref() == Some(&*id.namespace),
+        namespace_labels: ctx.cache.namespace_labels(&id.namespace),
+        zitadel_project_id: instance.as_deref().and_then(|i| ctx.connections.known_project_id(i)),
+        instance,
+        key: key?,
+        secrets: secrets.collect(),
+        unwritten: ctx.unwritten.of(id),
+        leftovers: ctx.cache.leftovers(&user),
+        user,
+    }))
+}
+
+/// A read that failed; the text of kube's error may quote an object and is dropped.
+#[derive(Debug, thiserror::Error)]
+#[error("a Secret could not be read")]
+pub struct ReadError;
+
+async fn read(api: &Api<WholeSecret>, name: &str) -> Result<Option<WholeSecret>, ReadError> {
+    let read = tokio::time::timeout(DEADLINE, api.get_opt(name)).await;
+    read.map_err(|_| ReadError)?.map_err(|_| ReadError)
+}
+
+async fn read_key(api: &Api<WholeSecret>, reference: &KeySecretRef) -> Result<Result<ServiceKey, Reason>, ReadError> {
+    let Some(secret) = read(api, &reference.name).await? else {
+        return Ok(Err(Reason::KeySecretMissing));
+    };
+    // A Secret that we wrote holds a token, not a key.
+    if secret
+        .labels()
+        .is_some_and(|labels| labels.contains_key(LABEL_SERVICE_USER))
+    {
+        return Ok(Err(Reason::KeyInvalid));
+    }
+    let Some(file) = entry(secret.data(), reference.key.as_deref()) else {
+        return Ok(Err(Reason::KeySecretMissing));
+    };
+    Ok(key::parse(file.expose_secret()))
+}
+
+/// The named entry, or the only one.
+fn entry<'a>(data: &'a BTreeMap<String, SecretSlice<u8>>, key: Option<&str>) -> Option<&'a SecretSlice<u8>> {
+    match key {
+        Some(key) => data.get(key),
+        None if data.len() == 1 => data.values().next(),
+        None => None,
+    }
+}

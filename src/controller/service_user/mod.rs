@@ -1,0 +1,63 @@
+//! Service users: gather, plan, act, report.
+
+mod act;
+mod gather;
+
+use std::sync::Arc;
+
+use k8s_openapi::jiff::Timestamp;
+
+pub use gather::UnwrittenTokens;
+
+use crate::controller::Context;
+use crate::controller::queue::Done;
+use crate::controller::write::WriteError;
+use crate::domain::facts::{Facts, ObjectRef};
+use crate::domain::plan::plan;
+use crate::domain::reason::Retry;
+use crate::domain::report::{Report, report};
+
+/// One pass over one service user.
+pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
+    let facts = match gather::gather(&ctx, &id).await {
+        Ok(Some(facts)) => facts,
+        Ok(None) => return Done::default(),
+        Err(error) => {
+            tracing::warn!(object = %id, %error, "the facts could not be gathered");
+            return Done::transient_failure();
+        }
+    };
+    ctx.metrics.passed("ZitadelServiceUser");
+    let plan = plan(&facts, Timestamp::now());
+    let acted = act::act(&ctx, &id, &facts, plan).await;
+    for outcome in &acted.outcomes {
+        tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "looked at");
+    }
+    let mut report = report(&facts, &acted.outcomes, Timestamp::now());
+    let mut written = acted.written;
+    match publish(&ctx, &facts, &mut report).await {
+        Ok(version) => written.extend(version),
+        Err(error) => {
+            tracing::warn!(object = %id, %error, "the status could not be written");
+            report.wake.retry = Some(Retry::Transient);
+        }
+    }
+    Done {
+        wake: report.wake,
+        written,
+    }
+}
+
+/// Writes the status if it changed, then the Events: on a conflict nothing is told twice.
+async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Option<String>, WriteError> {
+    if facts.user.status.as_ref() == Some(&report.status) {
+        return Ok(None);
+    }
+    let mut user = (*facts.user).clone();
+    user.status = Some(report.status.clone());
+    let version = ctx.writer.replace_user_status(&user).await?;
+    for note in std::mem::take(&mut report.events) {
+        ctx.writer.event(&*facts.user, "Mint", note).await;
+    }
+    Ok(Some(version))
+}

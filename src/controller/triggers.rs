@@ -1,0 +1,440 @@
+//! Watches: what exists, and who is woken when something changes. Of foreign Secrets nothing is kept; of ours, and of
+//! those that a service user names, the version and the owner (decision K6).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fmt::Debug;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use futures::{Stream, StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::core::{DeserializeGuard, PartialObjectMeta};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::controller::queue::Queue;
+use crate::controller::secrets::SecretMeta;
+use crate::domain::facts::ObjectRef;
+use crate::domain::secret::SecretRef;
+
+/// How many watches must have had their first list before anything is decided (decision K14).
+const WATCHES: usize = 4;
+
+/// What exists, as the watches last said.
+#[derive(Default)]
+pub struct Cache {
+    known: RwLock<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    users: HashMap<ObjectRef, Arc<ZitadelServiceUser>>,
+    instances: HashMap<ObjectRef, Arc<ZitadelInstance>>,
+    namespaces: HashMap<ObjectRef, Arc<BTreeMap<String, String>>>,
+    secrets: HashMap<ObjectRef, Tracked>,
+}
+
+/// A Secret that somebody of ours cares for.
+#[derive(Debug, Default)]
+struct Tracked {
+    /// Service users that name it, as key or token Secret.
+    named_by: BTreeSet<ObjectRef>,
+    /// It exists, and this is what it is.
+    seen: Option<SeenSecret>,
+}
+
+#[derive(Debug)]
+struct SeenSecret {
+    uid: String,
+    resource_version: String,
+    /// Name of the service user in our label.
+    service_user: Option<String>,
+    /// UID of the object that controls it.
+    controller: Option<String>,
+}
+
+impl Cache {
+    /// A service user.
+    #[must_use]
+    pub fn user(&self, id: &ObjectRef) -> Option<Arc<ZitadelServiceUser>> {
+        self.read().users.get(id).cloned()
+    }
+
+    /// An instance.
+    #[must_use]
+    pub fn instance(&self, name: &str) -> Option<Arc<ZitadelInstance>> {
+        self.read().instances.get(&ObjectRef::new("", name)).cloned()
+    }
+
+    /// The labels of a namespace.
+    #[must_use]
+    pub fn namespace_labels(&self, name: &str) -> Option<Arc<BTreeMap<String, String>>> {
+        self.read().namespaces.get(&ObjectRef::new("", name)).cloned()
+    }
+
+    /// Secrets that `user` controls and no longer names.
+    #[must_use]
+    pub fn leftovers(&self, user: &ZitadelServiceUser) -> Vec<SecretRef> {
+        let id = reference(user);
+        let names: HashSet<&str> = user.spec.tokens.iter().map(|t| t.secret.name.as_str()).collect();
+        let uid = user.uid();
+        let known = self.read();
+        // Ours by label and by owner: the label alone could be anybody's.
+        let ours = known
+            .secrets
+            .iter()
+            .filter(|(secret, _)| secret.namespace == id.namespace);
+        ours.filter_map(|(secret, tracked)| {
+            let seen = tracked.seen.as_ref()?;
+            let mine = seen.service_user.as_deref() == Some(&*id.name) && seen.controller == uid;
+            (mine && !names.contains(&*secret.name)).then(|| SecretRef {
+                name: secret.name.to_string(),
+                uid: seen.uid.clone(),
+                resource_version: seen.resource_version.clone(),
+            })
+        })
+        .collect()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Known) -> T) -> T {
+        change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The watches at work.
+pub struct Triggers {
+    cache: Arc<Cache>,
+    users: Arc<Queue>,
+    instances: Arc<Queue>,
+    listed: watch::Sender<usize>,
+}
+
+impl Triggers {
+    /// Watches that fill `cache` and wake the two queues.
+    #[must_use]
+    pub fn new(cache: Arc<Cache>, users: Arc<Queue>, instances: Arc<Queue>) -> Self {
+        Self {
+            cache,
+            users,
+            instances,
+            listed: watch::Sender::new(0),
+        }
+    }
+
+    /// Completes when every watch has had its first list.
+    pub fn first_lists(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut listed = self.listed.subscribe();
+        async move {
+            // An error means that the watches have ended, and with them the process.
+            let _ = listed.wait_for(|count| *count >= WATCHES).await;
+        }
+    }
+
+    /// Runs the watches; never ends while they live. `instance_selector` limits the instances that are served.
+    pub async fn run(&self, client: Client, instance_selector: &str) {
+        let everything = watcher::Config::default;
+        let instances = everything().labels(instance_selector);
+        tokio::join!(
+            self.follow(
+                guarded(&client, everything()),
+                Self::user_applied,
+                Self::user_gone,
+                |k| k.users.keys().cloned().collect()
+            ),
+            self.follow(
+                guarded(&client, instances),
+                Self::instance_applied,
+                Self::instance_gone,
+                |k| k.instances.keys().cloned().collect()
+            ),
+            self.follow(
+                plain::<PartialObjectMeta<Namespace>>(&client),
+                Self::namespace_applied,
+                Self::namespace_gone,
+                |k| k.namespaces.keys().cloned().collect()
+            ),
+            self.follow(
+                plain::<SecretMeta>(&client),
+                |triggers, secret| triggers.secret_applied(&secret),
+                Self::secret_gone,
+                |k| {
+                    k.secrets
+                        .iter()
+                        .filter(|(_, t)| t.seen.is_some())
+                        .map(|(id, _)| id.clone())
+                        .collect()
+                }
+            ),
+        );
+    }
+
+    /// Follows one watch. After a relist, what is known and was not listed is gone: kube's own stores would not tell
+    /// (decision K6).
+    async fn follow<K>(
+        &self,
+        events: impl Stream<Item = Event<K>>,
+        applied: impl Fn(&Self, K),
+        gone: impl Fn(&Self, &ObjectRef),
+        known: impl Fn(&Known) -> HashSet<ObjectRef>,
+    ) where
+        K: Resource<DynamicType = ()>,
+    {
+        let mut events = std::pin::pin!(events);
+        let mut unseen = HashSet::new();
+        let mut first = true;
+        while let Some(event) = events.next().await {
+            match event {
+                Event::Init => unseen = known(&self.cache.read()),
+                Event::InitApply(object) => {
+                    unseen.remove(&reference(&object));
+                    applied(self, object);
+                }
+                Event::InitDone => {
+                    for id in std::mem::take(&mut unseen) {
+                        gone(self, &id);
+                    }
+                    if std::mem::take(&mut first) {
+                        self.listed.send_modify(|count| *count += 1);
+                    }
+                }
+                Event::Apply(object) => applied(self, object),
+                Event::Delete(object) => gone(self, &reference(&object)),
+            }
+        }
+    }
+
+    fn user_applied(&self, user: ZitadelServiceUser) {
+        let id = reference(&user);
+        let version = user.resource_version();
+        let user = Arc::new(user);
+        let news = self.cache.change(|known| {
+            let before = known.users.insert(id.clone(), user.clone());
+            if before.as_ref().is_some_and(|b| b.resource_version() == version) {
+                return false;
+            }
+            let (old, new) = (
+                before.map(|b| named_secrets(&b)).unwrap_or_default(),
+                named_secrets(&user),
+            );
+            known.unname(&id, old.difference(&new));
+            for secret in new.difference(&old) {
+                known
+                    .secrets
+                    .entry(secret.clone())
+                    .or_default()
+                    .named_by
+                    .insert(id.clone());
+            }
+            true
+        });
+        if news {
+            self.users.wake(&id, version.as_deref());
+        }
+    }
+
+    fn user_gone(&self, id: &ObjectRef) {
+        self.cache.change(|known| {
+            if let Some(user) = known.users.remove(id) {
+                known.unname(id, named_secrets(&user).iter());
+            }
+        });
+        self.users.forget(id);
+    }
+
+    fn instance_applied(&self, instance: ZitadelInstance) {
+        let id = reference(&instance);
+        let version = instance.resource_version();
+        let spec = instance.spec.clone();
+        let before = self
+            .cache
+            .change(|known| known.instances.insert(id.clone(), Arc::new(instance)));
+        if before.as_ref().is_some_and(|b| b.resource_version() == version) {
+            return;
+        }
+        self.instances.wake(&id, version.as_deref());
+        // The status of an instance is output: it decides nothing (decision K14).
+        if before.is_none_or(|b| b.spec != spec) {
+            self.wake_users(|user| user.spec.instance_ref.name == *id.name);
+        }
+    }
+
+    fn instance_gone(&self, id: &ObjectRef) {
+        self.cache.change(|known| known.instances.remove(id));
+        self.instances.forget(id);
+        self.wake_users(|user| user.spec.instance_ref.name == *id.name);
+    }
+
+    fn namespace_applied(&self, namespace: PartialObjectMeta<Namespace>) {
+        let id = reference(&namespace);
+        let labels = Arc::new(namespace.metadata.labels.unwrap_or_default());
+        let before = self
+            .cache
+            .change(|known| known.namespaces.insert(id.clone(), labels.clone()));
+        if before.is_none_or(|b| b != labels) {
+            self.wake_users(|user| user.metadata.namespace.as_deref() == Some(&*id.name));
+        }
+    }
+
+    fn namespace_gone(&self, id: &ObjectRef) {
+        self.cache.change(|known| known.namespaces.remove(id));
+    }
+
+    fn secret_applied(&self, secret: &SecretMeta) {
+        let id = reference(secret);
+        let version = secret.resource_version().unwrap_or_default();
+        let owner = secret.service_user().map(|name| ObjectRef::new(&id.namespace, name));
+        let wake = self.cache.change(|known| {
+            if owner.is_none() && !known.secrets.contains_key(&id) {
+                return BTreeSet::new();
+            }
+            let tracked = known.secrets.entry(id.clone()).or_default();
+            if tracked.seen.as_ref().is_some_and(|s| s.resource_version == version) {
+                return BTreeSet::new();
+            }
+            let mut wake = tracked.named_by.clone();
+            tracked.seen = Some(SeenSecret {
+                uid: secret.uid().unwrap_or_default(),
+                resource_version: version.clone(),
+                service_user: secret.service_user().map(str::to_owned),
+                controller: secret.controller_uid().map(str::to_owned),
+            });
+            wake.extend(owner.filter(|o| known.users.contains_key(o)));
+            wake
+        });
+        for user in wake {
+            self.users.wake(&user, Some(&version));
+        }
+    }
+
+    fn secret_gone(&self, id: &ObjectRef) {
+        let wake = self.cache.change(|known| {
+            let Some(tracked) = known.secrets.get_mut(id) else {
+                return BTreeSet::new();
+            };
+            tracked.seen = None;
+            let wake = tracked.named_by.clone();
+            if wake.is_empty() {
+                known.secrets.remove(id);
+            }
+            wake
+        });
+        for user in wake {
+            self.users.wake(&user, None);
+        }
+    }
+
+    fn wake_users(&self, concerned: impl Fn(&ZitadelServiceUser) -> bool) {
+        let ids: Vec<ObjectRef> = self
+            .cache
+            .read()
+            .users
+            .iter()
+            .filter(|(_, u)| concerned(u))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in ids {
+            self.users.wake(&id, None);
+        }
+    }
+}
+
+impl Known {
+    /// `user` names these Secrets no more.
+    fn unname<'a>(&mut self, user: &ObjectRef, secrets: impl Iterator<Item = &'a ObjectRef>) {
+        for secret in secrets {
+            if let Some(tracked) = self.secrets.get_mut(secret) {
+                tracked.named_by.remove(user);
+                let ours = tracked.seen.as_ref().is_some_and(|s| s.service_user.is_some());
+                if tracked.named_by.is_empty() && !ours {
+                    self.secrets.remove(secret);
+                }
+            }
+        }
+    }
+}
+
+/// The Secrets that a service user names.
+fn named_secrets(user: &ZitadelServiceUser) -> BTreeSet<ObjectRef> {
+    let namespace = user.metadata.namespace.as_deref().unwrap_or_default();
+    let tokens = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
+    tokens
+        .chain([user.spec.key_secret_ref.name.as_str()])
+        .map(|name| ObjectRef::new(namespace, name))
+        .collect()
+}
+
+fn reference<K: Resource<DynamicType = ()>>(object: &K) -> ObjectRef {
+    let meta = object.meta();
+    ObjectRef::new(
+        meta.namespace.as_deref().unwrap_or_default(),
+        meta.name.as_deref().unwrap_or_default(),
+    )
+}
+
+/// A watch that goes on for ever; its errors are logged by kind and retried with a growing delay.
+fn plain<K>(client: &Client) -> impl Stream<Item = Event<K>> + use<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    endless(watcher(Api::<K>::all(client.clone()), watcher::Config::default()))
+}
+
+/// The same for objects that people write: one that does not decode is logged and passed over, so that it never stops
+/// the others.
+fn guarded<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Event<K>> + use<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let events = endless(watcher(Api::<DeserializeGuard<K>>::all(client.clone()), config));
+    events.filter_map(|event| std::future::ready(decoded(event)))
+}
+
+fn decoded<K: Resource<DynamicType = ()>>(event: Event<DeserializeGuard<K>>) -> Option<Event<K>> {
+    let open = |guard: DeserializeGuard<K>| {
+        guard
+            .0
+            .inspect_err(|invalid| {
+                let name = invalid.metadata.name.as_deref().unwrap_or_default();
+                let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
+                tracing::warn!(kind = %K::kind(&()), namespace, name, "an object that does not fit its schema is passed over");
+            })
+            .ok()
+    };
+    Some(match event {
+        Event::Apply(object) => Event::Apply(open(object)?),
+        Event::InitApply(object) => Event::InitApply(open(object)?),
+        Event::Delete(object) => Event::Delete(open(object)?),
+        Event::Init => Event::Init,
+        Event::InitDone => Event::InitDone,
+    })
+}
+
+fn endless<K>(events: impl Stream<Item = Result<Event<K>, watcher::Error>>) -> impl Stream<Item = Event<K>>
+where
+    K: Resource<DynamicType = ()>,
+{
+    events
+        .inspect_err(
+            |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"),
+        )
+        .default_backoff()
+        .filter_map(|event| std::future::ready(event.ok()))
+}
+
+/// What failed, without the server's words.
+fn kind(error: &watcher::Error) -> &'static str {
+    match error {
+        watcher::Error::InitialListFailed(_) => "list failed",
+        watcher::Error::WatchStartFailed(_) => "watch could not start",
+        watcher::Error::WatchError(_) => "the server ended the watch",
+        watcher::Error::WatchFailed(_) => "the watch broke off",
+        watcher::Error::NoResourceVersion => "the list had no version",
+    }
+}

@@ -1,0 +1,302 @@
+//! The token endpoint's answer, and whether the token in it is the one that was asked for.
+
+use std::collections::BTreeSet;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+
+use crate::domain::reason::Reason;
+use crate::domain::schedule::SHORTEST_LIFETIME;
+
+/// A token of more than this is none (ZITADEL's are about 1 kB).
+const MAX_TOKEN_BYTES: usize = 64 * 1024;
+
+/// No token is believed to live longer; ZITADEL's default is 12 hours.
+const MAX_LIFETIME: SignedDuration = SignedDuration::from_hours(31 * 24);
+
+/// RFC 6749 §5.1, the fields that we need.
+#[derive(Deserialize, Debug)]
+pub struct TokenAnswer {
+    /// The token.
+    pub access_token: SecretString,
+    /// Must be Bearer.
+    pub token_type: String,
+    /// Seconds, from the moment of the answer.
+    pub expires_in: Option<i64>,
+}
+
+/// Reads the body of a 200.
+pub fn parse(body: &[u8]) -> Result<TokenAnswer, Reason> {
+    // The parser's error could quote the token, so it is dropped.
+    serde_json::from_slice(body).map_err(|_| Reason::MalformedAnswer)
+}
+
+/// Whether consumers can read claims from the token themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A signed JWT.
+    Jwt,
+    /// A reference that only ZITADEL understands.
+    Opaque,
+}
+
+impl Format {
+    /// What kind of token this is. ZITADEL's opaque tokens look like a JWE of five parts (zitadel.md §10.6).
+    #[must_use]
+    pub fn of(token: &str) -> Self {
+        if claims(token).is_some() {
+            Self::Jwt
+        } else {
+            Self::Opaque
+        }
+    }
+
+    /// As shown in `status`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Jwt => "JWT",
+            Self::Opaque => "Opaque",
+        }
+    }
+}
+
+/// What a minted token must be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Expected {
+    /// `iss`.
+    pub issuer: String,
+    /// `sub`.
+    pub user_id: String,
+    /// `aud`, all of it.
+    pub audience: BTreeSet<String>,
+    /// The claim `urn:zitadel:iam:org:id`, if it was asked for: ZITADEL drops the scope in silence when it is not
+    /// the user's own organization (zitadel.md §4.1).
+    pub organization_id: Option<String>,
+}
+
+/// A token that was minted and checked.
+#[derive(Clone, Debug)]
+pub struct Minted {
+    /// The token.
+    pub token: SecretString,
+    /// Start of its lifetime by our clock: when the request was sent.
+    pub issued: Timestamp,
+    /// End of its lifetime by our clock.
+    pub expires: Timestamp,
+}
+
+/// Checks an answer to a request sent at `sent`. The expiry is the earlier of `sent + expires_in` and `exp`, so that
+/// it errs to the early side (design §3.10).
+pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Result<Minted, Reason> {
+    let token = answer.access_token.expose_secret();
+    if !is_b64token(token) || !answer.token_type.eq_ignore_ascii_case("Bearer") {
+        return Err(Reason::MalformedAnswer);
+    }
+    let by_answer = match answer.expires_in {
+        Some(seconds) if seconds >= 0 => Some(sent + SignedDuration::from_secs(seconds).min(MAX_LIFETIME)),
+        Some(_) => return Err(Reason::MalformedAnswer),
+        None => None,
+    };
+    let by_claim = match claims(token) {
+        Some(claims) => {
+            check_claims(&claims, expected)?;
+            claims.exp
+        }
+        None => None,
+    };
+    let expires = match (by_answer, by_claim) {
+        (Some(a), Some(b)) => a.min(b),
+        (Some(one), None) | (None, Some(one)) => one,
+        (None, None) => return Err(Reason::MalformedAnswer),
+    };
+    let expires = expires.min(sent + MAX_LIFETIME);
+    if expires.duration_since(sent) < SHORTEST_LIFETIME {
+        return Err(Reason::LifetimeTooShort);
+    }
+    Ok(Minted {
+        token: answer.access_token,
+        issued: sent,
+        expires,
+    })
+}
+
+/// The claims of a JWT that we judge by. Read, not verified: it came over TLS from the issuer itself.
+#[derive(Debug)]
+pub struct Claims {
+    iss: Option<String>,
+    sub: Option<String>,
+    aud: BTreeSet<String>,
+    /// Expiry, by the server's clock.
+    pub exp: Option<Timestamp>,
+    organization_id: Option<String>,
+}
+
+impl Claims {
+    /// The audience, if it is a single one.
+    #[must_use]
+    pub fn only_audience(&self) -> Option<&str> {
+        let mut audience = self.aud.iter();
+        audience
+            .next()
+            .filter(|_| audience.next().is_none())
+            .map(String::as_str)
+    }
+}
+
+#[derive(Deserialize)]
+struct RawClaims {
+    iss: Option<String>,
+    sub: Option<String>,
+    aud: Option<Audience>,
+    exp: Option<f64>,
+    #[serde(rename = "urn:zitadel:iam:org:id")]
+    organization_id: Option<String>,
+}
+
+/// RFC 7519 §4.1.3: one string or a list.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Audience {
+    One(String),
+    Many(BTreeSet<String>),
+}
+
+/// The claims, if `token` is a JWT: three parts, the second a JSON object.
+#[must_use]
+pub fn claims(token: &str) -> Option<Claims> {
+    let mut parts = token.split('.');
+    let (Some(_), Some(payload), Some(_), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+        return None;
+    };
+    let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
+    let raw: RawClaims = serde_json::from_slice(&payload).ok()?;
+    Some(Claims {
+        iss: raw.iss,
+        sub: raw.sub,
+        aud: match raw.aud {
+            Some(Audience::One(one)) => BTreeSet::from([one]),
+            Some(Audience::Many(many)) => many,
+            None => BTreeSet::new(),
+        },
+        // Whole seconds, rounded down; a number that is no time is no expiry.
+        exp: raw
+            .exp
+            .and_then(|s| SignedDuration::try_from_secs_f64(s.floor()).ok())
+            .and_then(|d| Timestamp::from_duration(d).ok()),
+        organization_id: raw.organization_id,
+    })
+}
+
+/// Whether a JWT is what was asked for: issuer and subject right, the audience equal and not merely containing,
+/// the organization there if asked for.
+pub fn check_claims(claims: &Claims, expected: &Expected) -> Result<(), Reason> {
+    let right = claims.iss.as_ref() == Some(&expected.issuer)
+        && claims.sub.as_ref() == Some(&expected.user_id)
+        && claims.aud == expected.audience
+        && (expected.organization_id.is_none() || claims.organization_id == expected.organization_id);
+    if right { Ok(()) } else { Err(Reason::TokenMismatch) }
+}
+
+/// RFC 6750 §2.1, bounded.
+fn is_b64token(token: &str) -> bool {
+    let body = token.trim_end_matches('=');
+    !body.is_empty()
+        && token.len() <= MAX_TOKEN_BYTES
+        && body
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._~+/".contains(&b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jwt(claims: &serde_json::Value) -> String {
+        let part = |json: &serde_json::Value| URL_SAFE_NO_PAD.encode(json.to_string());
+        format!("{}.{}.c2ln", part(&serde_json::json!({"alg": "RS256"})), part(claims))
+    }
+
+    fn expected() -> Expected {
+        Expected {
+            issuer: "https://auth.example.com".into(),
+            user_id: "7".into(),
+            audience: BTreeSet::from(["1".to_owned(), "2".to_owned()]),
+            organization_id: None,
+        }
+    }
+
+    fn answer(token: &str, expires_in: &str) -> Result<TokenAnswer, Reason> {
+        parse(format!(r#"{{"access_token":{token:?},"token_type":"Bearer"{expires_in}}}"#).as_bytes())
+    }
+
+    #[test]
+    fn a_jwt_is_taken_only_if_it_is_what_was_asked_for() {
+        let sent = Timestamp::from_second(1_800_000_000).expect("in range");
+        let good =
+            serde_json::json!({"iss": "https://auth.example.com", "sub": "7", "aud": ["2", "1"], "exp": 1_800_000_100});
+        let with = |key: &str, value: serde_json::Value| {
+            let mut claims = good.clone();
+            claims[key] = value;
+            jwt(&claims)
+        };
+        let cases = [
+            (jwt(&good), Ok(100)),
+            (
+                with("iss", "https://auth.example.com/".into()),
+                Err(Reason::TokenMismatch),
+            ),
+            (with("sub", "8".into()), Err(Reason::TokenMismatch)),
+            (with("aud", "1".into()), Err(Reason::TokenMismatch)),
+            (
+                with("aud", serde_json::json!(["1", "2", "3"])),
+                Err(Reason::TokenMismatch),
+            ),
+            (with("exp", 1_800_000_003.into()), Err(Reason::LifetimeTooShort)),
+            (with("exp", serde_json::json!(1_800_000_050.9)), Ok(50)),
+        ];
+        for (token, outcome) in cases {
+            let got = answer(&token, r#","expires_in":3600"#).and_then(|a| accept(a, &expected(), sent));
+            assert_eq!(
+                got.map(|m| m.expires.as_second() - sent.as_second()),
+                outcome,
+                "{token}"
+            );
+        }
+    }
+
+    #[test]
+    fn odd_answers_have_a_reason_and_never_panic() {
+        let sent = Timestamp::from_second(1_800_000_000).expect("in range");
+        let opaque = "eyJh.bGci.OiJB.MjU2.R0NN";
+        let cases = [
+            (opaque, r#","expires_in":60"#, Ok(60)),
+            (opaque, "", Err(Reason::MalformedAnswer)),
+            (opaque, r#","expires_in":-1"#, Err(Reason::MalformedAnswer)),
+            (opaque, r#","expires_in":0"#, Err(Reason::LifetimeTooShort)),
+            (opaque, r#","expires_in":1.5"#, Err(Reason::MalformedAnswer)),
+            (opaque, r#","expires_in":9223372036854775807"#, Ok(31 * 86_400)),
+            (
+                opaque,
+                r#","expires_in":99999999999999999999"#,
+                Err(Reason::MalformedAnswer),
+            ),
+            ("with space", r#","expires_in":60"#, Err(Reason::MalformedAnswer)),
+            ("with\nbreak", r#","expires_in":60"#, Err(Reason::MalformedAnswer)),
+            ("", r#","expires_in":60"#, Err(Reason::MalformedAnswer)),
+        ];
+        for (token, expires_in, outcome) in cases {
+            let got = answer(token, expires_in).and_then(|a| accept(a, &expected(), sent));
+            assert_eq!(
+                got.map(|m| m.expires.as_second() - sent.as_second()),
+                outcome,
+                "{token} {expires_in}"
+            );
+        }
+        assert!(parse(b"<html>").is_err());
+        assert!(parse("[".repeat(100_000).as_bytes()).is_err());
+    }
+}

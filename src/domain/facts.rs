@@ -1,0 +1,152 @@
+//! What is known of one service user at one moment: read by the controller, judged by `plan` and `report`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::jiff::Timestamp;
+
+use crate::api::service_user::Token;
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::domain::answer::{Format, Minted};
+use crate::domain::key::ServiceKey;
+use crate::domain::reason::Reason;
+use crate::domain::record::Record;
+use crate::domain::schedule::Schedule;
+use crate::domain::secret::{Existing, SecretRef};
+
+/// Names an object: namespace (empty for cluster-scoped kinds) and name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectRef {
+    /// The namespace, empty for cluster-scoped kinds.
+    pub namespace: Arc<str>,
+    /// The name.
+    pub name: Arc<str>,
+}
+
+impl ObjectRef {
+    /// A reference from its two parts.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl std::fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.namespace.is_empty() {
+            f.write_str(&self.name)
+        } else {
+            write!(f, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// Everything that decides about one service user.
+#[derive(Debug)]
+pub struct Facts {
+    /// The object.
+    pub user: Arc<ZitadelServiceUser>,
+    /// Whether it lies in the operator's own namespace.
+    pub in_operator_namespace: bool,
+    /// Labels of its namespace, once known.
+    pub namespace_labels: Option<Arc<BTreeMap<String, String>>>,
+    /// The instance that it names, if it exists.
+    pub instance: Option<Arc<ZitadelInstance>>,
+    /// The real id behind the `zitadel` audience, once learned.
+    pub zitadel_project_id: Option<String>,
+    /// The key, or why there is none.
+    pub key: Result<ServiceKey, Reason>,
+    /// The Secrets that exist under the names of the spec.
+    pub secrets: BTreeMap<String, Existing>,
+    /// Tokens that were minted and could not be written, by token name.
+    pub unwritten: BTreeMap<String, Arc<Unwritten>>,
+    /// Secrets of this object that the spec no longer names.
+    pub leftovers: Vec<SecretRef>,
+}
+
+/// A token that waits for its write (decision K3).
+#[derive(Debug)]
+pub struct Unwritten {
+    /// The token.
+    pub minted: Minted,
+    /// Its record.
+    pub record: Record,
+}
+
+/// A token that is in its Secret.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Held {
+    /// Issued, due, expired.
+    pub schedule: Schedule,
+    /// JWT or opaque.
+    pub format: Format,
+}
+
+/// How one token fared in this pass.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Which token, by its place in the spec.
+    pub token: usize,
+    /// How it ended.
+    pub reason: Reason,
+    /// A token of the current inputs that is in the Secret now, old or new.
+    pub held: Option<Held>,
+    /// The server asked not to come back before.
+    pub not_before: Option<Timestamp>,
+}
+
+impl Facts {
+    /// UID of the object.
+    #[must_use]
+    pub fn uid(&self) -> &str {
+        self.user.metadata.uid.as_deref().unwrap_or_default()
+    }
+
+    /// Name of the object.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.user.metadata.name.as_deref().unwrap_or_default()
+    }
+
+    /// Namespace of the object.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        self.user.metadata.namespace.as_deref().unwrap_or_default()
+    }
+
+    /// The value of the renew request on the object, if there is one.
+    #[must_use]
+    pub fn renew_request(&self) -> Option<&String> {
+        let annotations = self.user.metadata.annotations.as_ref()?;
+        annotations.get(crate::api::metadata::ANNOTATION_RENEW_REQUEST)
+    }
+
+    /// What the record in the token's Secret says, whatever the inputs are today.
+    #[must_use]
+    pub fn recorded(&self, token: &Token) -> Option<Held> {
+        let existing = self.secrets.get(&token.secret.name)?;
+        existing.owned_by(self.name(), self.uid()).ok()?;
+        let record = existing.record()?;
+        Some(Held {
+            schedule: self.schedule(token, record.issued_at, record.expires_at),
+            format: Format::of(existing.token()?),
+        })
+    }
+
+    /// The schedule of a token of this object.
+    #[must_use]
+    pub fn schedule(&self, token: &Token, issued: Timestamp, expires: Timestamp) -> Schedule {
+        use crate::domain::schedule::{Renewal, duration};
+        let before = token.renew_before.as_deref().and_then(duration);
+        let renewal = match (before, token.renew_before_percentage) {
+            (Some(before), _) => Renewal::Before(before),
+            (None, Some(percentage)) => Renewal::Percentage(percentage),
+            (None, None) => Renewal::Default,
+        };
+        let seed = format!("{}/{}", self.uid(), token.name);
+        Schedule::new(issued, expires, renewal, &seed)
+    }
+}

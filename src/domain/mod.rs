@@ -1,0 +1,19 @@
+//! The decisions: plain functions over plain data. No I/O, no clock, no Kubernetes client; `now` is an argument.
+
+pub mod access;
+pub mod answer;
+pub mod assertion;
+pub mod facts;
+pub mod failure;
+pub mod hash;
+pub mod instance;
+pub mod key;
+pub mod limits;
+pub mod order;
+pub mod plan;
+pub mod reason;
+pub mod record;
+pub mod report;
+pub mod schedule;
+pub mod scope;
+pub mod secret;

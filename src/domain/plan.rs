@@ -1,0 +1,245 @@
+//! The decision: what to do for each token, from facts and the time alone.
+
+use k8s_openapi::jiff::Timestamp;
+
+use crate::api::ZitadelInstance;
+use crate::api::service_user::Token;
+use crate::domain::answer::{self, Expected, Format};
+use crate::domain::facts::{Facts, Held, Unwritten};
+use crate::domain::key::ServiceKey;
+use crate::domain::reason::Reason;
+use crate::domain::record::Record;
+use crate::domain::secret::{self, Existing, SecretDraft, SecretRef};
+use crate::domain::{access, hash, scope};
+
+/// What is to be done: one step per token of the spec, in its order, and the Secrets to delete.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// One per token.
+    pub steps: Vec<Step>,
+    /// Ours, and no longer asked for.
+    pub deletes: Vec<SecretRef>,
+}
+
+/// What is to be done for one token.
+#[derive(Debug)]
+pub enum Step {
+    /// Nothing: the token in the Secret is good.
+    Keep(Held),
+    /// Nothing, because something is missing or forbidden. The Secret stays as it is.
+    Refuse(Reason),
+    /// Ask ZITADEL for a token and write it.
+    Mint(Box<MintRequest>),
+    /// Write a token that is there already: what is around it has changed, or its first write failed.
+    Write(Box<SecretDraft>, Held),
+}
+
+/// A token to be minted.
+#[derive(Debug)]
+pub struct MintRequest {
+    /// The value of the `scope` field.
+    pub scope: String,
+    /// Goes into the record.
+    pub inputs: String,
+    /// Goes into the record.
+    pub shape: String,
+    /// A token of the same inputs that is still in the Secret, in case the mint fails.
+    pub fallback: Option<Held>,
+}
+
+/// Decides. Level-based: the same facts give the same plan, whatever happened before.
+#[must_use]
+pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
+    let suspended = facts.user.spec.suspend == Some(true);
+    let step = |token| match admit(facts, token) {
+        _ if suspended => Step::Refuse(Reason::Suspended),
+        Ok(admitted) => decide(facts, token, &admitted, now),
+        Err(reason) => Step::Refuse(reason),
+    };
+    Plan {
+        steps: facts.user.spec.tokens.iter().map(step).collect(),
+        deletes: if suspended { Vec::new() } else { facts.leftovers.clone() },
+    }
+}
+
+/// What is needed before anything can be done.
+struct Admitted<'a> {
+    instance: &'a ZitadelInstance,
+    key: &'a ServiceKey,
+    existing: Option<&'a Existing>,
+    scope: String,
+}
+
+fn admit<'a>(facts: &'a Facts, token: &Token) -> Result<Admitted<'a>, Reason> {
+    if facts.in_operator_namespace {
+        return Err(Reason::OperatorNamespace);
+    }
+    let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
+    let labels = facts.namespace_labels.as_deref().ok_or(Reason::NamespaceMissing)?;
+    access::check(
+        &instance.spec.access,
+        labels,
+        token,
+        facts.zitadel_project_id.as_deref(),
+    )?;
+    let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
+    let existing = facts.secrets.get(&token.secret.name);
+    if let Some(existing) = existing {
+        existing.owned_by(facts.name(), facts.uid())?;
+    }
+    let key = facts.key.as_ref().map_err(|reason| *reason)?;
+    Ok(Admitted {
+        instance,
+        key,
+        existing,
+        scope,
+    })
+}
+
+fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp) -> Step {
+    let issuer = &admitted.instance.spec.issuer;
+    let inputs = inputs(facts, admitted);
+    let shape = secret::shape(facts, token, issuer);
+    let fallback = match admitted.existing.and_then(|e| good(facts, token, e, admitted, &inputs)) {
+        Some((record, value, held)) if held.schedule.expires > now => {
+            let asked = facts
+                .renew_request()
+                .is_some_and(|r| record.request.as_ref() != Some(r));
+            if held.schedule.renew > now && !asked {
+                return keep_or_write(facts, token, issuer, value, &record, &shape, held);
+            }
+            Some(held)
+        }
+        _ => None,
+    };
+    if let Some(unwritten) = facts.unwritten.get(&token.name)
+        && let Some(step) = write_again(facts, token, issuer, unwritten, (&inputs, &shape), now)
+    {
+        return step;
+    }
+    if admitted.key.expires.is_some_and(|expires| expires <= now) {
+        return match fallback {
+            // Good until it expires; the condition KeyValid tells the rest.
+            Some(held) if held.schedule.renew > now => Step::Keep(held),
+            _ => Step::Refuse(Reason::KeyExpired),
+        };
+    }
+    Step::Mint(Box::new(MintRequest {
+        scope: admitted.scope.clone(),
+        inputs,
+        shape,
+        fallback,
+    }))
+}
+
+/// The token in the Secret, if it is the one that we wrote for these inputs.
+fn good<'a>(
+    facts: &Facts,
+    token: &Token,
+    existing: &'a Existing,
+    admitted: &Admitted<'_>,
+    inputs: &str,
+) -> Option<(Record, &'a str, Held)> {
+    let record = existing.record()?;
+    let value = existing.token()?;
+    if !record.vouches_for(value) || record.inputs != inputs {
+        return None;
+    }
+    let mut expires = record.expires_at;
+    let format = Format::of(value);
+    if let Some(claims) = answer::claims(value) {
+        // A JWT speaks for itself: a record could be forged along with its token.
+        if let Some(id) = known_project_id(facts, token) {
+            let expected = expected(token, admitted.instance, admitted.key, id);
+            answer::check_claims(&claims, &expected).ok()?;
+        }
+        expires = claims.exp.map_or(expires, |exp| exp.min(expires));
+    }
+    let schedule = facts.schedule(token, record.issued_at, expires);
+    Some((record, value, Held { schedule, format }))
+}
+
+/// The real project id if it matters for `token`; any text if it does not; none if it matters and is not known.
+fn known_project_id<'a>(facts: &'a Facts, token: &Token) -> Option<&'a str> {
+    if token.zitadel_api == Some(true) {
+        facts.zitadel_project_id.as_deref()
+    } else {
+        Some("")
+    }
+}
+
+fn keep_or_write(
+    facts: &Facts,
+    token: &Token,
+    issuer: &str,
+    value: &str,
+    record: &Record,
+    shape: &str,
+    held: Held,
+) -> Step {
+    let mut wanted = record.clone();
+    shape.clone_into(&mut wanted.shape);
+    let wanted = wanted.sealed(value);
+    let draft = secret::draft(facts, token, issuer, &value.into(), &wanted);
+    match facts.secrets.get(&token.secret.name) {
+        Some(existing) if !existing.differs_from(&draft) => Step::Keep(held),
+        _ => Step::Write(Box::new(draft), held),
+    }
+}
+
+fn write_again(
+    facts: &Facts,
+    token: &Token,
+    issuer: &str,
+    unwritten: &Unwritten,
+    (inputs, shape): (&str, &str),
+    now: Timestamp,
+) -> Option<Step> {
+    use secrecy::ExposeSecret;
+    let schedule = facts.schedule(token, unwritten.minted.issued, unwritten.minted.expires);
+    let served = facts.renew_request() == unwritten.record.request.as_ref();
+    if unwritten.record.inputs != inputs || schedule.renew <= now || !served {
+        return None;
+    }
+    let value = &unwritten.minted.token;
+    let mut record = unwritten.record.clone();
+    shape.clone_into(&mut record.shape);
+    let record = record.sealed(value.expose_secret());
+    let draft = secret::draft(facts, token, issuer, value, &record);
+    let format = Format::of(value.expose_secret());
+    Some(Step::Write(Box::new(draft), Held { schedule, format }))
+}
+
+/// Hash of what decides a token: another one of these needs another token.
+fn inputs(facts: &Facts, admitted: &Admitted<'_>) -> String {
+    hash::of([
+        facts.user.spec.instance_ref.name.as_bytes(),
+        admitted.instance.spec.issuer.as_bytes(),
+        admitted.scope.as_bytes(),
+        admitted.key.user_id.as_bytes(),
+        admitted.key.key_id.as_bytes(),
+    ])
+}
+
+fn expected(token: &Token, instance: &ZitadelInstance, key: &ServiceKey, zitadel_project_id: &str) -> Expected {
+    Expected {
+        issuer: instance.spec.issuer.clone(),
+        user_id: key.user_id.clone(),
+        audience: access::audience(token, zitadel_project_id),
+        organization_id: token.organization_id.clone(),
+    }
+}
+
+/// What the token must be, once the real id of the ZITADEL project is known: the last check before a mint, since
+/// until then a tenant might ask for that id by number (design §3.11).
+pub fn expect(facts: &Facts, token: &Token, zitadel_project_id: &str) -> Result<Expected, Reason> {
+    let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
+    let labels = facts.namespace_labels.as_deref().ok_or(Reason::NamespaceMissing)?;
+    let key = facts.key.as_ref().map_err(|reason| *reason)?;
+    let pinned = instance.spec.zitadel_project_id.as_deref();
+    if pinned.is_some_and(|pinned| pinned != zitadel_project_id) {
+        return Err(Reason::ProjectIdMismatch);
+    }
+    access::check(&instance.spec.access, labels, token, Some(zitadel_project_id))?;
+    Ok(expected(token, instance, key, zitadel_project_id))
+}

@@ -1,0 +1,176 @@
+//! The closed set of reasons: how an attempt ended, what it means, what mends it, and how it is retried.
+//! `docs/reasons.md` is made from this table.
+
+/// How a failed attempt is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Retry {
+    /// Nothing failed.
+    No,
+    /// Waits for a change of any input, plus a slow retry, since a projection may lag (zitadel.md §2).
+    Permanent,
+    /// Grows from a second to five minutes.
+    Transient,
+}
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])* $name:ident: $retry:ident, $meaning:literal, $mend:literal;)*) => {
+        /// Why a token is as it is. Shown in `status` and Events by its name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Reason {
+            $(#[doc = $meaning] $name,)*
+        }
+
+        impl Reason {
+            /// All of them, in the order of the documentation.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The name, as users see it.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)* }
+            }
+
+            /// How it is tried again.
+            #[must_use]
+            pub fn retry(self) -> Retry {
+                match self { $(Self::$name => Retry::$retry,)* }
+            }
+
+            /// What it means, as a sentence.
+            #[must_use]
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$name => $meaning,)* }
+            }
+
+            /// What mends it, as a sentence.
+            #[must_use]
+            pub fn mend(self) -> &'static str {
+                match self { $(Self::$name => $mend,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    Issued: No,
+        "A valid token is in the Secret.",
+        "Nothing is to be done.";
+    Suspended: No,
+        "The object is suspended; nothing is changed.",
+        "Set spec.suspend to false or remove it.";
+    InvalidSpec: Permanent,
+        "The object breaks a rule of its schema, which the API server would refuse today.",
+        "Apply it again; the API server then names the field.";
+    InstanceReady: No,
+        "The server answers and names the issuer of the ZitadelInstance.",
+        "Nothing is to be done.";
+    InstanceMissing: Permanent,
+        "The ZitadelInstance of spec.instanceRef does not exist.",
+        "Create it, or correct spec.instanceRef.name.";
+    NamespaceMissing: Transient,
+        "The labels of the object's namespace are not known yet.",
+        "Nothing is to be done; they arrive with the namespace.";
+    KeyUsable: No,
+        "The key can be read, has not expired, and was not refused.",
+        "Nothing is to be done.";
+    OperatorNamespace: Permanent,
+        "Service users are not served in the operator's own namespace, where other keys live.",
+        "Move the object to the namespace of its workload.";
+    AccessDenied: Permanent,
+        "No access rule of the ZitadelInstance lets this namespace have all audiences of the token.",
+        "Ask the platform team for a rule in spec.access, or drop the audience.";
+    KeySecretMissing: Permanent,
+        "The Secret of spec.keySecretRef, or the entry in it, does not exist.",
+        "Create the Secret with ZITADEL's key file, or correct spec.keySecretRef; name the entry when the Secret holds several.";
+    KeyInvalid: Permanent,
+        "The entry of spec.keySecretRef is not a machine key file of ZITADEL.",
+        "Put the JSON file that ZITADEL wrote for the service user's key there, unchanged.";
+    KeyIsApplicationKey: Permanent,
+        "The key belongs to an application, not to a service user.",
+        "Make a key for the service user (type serviceaccount) and put that file there.";
+    KeyExpired: Permanent,
+        "The key's own expiration date has passed.",
+        "Make a new key in ZITADEL and replace the Secret's content.";
+    KeyRejected: Permanent,
+        "The server refused the assertion signed with this key.",
+        "Check that the key still exists in ZITADEL for this user and belongs to this instance; else make a new one.";
+    UserInactive: Permanent,
+        "The service user is deactivated or locked in ZITADEL.",
+        "Reactivate it in ZITADEL.";
+    RequestRefused: Permanent,
+        "The server refused the request for another reason than the key or the user.",
+        "Look at the server's log; an action or target on the server may forbid the token.";
+    InstanceUnreachable: Transient,
+        "The server could not be reached, or did not answer in time.",
+        "Check the server, the network and spec.connection of the ZitadelInstance.";
+    TlsFailure: Transient,
+        "No trusted TLS connection to the server could be made.",
+        "Check the server's certificate and who signed it.";
+    RateLimited: Transient,
+        "The server asked for fewer requests.",
+        "Nothing is to be done at once; look at the quota if it lasts.";
+    ServerError: Transient,
+        "The server answered with an error of its own.",
+        "Look at the server's log if it lasts.";
+    IssuerMismatch: Permanent,
+        "The server's discovery document names another issuer, or a token endpoint elsewhere.",
+        "Correct spec.issuer or spec.connection.endpoint of the ZitadelInstance.";
+    ProjectIdMismatch: Permanent,
+        "The real id of the ZITADEL project differs from the one pinned in the ZitadelInstance.",
+        "Correct spec.zitadelProjectId, or check which server answers.";
+    InsecureHttp: Permanent,
+        "Plain http is used without spec.connection.allowInsecureHttp, or to a host that is neither loopback nor *.svc.",
+        "Use https, or allow http for a server beside the operator.";
+    MalformedAnswer: Transient,
+        "The server's answer is not one that the protocol allows.",
+        "Check what stands between the operator and the server.";
+    TokenMismatch: Permanent,
+        "The token that was minted is not the one that was asked for: issuer, user, audience or organization differ. It was dropped.",
+        "Check spec.organizationId, and what stands between the operator and the server.";
+    LifetimeTooShort: Permanent,
+        "The server gives tokens of less than five seconds.",
+        "Raise the access token lifetime in ZITADEL.";
+    SecretConflict: Permanent,
+        "A Secret of this name exists that the object does not control, or that is immutable or not Opaque. It was not touched.",
+        "Choose another spec.tokens[].secret.name, or annotate the Secret with zitadel-tokens.dev/adopt.";
+    SecretBeingReplaced: Transient,
+        "The Secret still belongs to an earlier object of this name and waits for garbage collection.",
+        "Nothing is to be done.";
+    SecretWriteFailed: Transient,
+        "The Kubernetes API server refused or did not take the write of the Secret. The token is kept and only the write is tried again.",
+        "Check quotas, admission policies and the operator's permissions in the namespace.";
+    NotLeading: Transient,
+        "Another replica took over.",
+        "Nothing is to be done.";
+    Internal: Transient,
+        "The operator failed in a way that it should not.",
+        "Report it, with the operator's log.";
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The table of reasons as Markdown, for `docs/reasons.md`.
+#[must_use]
+pub fn markdown() -> String {
+    use std::fmt::Write;
+    let mut table = String::from("| reason | retry | what it means | what mends it |\n|---|---|---|---|\n");
+    for reason in Reason::ALL {
+        let retry = match reason.retry() {
+            Retry::No => "none",
+            Retry::Permanent => "on a change, and slowly",
+            Retry::Transient => "1 s to 5 min",
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            table,
+            "| `{reason}` | {retry} | {} | {} |",
+            reason.meaning(),
+            reason.mend()
+        );
+    }
+    table
+}

@@ -1,0 +1,220 @@
+//! The report: status, Events and the next look, from what was known and what came of it.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+
+use crate::api::service_user::{Token, TokenStatus, ZitadelServiceUserStatus};
+use crate::domain::facts::{Facts, Held, Outcome};
+use crate::domain::reason::{Reason, Retry};
+use crate::domain::secret::whole_seconds;
+
+/// A permanent failure is called stalled only after this: Flux and Helm treat `Stalled` as final, and a key Secret
+/// may arrive a little later than the object (decision K9).
+const PATIENCE: SignedDuration = SignedDuration::from_mins(5);
+
+/// What to tell and when to look again.
+#[derive(Debug)]
+pub struct Report {
+    /// The status as it is to be.
+    pub status: ZitadelServiceUserStatus,
+    /// Events, on a change of outcome only.
+    pub events: Vec<Note>,
+    /// When to look again.
+    pub wake: Wake,
+}
+
+/// An Event to be.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Whether it is a warning.
+    pub warning: bool,
+    /// What happened.
+    pub reason: Reason,
+    /// The sentence.
+    pub text: String,
+}
+
+/// When an object is looked at again; without either, when something changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wake {
+    /// At this time.
+    pub at: Option<Timestamp>,
+    /// After a back-off that the queue computes.
+    pub retry: Option<Retry>,
+    /// Not before this, if it is a retry.
+    pub not_before: Option<Timestamp>,
+}
+
+/// Tells what came of a pass.
+#[must_use]
+pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
+    let before = facts.user.status.clone().unwrap_or_default();
+    let tokens: Vec<TokenStatus> = outcomes
+        .iter()
+        .filter_map(|o| Some(line(facts, facts.user.spec.tokens.get(o.token)?, o, &before, now)))
+        .collect();
+    let ready = outcomes.iter().filter(|o| is_ready(o, now)).count();
+    // Where some are not ready, those decide; ties go to the order of the spec.
+    let worst = outcomes
+        .iter()
+        .min_by_key(|o| (is_ready(o, now), o.reason.retry() == Retry::No));
+    let mut status = ZitadelServiceUserStatus {
+        observed_generation: facts.user.metadata.generation,
+        user_id: facts.key.as_ref().ok().map(|k| k.user_id.clone()),
+        key_id: facts.key.as_ref().ok().map(|k| k.key_id.clone()),
+        key_expires_at: facts.key.as_ref().ok().and_then(|k| k.expires).map(time),
+        expires_at: tokens.iter().filter_map(|t| t.expires_at.clone()).min(),
+        tokens_ready: Some(format!("{ready}/{}", outcomes.len())),
+        conditions: Vec::new(),
+        tokens,
+    };
+    let stalls_at = conditions(facts, outcomes, worst, &mut status, &before, now);
+    Report {
+        events: events(facts, &status, &before),
+        wake: wake(outcomes, stalls_at, now),
+        status,
+    }
+}
+
+/// Ready: a token of the current inputs is there and valid. A renewal that fails does not change that.
+fn is_ready(outcome: &Outcome, now: Timestamp) -> bool {
+    outcome.held.is_some_and(|h| h.schedule.expires > now)
+}
+
+fn line(
+    facts: &Facts,
+    token: &Token,
+    outcome: &Outcome,
+    before: &ZitadelServiceUserStatus,
+    now: Timestamp,
+) -> TokenStatus {
+    let held: Option<Held> = outcome.held.or_else(|| facts.recorded(token));
+    let failing = outcome.reason.retry() != Retry::No;
+    let since = before
+        .tokens
+        .iter()
+        .find(|t| t.name == token.name)
+        .and_then(|t| t.failing_since.clone());
+    TokenStatus {
+        name: token.name.clone(),
+        secret_name: token.secret.name.clone(),
+        issued_at: held.map(|h| time(h.schedule.issued)),
+        expires_at: held.map(|h| time(h.schedule.expires)),
+        renew_at: held.map(|h| time(h.schedule.renew)),
+        lifetime_seconds: held.map(|h| h.schedule.expires.duration_since(h.schedule.issued).as_secs()),
+        format: held.map(|h| h.format.name().to_owned()),
+        reason: Some(outcome.reason.name().to_owned()),
+        failing_since: failing.then(|| since.unwrap_or_else(|| time(now))),
+    }
+}
+
+/// Sets the conditions by the truth table of design §3.4; returns when a failure will be called stalled.
+fn conditions(
+    facts: &Facts,
+    outcomes: &[Outcome],
+    worst: Option<&Outcome>,
+    status: &mut ZitadelServiceUserStatus,
+    before: &ZitadelServiceUserStatus,
+    now: Timestamp,
+) -> Option<Timestamp> {
+    let reason = worst.map_or(Reason::Issued, |o| o.reason);
+    let all_ready = outcomes.iter().all(|o| is_ready(o, now));
+    let message = match worst.and_then(|o| facts.user.spec.tokens.get(o.token)) {
+        Some(token) if reason.retry() != Retry::No || reason == Reason::Suspended => {
+            format!("Token `{}`: {} {}", token.name, reason.meaning(), reason.mend())
+        }
+        _ => "Every token is valid and in its Secret.".to_owned(),
+    };
+    let since = worst
+        .and_then(|o| status.tokens.get(o.token))
+        .and_then(|t| t.failing_since.as_ref())
+        .map_or(now, |t| t.0);
+    let stalls_at = since + PATIENCE;
+    let waits = !all_ready && reason.retry() == Retry::Permanent;
+    let stalled = waits && stalls_at <= now;
+    let mut set = |kind: &str, on: bool, reason: Reason, message: &str| {
+        let value = if on { "True" } else { "False" };
+        let last = before.conditions.iter().find(|c| c.type_ == kind && c.status == value);
+        status.conditions.push(Condition {
+            type_: kind.to_owned(),
+            status: value.to_owned(),
+            reason: reason.name().to_owned(),
+            message: message.to_owned(),
+            observed_generation: facts.user.metadata.generation,
+            last_transition_time: last.map_or_else(|| time(now), |c| c.last_transition_time.clone()),
+        });
+    };
+    set("Ready", all_ready, reason, &message);
+    if !all_ready && reason != Reason::Suspended {
+        // Never both: kstatus takes Stalled for the end and Reconciling for the way.
+        let kind = if stalled { "Stalled" } else { "Reconciling" };
+        set(kind, true, reason, &message);
+    }
+    let key = key_state(facts, outcomes, now);
+    set("KeyValid", key == Reason::KeyUsable, key, key.meaning());
+    (waits && !stalled).then_some(stalls_at)
+}
+
+/// What is known of the key: what it says of itself, and what the server said.
+fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
+    match &facts.key {
+        Err(reason) => *reason,
+        Ok(key) if key.expires.is_some_and(|expires| expires <= now) => Reason::KeyExpired,
+        Ok(_) => outcomes
+            .iter()
+            .map(|o| o.reason)
+            .find(|r| matches!(r, Reason::KeyRejected | Reason::KeyInvalid | Reason::UserInactive))
+            .unwrap_or(Reason::KeyUsable),
+    }
+}
+
+fn events(facts: &Facts, status: &ZitadelServiceUserStatus, before: &ZitadelServiceUserStatus) -> Vec<Note> {
+    status
+        .tokens
+        .iter()
+        .filter_map(|token| {
+            let last = before
+                .tokens
+                .iter()
+                .find(|t| t.name == token.name)
+                .and_then(|t| t.reason.as_deref());
+            let reason = *Reason::ALL.iter().find(|r| Some(r.name()) == token.reason.as_deref())?;
+            if last == Some(reason.name()) {
+                return None;
+            }
+            let text = if reason == Reason::Issued {
+                format!("Token `{}` is valid and in Secret `{}`.", token.name, token.secret_name)
+            } else {
+                format!("Token `{}`: {} {}", token.name, reason.meaning(), reason.mend())
+            };
+            Some(Note {
+                warning: reason.retry() != Retry::No,
+                reason,
+                text,
+            })
+        })
+        .filter(|_| facts.user.metadata.deletion_timestamp.is_none())
+        .collect()
+}
+
+fn wake(outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> Wake {
+    let next = outcomes.iter().filter_map(|o| {
+        let schedule = o.held?.schedule;
+        if o.reason == Reason::Issued {
+            return Some(schedule.renew);
+        }
+        // A due token whose renewal fails is the back-off's; its expiry must still be told in time.
+        Some(schedule.expires).filter(|at| *at > now)
+    });
+    let failing = outcomes.iter().filter(|o| o.reason.retry() != Retry::No);
+    Wake {
+        at: next.chain(stalls_at).min(),
+        retry: failing.clone().map(|o| o.reason.retry()).max(),
+        not_before: failing.filter_map(|o| o.not_before).max(),
+    }
+}
+
+/// A time as the API shows it.
+fn time(at: Timestamp) -> Time {
+    Time(whole_seconds(at))
+}

@@ -1,0 +1,154 @@
+//! When a token is renewed: a pure function of its lifetime, the spec and a jitter that is the same after a restart.
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+
+use crate::domain::hash;
+use crate::domain::reason::Retry;
+
+/// A lifetime below this cannot be kept fresh: mint, write and mount take seconds.
+pub const SHORTEST_LIFETIME: SignedDuration = SignedDuration::from_secs(5);
+
+/// No token is due earlier than this after its issue, whatever the spec says.
+const SHORTEST_WAIT: SignedDuration = SignedDuration::from_secs(2);
+
+/// When the spec wants a token renewed.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Renewal {
+    /// At two thirds of the lifetime, as cert-manager does.
+    #[default]
+    Default,
+    /// This long before the expiry.
+    Before(SignedDuration),
+    /// This percentage of the lifetime before the expiry.
+    Percentage(i32),
+}
+
+/// A token's way through time: issued, due, expired.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    /// Start of the lifetime.
+    pub issued: Timestamp,
+    /// When it is to be renewed.
+    pub renew: Timestamp,
+    /// When it is no longer accepted.
+    pub expires: Timestamp,
+}
+
+impl Schedule {
+    /// Computes the renew time. `seed` (object UID and token name) picks a jitter of up to 10 % of the lifetime,
+    /// towards earlier only, so that tokens minted together do not come back together. The result is clamped: not
+    /// before 20 % of the lifetime nor 2 s after the issue, and never after the expiry (design §3.2).
+    #[must_use]
+    pub fn new(issued: Timestamp, expires: Timestamp, renewal: Renewal, seed: &str) -> Self {
+        let lifetime = expires.duration_since(issued).max(SignedDuration::ZERO);
+        let margin = match renewal {
+            Renewal::Before(before) if before < lifetime => before.max(SignedDuration::ZERO),
+            // Longer than the whole lifetime: ignored, else every look would mint (decision K4).
+            Renewal::Default | Renewal::Before(_) => lifetime / 3,
+            Renewal::Percentage(percent) => scale(lifetime, f64::from(percent.clamp(1, 99)) / 100.0),
+        };
+        let jitter = scale(lifetime, 0.10 * hash::fraction(seed));
+        let earliest = issued + scale(lifetime, 0.20).max(SHORTEST_WAIT);
+        let renew = (expires - margin - jitter).max(earliest).min(expires);
+        Self { issued, renew, expires }
+    }
+
+    /// From here on the renewal is urgent: the last third of the margin.
+    #[must_use]
+    pub fn critical(&self) -> Timestamp {
+        self.expires - self.expires.duration_since(self.renew) / 3
+    }
+}
+
+fn scale(duration: SignedDuration, factor: f64) -> SignedDuration {
+    SignedDuration::try_from_secs_f64(duration.as_secs_f64() * factor).unwrap_or(SignedDuration::ZERO)
+}
+
+/// How long to wait after `failures` failures in a row: from a second, doubling to five minutes, or about ten minutes
+/// for what only a change can mend. `seed` spreads objects that failed together.
+#[must_use]
+pub fn backoff(retry: Retry, failures: u32, seed: &str) -> SignedDuration {
+    let base = match retry {
+        Retry::No => return SignedDuration::ZERO,
+        Retry::Permanent => SignedDuration::from_mins(10),
+        Retry::Transient => {
+            SignedDuration::from_secs(1_i64 << failures.saturating_sub(1).min(9)).min(SignedDuration::from_mins(5))
+        }
+    };
+    scale(base, 0.8 + 0.4 * hash::fraction(&format!("{seed}/{failures}")))
+}
+
+/// Reads a duration of the spec, such as `1h30m`. The schema's pattern is narrower than the parser.
+#[must_use]
+pub fn duration(text: &str) -> Option<SignedDuration> {
+    text.parse().ok().filter(|d: &SignedDuration| !d.is_negative())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn never_after_the_expiry_never_before_a_fifth(
+            issued in 1_700_000_000_i64..1_900_000_000,
+            lifetime in 5_i64..2_678_400,
+            before in 0_i64..3_000_000,
+            kind in 0..3,
+            percent in -5..200,
+            seed in "[a-z]{0,8}",
+        ) {
+            let issued = Timestamp::from_second(issued).expect("in range");
+            let expires = issued + SignedDuration::from_secs(lifetime);
+            let renewal = match kind {
+                0 => Renewal::Default,
+                1 => Renewal::Before(SignedDuration::from_secs(before)),
+                _ => Renewal::Percentage(percent),
+            };
+            let s = Schedule::new(issued, expires, renewal, &seed);
+            prop_assert!(s.renew <= expires);
+            prop_assert!(s.renew >= issued + SignedDuration::from_secs(2).min(SignedDuration::from_secs(lifetime)));
+            prop_assert!(s.renew.duration_since(issued).as_secs_f64() >= 0.2 * SignedDuration::from_secs(lifetime).as_secs_f64() - 1e-6);
+            prop_assert!(s.critical() >= s.renew && s.critical() <= expires);
+            prop_assert_eq!(s, Schedule::new(issued, expires, renewal, &seed));
+        }
+    }
+
+    #[test]
+    fn two_thirds_by_default_earlier_by_at_most_a_tenth() {
+        let issued = Timestamp::UNIX_EPOCH;
+        let expires = issued + SignedDuration::from_secs(1_000);
+        let all: Vec<i64> = (0..1_000)
+            .map(|i| {
+                Schedule::new(issued, expires, Renewal::Default, &i.to_string())
+                    .renew
+                    .as_second()
+            })
+            .collect();
+        let (min, max) = (all.iter().min().copied(), all.iter().max().copied());
+        assert!(min >= Some(566) && min < Some(575), "{min:?}");
+        assert!(max <= Some(667) && max > Some(660), "{max:?}");
+    }
+
+    #[test]
+    fn backoff_grows_to_five_minutes_and_spreads() {
+        let wait = |retry, n| backoff(retry, n, "shop/billing").as_secs_f64();
+        for (failures, base) in [(1, 1.0), (2, 2.0), (3, 4.0), (9, 256.0), (10, 300.0), (u32::MAX, 300.0)] {
+            let got = wait(Retry::Transient, failures);
+            assert!(got >= 0.8 * base && got <= 1.2 * base, "{failures}: {got}");
+        }
+        assert!(wait(Retry::Permanent, 1) >= 480.0);
+        assert_ne!(backoff(Retry::Transient, 5, "a"), backoff(Retry::Transient, 5, "b"));
+    }
+
+    #[test]
+    fn durations_as_users_write_them() {
+        assert_eq!(duration("1h30m"), Some(SignedDuration::from_secs(5_400)));
+        assert_eq!(duration("10s"), Some(SignedDuration::from_secs(10)));
+        assert_eq!(duration("250ms"), Some(SignedDuration::from_millis(250)));
+        for bad in ["", "10", "-5s", "ten seconds", "99999999999999999999h"] {
+            assert_eq!(duration(bad), None, "{bad}");
+        }
+    }
+}

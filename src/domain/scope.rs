@@ -1,0 +1,47 @@
+//! Scopes: what a token of the spec asks ZITADEL for, and the audience that it must then carry (zitadel.md §4).
+
+use std::collections::BTreeSet;
+
+use crate::api::service_user::Token;
+
+/// The alias that ZITADEL replaces by the real id of its own project (zitadel.md §4.1).
+pub const ZITADEL_ALIAS: &str = "zitadel";
+
+/// The scopes of `token`, sorted and without doubles, so that their order in the spec decides nothing.
+#[must_use]
+pub fn scopes(token: &Token) -> BTreeSet<String> {
+    let audience = |id: &str| format!("urn:zitadel:iam:org:project:id:{id}:aud");
+    let mut scopes: BTreeSet<String> = token.project_ids.iter().map(|id| audience(id)).collect();
+    if token.zitadel_api == Some(true) {
+        scopes.insert(audience(ZITADEL_ALIAS));
+    }
+    if token.project_roles == Some(true) {
+        scopes.insert("urn:zitadel:iam:org:projects:roles".into());
+    }
+    if let Some(id) = &token.organization_id {
+        scopes.insert(format!("urn:zitadel:iam:org:id:{id}"));
+    }
+    match &token.scopes {
+        Some(further) => scopes.extend(further.iter().cloned()),
+        None => {
+            scopes.insert("openid".into());
+        }
+    }
+    scopes
+}
+
+/// The scope of the operator's own look at the ZITADEL API.
+#[must_use]
+pub fn zitadel_api() -> BTreeSet<String> {
+    BTreeSet::from([format!("urn:zitadel:iam:org:project:id:{ZITADEL_ALIAS}:aud")])
+}
+
+/// The value of the one `scope` field. ZITADEL splits at spaces only (zitadel.md §10.2), so that a scope that holds a
+/// space would be two; such a list is refused here whatever the schema let through.
+#[must_use]
+pub fn field(scopes: &BTreeSet<String>) -> Option<String> {
+    let clean = scopes
+        .iter()
+        .all(|s| !s.is_empty() && s.bytes().all(|b| b.is_ascii_graphic()));
+    clean.then(|| scopes.iter().cloned().collect::<Vec<_>>().join(" "))
+}

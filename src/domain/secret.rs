@@ -1,0 +1,375 @@
+//! The token Secret: what one must look like, whose one is, and whether somebody changed it (design §2.3).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
+
+use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_MANAGED_BY, LABEL_SERVICE_USER, MANAGER};
+use crate::api::service_user::Token;
+use crate::domain::facts::Facts;
+use crate::domain::hash;
+use crate::domain::reason::Reason;
+use crate::domain::record::{Record, VERSION};
+
+/// Kind of the controller that token Secrets belong to.
+pub const OWNER_KIND: &str = "ZitadelServiceUser";
+
+/// A Secret that exists. Values are redacted in `Debug` and zeroized on drop.
+#[derive(Debug)]
+pub struct Existing {
+    /// Its UID.
+    pub uid: String,
+    /// Its version.
+    pub resource_version: String,
+    /// The object that controls it.
+    pub controller: Option<Controller>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its annotations, without the copies of the whole object that tools keep there.
+    pub annotations: BTreeMap<String, String>,
+    /// Its data, decoded.
+    pub data: Arc<BTreeMap<String, SecretSlice<u8>>>,
+    /// Whether its type is `Opaque`.
+    pub opaque: bool,
+    /// Whether it is immutable.
+    pub immutable: bool,
+}
+
+/// The controller in an owner reference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Controller {
+    /// Its kind.
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+}
+
+/// A Secret to delete, guarded by what was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretRef {
+    /// Its name, in the object's namespace.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// Its version.
+    pub resource_version: String,
+}
+
+/// What a write expects to meet: the guard against writing over somebody else's Secret (decision K5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing of that name.
+    Absent,
+    /// This very version.
+    Present {
+        /// Its UID.
+        uid: String,
+        /// Its version.
+        resource_version: String,
+    },
+}
+
+/// A Secret as it is to be.
+#[derive(Debug)]
+pub struct SecretDraft {
+    /// Namespace of the object and its Secret.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Name and UID of the object that controls it.
+    pub owner: (String, String),
+    /// All labels that are ours to set.
+    pub labels: BTreeMap<String, String>,
+    /// All annotations that are ours to set, the record included.
+    pub annotations: BTreeMap<String, String>,
+    /// All data.
+    pub data: BTreeMap<String, SecretString>,
+    /// What must be there.
+    pub seen: Seen,
+}
+
+impl Existing {
+    /// Whether the object of this name and UID may write it.
+    pub fn owned_by(&self, name: &str, uid: &str) -> Result<(), Reason> {
+        match &self.controller {
+            Some(c) if c.uid == uid && self.opaque && !self.immutable => Ok(()),
+            // The object was deleted and made again before garbage collection ran (decision K24).
+            Some(c) if c.uid != uid && c.kind == OWNER_KIND && c.name == name => Err(Reason::SecretBeingReplaced),
+            None if self.opaque
+                && !self.immutable
+                && self.annotations.get(ANNOTATION_ADOPT).is_some_and(|n| n == name) =>
+            {
+                Ok(())
+            }
+            _ => Err(Reason::SecretConflict),
+        }
+    }
+
+    /// The record, if there is one.
+    #[must_use]
+    pub fn record(&self) -> Option<Record> {
+        Record::parse(self.annotations.get(ANNOTATION_RECORD)?)
+    }
+
+    /// The token, if there is text in its place.
+    #[must_use]
+    pub fn token(&self) -> Option<&str> {
+        std::str::from_utf8(self.data.get("token")?.expose_secret()).ok()
+    }
+
+    /// Whether something of `draft` is missing or changed. What others added is theirs.
+    #[must_use]
+    pub fn differs_from(&self, draft: &SecretDraft) -> bool {
+        let missing = |have: &BTreeMap<String, String>, want: &BTreeMap<String, String>| {
+            want.iter().any(|(key, value)| have.get(key) != Some(value))
+        };
+        self.controller.is_none()
+            || missing(&self.labels, &draft.labels)
+            || missing(&self.annotations, &draft.annotations)
+            || draft.data.iter().any(|(key, value)| {
+                self.data
+                    .get(key)
+                    .is_none_or(|have| have.expose_secret() != value.expose_secret().as_bytes())
+            })
+    }
+
+    /// The guard for a write over it.
+    #[must_use]
+    pub fn seen(&self) -> Seen {
+        Seen::Present {
+            uid: self.uid.clone(),
+            resource_version: self.resource_version.clone(),
+        }
+    }
+}
+
+/// Hash of what the spec wants around the token. A key that left the spec must leave the Secret, which a comparison
+/// of what is there cannot see.
+#[must_use]
+pub fn shape(facts: &Facts, token: &Token, issuer: &str) -> String {
+    let secret = &token.secret;
+    let json = serde_json::json!([
+        facts.name(),
+        secret.labels,
+        secret.annotations,
+        secret.template,
+        issuer,
+        audience(token)
+    ]);
+    hash::of([json.to_string().as_bytes()])
+}
+
+/// A record for a token that is being written.
+#[must_use]
+pub fn record(
+    facts: &Facts,
+    inputs: String,
+    shape: String,
+    issued: Timestamp,
+    expires: Timestamp,
+    token: &SecretString,
+) -> Record {
+    Record {
+        v: VERSION,
+        inputs,
+        shape,
+        issued_at: issued,
+        expires_at: expires,
+        request: facts.renew_request().cloned(),
+        content: String::new(),
+    }
+    .sealed(token.expose_secret())
+}
+
+/// Renders the Secret of `token`.
+#[must_use]
+pub fn draft(facts: &Facts, token: &Token, issuer: &str, value: &SecretString, record: &Record) -> SecretDraft {
+    let expires_at = whole_seconds(record.expires_at).to_string();
+    let audience = audience(token);
+    let names = [
+        ("token", value.expose_secret()),
+        ("token_type", "Bearer"),
+        ("expires_at", &expires_at),
+        ("issuer", issuer),
+        ("audience", &audience),
+    ];
+    let mut data: BTreeMap<String, SecretString> = token
+        .secret
+        .template
+        .iter()
+        .map(|(key, text)| (key.clone(), render(text, &names).into()))
+        .collect();
+    for (name, value) in &names[..4] {
+        data.insert((*name).to_owned(), SecretString::from(*value));
+    }
+    let mut labels = token.secret.labels.clone();
+    labels.insert(LABEL_MANAGED_BY.into(), MANAGER.into());
+    labels.insert(LABEL_SERVICE_USER.into(), facts.name().into());
+    let mut annotations = token.secret.annotations.clone();
+    annotations.insert(ANNOTATION_RECORD.into(), record.render());
+    SecretDraft {
+        namespace: facts.namespace().into(),
+        name: token.secret.name.clone(),
+        owner: (facts.name().into(), facts.uid().into()),
+        labels,
+        annotations,
+        data,
+        seen: facts
+            .secrets
+            .get(&token.secret.name)
+            .map_or(Seen::Absent, Existing::seen),
+    }
+}
+
+/// The audience as templates show it: project ids in order, `zitadel` for the API, separated by commas.
+fn audience(token: &Token) -> String {
+    let mut ids = token.project_ids.clone();
+    ids.sort();
+    if token.zitadel_api == Some(true) {
+        ids.push(crate::domain::scope::ZITADEL_ALIAS.into());
+    }
+    ids.join(",")
+}
+
+/// Literal substitution of `{{ name }}`, one pass from left to right, so that nothing that was put in is read again.
+fn render(text: &str, names: &[(&str, &str)]) -> String {
+    let mut out = String::with_capacity(text.len() + 64);
+    let mut rest = text;
+    while let Some(start) = rest.find("{{") {
+        let (before, tail) = rest.split_at(start);
+        out.push_str(before);
+        let found = tail[2..].find("}}").and_then(|end| {
+            let name = tail[2..2 + end].trim();
+            let (_, value) = names.iter().find(|(n, _)| *n == name)?;
+            Some((value, end + 4))
+        });
+        if let Some((value, length)) = found {
+            out.push_str(value);
+            rest = &tail[length..];
+        } else {
+            out.push_str("{{");
+            rest = &tail[2..];
+        }
+    }
+    out + rest
+}
+
+/// Cut to whole seconds, towards earlier, as the Kubernetes API does with times.
+#[must_use]
+pub fn whole_seconds(time: Timestamp) -> Timestamp {
+    time - SignedDuration::from_nanos(time.subsec_nanosecond().rem_euclid(1_000_000_000).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_are_literal_text_with_five_names() {
+        let names = [("token", "{{ issuer }}"), ("issuer", "I")];
+        let table = [
+            ("Bearer {{ token }}", "Bearer {{ issuer }}"),
+            ("{{token}}/{{  issuer  }}", "{{ issuer }}/I"),
+            ("{{ unknown }} {{ issuer }}", "{{ unknown }} I"),
+            ("{{ {{ issuer }} }}", "{{ I }}"),
+            ("{{", "{{"),
+            ("{{ issuer", "{{ issuer"),
+            ("}} ü {{ issuer }}", "}} ü I"),
+            ("{{{{{{", "{{{{{{"),
+            ("", ""),
+        ];
+        for (text, expected) in table {
+            assert_eq!(render(text, &names), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn whose_a_secret_is() {
+        let controller = |kind: &str, name: &str, uid: &str| {
+            Some(Controller {
+                kind: kind.into(),
+                name: name.into(),
+                uid: uid.into(),
+            })
+        };
+        let adopt = BTreeMap::from([(ANNOTATION_ADOPT.to_owned(), "billing".to_owned())]);
+        let none = BTreeMap::new();
+        let table = [
+            (
+                "ours",
+                controller(OWNER_KIND, "billing", "u1"),
+                &none,
+                true,
+                false,
+                Ok(()),
+            ),
+            (
+                "ours, immutable",
+                controller(OWNER_KIND, "billing", "u1"),
+                &none,
+                true,
+                true,
+                Err(Reason::SecretConflict),
+            ),
+            (
+                "ours, of another type",
+                controller(OWNER_KIND, "billing", "u1"),
+                &none,
+                false,
+                false,
+                Err(Reason::SecretConflict),
+            ),
+            (
+                "an earlier object's",
+                controller(OWNER_KIND, "billing", "u0"),
+                &none,
+                true,
+                false,
+                Err(Reason::SecretBeingReplaced),
+            ),
+            (
+                "another object's",
+                controller(OWNER_KIND, "orders", "u2"),
+                &none,
+                true,
+                false,
+                Err(Reason::SecretConflict),
+            ),
+            (
+                "another kind's",
+                controller("Certificate", "billing", "u1x"),
+                &adopt,
+                true,
+                false,
+                Err(Reason::SecretConflict),
+            ),
+            ("nobody's", None, &none, true, false, Err(Reason::SecretConflict)),
+            ("nobody's, to adopt", None, &adopt, true, false, Ok(())),
+            (
+                "nobody's, to adopt, immutable",
+                None,
+                &adopt,
+                true,
+                true,
+                Err(Reason::SecretConflict),
+            ),
+        ];
+        for (name, controller, annotations, opaque, immutable, expected) in table {
+            let existing = Existing {
+                uid: "s".into(),
+                resource_version: "1".into(),
+                controller,
+                labels: BTreeMap::new(),
+                annotations: annotations.clone(),
+                data: Arc::default(),
+                opaque,
+                immutable,
+            };
+            assert_eq!(existing.owned_by("billing", "u1"), expected, "{name}");
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! One HTTP exchange with a ZITADEL host: bounded in time and size, within the host's limits, never redirected.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp, fmt::rfc2822};
+use reqwest::header::{HeaderMap, HeaderName, RETRY_AFTER};
+use reqwest::redirect::Policy;
+use reqwest::{RequestBuilder, Response};
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
+
+use crate::domain::failure::Failure;
+use crate::zitadel::limits::Limits;
+
+/// No answer that we need is longer: a token is at most 64 KiB, a discovery document about 3 KiB.
+const MAX_BODY: usize = 256 * 1024;
+
+/// `Retry-After` is believed up to this.
+const MAX_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
+
+/// In front of a ZITADEL that is dialled by another name, tells which instance is meant (zitadel.md §5.2).
+const INSTANCE_HOST: HeaderName = HeaderName::from_static("x-zitadel-instance-host");
+
+/// A client of one host.
+#[derive(Debug)]
+pub struct Http {
+    client: reqwest::Client,
+    origin: String,
+    instance_host: Option<String>,
+    limits: Arc<Limits>,
+}
+
+/// A complete answer.
+pub struct Answer {
+    /// The HTTP status.
+    pub status: u16,
+    /// `Retry-After` as a moment, capped.
+    pub retry_after: Option<Timestamp>,
+    /// The body, whole.
+    pub body: SecretSlice<u8>,
+    /// When the request went out.
+    pub sent: Timestamp,
+}
+
+impl Http {
+    /// A client that dials `origin` and, if that is not the issuer's own, names `instance_host`.
+    pub fn new(
+        origin: &str,
+        instance_host: Option<String>,
+        timeout: Duration,
+        limits: Arc<Limits>,
+    ) -> Result<Self, Failure> {
+        let client = reqwest::Client::builder()
+            // Proxies come from the instance only, never from the environment (design §2.1).
+            .no_proxy()
+            .redirect(Policy::none())
+            .timeout(timeout)
+            .connect_timeout(timeout)
+            .user_agent(concat!("zitadel-tokens/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|_| Failure::Tls)?;
+        Ok(Self {
+            client,
+            origin: origin.to_owned(),
+            instance_host,
+            limits,
+        })
+    }
+
+    /// GET, with a bearer token if given.
+    pub async fn get(&self, path: &str, bearer: Option<&SecretString>) -> Result<Answer, Failure> {
+        let request = self.client.get(format!("{}{path}", self.origin));
+        self.send(match bearer {
+            Some(token) => request.bearer_auth(token.expose_secret()),
+            None => request,
+        })
+        .await
+    }
+
+    /// POST of a form.
+    pub async fn post(&self, path: &str, form: &[(&str, &str)]) -> Result<Answer, Failure> {
+        self.send(self.client.post(format!("{}{path}", self.origin)).form(form))
+            .await
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Answer, Failure> {
+        let _permit = self.limits.admit().await.ok_or(Failure::Connect)?;
+        let request = match &self.instance_host {
+            Some(host) => request.header(INSTANCE_HOST, host),
+            None => request,
+        };
+        let sent = Timestamp::now();
+        let response = request.send().await.map_err(|e| failure(&e))?;
+        let status = response.status().as_u16();
+        let retry_after = retry_after(response.headers(), sent);
+        let body = body(response).await?;
+        Ok(Answer {
+            status,
+            retry_after,
+            body,
+            sent,
+        })
+    }
+}
+
+async fn body(mut response: Response) -> Result<SecretSlice<u8>, Failure> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|e| failure(&e))? {
+        if body.len() + chunk.len() > MAX_BODY {
+            return Err(Failure::Malformed);
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body.into())
+}
+
+/// What kind of failure it was; the text, which may hold an address or worse, is dropped.
+fn failure(error: &reqwest::Error) -> Failure {
+    if error.is_timeout() {
+        return Failure::Timeout;
+    }
+    let mut cause: Option<&dyn Error> = Some(error);
+    while let Some(e) = cause {
+        if is_tls(e) {
+            return Failure::Tls;
+        }
+        cause = e.source();
+    }
+    if error.is_body() || error.is_decode() {
+        Failure::Malformed
+    } else {
+        Failure::Connect
+    }
+}
+
+/// rustls errors arrive inside an `io::Error`, whose `source()` skips the error itself.
+fn is_tls(error: &(dyn Error + 'static)) -> bool {
+    error.is::<rustls::Error>()
+        || error
+            .downcast_ref::<std::io::Error>()
+            .and_then(std::io::Error::get_ref)
+            .is_some_and(<dyn Error + Send + Sync>::is::<rustls::Error>)
+}
+
+/// RFC 9110 §10.2.3: seconds, or a date.
+fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let at = match text.parse::<u32>() {
+        Ok(seconds) => now + SignedDuration::from_secs(seconds.into()).min(MAX_RETRY_AFTER),
+        Err(_) => rfc2822::parse(text).ok()?.timestamp(),
+    };
+    Some(at.clamp(now, now + MAX_RETRY_AFTER))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_in_seconds_and_as_a_date_capped() {
+        let now: Timestamp = "2026-11-25T12:00:00Z".parse().expect("a time");
+        let table = [
+            ("30", Some(30)),
+            ("0", Some(0)),
+            ("86400", Some(900)),
+            ("Wed, 25 Nov 2026 12:01:00 GMT", Some(60)),
+            ("Wed, 25 Nov 2026 11:00:00 GMT", Some(0)),
+            ("Thu, 26 Nov 2026 12:00:00 GMT", Some(900)),
+            ("soon", None),
+            ("-1", None),
+        ];
+        for (value, seconds) in table {
+            let headers = HeaderMap::from_iter([(RETRY_AFTER, value.parse().expect("a header"))]);
+            let got = retry_after(&headers, now).map(|at| at.as_second() - now.as_second());
+            assert_eq!(got, seconds, "{value}");
+        }
+    }
+}

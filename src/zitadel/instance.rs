@@ -1,0 +1,210 @@
+//! One ZITADEL instance as this process knows it: connection, discovery, and the id of its own project.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::jiff::Timestamp;
+use secrecy::ExposeSecret;
+use serde::Deserialize;
+use tokio::sync::OnceCell;
+
+use crate::domain::answer::{self, TokenAnswer};
+use crate::domain::assertion;
+use crate::domain::failure::Failure;
+use crate::domain::key::ServiceKey;
+use crate::domain::reason::Reason;
+use crate::domain::scope;
+use crate::zitadel::discovery::{self, Discovery};
+use crate::zitadel::http::Http;
+use crate::zitadel::limits::Hosts;
+use crate::zitadel::token;
+
+/// Discovery is asked again after this, when it is needed.
+const DISCOVERY_AGE: Duration = Duration::from_hours(1);
+
+/// Where the management API names the instance's own project (zitadel.md §6.2).
+const IAM_PATH: &str = "/management/v1/iam";
+
+/// How an instance is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The issuer, as tokens and discovery state it.
+    pub issuer: String,
+    /// Where to dial, if not at the issuer.
+    pub endpoint: Option<String>,
+    /// Time for one request.
+    pub timeout: Duration,
+    /// Whether plain http is allowed, to loopback and `*.svc`.
+    pub allow_insecure_http: bool,
+    /// Budget of the dialled host.
+    pub requests_per_second: u32,
+    /// Budget of the dialled host.
+    pub burst: u32,
+    /// Concurrency toward the dialled host.
+    pub max_concurrent_requests: usize,
+}
+
+/// A token as it came, and when it was asked for.
+#[derive(Debug)]
+pub struct Exchanged {
+    /// The answer, not judged yet.
+    pub answer: TokenAnswer,
+    /// When the request went out.
+    pub sent: Timestamp,
+}
+
+/// A connected instance.
+#[derive(Debug)]
+pub struct Instance {
+    settings: Settings,
+    http: Http,
+    discovery: Mutex<Option<(Discovery, Instant)>>,
+    project_id: OnceCell<String>,
+}
+
+impl Instance {
+    /// Prepares the connection; nothing is sent yet.
+    pub fn new(settings: Settings, hosts: &Hosts) -> Result<Self, Failure> {
+        let origin = settings.endpoint.as_deref().unwrap_or(&settings.issuer);
+        let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
+        if scheme != "https" && !(settings.allow_insecure_http && is_near(authority)) {
+            return Err(Reason::InsecureHttp.into());
+        }
+        let limits = hosts.limits(
+            authority,
+            settings.requests_per_second,
+            settings.burst,
+            settings.max_concurrent_requests,
+        );
+        let instance_host = settings
+            .endpoint
+            .is_some()
+            .then(|| settings.issuer.split_once("://").map(|(_, host)| host.to_owned()))
+            .flatten();
+        let http = Http::new(origin, instance_host, settings.timeout, limits)?;
+        Ok(Self {
+            settings,
+            http,
+            discovery: Mutex::default(),
+            project_id: OnceCell::new(),
+        })
+    }
+
+    /// How it is reached.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Asks for the discovery document now.
+    pub async fn discover(&self) -> Result<Discovery, Failure> {
+        let reply = self.http.get(discovery::PATH, None).await?;
+        if reply.status != 200 {
+            return Err(Failure::Status {
+                code: reply.status,
+                error: None,
+                retry_after: reply.retry_after,
+            });
+        }
+        let found = discovery::parse(reply.body.expose_secret(), &self.settings.issuer)?;
+        *self.discovered() = Some((found.clone(), Instant::now()));
+        Ok(found)
+    }
+
+    /// Exchanges an assertion of `key` for a token with these scopes (the value of the `scope` field).
+    pub async fn exchange(&self, key: &ServiceKey, scope: &str) -> Result<Exchanged, Failure> {
+        let known = self.discovered().clone();
+        // Before anything is signed: the issuer must be the one that we know (zitadel.md §5.2).
+        let Discovery { token_path } = match known {
+            Some((known, at)) if at.elapsed() < DISCOVERY_AGE => known,
+            _ => self.discover().await?,
+        };
+        let assertion = assertion::sign(key, &self.settings.issuer, Timestamp::now())?;
+        let (answer, reply) = token::exchange(&self.http, &token_path, &assertion, scope).await?;
+        Ok(Exchanged {
+            answer,
+            sent: reply.sent,
+        })
+    }
+
+    /// The real id of the ZITADEL API's project, if it was learned.
+    #[must_use]
+    pub fn known_project_id(&self) -> Option<&str> {
+        self.project_id.get().map(String::as_str)
+    }
+
+    /// The real id of the ZITADEL API's project: learned once, with the key of whoever is first, from the audience
+    /// of a token that names the alias or, if that token is opaque, from the API, which any user may ask
+    /// (design §3.11).
+    pub async fn project_id(&self, key: &ServiceKey) -> Result<&str, Failure> {
+        self.project_id
+            .get_or_try_init(|| self.learn_project_id(key))
+            .await
+            .map(String::as_str)
+    }
+
+    async fn learn_project_id(&self, key: &ServiceKey) -> Result<String, Failure> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Iam {
+            iam_project_id: String,
+        }
+        let scope = scope::field(&scope::zitadel_api()).ok_or(Failure::Malformed)?;
+        let token = self.exchange(key, &scope).await?.answer.access_token;
+        let id = if let Some(claims) = answer::claims(token.expose_secret()) {
+            claims.only_audience().ok_or(Failure::Malformed)?.to_owned()
+        } else {
+            let reply = self.http.get(IAM_PATH, Some(&token)).await?;
+            if reply.status != 200 {
+                return Err(Failure::Status {
+                    code: reply.status,
+                    error: None,
+                    retry_after: reply.retry_after,
+                });
+            }
+            let iam: Iam = serde_json::from_slice(reply.body.expose_secret()).map_err(|_| Failure::Malformed)?;
+            iam.iam_project_id
+        };
+        if id.is_empty() || id == scope::ZITADEL_ALIAS {
+            return Err(Failure::Malformed);
+        }
+        Ok(id)
+    }
+
+    fn discovered(&self) -> std::sync::MutexGuard<'_, Option<(Discovery, Instant)>> {
+        self.discovery.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether plain http to this `host[:port]` stays on the machine or in the cluster.
+fn is_near(authority: &str) -> bool {
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    host == "localhost"
+        || host.parse::<std::net::Ipv4Addr>().is_ok_and(|ip| ip.is_loopback())
+        || [".svc", ".svc.cluster.local"]
+            .iter()
+            .any(|suffix| host.ends_with(suffix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_http_goes_nowhere_far() {
+        for (authority, near) in [
+            ("127.0.0.1:8080", true),
+            ("localhost", true),
+            ("zitadel.zitadel.svc:8080", true),
+            ("zitadel.zitadel.svc.cluster.local", true),
+            ("auth.example.com", false),
+            ("127.0.0.1.example.com", false),
+            ("evil.svc.example.com", false),
+            ("localhost.example.com:80", false),
+            ("10.0.0.1", false),
+        ] {
+            assert_eq!(is_near(authority), near, "{authority}");
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! A child process whose output is kept.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+/// A running child. Its stdin stays open as long as this value lives; the testbed's parts end when it closes.
+pub struct Running {
+    pub child: Child,
+    name: &'static str,
+    stdin: Option<ChildStdin>,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+/// The folder of each part of the testbed, built if need be.
+pub fn parts() -> serde_json::Value {
+    static PARTS: std::sync::LazyLock<serde_json::Value> = std::sync::LazyLock::new(|| {
+        let build = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/testbed/build");
+        let output = Command::new(build)
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("tests/testbed/build runs");
+        assert!(output.status.success(), "tests/testbed/build failed; see above");
+        serde_json::from_slice(&output.stdout).expect("tests/testbed/build prints JSON")
+    });
+    PARTS.clone()
+}
+
+impl Running {
+    /// Starts `command` and keeps its stderr.
+    pub fn start(name: &'static str, command: &mut Command) -> (Self, impl Read + use<>) {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{name} does not start: {e}"));
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (stderr, kept) = (child.stderr.take().expect("piped"), log.clone());
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                kept.lock().expect("not poisoned").push(line);
+            }
+        });
+        let stdout = child.stdout.take().expect("piped");
+        let stdin = child.stdin.take();
+        (
+            Self {
+                child,
+                name,
+                stdin,
+                log,
+            },
+            stdout,
+        )
+    }
+
+    /// Starts a part of the testbed and reads the one JSON line that it prints when it is ready.
+    pub fn announced(name: &'static str, command: &mut Command) -> (Self, serde_json::Value) {
+        let (running, stdout) = Self::start(name, command);
+        let mut line = String::new();
+        // Without a line it has ended; its log says why.
+        BufReader::new(stdout).read_line(&mut line).expect("readable");
+        let ready = serde_json::from_str(&line).unwrap_or_else(|_| {
+            panic!("{name} did not get ready:\n{}", running.log().join("\n"));
+        });
+        (running, ready)
+    }
+
+    /// What it wrote to stderr so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().expect("not poisoned").clone()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.stdin.take());
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail = &log[log.len().saturating_sub(40)..];
+            eprintln!("--- {}, last lines ---\n{}", self.name, tail.join("\n"));
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The real control plane, one for all tests of a binary.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::LazyLock;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{Patch, PatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+
+use super::child::{Running, parts};
+use super::{EVENTUALLY, audit::Audit};
+
+pub struct Cluster {
+    running: Running,
+    pub kubeconfig: PathBuf,
+    pub kubectl: Option<PathBuf>,
+    pub server: String,
+    pub audit: Audit,
+    pub ready: serde_json::Value,
+}
+
+impl Cluster {
+    /// Starts one. It ends with this value, or with the process.
+    pub fn start() -> Self {
+        let parts = parts();
+        let path = |part: &str| PathBuf::from(parts[part].as_str().expect("a folder"));
+        let (running, ready) = Running::announced(
+            "cluster",
+            Command::new(path("cluster").join("cluster"))
+                .args(["up", "--bin"])
+                .arg(path("controlplane")),
+        );
+        let text = |key: &str| ready[key].as_str().map(PathBuf::from);
+        Self {
+            running,
+            kubeconfig: text("kubeconfig").expect("a kubeconfig"),
+            kubectl: text("kubectl"),
+            server: ready["server"].as_str().expect("an address").to_owned(),
+            audit: Audit::new(text("auditLog").expect("an audit log")),
+            ready,
+        }
+    }
+
+    /// The one that the tests of this binary share, with the CRDs in place.
+    pub fn shared() -> &'static Self {
+        static SHARED: LazyLock<Cluster> = LazyLock::new(|| {
+            let cluster = Cluster::start();
+            std::thread::scope(|scope| {
+                let installed = scope.spawn(|| {
+                    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+                    runtime.block_on(async { install_crds(&cluster.client().await).await });
+                });
+                installed.join().expect("the CRDs are accepted");
+            });
+            cluster
+        });
+        &SHARED
+    }
+
+    /// A client with full rights. One per test: a client belongs to the runtime that made it.
+    pub async fn client(&self) -> Client {
+        // Another test may have been first.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let kubeconfig = Kubeconfig::read_from(&self.kubeconfig).expect("a kubeconfig");
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+            .await
+            .expect("a config");
+        Client::try_from(config).expect("a client")
+    }
+}
+
+/// Installs the CRDs as a user would, from the files in `crds/`, and waits until they are served.
+pub async fn install_crds(client: &Client) {
+    use kube::runtime::wait::{await_condition, conditions::is_crd_established};
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for crd in zitadel_tokens::api::crds() {
+        let name = crd.metadata.name.clone().expect("a name");
+        api.patch(&name, &PatchParams::apply("tests").force(), &Patch::Apply(&crd))
+            .await
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        let established = await_condition(api.clone(), &name, is_crd_established());
+        tokio::time::timeout(EVENTUALLY, established)
+            .await
+            .expect("established in time")
+            .expect("watched");
+    }
+}

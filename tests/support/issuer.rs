@@ -1,0 +1,139 @@
+//! The ZITADEL stand-in, one process for each test, and its control port.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::child::{Running, parts};
+
+pub struct Issuer {
+    running: Running,
+    pub issuer: String,
+    /// PEM of the CA, empty without TLS.
+    pub ca: String,
+    control: String,
+    http: reqwest::Client,
+}
+
+/// One request that the stand-in received.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Recorded {
+    pub seq: u64,
+    pub method: String,
+    pub path: String,
+    pub host: String,
+    pub instance_host: String,
+    pub form: Value,
+    pub assertion: Value,
+    pub user_id: String,
+    pub scopes: Vec<String>,
+    pub status: u16,
+    pub access_token: String,
+}
+
+impl Default for Recorded {
+    fn default() -> Self {
+        serde_json::from_value(
+            json!({"seq": 0, "method": "", "path": "", "host": "", "instanceHost": "", "form": null,
+            "assertion": null, "userId": "", "scopes": [], "status": 0, "accessToken": ""}),
+        )
+        .expect("complete")
+    }
+}
+
+/// What a user of the stand-in is.
+#[derive(Debug, Clone)]
+pub struct User {
+    pub id: String,
+    /// The machine key file, as ZITADEL writes it.
+    pub key: String,
+    pub key_id: String,
+}
+
+impl Issuer {
+    pub fn start(flags: &[&str]) -> Self {
+        let binary = PathBuf::from(parts()["issuer"].as_str().expect("a folder")).join("issuer");
+        let (running, ready) = Running::announced("issuer", Command::new(binary).args(flags));
+        let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        Self {
+            running,
+            issuer: text("issuer"),
+            ca: text("ca"),
+            control: text("control"),
+            http: reqwest::Client::builder().no_proxy().build().expect("a client"),
+        }
+    }
+
+    async fn call(&self, method: reqwest::Method, path: &str, body: Option<Value>) -> Value {
+        let request = self.http.request(method, format!("{}{path}", self.control));
+        let request = match body {
+            Some(body) => request.json(&body),
+            None => request,
+        };
+        let answer = request.send().await.expect("the control port answers");
+        let status = answer.status();
+        let text = answer.text().await.expect("a body");
+        assert!(status.is_success(), "{path}: {status} {text}");
+        serde_json::from_str(&text).unwrap_or(Value::Null)
+    }
+
+    /// Makes a user with one key. `fields` as the control port takes them: tokenType, lifetimeSeconds, roles.
+    pub async fn user(&self, fields: Value) -> User {
+        let user = self.call(reqwest::Method::POST, "/users", Some(fields)).await;
+        let id = user["id"].as_str().expect("an id").to_owned();
+        let (key_id, key) = self.key(&id, json!({})).await;
+        User { id, key, key_id }
+    }
+
+    /// Makes another key: its id and file.
+    pub async fn key(&self, user: &str, fields: Value) -> (String, String) {
+        let key = self
+            .call(reqwest::Method::POST, &format!("/users/{user}/keys"), Some(fields))
+            .await;
+        (key["keyId"].as_str().expect("an id").to_owned(), key.to_string())
+    }
+
+    pub async fn remove_key(&self, user: &str, key: &str) {
+        self.call(reqwest::Method::DELETE, &format!("/users/{user}/keys/{key}"), None)
+            .await;
+    }
+
+    pub async fn change_user(&self, user: &str, fields: Value) {
+        self.call(reqwest::Method::PATCH, &format!("/users/{user}"), Some(fields))
+            .await;
+    }
+
+    pub async fn settings(&self, fields: Value) -> Value {
+        self.call(reqwest::Method::PATCH, "/settings", Some(fields)).await
+    }
+
+    /// Adds a fault; returns its id.
+    pub async fn fault(&self, fields: Value) -> Value {
+        self.call(reqwest::Method::POST, "/faults", Some(fields)).await["id"].clone()
+    }
+
+    pub async fn clear_faults(&self) {
+        self.call(reqwest::Method::DELETE, "/faults", None).await;
+    }
+
+    pub async fn requests(&self) -> Vec<Recorded> {
+        let answer = self.call(reqwest::Method::GET, "/requests", None).await;
+        serde_json::from_value(answer["requests"].clone()).expect("requests")
+    }
+
+    /// Tokens minted for workloads: the operator's own look at the ZITADEL API is not counted.
+    pub async fn mints(&self) -> usize {
+        let counts = self.call(reqwest::Method::GET, "/counts", None).await;
+        let mints = counts["mints"].as_array().cloned().unwrap_or_default();
+        let own = "urn:zitadel:iam:org:project:id:zitadel:aud";
+        let counted = mints
+            .iter()
+            .filter(|m| m["scope"] != own)
+            .filter_map(|m| m["count"].as_u64());
+        usize::try_from(counted.sum::<u64>()).expect("a count")
+    }
+}

@@ -1,0 +1,26 @@
+//! What tests, the demo and the benchmark are made of: a real control plane, the ZITADEL stand-in, the operator as a
+//! child process, and one namespace with an instance of its own for each test.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    clippy::must_use_candidate,
+    reason = "shared by several binaries, none of which uses all of it; helpers fail by panicking"
+)]
+
+pub mod audit;
+pub mod child;
+pub mod cluster;
+pub mod issuer;
+pub mod operator;
+pub mod world;
+
+use std::time::Duration;
+
+/// Longest wait for what the operator does by itself.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// Longest wait for what Kubernetes' own controllers do.
+pub const EVENTUALLY: Duration = Duration::from_secs(60);

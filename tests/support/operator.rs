@@ -1,0 +1,117 @@
+//! The operator, always a real child process.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::child::Running;
+use super::{SOON, cluster::Cluster};
+
+pub struct Operator {
+    running: Running,
+    pub pid: u32,
+}
+
+/// The binary under test: cargo's, or the one beside this executable (the demo is an example, which cargo does not tell).
+pub fn binary() -> PathBuf {
+    if let Some(path) = option_env!("CARGO_BIN_EXE_zitadel-tokens") {
+        return path.into();
+    }
+    let here = std::env::current_exe().expect("a path");
+    let folder = here.ancestors().nth(2).expect("target/PROFILE/examples/demo");
+    folder.join("zitadel-tokens")
+}
+
+impl Operator {
+    /// Starts an operator that serves the instances with this label selector, and waits until it watches.
+    pub async fn start(cluster: &Cluster, selector: &str) -> Self {
+        Self::start_with(&cluster.kubeconfig, selector, &[]).await
+    }
+
+    pub async fn start_with(kubeconfig: &Path, selector: &str, flags: &[&str]) -> Self {
+        // setpriv: a test that is killed takes its operator with it.
+        let (running, _stdout) = Running::start(
+            "operator",
+            Command::new("setpriv")
+                .args(["--pdeathsig", "KILL"])
+                .arg(binary())
+                .args(["run", "--listen", "127.0.0.1:0", "--instance-selector", selector])
+                .args(flags)
+                .env("KUBECONFIG", kubeconfig)
+                .env("RUST_LOG", "debug")
+                .env_remove("POD_NAMESPACE"),
+        );
+        let pid = running.child.id();
+        let mut operator = Self { running, pid };
+        operator.await_line("watching").await;
+        operator
+    }
+
+    /// Waits for a log line that contains `text`.
+    pub async fn await_line(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + SOON;
+        loop {
+            if let Some(line) = self.log().into_iter().find(|l| l.contains(text)) {
+                return line;
+            }
+            let ended = self.running.child.try_wait().expect("a child");
+            assert!(
+                ended.is_none() && Instant::now() < deadline,
+                "no {text:?} in the operator's log ({ended:?})"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn log(&self) -> Vec<String> {
+        self.running.log()
+    }
+
+    /// Address of its HTTP port.
+    pub fn address(&self) -> String {
+        let log = self.log();
+        let line = log
+            .iter()
+            .find(|l| l.contains("address="))
+            .expect("a line with the address");
+        line.split("address=")
+            .nth(1)
+            .expect("an address")
+            .split_whitespace()
+            .next()
+            .expect("an address")
+            .to_owned()
+    }
+
+    /// GET of a path on its HTTP port.
+    pub async fn get(&self, path: &str) -> (u16, String) {
+        let answer = reqwest::get(format!("http://{}{path}", self.address()))
+            .await
+            .expect("an answer");
+        (answer.status().as_u16(), answer.text().await.expect("a body"))
+    }
+
+    /// kill -9.
+    pub fn kill(mut self) {
+        self.running.child.kill().expect("killed");
+        self.running.child.wait().expect("waited for");
+    }
+
+    /// SIGTERM; returns its log when it has ended well.
+    pub async fn terminate(mut self) -> Vec<String> {
+        let killed = Command::new("kill")
+            .arg(self.pid.to_string())
+            .status()
+            .expect("kill runs");
+        assert!(killed.success());
+        let deadline = Instant::now() + SOON;
+        loop {
+            if let Some(status) = self.running.child.try_wait().expect("a child") {
+                assert!(status.success(), "the operator ended with {status}");
+                return self.log();
+            }
+            assert!(Instant::now() < deadline, "the operator did not end after SIGTERM");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}

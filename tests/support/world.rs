@@ -1,0 +1,245 @@
+//! One test's world: a namespace, an issuer, an instance that allows the namespace everything, and an operator that
+//! serves this instance only.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use k8s_openapi::api::core::v1::{Namespace, Secret};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::runtime::wait::await_condition;
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
+
+use super::SOON;
+use super::cluster::Cluster;
+use super::issuer::{Issuer, User};
+use super::operator::Operator;
+
+/// A project whose API is to accept tokens.
+pub const PROJECT: &str = "69234237810729019";
+
+pub struct World {
+    pub cluster: &'static Cluster,
+    pub client: Client,
+    pub issuer: Issuer,
+    /// Name of the namespace, of the instance, and value of the label that the operator selects by.
+    pub name: String,
+}
+
+impl World {
+    /// A new world, without an operator.
+    pub async fn new(test: &str) -> Self {
+        Self::with_issuer(test, Issuer::start(&[])).await
+    }
+
+    pub async fn with_issuer(test: &str, issuer: Issuer) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let cluster = Cluster::shared();
+        let client = cluster.client().await;
+        let name = format!(
+            "{test}-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        let world = Self {
+            cluster,
+            client,
+            issuer,
+            name,
+        };
+        world.namespace(&world.name).await;
+        world
+    }
+
+    pub async fn namespace(&self, name: &str) {
+        let namespace = serde_json::from_value(json!({"metadata": {"name": name}})).expect("a namespace");
+        Api::<Namespace>::all(self.client.clone())
+            .create(&PostParams::default(), &namespace)
+            .await
+            .expect("created");
+    }
+
+    /// Starts an operator for this world.
+    pub async fn operator(&self) -> Operator {
+        Operator::start(self.cluster, &self.selector()).await
+    }
+
+    pub fn selector(&self) -> String {
+        format!("test={}", self.name)
+    }
+
+    /// The spec of an instance that allows this namespace any project and the ZITADEL API.
+    pub fn instance_spec(&self) -> Value {
+        json!({
+            "issuer": self.issuer.issuer,
+            "connection": {"allowInsecureHttp": true},
+            "access": [{
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.name}},
+                "projectIds": ["*"],
+                "zitadelApi": true,
+            }],
+        })
+    }
+
+    /// Creates the instance with [`World::instance_spec`].
+    pub async fn instance(&self) -> ZitadelInstance {
+        self.apply_instance(self.instance_spec()).await.expect("an instance")
+    }
+
+    pub async fn apply_instance(&self, spec: Value) -> kube::Result<ZitadelInstance> {
+        let object = json!({
+            "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance",
+            "metadata": {"name": self.name, "labels": {"test": self.name}}, "spec": spec,
+        });
+        let api = Api::<ZitadelInstance>::all(self.client.clone());
+        api.patch(&self.name, &PatchParams::apply("tests").force(), &Patch::Apply(&object))
+            .await
+    }
+
+    /// Creates a key Secret.
+    pub async fn key_secret(&self, name: &str, user: &User) {
+        self.secret(name, json!({"key.json": user.key})).await;
+    }
+
+    pub async fn secret(&self, name: &str, data: Value) {
+        let object = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data});
+        let params = PatchParams::apply("tests").force();
+        self.secrets()
+            .patch(name, &params, &Patch::Apply(&object))
+            .await
+            .expect("a Secret");
+    }
+
+    /// Applies a service user with this spec; `instanceRef` and `keySecretRef` (Secret `NAME-key`) are filled in.
+    pub async fn service_user(&self, name: &str, spec: Value) -> kube::Result<ZitadelServiceUser> {
+        let mut full = json!({"instanceRef": {"name": self.name}, "keySecretRef": {"name": format!("{name}-key")}});
+        for (key, value) in spec.as_object().expect("an object") {
+            full[key] = value.clone();
+        }
+        let object = json!({
+            "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser",
+            "metadata": {"name": name}, "spec": full,
+        });
+        self.users()
+            .patch(name, &PatchParams::apply("tests").force(), &Patch::Apply(&object))
+            .await
+    }
+
+    /// A user with a key Secret and a service user with one token in the Secret `NAME-token`.
+    pub async fn simple(&self, name: &str, fields: Value) -> User {
+        let user = self.issuer.user(fields).await;
+        self.key_secret(&format!("{name}-key"), &user).await;
+        self.service_user(name, one_token(&format!("{name}-token")))
+            .await
+            .expect("a service user");
+        user
+    }
+
+    pub fn users(&self) -> Api<ZitadelServiceUser> {
+        Api::namespaced(self.client.clone(), &self.name)
+    }
+
+    pub fn secrets(&self) -> Api<Secret> {
+        Api::namespaced(self.client.clone(), &self.name)
+    }
+
+    /// Waits until the service user is as `wanted`.
+    pub async fn user_until(&self, name: &str, wanted: impl Fn(&ZitadelServiceUser) -> bool) -> ZitadelServiceUser {
+        until(self.users(), name, SOON, wanted).await
+    }
+
+    /// Waits until the Ready condition has this status and reason.
+    pub async fn ready(&self, name: &str, status: &str, reason: &str) -> ZitadelServiceUser {
+        self.user_until(name, |user| {
+            condition(user, "Ready").is_some_and(|(s, r, _)| s == status && r == reason)
+                && user.status.as_ref().and_then(|s| s.observed_generation) == user.metadata.generation
+        })
+        .await
+    }
+
+    /// Waits until the Secret is as `wanted`; gives its data.
+    pub async fn secret_until(
+        &self,
+        name: &str,
+        wanted: impl Fn(&BTreeMap<String, String>) -> bool,
+    ) -> BTreeMap<String, String> {
+        data(&until(self.secrets(), name, SOON, |secret| wanted(&data(secret))).await)
+    }
+
+    /// The token in a Secret, once there is one.
+    pub async fn token(&self, secret: &str) -> String {
+        self.secret_until(secret, |data| data.contains_key("token")).await["token"].clone()
+    }
+
+    /// Reconciles a new object after everything before it, and waits for it: what has not happened by then does not
+    /// happen because of what was done before.
+    pub async fn sentinel(&self) {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("sentinel-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let missing = json!({"keySecretRef": {"name": "no-such-key"}, "tokens": one_token("no-such-token")["tokens"]});
+        self.service_user(&name, missing).await.expect("a sentinel");
+        self.ready(&name, "False", "KeySecretMissing").await;
+        self.users()
+            .delete(&name, &DeleteParams::default())
+            .await
+            .expect("deleted");
+    }
+
+    /// The Events on a service user, as `type reason`.
+    pub async fn events(&self, name: &str) -> Vec<String> {
+        let api: Api<k8s_openapi::api::events::v1::Event> = Api::namespaced(self.client.clone(), &self.name);
+        let all = api.list(&ListParams::default()).await.expect("Events");
+        all.into_iter()
+            .filter(|e| e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(name))
+            .map(|e| format!("{} {}", e.type_.unwrap_or_default(), e.reason.unwrap_or_default()))
+            .collect()
+    }
+}
+
+/// A spec with one token for [`PROJECT`].
+pub fn one_token(secret: &str) -> Value {
+    json!({"tokens": [{"name": "main", "projectIds": [PROJECT], "secret": {"name": secret}}]})
+}
+
+/// Waits by a watch until an object is as `wanted`.
+pub async fn until<K>(api: Api<K>, name: &str, limit: Duration, wanted: impl Fn(&K) -> bool) -> K
+where
+    K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
+{
+    let found = await_condition(api.clone(), name, |object: Option<&K>| object.is_some_and(&wanted));
+    match tokio::time::timeout(limit, found).await {
+        Ok(found) => found.expect("watched").expect("there"),
+        Err(_) => {
+            let last = api.get_opt(name).await.expect("readable");
+            panic!(
+                "{} {name} did not become as wanted in {limit:?}: {last:#?}",
+                K::kind(&())
+            );
+        }
+    }
+}
+
+/// Status, reason and message of a condition.
+pub fn condition<'a>(user: &'a ZitadelServiceUser, kind: &str) -> Option<(&'a str, &'a str, &'a str)> {
+    let condition = user.status.as_ref()?.conditions.iter().find(|c| c.type_ == kind)?;
+    Some((&condition.status, &condition.reason, &condition.message))
+}
+
+/// The data of a Secret as text.
+pub fn data(secret: &Secret) -> BTreeMap<String, String> {
+    let data = secret.data.clone().unwrap_or_default();
+    data.into_iter()
+        .map(|(k, v)| (k, String::from_utf8_lossy(&v.0).into_owned()))
+        .collect()
+}
+
+/// The claims of a JWT.
+pub fn claims(token: &str) -> Value {
+    let payload = token.split('.').nth(1).expect("a JWT");
+    serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload).expect("base64url")).expect("claims")
+}

@@ -1,0 +1,134 @@
+// Command cluster starts a real Kubernetes control plane on loopback and ends it when its stdin closes.
+//
+// It prints one JSON line when the API server is ready. It needs only the standard library, so that a change here
+// does not relink the control plane (reference/testbed.md §1).
+//
+//	cluster up --bin DIR    DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"syscall"
+)
+
+func main() {
+	// Pdeathsig is sent when the *thread* that started a child ends: stay on the main one.
+	runtime.LockOSThread()
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "cluster:", err)
+		os.Exit(1)
+	}
+}
+
+// ready is what the one line on stdout says.
+type ready struct {
+	Kubeconfig string         `json:"kubeconfig"`
+	Kubectl    string         `json:"kubectl,omitempty"`
+	Server     string         `json:"server"`
+	AuditLog   string         `json:"auditLog"`
+	Dir        string         `json:"dir"`
+	Ports      map[string]int `json:"ports"`
+	Pids       map[string]int `json:"pids"`
+}
+
+func run(args []string) error {
+	if len(args) == 0 || args[0] != "up" {
+		return errors.New("usage: cluster up --bin DIR")
+	}
+	flags := flag.NewFlagSet("up", flag.ContinueOnError)
+	bin := flags.String("bin", "", "folder with etcd, kube-apiserver and kube-controller-manager")
+	if err := flags.Parse(args[1:]); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "zitadel-tokens-testbed-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+
+	end := make(chan string, 4)
+	go func() {
+		// The parent's death closes the pipe, even after kill -9.
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		end <- ""
+	}()
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	go func() { <-signals; end <- "" }()
+
+	plane, err := start(*bin, dir, end)
+	if plane != nil {
+		defer plane.stop()
+	}
+	if err != nil {
+		return err
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(plane.ready); err != nil {
+		return err
+	}
+	if failed := <-end; failed != "" {
+		return fmt.Errorf("%s ended; its log says:\n%s", failed, tail(filepath.Join(dir, failed+".log"), 20))
+	}
+	return nil
+}
+
+// part is one process of the control plane.
+type part struct {
+	name string
+	cmd  *exec.Cmd
+	done chan struct{}
+}
+
+// launch starts a part; its death is told to end.
+func launch(bin, dir, name string, end chan<- string, args ...string) (*part, error) {
+	log, err := os.Create(filepath.Join(dir, name+".log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	cmd := exec.Command(filepath.Join(bin, name), args...)
+	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	p := &part{name: name, cmd: cmd, done: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait()
+		close(p.done)
+		end <- name
+	}()
+	return p, nil
+}
+
+// tail returns the last lines of a file.
+func tail(path string, lines int) string {
+	file, err := os.Open(path)
+	if err != nil {
+		return err.Error()
+	}
+	defer file.Close()
+	var last []string
+	scanner := bufio.NewScanner(file)
+	scanner.Buffer(nil, 1<<20)
+	for scanner.Scan() {
+		if last = append(last, scanner.Text()); len(last) > lines {
+			last = last[1:]
+		}
+	}
+	out := ""
+	for _, line := range last {
+		out += line + "\n"
+	}
+	return out
+}

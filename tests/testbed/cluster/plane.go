@@ -1,0 +1,215 @@
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// patience bounds the start: 3.5 s on an idle machine of 2 cores, a multiple of that on a busy one.
+const patience = 90 * time.Second
+
+type plane struct {
+	ready ready
+	parts []*part
+}
+
+// start brings up etcd, kube-apiserver and, if it is there, kube-controller-manager. Ports are free when chosen and
+// may be taken a moment later, hence the tries.
+func start(bin, dir string, end chan string) (*plane, error) {
+	var err error
+	for range 3 {
+		var p *plane
+		if p, err = try(bin, dir, end); err == nil {
+			return p, nil
+		}
+		p.stop()
+	drain:
+		for {
+			select {
+			case failed := <-end:
+				if failed == "" {
+					return nil, errors.New("asked to end before the control plane was up")
+				}
+			default:
+				break drain
+			}
+		}
+	}
+	return nil, err
+}
+
+func try(bin, dir string, end chan string) (*plane, error) {
+	p := &plane{}
+	ports, err := freePorts("etcd", "etcd-peer", "kube-apiserver", "kube-controller-manager")
+	if err != nil {
+		return p, err
+	}
+	keys, err := writeKeys(dir)
+	if err != nil {
+		return p, err
+	}
+	at := func(name string) string { return filepath.Join(dir, name) }
+	url := func(scheme, part string) string { return fmt.Sprintf("%s://127.0.0.1:%d", scheme, ports[part]) }
+	p.ready = ready{
+		Kubeconfig: at("kubeconfig"),
+		Server:     url("https", "kube-apiserver"),
+		AuditLog:   at("audit.log"),
+		Dir:        dir,
+		Ports:      ports,
+		Pids:       map[string]int{},
+	}
+	if err := os.RemoveAll(at("etcd")); err != nil {
+		return p, err
+	}
+	files := map[string]string{
+		"audit-policy.yaml": auditPolicy,
+		"tokens.csv":        keys.token + ",admin,admin,system:masters\n",
+		"kubeconfig":        kubeconfig(p.ready.Server, keys),
+	}
+	for name, content := range files {
+		if err := os.WriteFile(at(name), []byte(content), 0o600); err != nil {
+			return p, err
+		}
+	}
+	if kubectl := filepath.Join(bin, "kubectl"); exists(kubectl) {
+		p.ready.Kubectl = kubectl
+	}
+
+	if err := p.launch(bin, dir, "etcd", end,
+		"--data-dir", at("etcd"), "--unsafe-no-fsync",
+		"--listen-client-urls", url("http", "etcd"), "--advertise-client-urls", url("http", "etcd"),
+		"--listen-peer-urls", url("http", "etcd-peer"), "--initial-advertise-peer-urls", url("http", "etcd-peer"),
+		"--initial-cluster", "default="+url("http", "etcd-peer"),
+	); err != nil {
+		return p, err
+	}
+	if err := p.launch(bin, dir, "kube-apiserver", end,
+		"--etcd-servers", url("http", "etcd"),
+		"--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(ports["kube-apiserver"]),
+		// A loopback address is refused here; nobody dials this one.
+		"--advertise-address", "192.0.2.1", "--endpoint-reconciler-type", "none",
+		"--tls-cert-file", at("server.crt"), "--tls-private-key-file", at("server.key"),
+		"--service-account-issuer", "https://kubernetes.default.svc",
+		"--service-account-key-file", at("service-account.key"),
+		"--service-account-signing-key-file", at("service-account.key"),
+		"--service-cluster-ip-range", "10.0.0.0/24", "--allow-privileged",
+		"--authorization-mode", "RBAC", "--token-auth-file", at("tokens.csv"),
+		"--audit-policy-file", at("audit-policy.yaml"), "--audit-log-path", at("audit.log"),
+	); err != nil {
+		return p, err
+	}
+	if err := p.await(dir, url("https", "kube-apiserver")+"/readyz", keys, end); err != nil {
+		return p, err
+	}
+	if exists(filepath.Join(bin, "kube-controller-manager")) {
+		if err := p.launch(bin, dir, "kube-controller-manager", end,
+			"--kubeconfig", at("kubeconfig"),
+			"--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(ports["kube-controller-manager"]),
+			"--controllers", "garbage-collector-controller,namespace-controller,serviceaccount-controller,"+
+				"serviceaccount-token-controller,root-ca-certificate-publisher-controller,clusterrole-aggregation-controller",
+			"--service-account-private-key-file", at("service-account.key"), "--root-ca-file", at("ca.crt"),
+			"--use-service-account-credentials", "--leader-elect=false",
+		); err != nil {
+			return p, err
+		}
+		if err := p.await(dir, url("https", "kube-controller-manager")+"/healthz", keys, end); err != nil {
+			return p, err
+		}
+	}
+	return p, nil
+}
+
+func (p *plane) launch(bin, dir, name string, end chan string, args ...string) error {
+	part, err := launch(bin, dir, name, end, args...)
+	if err != nil {
+		return err
+	}
+	p.parts = append(p.parts, part)
+	p.ready.Pids[name] = part.cmd.Process.Pid
+	return nil
+}
+
+// await polls an endpoint until it answers 200; the death of a part ends the wait at once.
+func (p *plane) await(dir, url string, keys *keys, end chan string) error {
+	// The controller manager serves a certificate of its own; nothing secret goes there.
+	pool := x509.NewCertPool()
+	pool.AddCert(keys.ca)
+	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: pool, InsecureSkipVerify: url[len(url)-8:] == "/healthz"},
+	}}
+	deadline := time.After(patience)
+	for {
+		request, err := http.NewRequest(http.MethodGet, url, nil)
+		if err != nil {
+			return err
+		}
+		if !client.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify {
+			request.Header.Set("Authorization", "Bearer "+keys.token)
+		}
+		if answer, err := client.Do(request); err == nil {
+			answer.Body.Close()
+			if answer.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		select {
+		case failed := <-end:
+			if failed == "" {
+				end <- failed
+				return errors.New("asked to end before the control plane was up")
+			}
+			return fmt.Errorf("%s did not start; its log says:\n%s", failed, tail(filepath.Join(dir, failed+".log"), 20))
+		case <-deadline:
+			last := p.parts[len(p.parts)-1].name
+			return fmt.Errorf("%s is not ready after %s; its log says:\n%s", url, patience, tail(filepath.Join(dir, last+".log"), 20))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// stop ends the parts, the last started first.
+func (p *plane) stop() {
+	if p == nil {
+		return
+	}
+	for i := len(p.parts) - 1; i >= 0; i-- {
+		_ = p.parts[i].cmd.Process.Kill()
+		<-p.parts[i].done
+	}
+}
+
+func freePorts(names ...string) (map[string]int, error) {
+	ports := map[string]int{}
+	for _, name := range names {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		// Held until all are chosen, so that they differ.
+		defer listener.Close()
+		ports[name] = listener.Addr().(*net.TCPAddr).Port
+	}
+	return ports, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// auditPolicy records who did what, without bodies: tests count verbs, and Secrets must not be copied.
+const auditPolicy = `apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived, ResponseStarted]
+rules:
+- level: None
+  nonResourceURLs: ["*"]
+- level: Metadata
+`

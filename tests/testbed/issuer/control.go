@@ -1,0 +1,311 @@
+package main
+
+import (
+	"cmp"
+	"crypto"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const defaultOrganizationID = "401085856582143014"
+
+// noExpiry is what ZITADEL writes for a key that was given no date (zitadel.md §1.1).
+var noExpiry = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+
+// control is the port by which a test arranges the world and looks at what happened.
+type control struct {
+	users *directory
+	keys  keyMaker
+	front *front
+}
+
+func newControl(users *directory, keys keyMaker, front *front) http.Handler {
+	c := &control{users: users, keys: keys, front: front}
+	mux := http.NewServeMux()
+	for pattern, handle := range map[string]func(*http.Request) (any, error){
+		"POST /users":                   c.addUser,
+		"PATCH /users/{id}":             c.changeUser,
+		"DELETE /users/{id}":            c.deleteUser,
+		"POST /users/{id}/keys":         c.addKey,
+		"DELETE /users/{id}/keys/{key}": c.deleteKey,
+		"POST /apps":                    c.addApp,
+		"GET /settings":                 c.settings,
+		"PATCH /settings":               c.changeSettings,
+		"GET /requests":                 c.requests,
+		"DELETE /requests":              c.clearRequests,
+		"GET /counts":                   c.counts,
+		"POST /faults":                  c.addFault,
+		"DELETE /faults/{id}":           c.deleteFault,
+		"DELETE /faults":                c.clearFaults,
+	} {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			body, err := handle(r)
+			switch {
+			case err != nil:
+				writeJSON(w, statusOf(err), map[string]string{"error": err.Error()})
+			case body == nil:
+				w.WriteHeader(http.StatusNoContent)
+			case r.Method == http.MethodPost:
+				writeJSON(w, http.StatusCreated, body)
+			default:
+				writeJSON(w, http.StatusOK, body)
+			}
+		})
+	}
+	return mux
+}
+
+var errNoFault = errors.New("there is no such fault")
+
+func statusOf(err error) int {
+	switch {
+	case errors.Is(err, errNoUser), errors.Is(err, errNoKey), errors.Is(err, errNoFault):
+		return http.StatusNotFound
+	case errors.Is(err, errTaken):
+		return http.StatusConflict
+	}
+	return http.StatusBadRequest
+}
+
+// read decodes a body strictly, so that a misspelt field does not pass for a default. No body means no
+// fields.
+func read(r *http.Request, into any) error {
+	decoder := json.NewDecoder(r.Body)
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(into); err != nil && err != io.EOF {
+		return fmt.Errorf("the body is not understood: %w", err)
+	}
+	if decoder.More() {
+		return errors.New("the body has more than one JSON value")
+	}
+	return nil
+}
+
+func (s userSettings) check() error {
+	switch {
+	case s.Username == "":
+		return errors.New("username must not be empty")
+	case !slices.Contains([]string{stateActive, "inactive", "locked"}, s.State):
+		return errors.New("state must be active, inactive or locked")
+	case s.TokenType != tokenTypeJWT && s.TokenType != tokenTypeBearer:
+		return errors.New("tokenType must be JWT or BEARER")
+	case s.LifetimeSeconds < 0:
+		return errors.New("lifetimeSeconds must not be negative")
+	}
+	return nil
+}
+
+func (c *control) addUser(r *http.Request) (any, error) {
+	var in struct {
+		ID              string              `json:"id"`
+		Username        string              `json:"username"`
+		OrganizationID  string              `json:"organizationId"`
+		TokenType       string              `json:"tokenType"`
+		LifetimeSeconds int64               `json:"lifetimeSeconds"`
+		Roles           map[string][]string `json:"roles"`
+	}
+	if err := read(r, &in); err != nil {
+		return nil, err
+	}
+	if in.ID == "" {
+		in.ID = c.users.newID()
+	}
+	added := user{
+		userSettings: userSettings{
+			Username:        cmp.Or(in.Username, "machine-"+in.ID),
+			State:           stateActive,
+			TokenType:       cmp.Or(in.TokenType, tokenTypeBearer),
+			LifetimeSeconds: in.LifetimeSeconds,
+		},
+		id:             in.ID,
+		organizationID: cmp.Or(in.OrganizationID, defaultOrganizationID),
+		roles:          in.Roles,
+		keys:           map[string]userKey{},
+	}
+	if err := added.check(); err != nil {
+		return nil, err
+	}
+	if err := c.users.addUser(added); err != nil {
+		return nil, err
+	}
+	return map[string]string{"id": added.id, "username": added.Username, "organizationId": added.organizationID}, nil
+}
+
+func (c *control) changeUser(r *http.Request) (any, error) {
+	u, err := c.users.user(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	changed := u.userSettings
+	if err := read(r, &changed); err != nil {
+		return nil, err
+	}
+	if err := changed.check(); err != nil {
+		return nil, err
+	}
+	return changed, c.users.changeUser(u.id, changed)
+}
+
+func (c *control) deleteUser(r *http.Request) (any, error) {
+	return nil, c.users.deleteUser(r.PathValue("id"))
+}
+
+// keyFile is the machine key JSON in ZITADEL's order of fields (zitadel.md §1.1). With a public key of
+// the caller's there is nothing to put into key (§1.3).
+type keyFile struct {
+	Type           string    `json:"type"`
+	KeyID          string    `json:"keyId"`
+	Key            string    `json:"key,omitempty"`
+	ExpirationDate time.Time `json:"expirationDate"`
+	UserID         string    `json:"userId"`
+}
+
+func (c *control) addKey(r *http.Request) (any, error) {
+	var in struct {
+		ExpirationDate time.Time `json:"expirationDate"`
+		PKCS8          bool      `json:"pkcs8"`
+		PublicKey      string    `json:"publicKey"`
+	}
+	if err := read(r, &in); err != nil {
+		return nil, err
+	}
+	if in.PKCS8 && in.PublicKey != "" {
+		return nil, errors.New("pkcs8 and publicKey exclude each other")
+	}
+	if in.ExpirationDate.IsZero() {
+		in.ExpirationDate = noExpiry
+	}
+	public, private, err := c.keyPair(in.PublicKey, in.PKCS8)
+	if err != nil {
+		return nil, err
+	}
+	file := keyFile{
+		Type:           "serviceaccount",
+		KeyID:          c.users.newID(),
+		Key:            private,
+		ExpirationDate: in.ExpirationDate.UTC(),
+		UserID:         r.PathValue("id"),
+	}
+	return file, c.users.addKey(file.UserID, file.KeyID, userKey{public: public, expires: file.ExpirationDate})
+}
+
+// keyPair reads the public key that was given, or makes a pair and returns its private half as PEM.
+func (c *control) keyPair(publicPEM string, pkcs8 bool) (crypto.PublicKey, string, error) {
+	if publicPEM != "" {
+		block, _ := pem.Decode([]byte(publicPEM))
+		if block == nil {
+			return nil, "", errors.New("publicKey is not PEM")
+		}
+		public, err := x509.ParsePKIXPublicKey(block.Bytes)
+		if err != nil {
+			return nil, "", fmt.Errorf("publicKey is not in PKIX format: %w", err)
+		}
+		return public, "", nil
+	}
+	private := c.keys.take()
+	block := &pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)}
+	if pkcs8 {
+		der, err := x509.MarshalPKCS8PrivateKey(private)
+		if err != nil {
+			return nil, "", err
+		}
+		block = &pem.Block{Type: "PRIVATE KEY", Bytes: der}
+	}
+	return private.Public(), string(pem.EncodeToMemory(block)), nil
+}
+
+func (c *control) deleteKey(r *http.Request) (any, error) {
+	return nil, c.users.deleteKey(r.PathValue("id"), r.PathValue("key"))
+}
+
+func (c *control) addApp(r *http.Request) (any, error) {
+	var in struct {
+		ProjectID string `json:"projectId"`
+	}
+	if err := read(r, &in); err != nil {
+		return nil, err
+	}
+	if in.ProjectID == "" {
+		return nil, errors.New("projectId must not be empty")
+	}
+	clientID, secret := c.users.newID(), "secret-"+c.users.newID()
+	c.users.addApp(clientID, app{secret: secret, projectID: in.ProjectID})
+	return map[string]string{"clientId": clientID, "clientSecret": secret}, nil
+}
+
+func (s settings) check() error {
+	switch {
+	case s.Dialect != dialectInvalidGrant && s.Dialect != dialectErrorsInternal:
+		return errors.New("dialect must be " + dialectInvalidGrant + " or " + dialectErrorsInternal)
+	case s.ZitadelProjectID == "":
+		return errors.New("zitadelProjectId must not be empty")
+	case s.LifetimeSeconds <= 0:
+		return errors.New("lifetimeSeconds must be positive")
+	case s.ExternalDomain == "" || strings.ContainsAny(s.ExternalDomain, ":/"):
+		return errors.New("externalDomain must be a host name without scheme and port")
+	}
+	return nil
+}
+
+func (c *control) settings(*http.Request) (any, error) { return c.users.settings(), nil }
+
+func (c *control) changeSettings(r *http.Request) (any, error) {
+	changed := c.users.settings()
+	if err := read(r, &changed); err != nil {
+		return nil, err
+	}
+	if err := changed.check(); err != nil {
+		return nil, err
+	}
+	c.users.setSettings(changed)
+	return changed, nil
+}
+
+func (c *control) requests(r *http.Request) (any, error) {
+	since, err := strconv.ParseInt(cmp.Or(r.URL.Query().Get("since"), "0"), 10, 64)
+	if err != nil {
+		return nil, errors.New("since must be a sequence number")
+	}
+	requests, next := c.front.log.since(since)
+	return map[string]any{"next": next, "requests": requests}, nil
+}
+
+func (c *control) clearRequests(*http.Request) (any, error) {
+	c.front.log.clear()
+	return nil, nil
+}
+
+func (c *control) counts(*http.Request) (any, error) { return c.front.log.counts(), nil }
+
+func (c *control) addFault(r *http.Request) (any, error) {
+	var in fault
+	if err := read(r, &in); err != nil {
+		return nil, err
+	}
+	if err := in.check(); err != nil {
+		return nil, err
+	}
+	return map[string]int{"id": c.front.faults.add(in)}, nil
+}
+
+func (c *control) deleteFault(r *http.Request) (any, error) {
+	id, err := strconv.Atoi(r.PathValue("id"))
+	if err != nil || !c.front.faults.remove(id) {
+		return nil, errNoFault
+	}
+	return nil, nil
+}
+
+func (c *control) clearFaults(*http.Request) (any, error) {
+	c.front.faults.clear()
+	return nil, nil
+}

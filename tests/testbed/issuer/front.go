@@ -1,0 +1,116 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"time"
+)
+
+// front stands between the issuer port and the issuer: it records every request and applies faults.
+type front struct {
+	next   http.Handler
+	users  *directory
+	log    recorder
+	faults faults
+}
+
+func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	request, err := f.log.arrived(r)
+	if err != nil {
+		return // the client left while sending
+	}
+	fault := f.faults.take(request)
+	answer := &answer{header: http.Header{}, status: http.StatusOK}
+	handle := func() {
+		f.next.ServeHTTP(answer, r)
+		f.log.handled(request, answer)
+	}
+
+	if fault.AfterHandling {
+		handle()
+	}
+	if !wait(r.Context(), fault.LatencyMillis) {
+		return
+	}
+	if fault.Hang {
+		<-r.Context().Done()
+		return
+	}
+	if fault.Reset {
+		reset(w)
+		return
+	}
+	if !fault.AfterHandling && !fault.replacesAnswer() {
+		handle()
+	}
+	answer.header.Set("Date", f.users.settings().now().UTC().Format(http.TimeFormat))
+	fault.change(answer)
+	f.log.answered(request, answer)
+
+	var body io.Reader = &answer.body
+	if fault.RepeatBodyBytes > 0 {
+		body = repeated(answer.body.Bytes(), fault.RepeatBodyBytes)
+	}
+	answer.send(r.Context(), w, body, fault.DripMillisPerByte)
+}
+
+// answer is a response that is not sent yet.
+type answer struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
+
+func (a *answer) Header() http.Header            { return a.header }
+func (a *answer) WriteHeader(status int)         { a.status = status }
+func (a *answer) Write(text []byte) (int, error) { return a.body.Write(text) }
+
+func (a *answer) send(ctx context.Context, w http.ResponseWriter, body io.Reader, millisPerByte int64) {
+	for name, values := range a.header {
+		w.Header()[name] = values
+	}
+	w.WriteHeader(a.status)
+	if millisPerByte == 0 {
+		io.Copy(w, body)
+		return
+	}
+	flusher := http.NewResponseController(w)
+	for {
+		if _, err := io.CopyN(w, body, 1); err != nil {
+			return
+		}
+		flusher.Flush()
+		if !wait(ctx, millisPerByte) {
+			return
+		}
+	}
+}
+
+// wait returns false when the client went away first.
+func wait(ctx context.Context, millis int64) bool {
+	if millis == 0 {
+		return true
+	}
+	select {
+	case <-time.After(time.Duration(millis) * time.Millisecond):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// reset closes the connection so that the client sees "connection reset by peer", not an orderly end.
+func reset(w http.ResponseWriter) {
+	connection, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		panic(err) // only HTTP/2, which the issuer port does not speak
+	}
+	if wrapped, isTLS := connection.(interface{ NetConn() net.Conn }); isTLS {
+		connection = wrapped.NetConn()
+	}
+	connection.(*net.TCPConn).SetLinger(0)
+	connection.Close()
+}

@@ -1,0 +1,113 @@
+// Command issuer is a ZITADEL stand-in for tests. It is built on the library that ZITADEL's own token
+// endpoint is made of, and adds what reference/zitadel.md says about ZITADEL, nothing else.
+//
+//	issuer [--listen 127.0.0.1:0] [--tls]
+//
+// It prints one JSON line, {"issuer":URL,"control":URL,"ca":PEM or ""}, and serves until its stdin
+// reaches EOF. What the control port understands is listed in newControl.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "issuer:", err)
+		os.Exit(1)
+	}
+}
+
+// announcement is the one line on stdout by which a test finds the two ports.
+type announcement struct {
+	Issuer  string `json:"issuer"`
+	Control string `json:"control"`
+	CA      string `json:"ca"`
+}
+
+// run serves until the context ends or stdin reaches EOF. A test that is killed closes our stdin, so
+// nothing stays behind.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) error {
+	flags := flag.NewFlagSet("issuer", flag.ContinueOnError)
+	listen := flags.String("listen", "127.0.0.1:0", "address of the issuer port")
+	secure := flags.Bool("tls", false, "serve https on the issuer port")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	host, _, err := net.SplitHostPort(*listen)
+	if err != nil {
+		return err
+	}
+	issuerPort, err := net.Listen("tcp", *listen)
+	if err != nil {
+		return err
+	}
+	defer issuerPort.Close()
+	controlPort, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer controlPort.Close()
+
+	keys := newKeyMaker()
+	users := newDirectory(settings{
+		Dialect:          dialectInvalidGrant,
+		ZitadelProjectID: "401085856582077478",
+		LifetimeSeconds:  43200,
+		ExternalDomain:   host,
+		ExternalSecure:   *secure,
+	})
+	front := &front{next: newIssuer(users, keys), users: users}
+
+	said := announcement{
+		Issuer:  users.settings().origin(issuerPort.Addr().String()),
+		Control: "http://" + controlPort.Addr().String(),
+	}
+	if *secure {
+		certificate, ca, err := newCertificate()
+		if err != nil {
+			return err
+		}
+		said.CA = ca
+		issuerPort = tls.NewListener(issuerPort, &tls.Config{Certificates: []tls.Certificate{certificate}})
+	}
+
+	// HTTP/1.1 only: a reset fault has to own its TCP connection.
+	issuerServer := &http.Server{Handler: front}
+	controlServer := &http.Server{Handler: newControl(users, keys, front)}
+	failed := make(chan error, 2)
+	go func() { failed <- issuerServer.Serve(issuerPort) }()
+	go func() { failed <- controlServer.Serve(controlPort) }()
+	defer issuerServer.Close()
+	defer controlServer.Close()
+
+	if err := json.NewEncoder(stdout).Encode(said); err != nil {
+		return err
+	}
+	left := make(chan struct{})
+	go func() {
+		defer close(left)
+		io.Copy(io.Discard, stdin)
+	}()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-left:
+		return nil
+	case err := <-failed:
+		return errors.Join(errors.New("a port stopped serving"), err)
+	}
+}
