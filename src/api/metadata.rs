@@ -12,7 +12,7 @@ pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// Label of a token Secret: the name of the `ZitadelServiceUser` that it belongs to.
 pub const LABEL_SERVICE_USER: &str = "zitadel-tokens.dev/service-user";
 
-/// Annotation of a token Secret: what was minted, from what, until when ([`crate::domain::record::Record`] as JSON).
+/// Annotation of a token Secret: what was minted, from what, until when (the domain's `Record` as JSON).
 pub const ANNOTATION_RECORD: &str = "zitadel-tokens.dev/record";
 
 /// Annotation of a `ZitadelServiceUser`: an opaque value; a value not served yet asks for new tokens.

@@ -1,2 +1,131 @@
-//! x
-fn main() {}
+//! `make demo`: the main job on this machine, for people who see it for the first time. A real API server, the
+//! manifests of `examples/`, one token, one refresh, everything gone again.
+#![allow(clippy::expect_used, reason = "a demo fails by panicking")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use kube::Api;
+use support::cluster::{Cluster, install_crds};
+use support::issuer::Issuer;
+use support::operator::Operator;
+use support::world::{claims, data, until};
+
+const NAMESPACE: &str = "shop";
+const SECRET: &str = "billing-invoices-token";
+
+#[tokio::main]
+async fn main() {
+    step("a Kubernetes API server (etcd, kube-apiserver, kube-controller-manager)");
+    let cluster = Cluster::start();
+    let client = cluster.client().await;
+
+    step("a ZITADEL stand-in with a service user; its tokens live 20 seconds");
+    let issuer = Issuer::start(&[]);
+    let user = issuer
+        .user(serde_json::json!({"tokenType": "JWT", "lifetimeSeconds": 20}))
+        .await;
+
+    step("kubectl apply: crds/, a key Secret, examples/");
+    install_crds(&client).await;
+    kubectl(&cluster, &["create", "namespace", NAMESPACE], None);
+    kubectl(
+        &cluster,
+        &[
+            "-n",
+            NAMESPACE,
+            "create",
+            "secret",
+            "generic",
+            "billing-key",
+            "--from-file=key.json=/dev/stdin",
+        ],
+        Some(&user.key),
+    );
+    let insecure = format!(
+        "  issuer: {}\n  connection: {{allowInsecureHttp: true}} # loopback, for the demo only",
+        issuer.url
+    );
+    let instance = example("instance.yaml").replace("  issuer: https://auth.example.com", &insecure);
+    kubectl(&cluster, &["apply", "-f", "-"], Some(&instance));
+    kubectl(&cluster, &["apply", "-f", "-"], Some(&example("service-user.yaml")));
+
+    step("the operator starts");
+    let operator = Operator::start(&cluster, "").await;
+    let secrets: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(client.clone(), NAMESPACE);
+    let first = data(
+        &until(secrets.clone(), SECRET, support::SOON, |s| {
+            data(s).contains_key("token")
+        })
+        .await,
+    );
+    let users: Api<zitadel_tokens::api::ZitadelServiceUser> = Api::namespaced(client, NAMESPACE);
+    until(users, "billing", support::SOON, |u| {
+        u.status.as_ref().is_some_and(|s| s.expires_at.is_some())
+    })
+    .await;
+    kubectl(&cluster, &["-n", NAMESPACE, "get", "zsu"], None);
+
+    step("the Secret that a pod mounts");
+    show(&first);
+
+    step("a refresh, well before the token expires");
+    let second = data(&until(secrets, SECRET, support::SOON, |s| data(s)["token"] != first["token"]).await);
+    show(&second);
+    kubectl(&cluster, &["-n", NAMESPACE, "get", "zsu"], None);
+
+    step("everything is torn down");
+    operator.terminate().await;
+    drop(issuer);
+    drop(cluster);
+    println!("\nThat is all. README.md says how to use it on a cluster of yours.");
+}
+
+fn step(text: &str) {
+    println!("==> {text}");
+}
+
+fn example(file: &str) -> String {
+    let path = format!("{}/examples/{file}", env!("CARGO_MANIFEST_DIR"));
+    std::fs::read_to_string(path).expect("an example")
+}
+
+fn show(secret: &std::collections::BTreeMap<String, String>) {
+    for (key, value) in secret {
+        let short = if value.len() > 60 {
+            format!("{}… ({} characters)", &value[..40], value.len())
+        } else {
+            value.clone()
+        };
+        println!("    {key}: {short}");
+    }
+    let claims = claims(&secret["token"]);
+    println!("    its claims: {}", serde_json::to_string(&claims).expect("JSON"));
+}
+
+/// Runs the testbed's kubectl, or the one on the PATH, and shows what it says.
+fn kubectl(cluster: &Cluster, arguments: &[&str], input: Option<&str>) {
+    let binary = cluster.kubectl.clone().unwrap_or_else(|| "kubectl".into());
+    let shown: Vec<&str> = arguments.iter().copied().filter(|a| *a != "-").collect();
+    println!("    $ kubectl {}", shown.join(" "));
+    let mut child = Command::new(binary)
+        .args(arguments)
+        .env("KUBECONFIG", &cluster.kubeconfig)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("kubectl runs");
+    let mut stdin = child.stdin.take().expect("piped");
+    stdin
+        .write_all(input.unwrap_or_default().as_bytes())
+        .expect("kubectl reads");
+    drop(stdin);
+    let output = child.wait_with_output().expect("kubectl ends");
+    assert!(output.status.success(), "kubectl failed");
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        println!("    {line}");
+    }
+}

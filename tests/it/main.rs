@@ -1,8 +1,13 @@
 //! What a user would notice, on a real API server and the ZITADEL stand-in. One control plane for all; each test has
 //! its own namespace, instance, issuer and operator.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]
 mod support;
 
+mod access;
+mod architecture;
+mod failures;
 mod main_job;
+mod schema;
+mod service;

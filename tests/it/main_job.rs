@@ -1,8 +1,13 @@
 //! The main job: one service user's token in a Secret, kept fresh.
 
+use std::collections::BTreeSet;
+
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
-use crate::support::world::{PROJECT, World, claims, condition};
+use crate::support::EVENTUALLY;
+use crate::support::world::{PROJECT, World, claims, condition, one_token, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_with_the_right_audience_is_in_the_secret() {
@@ -15,9 +20,9 @@ async fn a_token_with_the_right_audience_is_in_the_secret() {
     let claims = claims(&data["token"]);
     assert_eq!(claims["aud"], json!([PROJECT]));
     assert_eq!(claims["sub"], json!(user.id));
-    assert_eq!(claims["iss"], json!(world.issuer.issuer));
+    assert_eq!(claims["iss"], json!(world.issuer.url));
     assert_eq!(data["token_type"], "Bearer");
-    assert_eq!(data["issuer"], world.issuer.issuer);
+    assert_eq!(data["issuer"], world.issuer.url);
 
     let object = world.ready("billing", "True", "Issued").await;
     let status = object.status.clone().expect("a status");
@@ -28,4 +33,251 @@ async fn a_token_with_the_right_audience_is_in_the_secret() {
     assert_eq!(condition(&object, "Stalled"), None);
     assert_eq!(condition(&object, "Reconciling"), None);
     assert_eq!(world.issuer.mints().await, 1);
+
+    let secret = world.secrets().get("billing-token").await.expect("a Secret");
+    let owner = &secret.metadata.owner_references.expect("owners")[0];
+    assert_eq!(
+        (owner.kind.as_str(), owner.controller),
+        ("ZitadelServiceUser", Some(true))
+    );
+    assert_eq!(Some(&owner.uid), object.metadata.uid.as_ref());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opaque_token_and_the_zitadel_api() {
+    let world = World::new("opaque").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    // BEARER is what ZITADEL gives a service user unless it is told otherwise.
+    let user = world.issuer.user(json!({"tokenType": "BEARER"})).await;
+    world.key_secret("api-key", &user).await;
+    let spec = json!({"tokens": [{"name": "api", "zitadelApi": true, "scopes": [], "secret": {"name": "api-token"}}]});
+    world.service_user("api", spec).await.expect("accepted");
+
+    let token = world.token("api-token").await;
+    let status = world.ready("api", "True", "Issued").await.status.expect("a status");
+    assert_eq!(status.tokens[0].format.as_deref(), Some("Opaque"));
+    let requests = world.issuer.requests().await;
+    let mint = requests.iter().find(|r| r.access_token == token).expect("the mint");
+    assert_eq!(
+        mint.form["scope"],
+        json!(["urn:zitadel:iam:org:project:id:zitadel:aud"])
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_renewed_before_it_expires_and_minted_once_per_lifetime() {
+    let world = World::new("refresh").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 8}))
+        .await;
+
+    let mut token = world.token("billing-token").await;
+    let mut expires: Timestamp = world.secret_until("billing-token", |_| true).await["expires_at"]
+        .parse()
+        .expect("a time");
+    for _ in 0..3 {
+        let next = world.secret_until("billing-token", |d| d["token"] != token).await;
+        assert!(Timestamp::now() < expires, "the old token had expired");
+        token.clone_from(&next["token"]);
+        expires = next["expires_at"].parse().expect("a time");
+    }
+    let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
+    let line = &status.tokens[0];
+    assert_eq!(
+        line.lifetime_seconds,
+        Some(7),
+        "expires_in is a second less than the lifetime"
+    );
+    assert!(line.renew_at < line.expires_at && line.issued_at < line.renew_at);
+    // The wait above ends with the watch's event, which may come before the fourth token's mint or after the fifth's.
+    let seen = 4;
+    let mints = world.issuer.mints().await;
+    assert!(mints == seen || mints == seen + 1, "{mints} mints for {seen} tokens");
+    // Renewals that go well are no news.
+    assert_eq!(world.events("billing").await, BTreeSet::from(["Normal Issued".into()]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_with_fresh_tokens_mints_and_writes_nothing() {
+    let world = World::new("restart").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    for name in ["one", "two", "three"] {
+        world.simple(name, json!({"tokenType": "JWT"})).await;
+    }
+    for name in ["one", "two", "three"] {
+        world.ready(name, "True", "Issued").await;
+    }
+    operator.kill();
+    let audit = &world.cluster.audit;
+    let written = || {
+        ["zitadelserviceusers/status", "secrets"].map(|resource| {
+            ["update", "patch", "create"]
+                .iter()
+                .map(|verb| audit.count(&world.name, verb, resource))
+                .sum::<usize>()
+        })
+    };
+    let before = written();
+
+    let _operator = world.operator().await;
+    world.sentinel().await;
+    assert_eq!(world.issuer.mints().await, 3);
+    // The sentinel is applied and deleted, and has one status.
+    assert_eq!(written(), [before[0] + 1, before[1]]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_refresh_costs_one_secret_write_and_one_status_write() {
+    let world = World::new("cost").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 3600}))
+        .await;
+    world.ready("billing", "True", "Issued").await;
+    world.sentinel().await;
+    let operators = |verb: &str, resource: &str| {
+        let all = world.cluster.audit.requests(&world.name);
+        all.iter()
+            .filter(|r| r.verb == verb && r.resource == resource && r.name.starts_with("billing") && r.agent != "tests")
+            .count()
+    };
+    let before = (
+        operators("patch", "secrets"),
+        operators("update", "zitadelserviceusers/status"),
+        operators("get", "secrets"),
+    );
+
+    let token = world.token("billing-token").await;
+    let request = json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": "now"}}});
+    world
+        .users()
+        .patch("billing", &PatchParams::default(), &Patch::Merge(&request))
+        .await
+        .expect("annotated");
+    world.secret_until("billing-token", |d| d["token"] != token).await;
+    world.sentinel().await;
+
+    assert_eq!(world.issuer.mints().await, 2, "a request is served once");
+    assert_eq!(operators("patch", "secrets") - before.0, 1);
+    assert_eq!(operators("update", "zitadelserviceusers/status") - before.1, 1);
+    assert_eq!(
+        operators("get", "secrets") - before.2,
+        2,
+        "the key and the token Secret, once: echoes of our own writes wake nobody"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replaced_key_gives_a_new_token_and_a_deleted_secret_comes_back() {
+    let world = World::new("inputs").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let first = world.token("billing-token").await;
+
+    let (key_id, key) = world.issuer.key(&user.id, json!({"pkcs8": true})).await;
+    world.secret("billing-key", json!({"key.json": key})).await;
+    let second = world.secret_until("billing-token", |d| d["token"] != first).await["token"].clone();
+    world
+        .user_until("billing", |u| {
+            u.status.as_ref().and_then(|s| s.key_id.as_deref()) == Some(&*key_id)
+        })
+        .await;
+
+    let old = world.secrets().get("billing-token").await.expect("there").metadata.uid;
+    world
+        .secrets()
+        .delete("billing-token", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    let third = until(world.secrets(), "billing-token", EVENTUALLY, |s| s.metadata.uid != old).await;
+    assert_ne!(String::from_utf8_lossy(&third.data.expect("data")["token"].0), second);
+    assert_eq!(world.issuer.mints().await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drift_around_the_token_is_repaired_without_a_mint_and_an_edited_token_costs_one() {
+    let world = World::new("drift").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let mut spec = one_token("billing-token");
+    spec["tokens"][0]["secret"]["labels"] = json!({"team": "shop"});
+    spec["tokens"][0]["secret"]["template"] = json!({"header": "Authorization: {{ token_type }} {{ token }}"});
+    world.service_user("billing", spec).await.expect("accepted");
+    let token = world.token("billing-token").await;
+
+    let edit = json!({"metadata": {"labels": {"team": "other", "theirs": "stays"}}, "stringData": {"header": "gone"}});
+    world
+        .secrets()
+        .patch("billing-token", &PatchParams::default(), &Patch::Merge(&edit))
+        .await
+        .expect("edited");
+    let wanted = format!("Authorization: Bearer {token}");
+    let repaired = until(world.secrets(), "billing-token", EVENTUALLY, |s| {
+        let labels = s.metadata.labels.clone().unwrap_or_default();
+        labels["team"] == "shop" && crate::support::world::data(s)["header"] == wanted
+    })
+    .await;
+    assert_eq!(repaired.metadata.labels.expect("labels")["theirs"], "stays");
+    assert_eq!(world.issuer.mints().await, 1);
+
+    let edit = json!({"stringData": {"token": "stolen"}});
+    world
+        .secrets()
+        .patch("billing-token", &PatchParams::default(), &Patch::Merge(&edit))
+        .await
+        .expect("edited");
+    let renewed = world.secret_until("billing-token", |d| d["token"] != "stolen").await;
+    assert_ne!(renewed["token"], token);
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_object_and_its_secrets_go_together() {
+    let world = World::new("delete").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let mut two = one_token("billing-token");
+    two["tokens"]
+        .as_array_mut()
+        .expect("a list")
+        .push(json!({"name": "more", "projectIds": ["2"], "secret": {"name": "more-token"}}));
+    world.service_user("billing", two).await.expect("accepted");
+    world.token("more-token").await;
+
+    // An entry that leaves the spec takes its Secret along; the other stays as it is.
+    let kept = world.token("billing-token").await;
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+    gone(&world, "more-token").await;
+    assert_eq!(world.token("billing-token").await, kept);
+
+    world
+        .users()
+        .delete("billing", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    gone(&world, "billing-token").await;
+}
+
+async fn gone(world: &World, secret: &str) {
+    let gone = kube::runtime::wait::await_condition(
+        world.secrets(),
+        secret,
+        |s: Option<&k8s_openapi::api::core::v1::Secret>| s.is_none(),
+    );
+    tokio::time::timeout(EVENTUALLY, gone)
+        .await
+        .expect("gone in time")
+        .expect("watched");
 }

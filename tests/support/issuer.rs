@@ -10,7 +10,8 @@ use super::child::{Running, parts};
 
 pub struct Issuer {
     running: Running,
-    pub issuer: String,
+    /// The issuer, as tokens and discovery name it.
+    pub url: String,
     /// PEM of the CA, empty without TLS.
     pub ca: String,
     control: String,
@@ -18,7 +19,7 @@ pub struct Issuer {
 }
 
 /// One request that the stand-in received.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Recorded {
     pub seq: u64,
@@ -32,16 +33,6 @@ pub struct Recorded {
     pub scopes: Vec<String>,
     pub status: u16,
     pub access_token: String,
-}
-
-impl Default for Recorded {
-    fn default() -> Self {
-        serde_json::from_value(
-            json!({"seq": 0, "method": "", "path": "", "host": "", "instanceHost": "", "form": null,
-            "assertion": null, "userId": "", "scopes": [], "status": 0, "accessToken": ""}),
-        )
-        .expect("complete")
-    }
 }
 
 /// What a user of the stand-in is.
@@ -61,7 +52,7 @@ impl Issuer {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         Self {
             running,
-            issuer: text("issuer"),
+            url: text("issuer"),
             ca: text("ca"),
             control: text("control"),
             http: reqwest::Client::builder().no_proxy().build().expect("a client"),

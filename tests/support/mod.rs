@@ -23,4 +23,4 @@ use std::time::Duration;
 pub const SOON: Duration = Duration::from_secs(30);
 
 /// Longest wait for what Kubernetes' own controllers do.
-pub const EVENTUALLY: Duration = Duration::from_secs(60);
+pub const EVENTUALLY: Duration = Duration::from_mins(1);

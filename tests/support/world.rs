@@ -1,7 +1,7 @@
 //! One test's world: a namespace, an issuer, an instance that allows the namespace everything, and an operator that
 //! serves this instance only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -76,7 +76,7 @@ impl World {
     /// The spec of an instance that allows this namespace any project and the ZITADEL API.
     pub fn instance_spec(&self) -> Value {
         json!({
-            "issuer": self.issuer.issuer,
+            "issuer": self.issuer.url,
             "connection": {"allowInsecureHttp": true},
             "access": [{
                 "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.name}},
@@ -190,8 +190,8 @@ impl World {
             .expect("deleted");
     }
 
-    /// The Events on a service user, as `type reason`.
-    pub async fn events(&self, name: &str) -> Vec<String> {
+    /// The Events on a service user, as `type reason`; repeats are a series of one Event.
+    pub async fn events(&self, name: &str) -> BTreeSet<String> {
         let api: Api<k8s_openapi::api::events::v1::Event> = Api::namespaced(self.client.clone(), &self.name);
         let all = api.list(&ListParams::default()).await.expect("Events");
         all.into_iter()
@@ -212,16 +212,14 @@ where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
 {
     let found = await_condition(api.clone(), name, |object: Option<&K>| object.is_some_and(&wanted));
-    match tokio::time::timeout(limit, found).await {
-        Ok(found) => found.expect("watched").expect("there"),
-        Err(_) => {
-            let last = api.get_opt(name).await.expect("readable");
-            panic!(
-                "{} {name} did not become as wanted in {limit:?}: {last:#?}",
-                K::kind(&())
-            );
-        }
+    if let Ok(found) = tokio::time::timeout(limit, found).await {
+        return found.expect("watched").expect("there");
     }
+    let last = api.get_opt(name).await.expect("readable");
+    panic!(
+        "{} {name} did not become as wanted in {limit:?}: {last:#?}",
+        K::kind(&())
+    );
 }
 
 /// Status, reason and message of a condition.

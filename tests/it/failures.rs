@@ -1,0 +1,135 @@
+//! What goes wrong is told by its own reason, and a valid token stays where it is.
+
+use serde_json::json;
+
+use crate::support::issuer::Issuer;
+use crate::support::world::{World, condition};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_missing_wrong_or_refused() {
+    let world = World::new("keys").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world
+        .service_user("late", crate::support::world::one_token("late-token"))
+        .await
+        .expect("accepted");
+    let object = world.ready("late", "False", "KeySecretMissing").await;
+    assert_eq!(condition(&object, "KeyValid").map(|c| c.0), Some("False"));
+    // The Secret arrives after the object, as in many pipelines.
+    world.key_secret("late-key", &user).await;
+    world.ready("late", "True", "Issued").await;
+
+    let application =
+        json!({"type": "application", "keyId": "1", "key": "x", "appId": "2", "clientId": "3"}).to_string();
+    let (_, expired) = world
+        .issuer
+        .key(&user.id, json!({"expirationDate": "2020-01-01T00:00:00Z"}))
+        .await;
+    let (removed_id, removed) = world.issuer.key(&user.id, json!({})).await;
+    world.issuer.remove_key(&user.id, &removed_id).await;
+    for (name, file, reason) in [
+        ("application", application, "KeyIsApplicationKey"),
+        ("garbage", "{".to_owned(), "KeyInvalid"),
+        ("expired", expired, "KeyExpired"),
+        ("removed", removed, "KeyRejected"),
+    ] {
+        world.secret(&format!("{name}-key"), json!({"key.json": file})).await;
+        world
+            .service_user(name, crate::support::world::one_token(&format!("{name}-token")))
+            .await
+            .expect("accepted");
+        world.ready(name, "False", reason).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_older_dialect_of_a_refused_key_is_told_from_an_outage() {
+    let world = World::new("dialect").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.issuer.settings(json!({"dialect": "errors_internal"})).await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.issuer.remove_key(&user.id, &user.key_id).await;
+    world.key_secret("old-key", &user).await;
+    world
+        .service_user("old", crate::support::world::one_token("old-token"))
+        .await
+        .expect("accepted");
+    world.ready("old", "False", "KeyRejected").await;
+
+    world
+        .issuer
+        .fault(json!({"path": "/.well-known/openid-configuration", "status": 503}))
+        .await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.issuer.remove_key(&user.id, &user.key_id).await;
+    world.key_secret("out-key", &user).await;
+    world
+        .service_user("out", crate::support::world::one_token("out-token"))
+        .await
+        .expect("accepted");
+    world.ready("out", "False", "ServerError").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_a_refresh_fails_the_old_token_stays_and_the_new_one_comes_when_it_can() {
+    let world = World::new("outage").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 20}))
+        .await;
+    let token = world.token("billing-token").await;
+    world
+        .issuer
+        .fault(json!({"path": "/oauth/v2/token", "status": 503}))
+        .await;
+
+    // Ready, because the token is valid; the reason tells that its renewal fails.
+    let object = world.ready("billing", "True", "ServerError").await;
+    assert_eq!(condition(&object, "Stalled"), None);
+    assert!(object.status.expect("a status").tokens[0].failing_since.is_some());
+    assert_eq!(world.token("billing-token").await, token);
+    // It expires: the condition says so, the Secret stays.
+    world.ready("billing", "False", "ServerError").await;
+    assert_eq!(world.token("billing-token").await, token);
+
+    world.issuer.clear_faults().await;
+    world.ready("billing", "True", "Issued").await;
+    assert_ne!(world.token("billing-token").await, token);
+    let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
+    assert_eq!(status.tokens[0].failing_since, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_is_missing_unreachable_or_another() {
+    let world = World::new("instances").await;
+    let _operator = world.operator().await;
+    let mut spec = world.instance_spec();
+    // Nobody listens on the discard port.
+    spec["connection"]["endpoint"] = json!("http://127.0.0.1:9");
+    world.apply_instance(spec.clone()).await.expect("an instance");
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "False", "InstanceUnreachable").await;
+
+    // Another ZITADEL answers there: it does not know the issuer's host.
+    let other = Issuer::start(&[]);
+    other.settings(json!({"externalDomain": "elsewhere.example.com"})).await;
+    spec["connection"]["endpoint"] = json!(other.url);
+    world.apply_instance(spec.clone()).await.expect("an instance");
+    world.ready("billing", "False", "MalformedAnswer").await;
+    assert!(
+        other.requests().await.iter().all(|r| r.path != "/oauth/v2/token"),
+        "no assertion was sent there"
+    );
+
+    // The right one behind another address: the instance header names it.
+    spec["connection"]["endpoint"] = json!(world.issuer.url.replace("127.0.0.1", "localhost"));
+    world.apply_instance(spec).await.expect("an instance");
+    world.ready("billing", "True", "Issued").await;
+    let requests = world.issuer.requests().await;
+    let mint = requests.iter().rfind(|r| r.path == "/oauth/v2/token").expect("a mint");
+    assert_eq!(format!("http://{}", mint.instance_host), world.issuer.url);
+}
