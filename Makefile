@@ -33,7 +33,7 @@ lint: ## Format, clippy, licences, generated files
 	cargo clippy --all-targets -- -D warnings
 	$(MAKE) --no-print-directory deny
 	$(MAKE) --no-print-directory crds docs
-	@git diff --exit-code --stat -- crds docs || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
+	@git diff --exit-code --stat -- crds docs/reasons.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
 
 .PHONY: deny
 deny: $(TOOLS)/bin/cargo-deny

@@ -93,7 +93,7 @@ pub struct Connection {
     #[schemars(range(min = 1, max = 10000))]
     pub burst: Option<i32>,
 
-    /// Requests under way at once. Default 8, measured best on a live server (reference/zitadel.md §10.8).
+    /// Requests under way at once. Default 8: on a live server more made it slower.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 64))]
     pub max_concurrent_requests: Option<i32>,

@@ -17,7 +17,7 @@ use crate::controller::service_user::UnwrittenTokens;
 use crate::controller::triggers::{Cache, Triggers};
 use crate::controller::write::Writer;
 use crate::controller::{Context, instance, service_user};
-use crate::domain::order::{Urgency, urgency};
+use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::http::Probe;
 use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
@@ -37,7 +37,7 @@ pub struct Arguments {
     #[arg(long, env, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
 
-    /// Objects that are worked on at once.
+    /// Objects that are worked on at once; those of one instance have a quarter of it.
     #[arg(long, env, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     concurrent: u16,
 
@@ -79,11 +79,23 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
     let address = listener.local_addr().map_err(|e| e.to_string())?;
 
     let cache = Arc::new(Cache::default());
-    let users = Arc::new(Queue::new(arguments.concurrent.into(), {
+    let all = usize::from(arguments.concurrent);
+    let slots = Slots {
+        all,
+        per_instance: (all / 4).max(1),
+    };
+    let users = Arc::new(Queue::new(slots, {
         let cache = cache.clone();
-        Box::new(move |id| cache.user(id).map_or(Urgency::Retry, |user| urgency(&user)))
+        Box::new(move |id| match cache.user(id) {
+            Some(user) => (urgency(&user), user.spec.instance_ref.name.as_str().into()),
+            None => (Urgency::Retry, "".into()),
+        })
     }));
-    let instances = Arc::new(Queue::new(8, Box::new(|_| Urgency::Newcomer)));
+    let few = Slots {
+        all: 8,
+        per_instance: 1,
+    };
+    let instances = Arc::new(Queue::new(few, Box::new(|id| (Urgency::Newcomer, id.name.clone()))));
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone()));
     let context = Arc::new(Context {
         writer: Writer::new(client.clone(), Fence::always_ours()),

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use crate::domain::facts::ObjectRef;
-use crate::domain::order::{Urgency, Waiting};
+use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Retry;
 use crate::domain::report::Wake;
 use crate::domain::schedule::backoff;
@@ -22,15 +22,15 @@ use crate::ops::shutdown::Shutdown;
 /// clock jumps, so that no sleep is trusted for long (decision K18).
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
-/// Says how urgent an object is that has not failed.
-pub type UrgencyOf = Box<dyn Fn(&ObjectRef) -> Urgency + Send + Sync>;
+/// Where an object belongs that has not failed: its urgency, and the name of its instance.
+pub type RankOf = Box<dyn Fn(&ObjectRef) -> (Urgency, Arc<str>) + Send + Sync>;
 
 /// Objects, and when they are due.
 pub struct Queue {
     state: Mutex<State>,
     changed: Notify,
-    slots: usize,
-    urgency: UrgencyOf,
+    slots: Slots,
+    rank: RankOf,
 }
 
 #[derive(Default)]
@@ -62,21 +62,21 @@ pub struct Turn {
 }
 
 impl Queue {
-    /// A queue for at most `slots` passes at once.
+    /// A queue for at most so many passes at once.
     #[must_use]
-    pub fn new(slots: usize, urgency: UrgencyOf) -> Self {
+    pub fn new(slots: Slots, rank: RankOf) -> Self {
         Self {
             state: Mutex::default(),
             changed: Notify::new(),
             slots,
-            urgency,
+            rank,
         }
     }
 
     /// Something that decides about `id` changed. `version` is the resource version of what changed, if it has one: a
     /// version that we wrote ourselves wakes nobody.
     pub fn wake(&self, id: &ObjectRef, version: Option<&str>) {
-        let urgency = (self.urgency)(id);
+        let (urgency, instance) = (self.rank)(id);
         let mut state = self.lock();
         let state = &mut *state;
         let entry = state.entries.entry(id.clone()).or_default();
@@ -91,7 +91,7 @@ impl Queue {
         }
         // A change of input begins the back-off anew.
         entry.failures = 0;
-        state.waiting.push(id, urgency);
+        state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
     }
 
@@ -143,8 +143,7 @@ impl Queue {
             let turn = tokio::select! {
                 biased;
                 () = shutdown.requested() => break,
-                _ = running.join_next(), if running.len() >= self.slots => continue,
-                turn = self.next(), if running.len() < self.slots => turn,
+                turn = self.next() => turn,
             };
             let pass = AssertUnwindSafe(tokio::time::timeout(limit, pass(turn.id.clone()))).catch_unwind();
             running.spawn(async move {
@@ -168,13 +167,10 @@ impl Queue {
         {
             if let Some(entry) = state.entries.get_mut(&id) {
                 entry.timer = None;
-                let urgency = if entry.failures > 0 {
-                    Urgency::Retry
-                } else {
-                    (self.urgency)(&id)
-                };
+                let (urgency, instance) = (self.rank)(&id);
+                let urgency = if entry.failures > 0 { Urgency::Retry } else { urgency };
                 if !entry.running {
-                    state.waiting.push(&id, urgency);
+                    state.waiting.push(&id, urgency, &instance);
                 }
             }
         }
@@ -232,7 +228,7 @@ impl Turn {
     fn end(&mut self, mut done: Done) {
         self.ended = true;
         let now = Timestamp::now();
-        let urgency = (self.queue.urgency)(&self.id);
+        let (urgency, instance) = (self.queue.rank)(&self.id);
         let mut state = self.queue.lock();
         let state = &mut *state;
         state.waiting.finished(&self.id);
@@ -264,7 +260,7 @@ impl Turn {
             }
         } else {
             entry.failures = 0;
-            state.waiting.push(&self.id, urgency);
+            state.waiting.push(&self.id, urgency, &instance);
         }
         self.queue.changed.notify_one();
     }
@@ -283,7 +279,11 @@ mod tests {
     use super::*;
 
     fn queue() -> Arc<Queue> {
-        Arc::new(Queue::new(4, Box::new(|_| Urgency::Newcomer)))
+        let slots = Slots {
+            all: 4,
+            per_instance: 4,
+        };
+        Arc::new(Queue::new(slots, Box::new(|_| (Urgency::Newcomer, "main".into()))))
     }
 
     fn id(name: &str) -> ObjectRef {

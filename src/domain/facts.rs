@@ -124,15 +124,15 @@ impl Facts {
         annotations.get(crate::api::metadata::ANNOTATION_RENEW_REQUEST)
     }
 
-    /// What the record in the token's Secret says, whatever the inputs are today.
+    /// What the record in the token's Secret says, whatever the inputs are today; nothing if record or token was edited.
     #[must_use]
     pub fn recorded(&self, token: &Token) -> Option<Held> {
         let existing = self.secrets.get(&token.secret.name)?;
         existing.owned_by(self.name(), self.uid()).ok()?;
-        let record = existing.record()?;
-        Some(Held {
+        let (record, value) = (existing.record()?, existing.token()?);
+        record.vouches_for(value).then(|| Held {
             schedule: self.schedule(token, record.issued_at, record.expires_at),
-            format: Format::of(existing.token()?),
+            format: Format::of(value),
         })
     }
 

@@ -5,6 +5,8 @@ pub mod answer;
 pub mod assertion;
 pub mod facts;
 pub mod failure;
+#[cfg(test)]
+mod fixtures;
 pub mod hash;
 pub mod instance;
 pub mod key;

@@ -1,10 +1,13 @@
 //! Who is served next: urgency of an object, and the fair order among all that wait (design §3.6).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
+use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
 
 use crate::api::ZitadelServiceUser;
+use crate::api::service_user::TokenStatus;
 use crate::domain::facts::ObjectRef;
 
 /// How urgent an object is.
@@ -23,7 +26,7 @@ pub enum Urgency {
 pub fn urgency(user: &ZitadelServiceUser) -> Urgency {
     let status = user.status.as_ref();
     let tokens = status.map(|s| s.tokens.as_slice()).unwrap_or_default();
-    let critical = |t: &crate::api::service_user::TokenStatus| {
+    let critical = |t: &TokenStatus| {
         let (renew, expires) = (t.renew_at.as_ref()?.0, t.expires_at.as_ref()?.0);
         Some(expires - expires.duration_since(renew) / 3)
     };
@@ -34,82 +37,123 @@ pub fn urgency(user: &ZitadelServiceUser) -> Urgency {
     }
 }
 
+/// How many passes run at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Slots {
+    /// All together.
+    pub all: usize,
+    /// For the objects of one instance. Passes wait for the instance's budget in the order in which they began, so
+    /// that few may begin: whoever waits here still has its rank. And a slow instance cannot take every slot.
+    pub per_instance: usize,
+}
+
 /// All objects that wait for a pass. Namespaces take turns in every class; within one, the earliest goes first.
 #[derive(Debug, Default)]
 pub struct Waiting {
-    lanes: HashMap<std::sync::Arc<str>, Lane>,
-    urgencies: HashMap<ObjectRef, (Urgency, u64)>,
+    lanes: HashMap<Lane, BTreeSet<Entry>>,
+    entries: HashMap<ObjectRef, (Lane, Urgency, u64)>,
+    running: HashMap<ObjectRef, Lane>,
+    by_namespace: HashMap<Arc<str>, usize>,
+    by_instance: HashMap<Arc<str>, usize>,
+    by_lane: HashMap<Lane, usize>,
+    last_turns: HashMap<Arc<str>, u64>,
     arrivals: u64,
     turns: u64,
 }
 
-#[derive(Debug, Default)]
+/// Objects of one namespace and one instance.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Lane {
-    waiting: BTreeSet<(Urgency, u64, ObjectRef)>,
-    running: usize,
-    last_turn: u64,
+    namespace: Arc<str>,
+    instance: Arc<str>,
 }
 
+type Entry = (Urgency, u64, ObjectRef);
+
 impl Waiting {
-    /// Adds an object, or changes its urgency; its place among equals stays.
-    pub fn push(&mut self, id: &ObjectRef, urgency: Urgency) {
-        let arrival = match self.urgencies.get(id) {
-            Some((same, _)) if *same == urgency => return,
-            Some((old, arrival)) => {
-                let (old, arrival) = (*old, *arrival);
-                if let Some(lane) = self.lanes.get_mut(&id.namespace) {
-                    lane.waiting.remove(&(old, arrival, id.clone()));
-                }
-                arrival
-            }
-            None => {
-                self.arrivals += 1;
-                self.arrivals
-            }
+    /// Adds an object of `instance`, or changes its urgency; its place among equals stays.
+    pub fn push(&mut self, id: &ObjectRef, urgency: Urgency, instance: &Arc<str>) {
+        let lane = Lane {
+            namespace: id.namespace.clone(),
+            instance: instance.clone(),
         };
-        self.urgencies.insert(id.clone(), (urgency, arrival));
-        let lane = self.lanes.entry(id.namespace.clone()).or_default();
-        lane.waiting.insert((urgency, arrival, id.clone()));
+        let arrival = match self.entries.get(id) {
+            Some((same, equal, _)) if *same == lane && *equal == urgency => return,
+            Some((_, _, arrival)) => *arrival,
+            None => self.arrivals + 1,
+        };
+        self.arrivals = self.arrivals.max(arrival);
+        self.remove(id);
+        self.entries.insert(id.clone(), (lane.clone(), urgency, arrival));
+        self.lanes
+            .entry(lane)
+            .or_default()
+            .insert((urgency, arrival, id.clone()));
     }
 
     /// Takes the next object: an urgent refresh, then a newcomer, then a refresh, then a retry; in each class the
-    /// namespace whose last turn is longest ago. While others wait, a namespace has at most half of `slots`.
-    pub fn pop(&mut self, now: Timestamp, slots: usize) -> Option<ObjectRef> {
-        let others_wait = self.lanes.values().filter(|l| !l.waiting.is_empty()).count() > 1;
-        let best = self
-            .lanes
-            .values()
-            .filter(|lane| !others_wait || lane.running * 2 < slots.max(2))
-            .filter_map(|lane| Some((lane.best(now)?, lane.last_turn)))
-            .min_by(|((rank_a, a), turn_a), ((rank_b, b), turn_b)| (rank_a, turn_a, a).cmp(&(rank_b, turn_b, b)))
-            .map(|((_, entry), _)| entry.clone())?;
-        self.turns += 1;
-        let id = best.2.clone();
-        self.urgencies.remove(&id);
-        if let Some(lane) = self.lanes.get_mut(&id.namespace) {
-            lane.waiting.remove(&best);
-            lane.running += 1;
-            lane.last_turn = self.turns;
+    /// namespace whose last turn is longest ago. While others wait, a namespace has at most half of the slots, of all and
+    /// of the instance's.
+    pub fn pop(&mut self, now: Timestamp, slots: Slots) -> Option<ObjectRef> {
+        if self.running.len() >= slots.all {
+            return None;
         }
+        let mut namespaces = self.lanes.keys().map(|lane| &lane.namespace);
+        let first = namespaces.next();
+        let others_wait = namespaces.any(|namespace| Some(namespace) != first);
+        let open = |lane: &Lane| {
+            let crowded = others_wait && count(&self.by_namespace, &lane.namespace) * 2 >= slots.all.max(2);
+            // The same within the instance's share: with one instance that share is all there is.
+            let rivals = self
+                .lanes
+                .keys()
+                .any(|l| l.instance == lane.instance && l.namespace != lane.namespace);
+            let crowded_there = rivals && count(&self.by_lane, lane) * 2 >= slots.per_instance.max(2);
+            !crowded && !crowded_there && count(&self.by_instance, &lane.instance) < slots.per_instance
+        };
+        let ranked = self
+            .lanes
+            .iter()
+            .filter(|(lane, _)| open(lane))
+            .filter_map(|(lane, waiting)| {
+                let (rank, entry) = best(waiting, now)?;
+                let turn = self.last_turns.get(&lane.namespace).copied().unwrap_or(0);
+                Some((rank, turn, entry, lane))
+            });
+        let (_, _, (_, _, id), lane) = ranked.min_by(|a, b| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))?;
+        let (id, lane) = (id.clone(), lane.clone());
+        self.remove(&id);
+        self.turns += 1;
+        self.last_turns.insert(lane.namespace.clone(), self.turns);
+        *self.by_namespace.entry(lane.namespace.clone()).or_default() += 1;
+        *self.by_instance.entry(lane.instance.clone()).or_default() += 1;
+        *self.by_lane.entry(lane.clone()).or_default() += 1;
+        self.running.insert(id.clone(), lane);
         Some(id)
     }
 
     /// The object's pass has ended.
     pub fn finished(&mut self, id: &ObjectRef) {
-        if let Some(lane) = self.lanes.get_mut(&id.namespace) {
-            lane.running = lane.running.saturating_sub(1);
-            if lane.running == 0 && lane.waiting.is_empty() {
-                self.lanes.remove(&id.namespace);
-            }
+        let Some(lane) = self.running.remove(id) else { return };
+        leave(&mut self.by_namespace, &lane.namespace);
+        leave(&mut self.by_instance, &lane.instance);
+        leave(&mut self.by_lane, &lane);
+        let idle = !self.by_namespace.contains_key(&lane.namespace);
+        if idle && !self.lanes.keys().any(|l| l.namespace == lane.namespace) {
+            self.last_turns.remove(&lane.namespace);
         }
     }
 
-    /// Forgets an object that is gone.
+    /// Forgets an object that waits.
     pub fn remove(&mut self, id: &ObjectRef) {
-        if let Some((urgency, arrival)) = self.urgencies.remove(id)
-            && let Some(lane) = self.lanes.get_mut(&id.namespace)
-        {
-            lane.waiting.remove(&(urgency, arrival, id.clone()));
+        let Some((lane, urgency, arrival)) = self.entries.remove(id) else {
+            return;
+        };
+        if let Some(waiting) = self.lanes.get_mut(&lane) {
+            waiting.remove(&(urgency, arrival, id.clone()));
+            if waiting.is_empty() {
+                self.lanes.remove(&lane);
+            }
         }
     }
 
@@ -117,7 +161,7 @@ impl Waiting {
     #[must_use]
     pub fn depth(&self) -> BTreeMap<&'static str, usize> {
         let mut depth = BTreeMap::from([("newcomer", 0), ("refresh", 0), ("retry", 0)]);
-        for (urgency, _) in self.urgencies.values() {
+        for (_, urgency, _) in self.entries.values() {
             let class = match urgency {
                 Urgency::Newcomer => "newcomer",
                 Urgency::Refresh(_) => "refresh",
@@ -129,22 +173,33 @@ impl Waiting {
     }
 }
 
-impl Lane {
-    /// The lane's best and its rank. The set is ordered newcomers, refreshes by time, retries; an urgent refresh is
-    /// looked for at the head of the refreshes.
-    fn best(&self, now: Timestamp) -> Option<(u8, &(Urgency, u64, ObjectRef))> {
-        let first = self.waiting.first()?;
-        let refresh = self
-            .waiting
-            .range((Urgency::Refresh(Timestamp::MIN), 0, ObjectRef::new("", ""))..)
-            .next();
-        match refresh {
-            Some(entry @ (Urgency::Refresh(critical), _, _)) if *critical <= now => Some((0, entry)),
-            _ => Some(match first.0 {
-                Urgency::Newcomer => (1, first),
-                Urgency::Refresh(_) => (2, first),
-                Urgency::Retry => (3, first),
-            }),
+/// The best of a lane and its rank. The set is ordered newcomers, refreshes by time, retries; an urgent refresh is
+/// looked for at the head of the refreshes.
+fn best(waiting: &BTreeSet<Entry>, now: Timestamp) -> Option<(u8, &Entry)> {
+    let head = (Urgency::Refresh(Timestamp::MIN), 0, ObjectRef::new("", ""));
+    if let Some(entry @ (Urgency::Refresh(critical), _, _)) = waiting.range(head..).next()
+        && *critical <= now
+    {
+        return Some((0, entry));
+    }
+    let first = waiting.first()?;
+    let rank = match first.0 {
+        Urgency::Newcomer => 1,
+        Urgency::Refresh(_) => 2,
+        Urgency::Retry => 3,
+    };
+    Some((rank, first))
+}
+
+fn count<K: Eq + Hash>(counts: &HashMap<K, usize>, key: &K) -> usize {
+    counts.get(key).copied().unwrap_or(0)
+}
+
+fn leave<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
         }
     }
 }
@@ -153,23 +208,38 @@ impl Lane {
 mod tests {
     use super::*;
 
+    const MANY: Slots = Slots {
+        all: 100,
+        per_instance: 100,
+    };
+
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).expect("in range")
     }
 
+    fn push(waiting: &mut Waiting, namespace: &str, name: &str, urgency: Urgency, instance: &str) {
+        waiting.push(&ObjectRef::new(namespace, name), urgency, &instance.into());
+    }
+
     fn drain(waiting: &mut Waiting, now: Timestamp) -> Vec<String> {
         let mut order = Vec::new();
-        while let Some(id) = waiting.pop(now, 100) {
+        while let Some(id) = waiting.pop(now, MANY) {
             waiting.finished(&id);
             order.push(id.to_string());
         }
         order
     }
 
+    fn take(waiting: &mut Waiting, slots: Slots) -> Vec<String> {
+        std::iter::from_fn(|| waiting.pop(at(0), slots))
+            .map(|id| id.to_string())
+            .collect()
+    }
+
     #[test]
     fn classes_then_namespaces_in_turn_then_time() {
         let mut waiting = Waiting::default();
-        for (ns, name, urgency) in [
+        for (namespace, name, urgency) in [
             ("a", "retry", Urgency::Retry),
             ("a", "due-late", Urgency::Refresh(at(300))),
             ("a", "due-soon", Urgency::Refresh(at(200))),
@@ -179,7 +249,7 @@ mod tests {
             ("b", "new", Urgency::Newcomer),
             ("b", "due", Urgency::Refresh(at(400))),
         ] {
-            waiting.push(&ObjectRef::new(ns, name), urgency);
+            push(&mut waiting, namespace, name, urgency, "main");
         }
         assert_eq!(
             drain(&mut waiting, at(100)),
@@ -200,29 +270,52 @@ mod tests {
     fn one_namespace_has_half_of_the_slots_while_others_wait() {
         let mut waiting = Waiting::default();
         for i in 0..10 {
-            waiting.push(&ObjectRef::new("noisy", &i.to_string()), Urgency::Newcomer);
+            push(&mut waiting, "noisy", &i.to_string(), Urgency::Newcomer, "main");
         }
         for i in 0..3 {
-            waiting.push(&ObjectRef::new("quiet", &i.to_string()), Urgency::Retry);
+            push(&mut waiting, "quiet", &i.to_string(), Urgency::Retry, "main");
         }
-        let taken: Vec<String> = std::iter::from_fn(|| waiting.pop(at(0), 4))
-            .take(4)
-            .map(|id| id.namespace.to_string())
-            .collect();
-        assert_eq!(taken, ["noisy", "noisy", "quiet", "quiet"]);
+        let slots = Slots {
+            all: 16,
+            per_instance: 4,
+        };
+        assert_eq!(take(&mut waiting, slots), ["noisy/0", "noisy/1", "quiet/0", "quiet/1"]);
+    }
+
+    #[test]
+    fn one_instance_has_its_share_and_the_others_go_on() {
+        let mut waiting = Waiting::default();
+        for i in 0..5 {
+            push(&mut waiting, "a", &format!("slow-{i}"), Urgency::Newcomer, "slow");
+        }
+        push(&mut waiting, "a", "fast", Urgency::Retry, "fast");
+        let slots = Slots {
+            all: 10,
+            per_instance: 2,
+        };
+        assert_eq!(take(&mut waiting, slots), ["a/slow-0", "a/slow-1", "a/fast"]);
+        waiting.finished(&ObjectRef::new("a", "slow-0"));
+        assert_eq!(take(&mut waiting, slots), ["a/slow-2"]);
     }
 
     #[test]
     fn a_pushed_object_waits_once() {
         let mut waiting = Waiting::default();
-        let id = ObjectRef::new("a", "x");
-        waiting.push(&id, Urgency::Retry);
-        waiting.push(&id, Urgency::Newcomer);
-        waiting.push(&id, Urgency::Newcomer);
+        for (urgency, instance) in [
+            (Urgency::Retry, "x"),
+            (Urgency::Newcomer, "x"),
+            (Urgency::Newcomer, "y"),
+        ] {
+            push(&mut waiting, "a", "x", urgency, instance);
+        }
         assert_eq!(waiting.depth()["newcomer"], 1);
         assert_eq!(drain(&mut waiting, at(0)), ["a/x"]);
-        waiting.push(&id, Urgency::Retry);
-        waiting.remove(&id);
+        push(&mut waiting, "a", "x", Urgency::Retry, "x");
+        waiting.remove(&ObjectRef::new("a", "x"));
         assert!(drain(&mut waiting, at(0)).is_empty());
+        assert!(
+            waiting.lanes.is_empty() && waiting.last_turns.is_empty(),
+            "nothing is kept for who is gone"
+        );
     }
 }

@@ -82,7 +82,9 @@ fn admit<'a>(facts: &'a Facts, token: &Token) -> Result<Admitted<'a>, Reason> {
         token,
         facts.zitadel_project_id.as_deref(),
     )?;
-    let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
+    let scope = scope::field(&scope::scopes(token))
+        .filter(|_| scope::well_formed(token))
+        .ok_or(Reason::InvalidSpec)?;
     let existing = facts.secrets.get(&token.secret.name);
     if let Some(existing) = existing {
         existing.owned_by(facts.name(), facts.uid())?;
@@ -102,10 +104,7 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     let shape = secret::shape(facts, token, issuer);
     let fallback = match admitted.existing.and_then(|e| good(facts, token, e, admitted, &inputs)) {
         Some((record, value, held)) if held.schedule.expires > now => {
-            let asked = facts
-                .renew_request()
-                .is_some_and(|r| record.request.as_ref() != Some(r));
-            if held.schedule.renew > now && !asked {
+            if held.schedule.renew > now && !asked(facts, &record) {
                 return keep_or_write(facts, token, issuer, value, &record, &shape, held);
             }
             Some(held)
@@ -130,6 +129,13 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         shape,
         fallback,
     }))
+}
+
+/// Whether there is a renew request that this token does not serve. One that was taken back asks for nothing.
+fn asked(facts: &Facts, record: &Record) -> bool {
+    facts
+        .renew_request()
+        .is_some_and(|r| record.request.as_ref() != Some(r))
 }
 
 /// The token in the Secret, if it is the one that we wrote for these inputs.
@@ -197,8 +203,7 @@ fn write_again(
 ) -> Option<Step> {
     use secrecy::ExposeSecret;
     let schedule = facts.schedule(token, unwritten.minted.issued, unwritten.minted.expires);
-    let served = facts.renew_request() == unwritten.record.request.as_ref();
-    if unwritten.record.inputs != inputs || schedule.renew <= now || !served {
+    if unwritten.record.inputs != inputs || schedule.renew <= now || asked(facts, &unwritten.record) {
         return None;
     }
     let value = &unwritten.minted.token;
@@ -243,3 +248,6 @@ pub fn expect(facts: &Facts, token: &Token, zitadel_project_id: &str) -> Result<
     access::check(&instance.spec.access, labels, token, Some(zitadel_project_id))?;
     Ok(expected(token, instance, key, zitadel_project_id))
 }
+
+#[cfg(test)]
+mod tests;

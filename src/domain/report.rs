@@ -71,7 +71,7 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
     let stalls_at = conditions(facts, outcomes, worst, &mut status, &before, now);
     Report {
         events: events(facts, &status, &before),
-        wake: wake(outcomes, stalls_at, now),
+        wake: wake(facts, outcomes, stalls_at, now),
         status,
     }
 }
@@ -90,11 +90,15 @@ fn line(
 ) -> TokenStatus {
     let held: Option<Held> = outcome.held.or_else(|| facts.recorded(token));
     let failing = outcome.reason.retry() != Retry::No;
+    // A new spec begins anew, else a roll-out whose key comes a little later would be stalled at once (decision K9).
+    // A time ahead of ours was written by another clock, or by hand.
     let since = before
         .tokens
         .iter()
+        .filter(|_| before.observed_generation == facts.user.metadata.generation)
         .find(|t| t.name == token.name)
-        .and_then(|t| t.failing_since.clone());
+        .and_then(|t| t.failing_since.clone())
+        .filter(|t| t.0 <= now);
     TokenStatus {
         name: token.name.clone(),
         secret_name: token.secret.name.clone(),
@@ -197,7 +201,7 @@ fn events(facts: &Facts, status: &ZitadelServiceUserStatus, before: &ZitadelServ
         .collect()
 }
 
-fn wake(outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> Wake {
+fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> Wake {
     let next = outcomes.iter().filter_map(|o| {
         let schedule = o.held?.schedule;
         if o.reason == Reason::Issued {
@@ -207,8 +211,10 @@ fn wake(outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> W
         Some(schedule.expires).filter(|at| *at > now)
     });
     let failing = outcomes.iter().filter(|o| o.reason.retry() != Retry::No);
+    // The condition KeyValid changes then, whatever the tokens do.
+    let key_ends = facts.key.as_ref().ok().and_then(|k| k.expires).filter(|at| *at > now);
     Wake {
-        at: next.chain(stalls_at).min(),
+        at: next.chain(stalls_at).chain(key_ends).min(),
         retry: failing.clone().map(|o| o.reason.retry()).max(),
         not_before: failing.filter_map(|o| o.not_before).max(),
     }
@@ -218,3 +224,6 @@ fn wake(outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> W
 fn time(at: Timestamp) -> Time {
     Time(whole_seconds(at))
 }
+
+#[cfg(test)]
+mod tests;

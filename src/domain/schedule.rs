@@ -48,8 +48,8 @@ impl Schedule {
             Renewal::Percentage(percent) => scale(lifetime, f64::from(percent.clamp(1, 99)) / 100.0),
         };
         let jitter = scale(lifetime, 0.10 * hash::fraction(seed));
-        let earliest = issued + scale(lifetime, 0.20).max(SHORTEST_WAIT);
-        let renew = (expires - margin - jitter).max(earliest).min(expires);
+        let earliest = add(issued, scale(lifetime, 0.20).max(SHORTEST_WAIT));
+        let renew = add(expires, -(margin + jitter)).max(earliest).min(expires);
         Self { issued, renew, expires }
     }
 
@@ -58,6 +58,12 @@ impl Schedule {
     pub fn critical(&self) -> Timestamp {
         self.expires - self.expires.duration_since(self.renew) / 3
     }
+}
+
+/// Stays in range: a record is anybody's to edit who may edit the Secret, and may claim any time.
+fn add(time: Timestamp, duration: SignedDuration) -> Timestamp {
+    // Only a span with days or more, which a duration is not, is an error.
+    time.saturating_add(duration).unwrap_or(time)
 }
 
 fn scale(duration: SignedDuration, factor: f64) -> SignedDuration {

@@ -7,6 +7,9 @@ use crate::domain::reason::Reason;
 /// Path of the document, below the issuer.
 pub const PATH: &str = "/.well-known/openid-configuration";
 
+/// ZITADEL's paths have about twenty characters; this one is shown in status.
+const MAX_PATH: usize = 256;
+
 /// What we take from the document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Discovery {
@@ -30,7 +33,7 @@ pub fn parse(body: &[u8], issuer: &str) -> Result<Discovery, Reason> {
     let path = document
         .token_endpoint
         .strip_prefix(issuer)
-        .filter(|path| path.starts_with('/'))
+        .filter(|path| path.starts_with('/') && path.len() <= MAX_PATH)
         .filter(|path| path.bytes().all(|b| b.is_ascii_graphic() && !b"?#\\".contains(&b)))
         .ok_or(Reason::IssuerMismatch)?;
     Ok(Discovery {

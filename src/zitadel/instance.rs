@@ -1,13 +1,11 @@
 //! One ZITADEL instance as this process knows it: connection, discovery, and the id of its own project.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
 use serde::Deserialize;
-use tokio::sync::OnceCell;
 
 use crate::domain::answer::{self, TokenAnswer};
 use crate::domain::assertion;
@@ -17,7 +15,7 @@ use crate::domain::reason::Reason;
 use crate::domain::scope;
 use crate::zitadel::discovery::{self, Discovery};
 use crate::zitadel::http::Http;
-use crate::zitadel::limits::Hosts;
+use crate::zitadel::limits::{Hosts, Rate};
 use crate::zitadel::token;
 
 /// Discovery is asked again after this, when it is needed.
@@ -26,9 +24,15 @@ const DISCOVERY_AGE: Duration = Duration::from_hours(1);
 /// Where the management API names the instance's own project (zitadel.md §6.2).
 const IAM_PATH: &str = "/management/v1/iam";
 
+/// Another's attempt to learn the project id is waited for so long: one tenant whose requests hang must not hold up
+/// the others.
+const PATIENCE_WITH_OTHERS: Duration = Duration::from_millis(500);
+
 /// How an instance is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
+    /// Name of the instance.
+    pub name: String,
     /// The issuer, as tokens and discovery state it.
     pub issuer: String,
     /// Where to dial, if not at the issuer.
@@ -37,12 +41,8 @@ pub struct Settings {
     pub timeout: Duration,
     /// Whether plain http is allowed, to loopback and `*.svc`.
     pub allow_insecure_http: bool,
-    /// Budget of the dialled host.
-    pub requests_per_second: u32,
-    /// Budget of the dialled host.
-    pub burst: u32,
-    /// Concurrency toward the dialled host.
-    pub max_concurrent_requests: usize,
+    /// Budget and concurrency of the dialled host.
+    pub rate: Rate,
 }
 
 /// A token as it came, and when it was asked for.
@@ -60,7 +60,8 @@ pub struct Instance {
     settings: Settings,
     http: Http,
     discovery: Mutex<Option<(Discovery, Instant)>>,
-    project_id: OnceCell<String>,
+    project_id: OnceLock<String>,
+    learning: tokio::sync::Mutex<()>,
 }
 
 impl Instance {
@@ -71,12 +72,7 @@ impl Instance {
         if scheme != "https" && !(settings.allow_insecure_http && is_near(authority)) {
             return Err(Reason::InsecureHttp.into());
         }
-        let limits = hosts.limits(
-            authority,
-            settings.requests_per_second,
-            settings.burst,
-            settings.max_concurrent_requests,
-        );
+        let limits = hosts.dial(&settings.name, authority, settings.rate);
         let instance_host = settings
             .endpoint
             .is_some()
@@ -87,7 +83,8 @@ impl Instance {
             settings,
             http,
             discovery: Mutex::default(),
-            project_id: OnceCell::new(),
+            project_id: OnceLock::new(),
+            learning: tokio::sync::Mutex::default(),
         })
     }
 
@@ -138,10 +135,13 @@ impl Instance {
     /// of a token that names the alias or, if that token is opaque, from the API, which any user may ask
     /// (design §3.11).
     pub async fn project_id(&self, key: &ServiceKey) -> Result<&str, Failure> {
-        self.project_id
-            .get_or_try_init(|| self.learn_project_id(key))
-            .await
-            .map(String::as_str)
+        // Usually one asks and the others find the answer.
+        let _turn = tokio::time::timeout(PATIENCE_WITH_OTHERS, self.learning.lock()).await;
+        if let Some(known) = self.project_id.get() {
+            return Ok(known);
+        }
+        let learned = self.learn_project_id(key).await?;
+        Ok(self.project_id.get_or_init(|| learned))
     }
 
     async fn learn_project_id(&self, key: &ServiceKey) -> Result<String, Failure> {
@@ -166,7 +166,9 @@ impl Instance {
             let iam: Iam = serde_json::from_slice(reply.body.expose_secret()).map_err(|_| Failure::Malformed)?;
             iam.iam_project_id
         };
-        if id.is_empty() || id == scope::ZITADEL_ALIAS {
+        // It goes into status: an id and nothing else (the pattern of the schema).
+        let is_id = (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+        if !is_id || id == scope::ZITADEL_ALIAS {
             return Err(Failure::Malformed);
         }
         Ok(id)

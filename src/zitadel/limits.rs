@@ -1,71 +1,148 @@
 //! Budget and concurrency toward each dialled host, shared by all instances that dial it.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::domain::limits::Bucket;
+
+/// What an instance asks for its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// Sustained requests per second.
+    pub per_second: u32,
+    /// Requests at once after a quiet time.
+    pub burst: u32,
+    /// Requests under way at once.
+    pub concurrent: usize,
+}
+
+impl Rate {
+    /// Of two instances with one host the smaller rate counts (design §2.1).
+    fn min(self, other: Self) -> Self {
+        Self {
+            per_second: self.per_second.min(other.per_second),
+            burst: self.burst.min(other.burst),
+            concurrent: self.concurrent.min(other.concurrent),
+        }
+    }
+}
 
 /// The limits of one host.
 #[derive(Debug)]
 pub struct Limits {
     started: Instant,
-    bucket: Mutex<Bucket>,
-    slots: Semaphore,
+    now: Mutex<Now>,
+}
+
+#[derive(Debug)]
+struct Now {
+    rate: Rate,
+    bucket: Bucket,
+    slots: Arc<Semaphore>,
 }
 
 impl Limits {
+    fn new(rate: Rate) -> Self {
+        Self {
+            started: Instant::now(),
+            now: Mutex::new(Now {
+                rate,
+                bucket: Bucket::new(rate.per_second, rate.burst),
+                slots: Arc::new(Semaphore::new(rate.concurrent.max(1))),
+            }),
+        }
+    }
+
     /// Waits for a place among the concurrent requests and for the budget. The place is held until the permit drops.
-    pub async fn admit(&self) -> Option<SemaphorePermit<'_>> {
-        let permit = self.slots.acquire().await.ok()?;
-        let wait = self
-            .bucket
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take(self.started.elapsed());
+    pub async fn admit(&self) -> Option<OwnedSemaphorePermit> {
+        let slots = self.lock().slots.clone();
+        let permit = slots.acquire_owned().await.ok()?;
+        let wait = self.lock().bucket.take(self.started.elapsed());
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
         Some(permit)
+    }
+
+    fn change(&self, rate: Rate) {
+        let mut now = self.lock();
+        now.bucket.resize(rate.per_second, rate.burst);
+        if now.rate.concurrent != rate.concurrent {
+            // Requests under way end on the old places.
+            now.slots = Arc::new(Semaphore::new(rate.concurrent.max(1)));
+        }
+        now.rate = rate;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The limits of all hosts.
 #[derive(Debug, Default)]
 pub struct Hosts {
-    limits: Mutex<HashMap<String, Host>>,
+    hosts: Mutex<HashMap<String, Host>>,
 }
 
 #[derive(Debug)]
 struct Host {
     limits: Arc<Limits>,
-    per_second: u32,
-    burst: u32,
+    /// What each instance asks for.
+    wanted: BTreeMap<String, Rate>,
 }
 
 impl Hosts {
-    /// The limits of `host`. Of two instances with one host the smaller rate counts (design §2.1); the concurrency is
-    /// the first one's.
-    pub fn limits(&self, host: &str, per_second: u32, burst: u32, concurrent: usize) -> Arc<Limits> {
-        let mut all = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        let host = all.entry(host.to_owned()).or_insert_with(|| Host {
-            limits: Arc::new(Limits {
-                started: Instant::now(),
-                bucket: Mutex::new(Bucket::new(per_second, burst)),
-                slots: Semaphore::new(concurrent.max(1)),
-            }),
-            per_second,
-            burst,
+    /// The limits of `host`, now that `instance` dials it at this rate.
+    pub fn dial(&self, instance: &str, host: &str, rate: Rate) -> Arc<Limits> {
+        self.hang_up(instance);
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let host = hosts.entry(host.to_owned()).or_insert_with(|| Host {
+            limits: Arc::new(Limits::new(rate)),
+            wanted: BTreeMap::new(),
         });
-        host.per_second = host.per_second.min(per_second);
-        host.burst = host.burst.min(burst);
-        host.limits
-            .bucket
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .resize(host.per_second, host.burst);
+        host.wanted.insert(instance.to_owned(), rate);
+        let smallest = host.wanted.values().copied().fold(rate, Rate::min);
+        host.limits.change(smallest);
         host.limits.clone()
+    }
+
+    /// `instance` dials no more. What a host has used of its budget is remembered as long as the process lives: an
+    /// instance that is deleted and made again must not begin anew.
+    pub fn hang_up(&self, instance: &str) {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        for host in hosts.values_mut() {
+            if host.wanted.remove(instance).is_some()
+                && let Some(smallest) = host.wanted.values().copied().reduce(Rate::min)
+            {
+                host.limits.change(smallest);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_rate_of_those_who_dial_counts() {
+        let rate = |per_second| Rate {
+            per_second,
+            burst: 10,
+            concurrent: 8,
+        };
+        let hosts = Hosts::default();
+        let limits = hosts.dial("a", "h", rate(5));
+        let now = || limits.lock().rate.per_second;
+        hosts.dial("b", "h", rate(1));
+        assert_eq!(now(), 1);
+        hosts.hang_up("b");
+        assert_eq!(now(), 5);
+        hosts.dial("a", "h", rate(50));
+        assert_eq!(now(), 50, "a raised rate takes effect");
     }
 }

@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
@@ -13,6 +14,7 @@ use support::cluster::{Cluster, install_crds};
 use support::issuer::Issuer;
 use support::operator::Operator;
 use support::world::{claims, data, until};
+use zitadel_tokens::api::ZitadelServiceUser;
 
 const NAMESPACE: &str = "shop";
 const SECRET: &str = "billing-invoices-token";
@@ -50,8 +52,12 @@ async fn main() {
         issuer.url
     );
     let instance = example("instance.yaml").replace("  issuer: https://auth.example.com", &insecure);
-    kubectl(&cluster, &["apply", "-f", "-"], Some(&instance));
-    kubectl(&cluster, &["apply", "-f", "-"], Some(&example("service-user.yaml")));
+    apply(
+        &cluster,
+        "examples/instance.yaml, with the stand-in's address",
+        &instance,
+    );
+    apply(&cluster, "examples/service-user.yaml", &example("service-user.yaml"));
 
     step("the operator starts");
     let operator = Operator::start(&cluster, "").await;
@@ -62,11 +68,8 @@ async fn main() {
         })
         .await,
     );
-    let users: Api<zitadel_tokens::api::ZitadelServiceUser> = Api::namespaced(client, NAMESPACE);
-    until(users, "billing", support::SOON, |u| {
-        u.status.as_ref().is_some_and(|s| s.expires_at.is_some())
-    })
-    .await;
+    let users: Api<ZitadelServiceUser> = Api::namespaced(client, NAMESPACE);
+    settled(&users, &first).await;
     kubectl(&cluster, &["-n", NAMESPACE, "get", "zsu"], None);
 
     step("the Secret that a pod mounts");
@@ -75,6 +78,7 @@ async fn main() {
     step("a refresh, well before the token expires");
     let second = data(&until(secrets, SECRET, support::SOON, |s| data(s)["token"] != first["token"]).await);
     show(&second);
+    settled(&users, &second).await;
     kubectl(&cluster, &["-n", NAMESPACE, "get", "zsu"], None);
 
     step("everything is torn down");
@@ -93,7 +97,7 @@ fn example(file: &str) -> String {
     std::fs::read_to_string(path).expect("an example")
 }
 
-fn show(secret: &std::collections::BTreeMap<String, String>) {
+fn show(secret: &BTreeMap<String, String>) {
     for (key, value) in secret {
         let short = if value.len() > 60 {
             format!("{}… ({} characters)", &value[..40], value.len())
@@ -106,11 +110,24 @@ fn show(secret: &std::collections::BTreeMap<String, String>) {
     println!("    its claims: {}", serde_json::to_string(&claims).expect("JSON"));
 }
 
+/// Waits until the status tells of this token: it is written after the Secret.
+async fn settled(users: &Api<ZitadelServiceUser>, secret: &BTreeMap<String, String>) {
+    let told = |user: &ZitadelServiceUser| {
+        let expires = user.status.as_ref().and_then(|s| s.expires_at.as_ref());
+        expires.is_some_and(|e| e.0.to_string() == secret["expires_at"])
+    };
+    until(users.clone(), "billing", support::SOON, told).await;
+}
+
+fn apply(cluster: &Cluster, what: &str, manifest: &str) {
+    println!("    # {what}");
+    kubectl(cluster, &["apply", "-f", "-"], Some(manifest));
+}
+
 /// Runs the testbed's kubectl, or the one on the PATH, and shows what it says.
 fn kubectl(cluster: &Cluster, arguments: &[&str], input: Option<&str>) {
     let binary = cluster.kubectl.clone().unwrap_or_else(|| "kubectl".into());
-    let shown: Vec<&str> = arguments.iter().copied().filter(|a| *a != "-").collect();
-    println!("    $ kubectl {}", shown.join(" "));
+    println!("    $ kubectl {}", arguments.join(" "));
     let mut child = Command::new(binary)
         .args(arguments)
         .env("KUBECONFIG", &cluster.kubeconfig)

@@ -52,10 +52,8 @@ async fn without_a_rule_there_is_no_token() {
     world.ready("billing", "False", "AccessDenied").await;
     assert_eq!(world.token("billing-token").await, token);
     assert_eq!(world.issuer.mints().await, 1);
-    assert_eq!(
-        world.events("billing").await,
-        ["Warning AccessDenied", "Normal Issued", "Warning AccessDenied"]
-    );
+    let told = BTreeSet::from(["Normal Issued".to_owned(), "Warning AccessDenied".to_owned()]);
+    assert_eq!(world.events("billing").await, told);
 }
 
 #[tokio::test(flavor = "multi_thread")]

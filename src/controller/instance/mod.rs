@@ -15,7 +15,7 @@ use crate::domain::instance::status;
 use crate::domain::reason::{Reason, Retry};
 use crate::domain::report::Wake;
 use crate::domain::schedule::duration;
-use crate::zitadel::{Hosts, Instance, Settings};
+use crate::zitadel::{Hosts, Instance, Rate, Settings};
 
 /// Connections by instance. State in memory: discovery, the learned project id, limits by host.
 #[derive(Default)]
@@ -51,6 +51,7 @@ impl Connections {
     /// The instance is gone.
     pub fn close(&self, name: &str) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.hosts.hang_up(name);
     }
 }
 
@@ -63,15 +64,18 @@ fn settings(instance: &ZitadelInstance) -> Settings {
         .and_then(|d| Duration::try_from(d).ok());
     let positive = |value: Option<i32>, default: u32| value.and_then(|v| u32::try_from(v).ok()).unwrap_or(default);
     Settings {
+        name: instance.metadata.name.clone().unwrap_or_default(),
         issuer: instance.spec.issuer.clone(),
         endpoint: connection.endpoint,
         timeout: timeout
             .unwrap_or(Duration::from_secs(10))
             .clamp(Duration::from_secs(1), Duration::from_mins(1)),
         allow_insecure_http: connection.allow_insecure_http == Some(true),
-        requests_per_second: positive(connection.requests_per_second, 30),
-        burst: positive(connection.burst, 300),
-        max_concurrent_requests: positive(connection.max_concurrent_requests, 8) as usize,
+        rate: Rate {
+            per_second: positive(connection.requests_per_second, 30),
+            burst: positive(connection.burst, 300),
+            concurrent: positive(connection.max_concurrent_requests, 8) as usize,
+        },
     }
 }
 

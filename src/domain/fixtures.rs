@@ -1,0 +1,214 @@
+//! Facts for tests, as the product itself would find them: Secrets are rendered by `secret::draft` from the plan's
+//! own mint requests, the key is read by `key::parse`.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
+
+use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der};
+use aws_lc_rs::rsa::{KeyPair, KeySize};
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use secrecy::{ExposeSecret, SecretSlice};
+use serde_json::{Value, json};
+
+use crate::api::service_user::Token;
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::domain::answer::Minted;
+use crate::domain::facts::{Facts, Unwritten};
+use crate::domain::key::{self, ServiceKey};
+use crate::domain::plan::{self, MintRequest, Step, plan};
+use crate::domain::secret::{self, Controller, Existing, OWNER_KIND, SecretDraft};
+
+/// Every token is minted at `at(0)` and lives this many seconds.
+pub const LIFETIME: i64 = 3_600;
+/// No token is due yet, whatever its jitter.
+pub const FRESH: i64 = 2_000;
+/// Every token is due, whatever its jitter.
+pub const DUE: i64 = 2_400;
+/// Name of the object.
+pub const NAME: &str = "billing";
+/// UID of the object.
+pub const UID: &str = "9f0c6c1e-0000-4000-8000-000000000001";
+
+/// A test key, made anew in each run and known to no server.
+static KEY: LazyLock<ServiceKey> = LazyLock::new(|| {
+    let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
+    let der: Pkcs8V1Der<'_> = pair.as_der().expect("PKCS#8");
+    let pem = format!(
+        "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n",
+        STANDARD.encode(der.as_ref())
+    );
+    let file = json!({"type": "serviceaccount", "keyId": "k1", "key": pem, "userId": "7"});
+    key::parse(file.to_string().as_bytes()).expect("a machine key")
+});
+
+/// A moment, in seconds after the mint.
+pub fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000 + seconds).expect("in range")
+}
+
+/// An object with these tokens before anything was written. Projects 1 and 2 are allowed.
+pub fn facts(tokens: &[&str]) -> Facts {
+    let token = |name: &&str| {
+        json!({"name": name, "projectIds": ["1"], "secret": {
+            "name": format!("{name}-token"), "labels": {"team": "a"}, "annotations": {"note": "b"},
+            "template": {"header": "Bearer {{ token }}"}}})
+    };
+    let user = json!({
+        "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": OWNER_KIND,
+        "metadata": {"name": NAME, "namespace": "shop", "uid": UID, "generation": 3},
+        "spec": {"instanceRef": {"name": "main"}, "keySecretRef": {"name": "billing-key"},
+            "tokens": tokens.iter().map(token).collect::<Vec<_>>()}});
+    let instance = json!({
+        "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance", "metadata": {"name": "main"},
+        "spec": {"issuer": "https://auth.example.com", "access": [{
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}}, "projectIds": ["1", "2"]}]}});
+    Facts {
+        user: Arc::new(serde_json::from_value(user).expect("a service user")),
+        in_operator_namespace: false,
+        namespace_labels: Some(labels("shop")),
+        instance: Some(Arc::new(serde_json::from_value(instance).expect("an instance"))),
+        zitadel_project_id: None,
+        key: Ok(KEY.clone()),
+        secrets: BTreeMap::new(),
+        unwritten: BTreeMap::new(),
+        leftovers: Vec::new(),
+    }
+}
+
+/// The same after the first pass: every token is a JWT in its Secret.
+pub fn filled(tokens: &[&str]) -> Facts {
+    let mut facts = facts(tokens);
+    for index in 0..tokens.len() {
+        let value = jwt(&claims(&facts, index, at(LIFETIME)));
+        fill(&mut facts, index, &value, at(0), at(LIFETIME));
+    }
+    facts
+}
+
+/// The labels of a namespace.
+pub fn labels(namespace: &str) -> Arc<BTreeMap<String, String>> {
+    Arc::new(BTreeMap::from([(
+        "kubernetes.io/metadata.name".to_owned(),
+        namespace.to_owned(),
+    )]))
+}
+
+/// The object, to be changed.
+pub fn user(facts: &mut Facts) -> &mut ZitadelServiceUser {
+    Arc::make_mut(&mut facts.user)
+}
+
+/// A token of its spec, to be changed.
+pub fn token(facts: &mut Facts, index: usize) -> &mut Token {
+    &mut user(facts).spec.tokens[index]
+}
+
+/// Its instance, to be changed.
+pub fn instance(facts: &mut Facts) -> &mut ZitadelInstance {
+    Arc::make_mut(facts.instance.as_mut().expect("an instance"))
+}
+
+/// Its key, to be changed.
+pub fn service_key(facts: &mut Facts) -> &mut ServiceKey {
+    facts.key.as_mut().expect("a key")
+}
+
+/// The Secret of a token, to be changed.
+pub fn existing(facts: &mut Facts, index: usize) -> &mut Existing {
+    let name = facts.user.spec.tokens[index].secret.name.clone();
+    facts.secrets.get_mut(&name).expect("a Secret")
+}
+
+/// Changes the data of a Secret.
+pub fn edit(secret: &mut Existing, change: impl FnOnce(&mut BTreeMap<String, Vec<u8>>)) {
+    let decoded = secret.data.iter().map(|(k, v)| (k.clone(), v.expose_secret().to_vec()));
+    let mut data = decoded.collect();
+    change(&mut data);
+    secret.data = Arc::new(data.into_iter().map(|(k, v)| (k, SecretSlice::from(v))).collect());
+}
+
+/// Asks for new tokens.
+pub fn ask(facts: &mut Facts, value: Option<&str>) {
+    user(facts).metadata.annotations = value.map(|value| {
+        BTreeMap::from([(
+            crate::api::metadata::ANNOTATION_RENEW_REQUEST.to_owned(),
+            value.to_owned(),
+        )])
+    });
+}
+
+/// The claims that ZITADEL would give a token of this spec.
+pub fn claims(facts: &Facts, index: usize, expires: Timestamp) -> Value {
+    let id = facts.zitadel_project_id.as_deref().unwrap_or_default();
+    let expected = plan::expect(facts, &facts.user.spec.tokens[index], id).expect("allowed");
+    json!({"iss": expected.issuer, "sub": expected.user_id, "aud": expected.audience, "exp": expires.as_second()})
+}
+
+/// A JWT with these claims; nobody reads its signature.
+pub fn jwt(claims: &Value) -> String {
+    let part = |json: &Value| URL_SAFE_NO_PAD.encode(json.to_string());
+    format!("{}.{}.c2ln", part(&json!({"alg": "RS256"})), part(claims))
+}
+
+/// What the plan asks for when nothing is there.
+pub fn request(facts: &mut Facts, index: usize) -> MintRequest {
+    let Token { name, secret, .. } = facts.user.spec.tokens[index].clone();
+    facts.secrets.remove(&secret.name);
+    facts.unwritten.remove(&name);
+    match plan(facts, at(0)).steps.swap_remove(index) {
+        Step::Mint(request) => *request,
+        other => panic!("no mint: {other:?}"),
+    }
+}
+
+/// Writes a token as after a mint.
+pub fn fill(facts: &mut Facts, index: usize, value: &str, issued: Timestamp, expires: Timestamp) {
+    let request = request(facts, index);
+    let value = value.into();
+    let record = secret::record(facts, request.inputs, request.shape, issued, expires, &value);
+    let server = instance(facts).spec.issuer.clone();
+    let draft = secret::draft(facts, &facts.user.spec.tokens[index], &server, &value, &record);
+    apply(facts, &draft);
+}
+
+/// Keeps a token as after a mint whose write failed; what is in the Secret stays.
+pub fn keep_unwritten(facts: &mut Facts, index: usize, value: &str, issued: Timestamp) {
+    let Token { name, secret, .. } = facts.user.spec.tokens[index].clone();
+    let there = facts.secrets.remove(&secret.name);
+    let request = request(facts, index);
+    let minted = Minted {
+        token: value.into(),
+        issued,
+        expires: issued + SignedDuration::from_secs(LIFETIME),
+    };
+    let (inputs, shape) = (request.inputs, request.shape);
+    let record = secret::record(facts, inputs, shape, minted.issued, minted.expires, &minted.token);
+    facts.unwritten.insert(name, Arc::new(Unwritten { minted, record }));
+    facts.secrets.extend(there.map(|there| (secret.name, there)));
+}
+
+/// What server-side apply makes of a draft.
+pub fn apply(facts: &mut Facts, draft: &SecretDraft) {
+    let secret = facts.secrets.entry(draft.name.clone()).or_insert_with(|| Existing {
+        uid: format!("uid-of-{}", draft.name),
+        resource_version: "0".into(),
+        controller: None,
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        data: Arc::default(),
+        opaque: true,
+        immutable: false,
+    });
+    secret.resource_version.push('1');
+    secret.controller = Some(Controller {
+        kind: OWNER_KIND.into(),
+        name: draft.owner.0.clone(),
+        uid: draft.owner.1.clone(),
+    });
+    secret.labels.extend(draft.labels.clone());
+    secret.annotations.extend(draft.annotations.clone());
+    let written = draft.data.iter().map(|(k, v)| (k.clone(), v.expose_secret().into()));
+    edit(secret, |data| data.extend(written));
+}

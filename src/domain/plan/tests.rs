@@ -1,0 +1,532 @@
+//! What is decided, fact by fact. Each row changes one thing in what the product itself wrote.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::jiff::SignedDuration;
+use proptest::prelude::*;
+use secrecy::ExposeSecret;
+use serde_json::json;
+
+use super::*;
+use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_SERVICE_USER};
+use crate::domain::fixtures::{
+    DUE, FRESH, LIFETIME, apply, ask, at, claims, edit, existing, facts, fill, filled, instance, jwt, keep_unwritten,
+    labels, service_key, token, user,
+};
+use crate::domain::secret::{Controller, OWNER_KIND, Seen};
+
+/// Name, what is changed, seconds since the mint, what is decided.
+type Case = (&'static str, fn(&mut Facts), i64, &'static str);
+
+fn told(step: &Step) -> String {
+    match step {
+        Step::Keep(_) => "keep".into(),
+        Step::Refuse(reason) => reason.name().into(),
+        Step::Mint(request) if request.fallback.is_some() => "mint, fallback".into(),
+        Step::Mint(_) => "mint".into(),
+        Step::Write(..) => "write".into(),
+    }
+}
+
+/// Decides about the first token; what is then done leaves nothing more to do, and a write mints nothing.
+fn check(start: fn() -> Facts, cases: &[Case]) {
+    for (name, change, seconds, expected) in cases {
+        let mut facts = start();
+        change(&mut facts);
+        let step = plan(&facts, at(*seconds)).steps.swap_remove(0);
+        assert_eq!(told(&step), *expected, "{name}");
+        if let Step::Write(draft, _) = &step {
+            let kept = facts.unwritten.get("invoices").map(|u| u.minted.token.expose_secret());
+            let there = facts.secrets.get("invoices-token").and_then(Existing::token);
+            assert_eq!(Some(draft.data["token"].expose_secret()), kept.or(there), "{name}");
+            let seen = facts.secrets.get("invoices-token").map_or(Seen::Absent, Existing::seen);
+            assert_eq!(draft.seen, seen, "{name}: the guard is what was seen");
+        }
+        carry_out(&mut facts, step, *seconds);
+        let settled = if ["mint", "mint, fallback", "write"].contains(expected) {
+            "keep"
+        } else {
+            expected
+        };
+        assert_eq!(told(&plan(&facts, at(*seconds)).steps[0]), settled, "{name}: once more");
+    }
+}
+
+/// As `act` would, for the first token.
+fn carry_out(facts: &mut Facts, step: Step, seconds: i64) {
+    match step {
+        Step::Write(draft, _) => apply(facts, &draft),
+        Step::Mint(_) => {
+            let expires = at(seconds + LIFETIME);
+            let value = jwt(&claims(facts, 0, expires));
+            fill(facts, 0, &value, at(seconds), expires);
+        }
+        Step::Keep(_) | Step::Refuse(_) => {}
+    }
+    facts.unwritten.clear();
+}
+
+fn one() -> Facts {
+    filled(&["invoices"])
+}
+
+fn empty() -> Facts {
+    facts(&["invoices"])
+}
+
+fn record(facts: &mut Facts) -> &mut String {
+    let secret = existing(facts, 0);
+    secret.annotations.get_mut(ANNOTATION_RECORD).expect("a record")
+}
+
+/// Puts a JWT with one other claim into the Secret, under a record that vouches for it.
+fn put_claim(facts: &mut Facts, key: &str, value: serde_json::Value) {
+    let mut claims = claims(facts, 0, at(LIFETIME));
+    claims[key] = value;
+    fill(facts, 0, &jwt(&claims), at(0), at(LIFETIME));
+}
+
+fn put_opaque(facts: &mut Facts) {
+    fill(facts, 0, "eyJh.bGci.OiJB.MjU2.R0NN", at(0), at(LIFETIME));
+}
+
+#[rustfmt::skip]
+const SCOPES: [&str; 10] = [
+    "openid", "profile", "email", "phone", "address", "urn:zitadel:iam:user:metadata", "urn:zitadel:iam:user:resourceowner",
+    "urn:zitadel:iam:org:project:role:a_B-1.c:d", "urn:zitadel:iam:org:roles:id:a_B-1", "urn:zitadel:iam:org:domain:primary:a-B1.c",
+];
+
+#[test]
+fn a_token_is_minted_when_missing_due_or_of_other_inputs() {
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("fresh", |_| {}, 0, "keep"),
+        ("fresh still", |_| {}, FRESH, "keep"),
+        ("due", |_| {}, DUE, "mint, fallback"),
+        ("in its last second", |_| {}, LIFETIME - 1, "mint, fallback"),
+        ("expired", |_| {}, LIFETIME, "mint"),
+        ("no Secret", |f| f.secrets.clear(), 1, "mint"),
+        ("due by the spec", |f| token(f, 0).renew_before = Some("30m".into()), 1_800, "mint, fallback"),
+        ("not yet by the spec", |f| token(f, 0).renew_before = Some("30m".into()), 1_400, "keep"),
+        ("renewBefore beyond the lifetime", |f| token(f, 0).renew_before = Some("12h".into()), FRESH, "keep"),
+        ("due by percentage", |f| token(f, 0).renew_before_percentage = Some(75), 900, "mint, fallback"),
+        ("no scopes", |f| token(f, 0).scopes = Some(vec![]), 1, "mint"),
+        ("another project", |f| token(f, 0).project_ids = vec!["2".into()], 1, "mint"),
+        ("one project more", |f| token(f, 0).project_ids.push("2".into()), 1, "mint"),
+        ("roles", |f| token(f, 0).project_roles = Some(true), 1, "mint"),
+        ("every further scope of the schema", |f| token(f, 0).scopes = Some(SCOPES.map(String::from).to_vec()), 1, "mint"),
+        ("another key", |f| service_key(f).key_id = "k2".into(), 1, "mint"),
+        ("another user", |f| service_key(f).user_id = "8".into(), 1, "mint"),
+        ("another issuer", |f| instance(f).spec.issuer = "https://b.example.com".into(), 1, "mint"),
+        ("another instance", |f| user(f).spec.instance_ref.name = "b".into(), 1, "mint"),
+        ("the default scope, written out", |f| token(f, 0).scopes = Some(vec!["openid".into()]), 1, "keep"),
+        ("false, written out", |f| token(f, 0).project_roles = Some(false), 1, "keep"),
+        ("another name for the token", |f| token(f, 0).name = "bills".into(), 1, "keep"),
+        ("another name for the Secret", |f| token(f, 0).secret.name = "x".into(), 1, "mint"),
+        ("opaque, fresh", put_opaque, FRESH, "keep"),
+        ("opaque, due", put_opaque, DUE, "mint, fallback"),
+        ("opaque, expired", put_opaque, LIFETIME, "mint"),
+        ("opaque, another user", |f| { put_opaque(f); service_key(f).user_id = "8".into(); }, 1, "mint"),
+        ("opaque, another issuer", |f| { put_opaque(f); instance(f).spec.issuer = "https://b.example.com".into(); }, 1, "mint"),
+        ("opaque, another key", |f| { put_opaque(f); service_key(f).key_id = "k2".into(); }, 1, "mint"),
+    ];
+    check(one, cases);
+    let reordered = |mut f: Facts| {
+        token(&mut f, 0).project_ids.reverse();
+        f
+    };
+    let mut both = empty();
+    token(&mut both, 0).project_ids = vec!["1".into(), "2".into()];
+    let value = jwt(&claims(&both, 0, at(LIFETIME)));
+    fill(&mut both, 0, &value, at(0), at(LIFETIME));
+    assert_eq!(
+        told(&plan(&reordered(both), at(1)).steps[0]),
+        "keep",
+        "the order decides nothing"
+    );
+}
+
+#[test]
+fn what_somebody_changed_is_repaired_and_mints_only_when_the_token_is_in_doubt() {
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("token replaced", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
+        ("token emptied", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), vec![]))), 1, "mint"),
+        ("token not text", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), vec![255]))), 1, "mint"),
+        ("token removed", |f| edit(existing(f, 0), |d| drop(d.remove("token"))), 1, "mint"),
+        ("record removed", |f| existing(f, 0).annotations.clear(), 1, "mint"),
+        ("record emptied", |f| record(f).clear(), 1, "mint"),
+        ("record that is none", |f| *record(f) = "{}".into(), 1, "mint"),
+        ("record without a seal", |f| *record(f) = record(f).replace("\"content\":\"", "\"content\":\"0"), 1, "mint"),
+        ("record of a version unknown", |f| *record(f) = record(f).replace("\"v\":1", "\"v\":9"), 1, "mint"),
+        ("expiry edited", |f| *record(f) = record(f).replace("09:00:00Z", "23:00:00Z"), 1, "mint"),
+        ("expiry edited, past that time", |f| *record(f) = record(f).replace("09:00:00Z", "23:00:00Z"), LIFETIME, "mint"),
+        ("label changed", |f| drop(existing(f, 0).labels.insert("team".into(), "b".into())), 1, "write"),
+        ("label removed", |f| drop(existing(f, 0).labels.remove(LABEL_SERVICE_USER)), 1, "write"),
+        ("annotation changed", |f| drop(existing(f, 0).annotations.insert("note".into(), "c".into())), 1, "write"),
+        ("templated key changed", |f| edit(existing(f, 0), |d| drop(d.insert("header".into(), vec![]))), 1, "write"),
+        ("expires_at changed", |f| edit(existing(f, 0), |d| drop(d.insert("expires_at".into(), vec![]))), 1, "write"),
+        ("issuer removed", |f| edit(existing(f, 0), |d| drop(d.remove("issuer"))), 1, "write"),
+        ("changed and due", |f| drop(existing(f, 0).labels.remove("team")), DUE, "mint, fallback"),
+        ("a label more in the spec", |f| drop(token(f, 0).secret.labels.insert("x".into(), "y".into())), 1, "write"),
+        ("a label left the spec", |f| token(f, 0).secret.labels.clear(), 1, "write"),
+        ("an annotation left the spec", |f| token(f, 0).secret.annotations.clear(), 1, "write"),
+        ("a template key left the spec", |f| token(f, 0).secret.template.clear(), 1, "write"),
+        ("a template changed", |f| drop(token(f, 0).secret.template.insert("header".into(), "x".into())), 1, "write"),
+        ("somebody's label", |f| drop(existing(f, 0).labels.insert("x".into(), "y".into())), 1, "keep"),
+        ("somebody's annotation", |f| drop(existing(f, 0).annotations.insert("x".into(), "y".into())), 1, "keep"),
+        ("somebody's data", |f| edit(existing(f, 0), |d| drop(d.insert("x".into(), vec![1]))), 1, "keep"),
+        ("given up by its owner, to adopt", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.insert(ANNOTATION_ADOPT.into(), "billing".into()); }, 1, "write"),
+    ];
+    check(one, cases);
+}
+
+#[test]
+fn a_rewrite_keeps_token_and_times() {
+    let mut facts = one();
+    let before: Record = facts.secrets["invoices-token"].record().expect("a record");
+    token(&mut facts, 0)
+        .secret
+        .template
+        .insert("all".into(), "{{ token }} {{ audience }}".into());
+    let Step::Write(draft, held) = plan(&facts, at(1)).steps.swap_remove(0) else {
+        panic!("no write");
+    };
+    let after = Record::parse(&draft.annotations[ANNOTATION_RECORD]).expect("a record");
+    assert_eq!(
+        (before.issued_at, before.expires_at),
+        (after.issued_at, after.expires_at)
+    );
+    assert_eq!(before.inputs, after.inputs);
+    assert_eq!((held.schedule.issued, held.schedule.expires), (at(0), at(LIFETIME)));
+    let value = facts.secrets["invoices-token"].token().expect("a token");
+    assert_eq!(draft.data["all"].expose_secret(), format!("{value} 1"));
+}
+
+#[test]
+fn a_mint_request_says_what_to_ask_for_and_what_is_left_if_it_fails() {
+    let mut facts = one();
+    token(&mut facts, 0).name = "bills".into();
+    let Step::Mint(request) = plan(&facts, at(DUE)).steps.swap_remove(0) else {
+        panic!("no mint");
+    };
+    assert_eq!(request.scope, "openid urn:zitadel:iam:org:project:id:1:aud");
+    let fallback = request.fallback.expect("a fallback");
+    assert_eq!(Some(fallback), facts.recorded(&facts.user.spec.tokens[0]));
+    assert_eq!(
+        (fallback.schedule.expires, fallback.format),
+        (at(LIFETIME), Format::Jwt)
+    );
+}
+
+#[test]
+fn a_renew_request_is_served_once() {
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("new", |f| ask(f, Some("a")), 1, "mint, fallback"),
+        ("new and empty", |f| ask(f, Some("")), 1, "mint, fallback"),
+        ("new, token expired", |f| ask(f, Some("a")), LIFETIME, "mint"),
+        ("served", |f| { ask(f, Some("a")); put_opaque(f); }, FRESH, "keep"),
+        ("another", |f| { ask(f, Some("a")); put_opaque(f); ask(f, Some("b")); }, 1, "mint, fallback"),
+        ("taken back", |f| { ask(f, Some("a")); put_opaque(f); ask(f, None); }, 1, "keep"),
+        ("served, label removed", |f| { ask(f, Some("a")); put_opaque(f); existing(f, 0).labels.clear(); }, 1, "write"),
+    ];
+    check(one, cases);
+}
+
+#[test]
+fn a_jwt_speaks_for_itself_whatever_its_record_says() {
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("as asked for", |f| put_claim(f, "x", json!(1)), FRESH, "keep"),
+        ("another issuer", |f| put_claim(f, "iss", json!("https://b.example.com")), 1, "mint"),
+        ("another user", |f| put_claim(f, "sub", json!("8")), 1, "mint"),
+        ("another audience", |f| put_claim(f, "aud", json!("2")), 1, "mint"),
+        ("an audience more", |f| put_claim(f, "aud", json!(["1", "2"])), 1, "mint"),
+        ("no audience", |f| put_claim(f, "aud", json!([])), 1, "mint"),
+        ("an earlier end, fresh", |f| put_claim(f, "exp", json!(at(600).as_second())), 300, "keep"),
+        ("an earlier end, due", |f| put_claim(f, "exp", json!(at(600).as_second())), 400, "mint, fallback"),
+        ("an earlier end, expired", |f| put_claim(f, "exp", json!(at(600).as_second())), 600, "mint"),
+        ("a later end", |f| put_claim(f, "exp", json!(at(99_999).as_second())), LIFETIME, "mint"),
+        ("an organization not asked for", |f| put_claim(f, "urn:zitadel:iam:org:id", json!("5")), 1, "keep"),
+        ("an organization asked for", |f| { token(f, 0).organization_id = Some("5".into()); put_claim(f, "urn:zitadel:iam:org:id", json!("5")); }, 1, "keep"),
+        ("another organization", |f| { token(f, 0).organization_id = Some("5".into()); put_claim(f, "urn:zitadel:iam:org:id", json!("6")); }, 1, "mint"),
+        ("the API's audience by its real id", |f| { with_api(f); put_claim(f, "x", json!(1)); }, 1, "keep"),
+        ("the API's audience by alias", |f| { with_api(f); put_claim(f, "aud", json!(["1", "zitadel"])); }, 1, "mint"),
+        ("the API's audience missing", |f| { with_api(f); put_claim(f, "aud", json!(["1"])); }, 1, "mint"),
+        ("the API's audience, id not learned yet", |f| { with_api(f); put_claim(f, "x", json!(1)); f.zitadel_project_id = None; }, 1, "keep"),
+    ];
+    for (name, change, seconds, expected) in cases {
+        let mut facts = one();
+        change(&mut facts);
+        assert_eq!(told(&plan(&facts, at(*seconds)).steps[0]), *expected, "{name}");
+    }
+}
+
+/// A token for the ZITADEL API, allowed, the real id known.
+fn with_api(facts: &mut Facts) {
+    instance(facts).spec.access[0].zitadel_api = Some(true);
+    token(facts, 0).zitadel_api = Some(true);
+    facts.zitadel_project_id = Some("99".into());
+}
+
+/// Every project is allowed; that of the ZITADEL API is not.
+fn any_project(facts: &mut Facts) {
+    instance(facts).spec.access[0].project_ids = vec!["*".into()];
+}
+
+fn foreign(facts: &mut Facts, kind: &str, name: &str, uid: &str) {
+    existing(facts, 0).controller = Some(Controller {
+        kind: kind.into(),
+        name: name.into(),
+        uid: uid.into(),
+    });
+}
+
+#[test]
+fn nothing_is_done_where_something_is_missing_or_forbidden() {
+    type Refusal = (&'static str, fn(&mut Facts), &'static str);
+    // What may be in the Secret when one of the refusals below holds.
+    #[rustfmt::skip]
+    let secrets: [fn(&mut Facts); 4] = [
+        |_| {},
+        |f| f.secrets.clear(),
+        |f| edit(existing(f, 0), BTreeMap::clear),
+        |f| keep_unwritten(f, 0, "x", at(0)),
+    ];
+    #[rustfmt::skip]
+    let refusals: &[Refusal] = &[
+        ("access withdrawn", |f| instance(f).spec.access.clear(), "AccessDenied"),
+        ("namespace relabelled", |f| f.namespace_labels = Some(labels("b")), "AccessDenied"),
+        ("a project not allowed", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
+        ("the API not allowed", |f| token(f, 0).zitadel_api = Some(true), "AccessDenied"),
+        ("a project that is the API's own", |f| f.zitadel_project_id = Some("1".into()), "AccessDenied"),
+        ("denied, and no key", |f| { instance(f).spec.access.clear(); f.key = Err(Reason::KeyInvalid); }, "AccessDenied"),
+        ("no instance", |f| f.instance = None, "InstanceMissing"),
+        ("namespace not known", |f| f.namespace_labels = None, "NamespaceMissing"),
+        ("operator's namespace", |f| f.in_operator_namespace = true, "OperatorNamespace"),
+        ("no key", |f| f.key = Err(Reason::KeySecretMissing), "KeySecretMissing"),
+        ("no good key", |f| f.key = Err(Reason::KeyInvalid), "KeyInvalid"),
+        ("an application's key", |f| f.key = Err(Reason::KeyIsApplicationKey), "KeyIsApplicationKey"),
+        ("two scopes in one", |f| token(f, 0).scopes = Some(vec!["openid email".into()]), "InvalidSpec"),
+        ("an audience among the scopes", |f| token(f, 0).scopes = Some(vec!["urn:zitadel:iam:org:project:id:3:aud".into()]), "InvalidSpec"),
+        ("an audience behind a role", |f| token(f, 0).scopes = Some(vec!["urn:zitadel:iam:org:project:role:a b".into()]), "InvalidSpec"),
+        ("the API's alias among the projects", |f| { token(f, 0).project_ids = vec!["zitadel".into()]; any_project(f); }, "InvalidSpec"),
+        ("an odd organization", |f| token(f, 0).organization_id = Some("1:x".into()), "InvalidSpec"),
+        ("two projects in one", |f| { token(f, 0).project_ids = vec!["1:aud urn:x".into()]; any_project(f); }, "InvalidSpec"),
+        ("suspended", |f| user(f).spec.suspend = Some(true), "Suspended"),
+        ("suspended, and denied", |f| { user(f).spec.suspend = Some(true); instance(f).spec.access.clear(); }, "Suspended"),
+    ];
+    for (name, refuse, expected) in refusals {
+        for (place, secret) in secrets.iter().enumerate() {
+            for seconds in [1, DUE, LIFETIME] {
+                let mut facts = one();
+                secret(&mut facts);
+                refuse(&mut facts);
+                assert_eq!(
+                    told(&plan(&facts, at(seconds)).steps[0]),
+                    *expected,
+                    "{name}, Secret {place}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_secret_that_is_not_ours_is_never_touched() {
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("nobody's", |f| existing(f, 0).controller = None, 1, "SecretConflict"),
+        ("another object's", |f| foreign(f, OWNER_KIND, "orders", "other"), 1, "SecretConflict"),
+        ("another kind's", |f| foreign(f, "Certificate", "billing", "other"), 1, "SecretConflict"),
+        ("an earlier object's", |f| foreign(f, OWNER_KIND, "billing", "earlier"), 1, "SecretBeingReplaced"),
+        ("an earlier object's, expired", |f| foreign(f, OWNER_KIND, "billing", "earlier"), LIFETIME, "SecretBeingReplaced"),
+        ("immutable", |f| existing(f, 0).immutable = true, 1, "SecretConflict"),
+        ("of another type", |f| existing(f, 0).opaque = false, 1, "SecretConflict"),
+        ("not ours, token unwritten", |f| { existing(f, 0).controller = None; keep_unwritten(f, 0, "x", at(0)); }, 1, "SecretConflict"),
+    ];
+    check(one, cases);
+}
+
+#[test]
+fn an_expired_key_is_missed_only_when_a_token_is_due() {
+    fn expire(facts: &mut Facts) {
+        service_key(facts).expires = Some(at(-1));
+    }
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("fresh", expire, FRESH, "keep"),
+        ("fresh, changed", |f| { expire(f); existing(f, 0).labels.clear(); }, 1, "write"),
+        ("fresh, renewal asked for", |f| { expire(f); ask(f, Some("a")); }, 1, "keep"),
+        ("due", expire, DUE, "KeyExpired"),
+        ("expired", expire, LIFETIME, "KeyExpired"),
+        ("missing", |f| { expire(f); f.secrets.clear(); }, 1, "KeyExpired"),
+        ("missing, unwritten", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(0)); expire(f); }, 1, "write"),
+        ("expires this moment", |f| service_key(f).expires = Some(at(DUE)), DUE, "KeyExpired"),
+        ("expires in a moment", |f| service_key(f).expires = Some(at(DUE + 1)), DUE, "mint, fallback"),
+    ];
+    check(one, cases);
+}
+
+#[test]
+fn an_unwritten_token_is_written_and_not_minted_again() {
+    fn keep(facts: &mut Facts) {
+        keep_unwritten(facts, 0, "eyJh.bGci.OiJB.MjU2.R0NN", at(0));
+    }
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("fresh", keep, FRESH, "write"),
+        ("under another template", |f| { keep(f); token(f, 0).secret.template.clear(); }, 1, "write"),
+        ("due", keep, DUE, "mint"),
+        ("another key", |f| { keep(f); service_key(f).key_id = "k2".into(); }, 1, "mint"),
+        ("other scopes", |f| { keep(f); token(f, 0).scopes = Some(vec![]); }, 1, "mint"),
+        ("minted on a request", |f| { ask(f, Some("a")); keep(f); }, 1, "write"),
+        ("a request since", |f| { keep(f); ask(f, Some("a")); }, 1, "mint"),
+        ("another request since", |f| { ask(f, Some("a")); keep(f); ask(f, Some("b")); }, 1, "mint"),
+        ("its request taken back", |f| { ask(f, Some("a")); keep(f); ask(f, None); }, 1, "write"),
+        ("another token's", |f| { keep(f); token(f, 0).name = "bills".into(); }, 1, "mint"),
+    ];
+    check(empty, cases);
+    #[rustfmt::skip]
+    let beside: &[Case] = &[
+        ("in place of one that is due", |f| keep_unwritten(f, 0, "x", at(DUE)), DUE, "write"),
+        ("in place of one that is to be renewed", |f| { ask(f, Some("a")); keep_unwritten(f, 0, "x", at(1)); }, 1, "write"),
+        ("beside one that is good", keep, 1, "keep"),
+    ];
+    check(one, beside);
+}
+
+#[test]
+fn what_is_no_longer_asked_for_goes_unless_suspended() {
+    let mut facts = one();
+    facts.leftovers = vec![SecretRef {
+        name: "old".into(),
+        uid: "u".into(),
+        resource_version: "4".into(),
+    }];
+    assert_eq!(plan(&facts, at(1)).deletes, facts.leftovers);
+    facts.key = Err(Reason::KeySecretMissing);
+    assert_eq!(plan(&facts, at(1)).deletes, facts.leftovers, "whatever else fails");
+    user(&mut facts).spec.suspend = Some(true);
+    assert_eq!(plan(&facts, at(1)).deletes, []);
+    user(&mut facts).spec.suspend = Some(false);
+    assert_eq!(plan(&facts, at(1)).deletes, facts.leftovers);
+}
+
+#[test]
+fn tokens_are_decided_each_for_itself() {
+    type Change = (&'static str, fn(&mut Facts), &'static str);
+    #[rustfmt::skip]
+    let changes: &[Change] = &[
+        ("missing", |f| drop(f.secrets.remove("invoices-token")), "mint"),
+        ("foreign", |f| existing(f, 0).controller = None, "SecretConflict"),
+        ("denied", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
+        ("malformed", |f| token(f, 0).scopes = Some(vec!["a b".into()]), "InvalidSpec"),
+        ("changed", |f| existing(f, 0).labels.clear(), "write"),
+        ("unwritten", |f| { f.secrets.remove("invoices-token"); keep_unwritten(f, 0, "x", at(0)); }, "write"),
+    ];
+    for (name, change, first) in changes {
+        for (seconds, second) in [(1, "keep"), (LIFETIME, "mint")] {
+            let mut facts = filled(&["invoices", "reports"]);
+            change(&mut facts);
+            let plan = plan(&facts, at(seconds));
+            assert_eq!(plan.steps.len(), 2);
+            assert_eq!(told(&plan.steps[1]), second, "{name}");
+            if seconds == 1 {
+                assert_eq!(told(&plan.steps[0]), *first, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_last_check_before_a_mint_knows_the_real_id() {
+    type Row = (&'static str, fn(&mut Facts), Result<&'static [&'static str], Reason>);
+    #[rustfmt::skip]
+    let rows: &[Row] = &[
+        ("a project", |_| {}, Ok(&["1"])),
+        ("the API by number, any project allowed", |f| { any_project(f); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
+        ("the API by number, listed as a project", |f| { instance(f).spec.access[0].project_ids.push("99".into()); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
+        ("the API by number, allowed", |f| { instance(f).spec.access[0].zitadel_api = Some(true); token(f, 0).project_ids.push("99".into()); }, Ok(&["1", "99"])),
+        ("the API by alias", with_api, Ok(&["1", "99"])),
+        ("pinned to it", |f| instance(f).spec.zitadel_project_id = Some("99".into()), Ok(&["1"])),
+        ("pinned to another", |f| instance(f).spec.zitadel_project_id = Some("98".into()), Err(Reason::ProjectIdMismatch)),
+        ("no key", |f| f.key = Err(Reason::KeyInvalid), Err(Reason::KeyInvalid)),
+        ("no instance", |f| f.instance = None, Err(Reason::InstanceMissing)),
+        ("no namespace", |f| f.namespace_labels = None, Err(Reason::NamespaceMissing)),
+    ];
+    for (name, change, wanted) in rows {
+        let mut facts = empty();
+        change(&mut facts);
+        let got = expect(&facts, &facts.user.spec.tokens[0], "99");
+        let audience = got.map(|e| e.audience.into_iter().collect::<Vec<_>>());
+        assert_eq!(
+            audience,
+            wanted.map(|ids| ids.iter().map(ToString::to_string).collect()),
+            "{name}"
+        );
+    }
+    let mut facts = empty();
+    token(&mut facts, 0).organization_id = Some("5".into());
+    let expected = expect(&facts, &facts.user.spec.tokens[0], "99").expect("allowed");
+    assert_eq!(
+        (&*expected.issuer, &*expected.user_id),
+        ("https://auth.example.com", "7")
+    );
+    assert_eq!(expected.organization_id.as_deref(), Some("5"));
+}
+
+proptest! {
+    #[test]
+    fn a_sealed_record_of_the_present_inputs_is_minted_anew_only_when_due(
+        lifetime in 5_i64..2_678_400,
+        now in 0.0..1.2,
+        opaque: bool,
+        api: bool,
+        before in proptest::option::of(0_u32..3_000_000),
+        labels in proptest::collection::btree_map("[a-z]{1,3}", "[a-z]{0,3}", 0..3),
+        drifted: bool,
+    ) {
+        let mut facts = empty();
+        if api {
+            with_api(&mut facts);
+        }
+        token(&mut facts, 0).renew_before = before.map(|s| format!("{s}s"));
+        token(&mut facts, 0).secret.labels = labels;
+        let value = if opaque { "a.b.c.d.e".to_owned() } else { jwt(&claims(&facts, 0, at(lifetime))) };
+        fill(&mut facts, 0, &value, at(0), at(lifetime));
+        if drifted {
+            existing(&mut facts, 0).labels.clear();
+        }
+        let schedule = facts.schedule(&facts.user.spec.tokens[0], at(0), at(lifetime));
+        let now = at(0) + SignedDuration::from_millis(lifetime * 1_000).mul_f64(now);
+        let made = plan(&facts, now);
+        prop_assert_eq!(format!("{made:?}"), format!("{:?}", plan(&facts, now)));
+        let expected = match (now < schedule.renew, now < schedule.expires) {
+            (true, _) if drifted => "write",
+            (true, _) => "keep",
+            (false, true) => "mint, fallback",
+            (false, false) => "mint",
+        };
+        prop_assert_eq!(told(&made.steps[0]), expected);
+    }
+
+    /// A Secret is anybody's to edit who may: whatever times a record claims, sealed or not, nothing panics.
+    #[test]
+    fn no_record_is_too_odd(issued: i64, expires: i64, nanos in 0..1_000_000_000, now: i64, percent in 1..100) {
+        let time = |s: i64| Timestamp::new(s % 377_705_023_202, nanos * i32::try_from(s.signum()).unwrap_or(0));
+        let (Ok(issued), Ok(expires), Ok(now)) = (time(issued), time(expires), time(now)) else {
+            return Ok(());
+        };
+        let far = [Timestamp::MIN, Timestamp::MAX];
+        for (issued, expires) in [(issued, expires), (far[0], expires), (issued, far[1]), (far[1], far[1]), (far[0], far[0])] {
+            let mut facts = empty();
+            token(&mut facts, 0).renew_before_percentage = Some(percent);
+            fill(&mut facts, 0, "a.b.c.d.e", issued, expires);
+            let first = told(&plan(&facts, now).steps[0]);
+            prop_assert!(expires > now || first == "mint", "{}", first);
+            prop_assert!(facts.recorded(&facts.user.spec.tokens[0]).is_some());
+        }
+    }
+}

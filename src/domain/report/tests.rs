@@ -1,0 +1,498 @@
+//! What is told, row by row of the truth table (design §3.4), each status fed back as the API server would give it.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::domain::answer::Format;
+use crate::domain::fixtures::{DUE, FRESH, LIFETIME, at, edit, existing, filled, service_key, user};
+use crate::domain::plan::{Step, plan};
+
+use Reason::{
+    AccessDenied, Issued, KeyExpired, KeyRejected, KeySecretMissing, RateLimited, SecretBeingReplaced, ServerError,
+    Suspended, TokenMismatch, UserInactive,
+};
+
+/// No token.
+const NONE: i64 = 0;
+
+/// An outcome; `expires` is in seconds after the mint.
+fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome {
+    let schedule = |expires| facts.schedule(&facts.user.spec.tokens[token], at(0), at(expires));
+    Outcome {
+        token,
+        reason,
+        held: (expires != NONE).then(|| Held {
+            schedule: schedule(expires),
+            format: Format::Opaque,
+        }),
+        not_before: None,
+    }
+}
+
+/// Reports, and feeds the status back through JSON. The clock is never at a whole second.
+fn look(facts: &mut Facts, seconds: i64, outcomes: &[Outcome]) -> Report {
+    let now = at(seconds) + SignedDuration::from_millis(700);
+    let told = report(facts, outcomes, now);
+    let json = serde_json::to_value(&told.status).expect("JSON");
+    assert!(!json.to_string().contains(".7"), "times are whole seconds: {json}");
+    user(facts).status = serde_json::from_value(json).expect("a status");
+    let again = report(facts, outcomes, now);
+    assert_eq!(
+        Some(&again.status),
+        facts.user.status.as_ref(),
+        "the same state, the same status"
+    );
+    assert_eq!((again.events.len(), again.wake), (0, told.wake));
+    told
+}
+
+fn condition<'a>(status: &'a ZitadelServiceUserStatus, kind: &str) -> Option<&'a Condition> {
+    status.conditions.iter().find(|c| c.type_ == kind)
+}
+
+/// `Ready=False/KeyInvalid Reconciling`, without `KeyValid`. What is not Ready is always False, what else is there True.
+fn shown(status: &ZitadelServiceUserStatus) -> String {
+    let ready = condition(status, "Ready").expect("Ready");
+    let mut shown = format!("Ready={}/{}", ready.status, ready.reason);
+    for c in status
+        .conditions
+        .iter()
+        .filter(|c| !["Ready", "KeyValid"].contains(&c.type_.as_str()))
+    {
+        assert_eq!(
+            (&*c.status, &c.reason, &c.message),
+            ("True", &ready.reason, &ready.message)
+        );
+        shown = format!("{shown} {}", c.type_);
+    }
+    for c in &status.conditions {
+        assert_eq!(c.observed_generation, status.observed_generation);
+    }
+    shown
+}
+
+/// When, why, until when a token is held, what is shown.
+type Look = (i64, Reason, i64, &'static str);
+
+#[test]
+fn the_truth_table_of_one_token() {
+    #[rustfmt::skip]
+    let rows: &[(&str, &[Look])] = &[
+        ("valid", &[(0, Issued, LIFETIME, "Ready=True/Issued")]),
+        ("valid, and its refresh fails", &[
+            (DUE, ServerError, LIFETIME, "Ready=True/ServerError"),
+            (DUE + 600, KeyRejected, LIFETIME, "Ready=True/KeyRejected"),
+            (LIFETIME - 1, TokenMismatch, LIFETIME, "Ready=True/TokenMismatch"),
+            (DUE + 700, Issued, LIFETIME * 2, "Ready=True/Issued"),
+        ]),
+        ("it expires while its refresh fails, for now", &[
+            (DUE, ServerError, LIFETIME, "Ready=True/ServerError"),
+            (LIFETIME, ServerError, NONE, "Ready=False/ServerError Reconciling"),
+            (LIFETIME * 9, ServerError, NONE, "Ready=False/ServerError Reconciling"),
+        ]),
+        ("it expires while its refresh fails, for good", &[
+            (DUE, KeyRejected, LIFETIME, "Ready=True/KeyRejected"),
+            (LIFETIME, KeyRejected, LIFETIME, "Ready=False/KeyRejected Stalled"),
+        ]),
+        ("a dependency comes late", &[
+            (0, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Reconciling"),
+            (299, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Reconciling"),
+            (299, Issued, LIFETIME, "Ready=True/Issued"),
+        ]),
+        ("a dependency does not come", &[
+            (0, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Reconciling"),
+            (300, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Stalled"),
+            (9_999, AccessDenied, NONE, "Ready=False/AccessDenied Stalled"),
+            (9_999, ServerError, NONE, "Ready=False/ServerError Reconciling"),
+            (9_999, Issued, 99_999, "Ready=True/Issued"),
+            (10_000, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Reconciling"),
+        ]),
+        ("access withdrawn from a valid token", &[
+            (0, Issued, LIFETIME, "Ready=True/Issued"),
+            (1, AccessDenied, NONE, "Ready=False/AccessDenied Reconciling"),
+            (301, AccessDenied, NONE, "Ready=False/AccessDenied Stalled"),
+        ]),
+        ("an earlier object's Secret", &[
+            (0, SecretBeingReplaced, NONE, "Ready=False/SecretBeingReplaced Reconciling"),
+            (9_999, SecretBeingReplaced, NONE, "Ready=False/SecretBeingReplaced Reconciling"),
+        ]),
+        ("suspended, valid and then expired", &[
+            (0, Suspended, LIFETIME, "Ready=True/Suspended"),
+            (LIFETIME, Suspended, LIFETIME, "Ready=False/Suspended"),
+        ]),
+        ("suspended, and there never was a token", &[(0, Suspended, NONE, "Ready=False/Suspended")]),
+        ("suspended while stalled", &[
+            (0, AccessDenied, NONE, "Ready=False/AccessDenied Reconciling"),
+            (300, AccessDenied, NONE, "Ready=False/AccessDenied Stalled"),
+            (301, Suspended, NONE, "Ready=False/Suspended"),
+            (400, AccessDenied, NONE, "Ready=False/AccessDenied Reconciling"),
+        ]),
+    ];
+    for (name, looks) in rows {
+        let mut facts = filled(&["invoices"]);
+        for (seconds, reason, expires, expected) in *looks {
+            let outcome = outcome(&facts, 0, *reason, *expires);
+            let told = look(&mut facts, *seconds, &[outcome]);
+            assert_eq!(shown(&told.status), *expected, "{name} at {seconds}");
+        }
+    }
+}
+
+#[test]
+fn the_worst_token_decides_and_ties_go_by_the_spec() {
+    type Row = (
+        &'static str,
+        [(Reason, i64); 3],
+        &'static str,
+        &'static str,
+        &'static str,
+    );
+    #[rustfmt::skip]
+    let rows: &[Row] = &[
+        ("all good", [(Issued, 9), (Issued, 9), (Issued, 9)], "Ready=True/Issued", "3/3", "Every token"),
+        ("one is not there", [(Issued, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
+        ("not there before failing", [(KeyRejected, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
+        ("failing before good", [(Issued, 9), (RateLimited, 9), (Issued, 9)], "Ready=True/RateLimited", "3/3", "`b`"),
+        ("two fail", [(Issued, 9), (RateLimited, 9), (KeyRejected, 9)], "Ready=True/RateLimited", "3/3", "`b`"),
+        ("two are not there", [(Issued, 9), (AccessDenied, 0), (ServerError, 0)], "Ready=False/AccessDenied Reconciling", "1/3", "`b`"),
+        ("none is there", [(ServerError, 0), (AccessDenied, 0), (ServerError, 0)], "Ready=False/ServerError Reconciling", "0/3", "`a`"),
+        ("expired and failing", [(Issued, 9), (ServerError, 1), (Issued, 9)], "Ready=False/ServerError Reconciling", "2/3", "`b`"),
+        ("suspended, one expired", [(Suspended, 9), (Suspended, 1), (Suspended, 9)], "Ready=False/Suspended", "2/3", "`b`"),
+    ];
+    for (name, outcomes, expected, ready, message) in rows {
+        let mut facts = filled(&["a", "b", "c"]);
+        let each = outcomes.iter().enumerate();
+        let outcomes: Vec<_> = each.map(|(i, (r, expires))| outcome(&facts, i, *r, *expires)).collect();
+        let told = look(&mut facts, 1, &outcomes).status;
+        assert_eq!(shown(&told), *expected, "{name}");
+        assert_eq!(told.tokens_ready.as_deref(), Some(*ready), "{name}");
+        let said = &condition(&told, "Ready").expect("Ready").message;
+        assert!(said.contains(message), "{name}: {said}");
+    }
+}
+
+#[test]
+fn each_token_has_its_line() {
+    let mut facts = filled(&["a", "b"]);
+    service_key(&mut facts).expires = Some(at(9_999) + SignedDuration::from_millis(700));
+    let outcomes = [outcome(&facts, 0, Issued, 9_000), outcome(&facts, 1, ServerError, NONE)];
+    let status = look(&mut facts, 1, &outcomes).status;
+    assert_eq!(status.observed_generation, Some(3));
+    assert_eq!(
+        (status.user_id.as_deref(), status.key_id.as_deref()),
+        (Some("7"), Some("k1"))
+    );
+    assert_eq!(status.key_expires_at, Some(Time(at(9_999))));
+    assert_eq!(status.expires_at, Some(Time(at(LIFETIME))), "the earliest");
+    let [a, b] = &status.tokens[..] else {
+        panic!("{:?}", status.tokens)
+    };
+    assert_eq!(
+        (&*a.name, &*a.secret_name, a.reason.as_deref()),
+        ("a", "a-token", Some("Issued"))
+    );
+    assert_eq!((a.lifetime_seconds, a.format.as_deref()), (Some(9_000), Some("Opaque")));
+    assert_eq!(
+        (&a.issued_at, &a.expires_at),
+        (&Some(Time(at(0))), &Some(Time(at(9_000))))
+    );
+    assert!(a.renew_at > Some(Time(at(5_000))) && a.failing_since.is_none());
+    // Nothing of the present inputs is held, and still there is a token in the Secret, which is told of.
+    assert_eq!(
+        (b.expires_at.clone(), b.format.as_deref()),
+        (Some(Time(at(LIFETIME))), Some("JWT"))
+    );
+    assert_eq!(b.failing_since, Some(Time(at(1))));
+    // Of a token that was edited, or is somebody else's, nothing is known.
+    edit(existing(&mut facts, 1), |data| {
+        data.insert("token".into(), b"x".into());
+    });
+    let status = look(&mut facts, 2, &outcomes).status;
+    assert_eq!((&status.tokens[1].expires_at, &status.tokens[1].format), (&None, &None));
+    assert_eq!(status.expires_at, Some(Time(at(9_000))));
+    facts.key = Err(KeySecretMissing);
+    let status = look(&mut facts, 3, &outcomes).status;
+    assert_eq!(
+        (status.user_id, status.key_id, status.key_expires_at),
+        (None, None, None)
+    );
+}
+
+#[test]
+fn a_failure_has_a_beginning_and_an_end() {
+    let mut facts = filled(&["a", "b"]);
+    let mut since = |seconds, a: Reason, b: Reason| {
+        let outcomes = [outcome(&facts, 0, a, 99_999), outcome(&facts, 1, b, 99_999)];
+        let status = look(&mut facts, seconds, &outcomes).status;
+        status
+            .tokens
+            .iter()
+            .map(|t| t.failing_since.as_ref().map(|t| t.0))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(since(1, Issued, Issued), [None, None]);
+    assert_eq!(since(2, ServerError, Issued), [Some(at(2)), None]);
+    assert_eq!(since(3, KeyRejected, RateLimited), [Some(at(2)), Some(at(3))]);
+    assert_eq!(since(4, Issued, RateLimited), [None, Some(at(3))]);
+    assert_eq!(since(5, ServerError, Suspended), [Some(at(5)), None]);
+    // A clock that was ahead, or a hand that wrote a time into the status, must not put off the end for ever.
+    for odd in [at(7), Timestamp::MAX] {
+        let mut facts = filled(&["a"]);
+        let outcomes = [outcome(&facts, 0, KeyRejected, NONE)];
+        look(&mut facts, 5, &outcomes);
+        user(&mut facts).status.as_mut().expect("a status").tokens[0].failing_since = Some(Time(odd));
+        let status = look(&mut facts, 6, &outcomes).status;
+        assert_eq!(status.tokens[0].failing_since, Some(Time(at(6))));
+    }
+}
+
+#[test]
+fn a_new_spec_has_its_own_five_minutes() {
+    let mut facts = filled(&["a"]);
+    let outcomes = [outcome(&facts, 0, KeySecretMissing, NONE)];
+    look(&mut facts, 0, &outcomes);
+    assert_eq!(
+        shown(&look(&mut facts, 300, &outcomes).status),
+        "Ready=False/KeySecretMissing Stalled"
+    );
+    // A roll-out names another key, and its Secret comes two seconds later (decision K9).
+    user(&mut facts).metadata.generation = Some(4);
+    let told = look(&mut facts, 400, &outcomes);
+    assert_eq!(shown(&told.status), "Ready=False/KeySecretMissing Reconciling");
+    assert_eq!(told.status.observed_generation, Some(4));
+    assert_eq!(told.wake.at, Some(at(700)));
+    assert_eq!(
+        shown(&look(&mut facts, 699, &outcomes).status),
+        "Ready=False/KeySecretMissing Reconciling"
+    );
+    assert_eq!(
+        shown(&look(&mut facts, 700, &outcomes).status),
+        "Ready=False/KeySecretMissing Stalled"
+    );
+}
+
+#[test]
+fn a_transition_is_a_change_of_the_status_value() {
+    let mut facts = filled(&["a"]);
+    let mut times = |seconds, reason, expires| {
+        let outcomes = [outcome(&facts, 0, reason, expires)];
+        let status = look(&mut facts, seconds, &outcomes).status;
+        let time = |kind| condition(&status, kind).map(|c| c.last_transition_time.0.as_second() - at(0).as_second());
+        (time("Ready"), time("Reconciling"), time("Stalled"), time("KeyValid"))
+    };
+    assert_eq!(times(1, Issued, LIFETIME), (Some(1), None, None, Some(1)));
+    assert_eq!(
+        times(2, ServerError, LIFETIME),
+        (Some(1), None, None, Some(1)),
+        "another reason"
+    );
+    assert_eq!(times(3, AccessDenied, NONE), (Some(3), Some(3), None, Some(1)));
+    assert_eq!(times(4, KeyRejected, NONE), (Some(3), Some(3), None, Some(4)));
+    assert_eq!(times(302, KeyRejected, NONE), (Some(3), None, Some(302), Some(4)));
+    assert_eq!(times(303, Issued, LIFETIME), (Some(303), None, None, Some(303)));
+    assert_eq!(times(304, AccessDenied, NONE), (Some(304), Some(304), None, Some(303)));
+    // What else somebody wrote into the status goes.
+    let status = user(&mut facts).status.as_mut().expect("a status");
+    let mut foreign = status.conditions[0].clone();
+    foreign.type_ = "Foreign".into();
+    status.conditions.push(foreign);
+    status.tokens.push(TokenStatus::default());
+    let status = look(&mut facts, 305, &[outcome(&filled(&["a"]), 0, Issued, LIFETIME)]).status;
+    assert_eq!((status.conditions.len(), status.tokens.len()), (2, 1));
+}
+
+#[test]
+fn what_is_known_of_the_key() {
+    type Row = (Result<Option<i64>, Reason>, [Reason; 2], &'static str);
+    #[rustfmt::skip]
+    let rows: &[Row] = &[
+        (Ok(None), [Issued, Issued], "True/KeyUsable"),
+        (Ok(None), [Issued, ServerError], "True/KeyUsable"),
+        (Ok(None), [Issued, KeyRejected], "False/KeyRejected"),
+        (Ok(None), [UserInactive, KeyRejected], "False/UserInactive"),
+        (Ok(Some(2)), [Issued, Issued], "True/KeyUsable"),
+        (Ok(Some(1)), [Issued, Issued], "False/KeyExpired"),
+        (Ok(Some(1)), [Issued, KeyExpired], "False/KeyExpired"),
+        (Ok(None), [Suspended, Suspended], "True/KeyUsable"),
+        (Err(KeySecretMissing), [KeySecretMissing, SecretBeingReplaced], "False/KeySecretMissing"),
+        (Err(Reason::KeyIsApplicationKey), [Suspended, Suspended], "False/KeyIsApplicationKey"),
+    ];
+    for (key, [a, b], expected) in rows {
+        let mut facts = filled(&["a", "b"]);
+        match key {
+            Ok(expires) => service_key(&mut facts).expires = expires.map(at),
+            Err(reason) => facts.key = Err(*reason),
+        }
+        let outcomes = [outcome(&facts, 0, *a, 9), outcome(&facts, 1, *b, 9)];
+        let status = look(&mut facts, 1, &outcomes).status;
+        let key = condition(&status, "KeyValid").expect("KeyValid");
+        assert_eq!(format!("{}/{}", key.status, key.reason), *expected);
+    }
+}
+
+#[test]
+fn events_tell_of_changes_only() {
+    let mut facts = filled(&["a", "b"]);
+    let mut notes = |a: Reason, b: Reason| -> Vec<(bool, Reason)> {
+        let outcomes = [outcome(&facts, 0, a, LIFETIME), outcome(&facts, 1, b, LIFETIME)];
+        let told = look(&mut facts, 1, &outcomes).events;
+        assert!(told.iter().all(|n| n.text.contains("`a`") || n.text.contains("`b`")));
+        told.iter().map(|n| (n.warning, n.reason)).collect()
+    };
+    assert_eq!(
+        notes(Issued, KeySecretMissing),
+        [(false, Issued), (true, KeySecretMissing)]
+    );
+    assert_eq!(notes(Issued, KeySecretMissing), []);
+    assert_eq!(notes(Issued, AccessDenied), [(true, AccessDenied)]);
+    assert_eq!(notes(ServerError, Issued), [(true, ServerError), (false, Issued)]);
+    assert_eq!(notes(Suspended, Suspended), [(false, Suspended), (false, Suspended)]);
+    assert_eq!(notes(Issued, Suspended), [(false, Issued)]);
+}
+
+#[test]
+fn the_next_look() {
+    /// Outcomes of two tokens with the end of what they hold; then the time, the retry, and the time before which not.
+    type Row = (
+        &'static str,
+        [(Reason, i64, i64); 2],
+        Option<i64>,
+        Option<Retry>,
+        Option<i64>,
+    );
+    #[rustfmt::skip]
+    let rows: &[Row] = &[
+        ("a key missing", [(KeySecretMissing, 0, 0), (KeySecretMissing, 0, 0)], Some(301), Some(Retry::Permanent), None),
+        ("an outage from the start", [(ServerError, 0, 0), (ServerError, 0, 0)], None, Some(Retry::Transient), None),
+        ("an outage, both valid", [(ServerError, 50, 0), (ServerError, 40, 0)], Some(40), Some(Retry::Transient), None),
+        ("an outage, one expired", [(ServerError, 50, 0), (ServerError, 1, 0)], Some(50), Some(Retry::Transient), None),
+        ("refused, both valid", [(KeyRejected, 5_000, 0), (KeyRejected, 4_000, 0)], Some(4_000), Some(Retry::Permanent), None),
+        ("the shorter retry", [(AccessDenied, 0, 0), (ServerError, 50, 0)], Some(50), Some(Retry::Transient), None),
+        ("asked to wait", [(RateLimited, 50, 30), (RateLimited, 50, 20)], Some(50), Some(Retry::Transient), Some(30)),
+        ("asked to wait, and no failure", [(Suspended, 50, 30), (Suspended, 0, 0)], Some(50), None, None),
+        ("suspended", [(Suspended, 50, 0), (Suspended, 40, 0)], Some(40), None, None),
+        ("suspended, nothing there", [(Suspended, 0, 0), (Suspended, 1, 0)], None, None, None),
+    ];
+    for (name, outcomes, at_, retry, not_before) in rows {
+        let mut facts = filled(&["a", "b"]);
+        let each = outcomes
+            .iter()
+            .enumerate()
+            .map(|(i, (reason, expires, not_before))| Outcome {
+                not_before: (*not_before > 0).then(|| at(*not_before)),
+                ..outcome(&facts, i, *reason, *expires)
+            });
+        let outcomes: Vec<_> = each.collect();
+        let wake = look(&mut facts, 1, &outcomes).wake;
+        let expected = Wake {
+            at: at_.map(at),
+            retry: *retry,
+            not_before: not_before.map(at),
+        };
+        assert_eq!(wake, expected, "{name}");
+    }
+}
+
+#[test]
+fn a_good_token_is_looked_at_when_it_is_due() {
+    let mut facts = filled(&["a", "b"]);
+    let due = |facts: &Facts, i: usize| facts.schedule(&facts.user.spec.tokens[i], at(0), at(LIFETIME)).renew;
+    let (a, b) = (due(&facts, 0), due(&facts, 1));
+    let both = |facts: &Facts, b| [outcome(facts, 0, Issued, LIFETIME), outcome(facts, 1, b, LIFETIME)];
+    let outcomes = both(&facts, Issued);
+    let wake = look(&mut facts, 1, &outcomes).wake;
+    assert_eq!(
+        wake,
+        Wake {
+            at: Some(a.min(b)),
+            ..Wake::default()
+        }
+    );
+    assert!(a.min(b) > at(FRESH));
+    // A failing one leaves it to the back-off, the good one is still looked at in time.
+    let outcomes = both(&facts, ServerError);
+    let wake = look(&mut facts, 1, &outcomes).wake;
+    assert_eq!((wake.at, wake.retry), (Some(a), Some(Retry::Transient)));
+    // A key that ends earlier changes the condition KeyValid, and one that has ended changes nothing more.
+    for (ends, expected) in [(9, at(9)), (1, a.min(b)), (LIFETIME, a.min(b))] {
+        service_key(&mut facts).expires = Some(at(ends));
+        let outcomes = both(&facts, Issued);
+        assert_eq!(look(&mut facts, 1, &outcomes).wake.at, Some(expected));
+    }
+}
+
+#[test]
+fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
+    let mut facts = filled(&["a", "b"]);
+    let outcomes: Vec<_> = plan(&facts, at(1))
+        .steps
+        .into_iter()
+        .enumerate()
+        .map(|(token, step)| {
+            let Step::Keep(held) = step else { panic!("{step:?}") };
+            Outcome {
+                token,
+                reason: Issued,
+                held: Some(held),
+                not_before: None,
+            }
+        })
+        .collect();
+    let status = look(&mut facts, 1, &outcomes).status;
+    for (token, outcome) in facts.user.spec.tokens.iter().zip(&outcomes) {
+        assert_eq!(facts.recorded(token), outcome.held);
+    }
+    assert!(
+        status
+            .tokens
+            .iter()
+            .all(|t| t.format.as_deref() == Some("JWT") && t.lifetime_seconds == Some(LIFETIME))
+    );
+}
+
+prop_compose! {
+    fn any_outcome()(reason in 0..Reason::ALL.len(), expires in proptest::option::of(1_i64..2_000), not_before in proptest::option::of(1_i64..2_000))
+        -> (Reason, Option<i64>, Option<i64>) {
+        (Reason::ALL[reason], expires, not_before)
+    }
+}
+
+proptest! {
+    /// Any outcomes one after another, at any time, after any history.
+    #[test]
+    fn the_conditions_never_contradict_each_other(
+        looks in proptest::collection::vec((0_i64..900, proptest::collection::vec(any_outcome(), 3)), 1..5),
+    ) {
+        let mut facts = filled(&["a", "b", "c"]);
+        let mut seconds = 0;
+        for (later, outcomes) in looks {
+            seconds += later;
+            let now = at(seconds) + SignedDuration::from_millis(700);
+            let outcomes: Vec<_> = outcomes.into_iter().enumerate().map(|(i, (reason, expires, not_before))| Outcome {
+                not_before: not_before.map(at),
+                ..outcome(&facts, i, reason, expires.unwrap_or(NONE))
+            }).collect();
+            let Report { status, wake, .. } = look(&mut facts, seconds, &outcomes);
+            let on = |kind| condition(&status, kind).is_some_and(|c| c.status == "True");
+            let ready = |o: &Outcome| o.held.is_some_and(|h| h.schedule.expires > now);
+            prop_assert_eq!(on("Ready"), outcomes.iter().all(ready));
+            prop_assert!(u8::from(on("Ready")) + u8::from(on("Reconciling")) + u8::from(on("Stalled")) <= 1);
+            let failing = |o: &Outcome| o.reason.retry() != Retry::No;
+            if !on("Ready") && outcomes.iter().any(|o| !ready(o) && failing(o)) {
+                prop_assert!(on("Reconciling") || on("Stalled"));
+            }
+            if on("Stalled") {
+                let reason = condition(&status, "Stalled").map(|c| c.reason.clone());
+                let stalled = Reason::ALL.iter().find(|r| Some(r.name()) == reason.as_deref()).map(|r| r.retry());
+                prop_assert_eq!(stalled, Some(Retry::Permanent));
+            }
+            for (line, outcome) in status.tokens.iter().zip(&outcomes) {
+                prop_assert_eq!(line.failing_since.is_some(), failing(outcome));
+            }
+            prop_assert_eq!(wake.retry.is_some(), outcomes.iter().any(failing));
+            // Only a good token that is due may be looked at once more at once.
+            let due = outcomes.iter().any(|o| o.reason == Issued && o.held.is_some_and(|h| h.schedule.renew <= now));
+            prop_assert!(due || wake.at.is_none_or(|at| at > now), "{:?}", wake);
+        }
+    }
+}
