@@ -23,8 +23,8 @@ use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
 use crate::ops::{http, telemetry};
 
-/// A pass may mint 16 tokens behind a full budget; longer than this it hangs.
-const LONGEST_PASS: Duration = Duration::from_mins(2);
+/// A pass may ask for 16 tokens one after another, each of which may time out; longer than this it hangs.
+const LONGEST_PASS: Duration = Duration::from_mins(5);
 
 /// How to run.
 #[derive(Args, Debug)]
@@ -141,14 +141,12 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
     }
     let (for_users, for_instances) = (context.clone(), context);
     tokio::join!(
-        users.work(LONGEST_PASS, shutdown.clone(), move |id| service_user::reconcile(
-            for_users.clone(),
-            id
-        )),
-        instances.work(LONGEST_PASS, shutdown, move |id| instance::reconcile(
-            for_instances.clone(),
-            id
-        )),
+        users.work(LONGEST_PASS, shutdown.clone(), move |id, held_back| {
+            service_user::reconcile(for_users.clone(), id, held_back)
+        }),
+        instances.work(LONGEST_PASS, shutdown, move |id, _| {
+            instance::reconcile(for_instances.clone(), id)
+        }),
     );
     watches.abort();
     // The probes end with the signal too; what they answered last does not matter.

@@ -1,7 +1,7 @@
 //! The queue: which object gets a pass, when, and after how long again. It owns delays and back-off, runs one pass per
 //! object at a time, and knows the echoes of our own writes (decision K7: kube's machinery only triggers).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,10 +11,10 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use crate::domain::facts::ObjectRef;
+use crate::domain::facts::{HeldBack, Hold, ObjectRef};
 use crate::domain::order::{Slots, Urgency, Waiting};
-use crate::domain::reason::Retry;
-use crate::domain::report::Wake;
+use crate::domain::reason::Reason;
+use crate::domain::report::{Failed, Wake};
 use crate::domain::schedule::backoff;
 use crate::ops::shutdown::Shutdown;
 
@@ -49,7 +49,15 @@ struct Entry {
     /// Versions that our own last pass wrote and whose echo has not come yet.
     written: Vec<String>,
     timer: Option<Timestamp>,
+    /// Whether the timer is that of a back-off.
+    retrying: bool,
+    /// What failed, by name.
+    backoffs: BTreeMap<String, Backoff>,
+}
+
+struct Backoff {
     failures: u32,
+    hold: Hold,
 }
 
 /// One pass over one object, to be ended by [`Turn::done`]. Dropped without it (a panic, a timeout), it counts as a
@@ -57,6 +65,8 @@ struct Entry {
 pub struct Turn {
     /// Whose turn it is.
     pub id: ObjectRef,
+    /// What failed before and is not to be tried yet.
+    pub held_back: HeldBack,
     queue: Arc<Queue>,
     ended: bool,
 }
@@ -90,7 +100,7 @@ impl Queue {
             return;
         }
         // A change of input begins the back-off anew.
-        entry.failures = 0;
+        entry.backoffs.clear();
         state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
     }
@@ -116,9 +126,10 @@ impl Queue {
     pub async fn next(self: &Arc<Self>) -> Turn {
         loop {
             let sleep = match self.take(Timestamp::now()) {
-                Ok(id) => {
+                Ok((id, held_back)) => {
                     return Turn {
                         id,
+                        held_back,
                         queue: self.clone(),
                         ended: false,
                     };
@@ -134,7 +145,7 @@ impl Queue {
     /// ends alone (reference/kube.md §0, fact 4).
     pub async fn work<F, P>(self: Arc<Self>, limit: Duration, mut shutdown: Shutdown, pass: P)
     where
-        P: Fn(ObjectRef) -> F,
+        P: Fn(ObjectRef, HeldBack) -> F,
         F: Future<Output = Done> + Send + 'static,
     {
         let mut running = JoinSet::new();
@@ -145,7 +156,11 @@ impl Queue {
                 () = shutdown.requested() => break,
                 turn = self.next() => turn,
             };
-            let pass = AssertUnwindSafe(tokio::time::timeout(limit, pass(turn.id.clone()))).catch_unwind();
+            let pass = AssertUnwindSafe(tokio::time::timeout(
+                limit,
+                pass(turn.id.clone(), turn.held_back.clone()),
+            ))
+            .catch_unwind();
             running.spawn(async move {
                 match pass.await {
                     Ok(Ok(done)) => turn.done(done),
@@ -158,7 +173,7 @@ impl Queue {
         let _ = tokio::time::timeout(limit, async { while running.join_next().await.is_some() {} }).await;
     }
 
-    fn take(&self, now: Timestamp) -> Result<ObjectRef, Duration> {
+    fn take(&self, now: Timestamp) -> Result<(ObjectRef, HeldBack), Duration> {
         let mut state = self.lock();
         let state = &mut *state;
         while let Some((at, _)) = state.timers.first()
@@ -168,7 +183,7 @@ impl Queue {
             if let Some(entry) = state.entries.get_mut(&id) {
                 entry.timer = None;
                 let (urgency, instance) = (self.rank)(&id);
-                let urgency = if entry.failures > 0 { Urgency::Retry } else { urgency };
+                let urgency = if entry.retrying { Urgency::Retry } else { urgency };
                 if !entry.running {
                     state.waiting.push(&id, urgency, &instance);
                 }
@@ -181,7 +196,8 @@ impl Queue {
             if let Some(at) = entry.timer.take() {
                 state.timers.remove(&(at, id.clone()));
             }
-            return Ok(id);
+            let held_back = entry.backoffs.iter().map(|(what, b)| (what.clone(), b.hold)).collect();
+            return Ok((id, held_back));
         }
         let next = state.timers.first().map(|(at, _)| at.duration_since(now));
         // A millisecond more, so that rounding never wakes us just before the time.
@@ -199,7 +215,7 @@ impl Queue {
 /// How a pass ended.
 #[derive(Debug, Default)]
 pub struct Done {
-    /// When to look again.
+    /// When to look again, and what failed.
     pub wake: Wake,
     /// Versions that the pass wrote.
     pub written: Vec<String>,
@@ -211,8 +227,8 @@ impl Done {
     pub fn transient_failure() -> Self {
         Self {
             wake: Wake {
-                retry: Some(Retry::Transient),
-                ..Wake::default()
+                at: None,
+                failed: vec![Failed::now("", Reason::Internal)],
             },
             written: Vec::new(),
         }
@@ -248,22 +264,45 @@ impl Turn {
         done.written.retain(|w| !echoes.contains(&Some(w.clone())));
         entry.written = done.written;
         if news.is_empty() {
-            let failed = done.wake.retry.is_some();
-            entry.failures = if failed { entry.failures.saturating_add(1) } else { 0 };
-            let retry = done.wake.retry.map(|retry| {
-                let at = now + backoff(retry, entry.failures, &self.id.to_string());
-                done.wake.not_before.map_or(at, |not_before| at.max(not_before))
-            });
+            let seed = self.id.to_string();
+            let before = std::mem::take(&mut entry.backoffs);
+            entry.backoffs = done
+                .wake
+                .failed
+                .into_iter()
+                .map(|failed| hold(failed, &before, &seed, now))
+                .collect();
+            let retry = entry.backoffs.values().map(|b| b.hold.until).min();
+            entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));
             if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
                 entry.timer = Some(at);
                 state.timers.insert((at, self.id.clone()));
             }
         } else {
-            entry.failures = 0;
+            entry.backoffs.clear();
             state.waiting.push(&self.id, urgency, &instance);
         }
         self.queue.changed.notify_one();
     }
+}
+
+/// How long something that failed is held back: longer with each failure; as long as before if it was not tried.
+fn hold(failed: Failed, before: &BTreeMap<String, Backoff>, seed: &str, now: Timestamp) -> (String, Backoff) {
+    let last = before.get(&failed.what);
+    let backoff = match last {
+        Some(last) if failed.held_back => Backoff { ..*last },
+        _ => {
+            let failures = last.map_or(0, |b| b.failures).saturating_add(1);
+            let until = now + backoff(failed.reason.retry(), failures, &format!("{seed}/{}", failed.what));
+            let until = failed.not_before.map_or(until, |not_before| until.max(not_before));
+            let reason = failed.reason;
+            Backoff {
+                failures,
+                hold: Hold { reason, until },
+            }
+        }
+    };
+    (failed.what, backoff)
 }
 
 impl Drop for Turn {
@@ -342,6 +381,6 @@ mod tests {
         let state = queue.lock();
         assert_eq!(state.timers.len(), 1);
         assert_eq!(state.entries.len(), 1);
-        assert_eq!(state.entries[&id("a")].failures, 1);
+        assert_eq!(state.entries[&id("a")].backoffs[""].failures, 1);
     }
 }

@@ -65,6 +65,8 @@ pub struct Facts {
     pub unwritten: BTreeMap<String, Arc<Unwritten>>,
     /// Secrets of this object that the spec no longer names.
     pub leftovers: Vec<SecretRef>,
+    /// Tokens that failed a moment ago.
+    pub held_back: HeldBack,
 }
 
 /// A token that waits for its write (decision K3).
@@ -85,6 +87,18 @@ pub struct Held {
     pub format: Format,
 }
 
+/// What failed before and is not to be tried yet, by token name.
+pub type HeldBack = BTreeMap<String, Hold>;
+
+/// A back-off that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// What failed.
+    pub reason: Reason,
+    /// Until when.
+    pub until: Timestamp,
+}
+
 /// How one token fared in this pass.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -96,6 +110,8 @@ pub struct Outcome {
     pub held: Option<Held>,
     /// The server asked not to come back before.
     pub not_before: Option<Timestamp>,
+    /// It was not tried: the back-off of an earlier failure runs.
+    pub held_back: bool,
 }
 
 impl Facts {

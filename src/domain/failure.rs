@@ -28,6 +28,16 @@ pub enum Failure {
     Known(Reason),
 }
 
+/// Whether the instance itself seems to fail, and not one user's request: its status should be looked at again.
+#[must_use]
+pub fn concerns_the_instance(reason: Reason) -> bool {
+    use Reason::{InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIdMismatch, ServerError, TlsFailure};
+    matches!(
+        reason,
+        InstanceUnreachable | TlsFailure | ServerError | MalformedAnswer | IssuerMismatch | ProjectIdMismatch
+    )
+}
+
 /// The errors of the token endpoint that we tell apart (zitadel.md §2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OAuthError {

@@ -74,6 +74,7 @@ pub fn facts(tokens: &[&str]) -> Facts {
         secrets: BTreeMap::new(),
         unwritten: BTreeMap::new(),
         leftovers: Vec::new(),
+        held_back: BTreeMap::new(),
     }
 }
 

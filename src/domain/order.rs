@@ -92,24 +92,22 @@ impl Waiting {
     }
 
     /// Takes the next object: an urgent refresh, then a newcomer, then a refresh, then a retry; in each class the
-    /// namespace whose last turn is longest ago. While others wait, a namespace has at most half of the slots, of all and
-    /// of the instance's.
+    /// namespace whose last turn is longest ago.
     pub fn pop(&mut self, now: Timestamp, slots: Slots) -> Option<ObjectRef> {
         if self.running.len() >= slots.all {
             return None;
         }
-        let mut namespaces = self.lanes.keys().map(|lane| &lane.namespace);
-        let first = namespaces.next();
-        let others_wait = namespaces.any(|namespace| Some(namespace) != first);
         let open = |lane: &Lane| {
-            let crowded = others_wait && count(&self.by_namespace, &lane.namespace) * 2 >= slots.all.max(2);
-            // The same within the instance's share: with one instance that share is all there is.
-            let rivals = self
-                .lanes
-                .keys()
-                .any(|l| l.instance == lane.instance && l.namespace != lane.namespace);
-            let crowded_there = rivals && count(&self.by_lane, lane) * 2 >= slots.per_instance.max(2);
-            !crowded && !crowded_there && count(&self.by_instance, &lane.instance) < slots.per_instance
+            let others = |same_instance: bool| {
+                let mut lanes = self
+                    .lanes
+                    .keys()
+                    .filter(|l| !same_instance || l.instance == lane.instance);
+                lanes.any(|l| l.namespace != lane.namespace)
+            };
+            count(&self.by_namespace, &lane.namespace) < share(slots.all, others(false))
+                && count(&self.by_lane, lane) < share(slots.per_instance, others(true))
+                && count(&self.by_instance, &lane.instance) < slots.per_instance
         };
         let ranked = self
             .lanes
@@ -191,6 +189,12 @@ fn best(waiting: &BTreeSet<Entry>, now: Timestamp) -> Option<(u8, &Entry)> {
     Some((rank, first))
 }
 
+/// How many of `slots` one namespace may have: half while others wait, and three quarters while nobody does, since a
+/// pass that hangs cannot be taken back when somebody comes.
+fn share(slots: usize, others_wait: bool) -> usize {
+    if others_wait { slots / 2 } else { slots * 3 / 4 }.max(1)
+}
+
 fn count<K: Eq + Hash>(counts: &HashMap<K, usize>, key: &K) -> usize {
     counts.get(key).copied().unwrap_or(0)
 }
@@ -267,10 +271,21 @@ mod tests {
     }
 
     #[test]
-    fn one_namespace_has_half_of_the_slots_while_others_wait() {
+    fn one_namespace_never_has_all_slots_and_half_while_others_wait() {
         let mut waiting = Waiting::default();
         for i in 0..10 {
             push(&mut waiting, "noisy", &i.to_string(), Urgency::Newcomer, "main");
+        }
+        let slots = Slots {
+            all: 32,
+            per_instance: 8,
+        };
+        let taken = take(&mut waiting, slots);
+        assert_eq!(taken.len(), 6);
+        for id in &taken {
+            let name = id.split('/').nth(1).expect("a name");
+            waiting.finished(&ObjectRef::new("noisy", name));
+            push(&mut waiting, "noisy", name, Urgency::Newcomer, "main");
         }
         for i in 0..3 {
             push(&mut waiting, "quiet", &i.to_string(), Urgency::Retry, "main");
@@ -279,7 +294,7 @@ mod tests {
             all: 16,
             per_instance: 4,
         };
-        assert_eq!(take(&mut waiting, slots), ["noisy/0", "noisy/1", "quiet/0", "quiet/1"]);
+        assert_eq!(take(&mut waiting, slots), ["noisy/6", "noisy/7", "quiet/0", "quiet/1"]);
     }
 
     #[test]
@@ -291,7 +306,7 @@ mod tests {
         push(&mut waiting, "a", "fast", Urgency::Retry, "fast");
         let slots = Slots {
             all: 10,
-            per_instance: 2,
+            per_instance: 3,
         };
         assert_eq!(take(&mut waiting, slots), ["a/slow-0", "a/slow-1", "a/fast"]);
         waiting.finished(&ObjectRef::new("a", "slow-0"));

@@ -26,12 +26,16 @@ pub struct Plan {
 pub enum Step {
     /// Nothing: the token in the Secret is good.
     Keep(Held),
-    /// Nothing, because something is missing or forbidden. The Secret stays as it is.
-    Refuse(Reason),
+    /// Nothing, because something is missing or forbidden. The Secret stays as it is, and with it what it may hold of a
+    /// good token.
+    Refuse(Reason, Option<Held>),
+    /// Nothing yet: it failed a moment ago for this reason.
+    Wait(Reason, Option<Held>),
     /// Ask ZITADEL for a token and write it.
     Mint(Box<MintRequest>),
-    /// Write a token that is there already: what is around it has changed, or its first write failed.
-    Write(Box<SecretDraft>, Held),
+    /// Write a token that is there already: what is around it has changed, or its first write failed. Should it fail
+    /// again, the last is what is still in the Secret.
+    Write(Box<SecretDraft>, Held, Option<Held>),
 }
 
 /// A token to be minted.
@@ -52,9 +56,9 @@ pub struct MintRequest {
 pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
     let suspended = facts.user.spec.suspend == Some(true);
     let step = |token| match admit(facts, token) {
-        _ if suspended => Step::Refuse(Reason::Suspended),
-        Ok(admitted) => decide(facts, token, &admitted, now),
-        Err(reason) => Step::Refuse(reason),
+        _ if suspended => Step::Refuse(Reason::Suspended, facts.recorded(token)),
+        Ok(admitted) => held_back(facts, token, now, decide(facts, token, &admitted, now)),
+        Err(reason) => Step::Refuse(reason, None),
     };
     Plan {
         steps: facts.user.spec.tokens.iter().map(step).collect(),
@@ -76,12 +80,20 @@ fn admit<'a>(facts: &'a Facts, token: &Token) -> Result<Admitted<'a>, Reason> {
     }
     let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
     let labels = facts.namespace_labels.as_deref().ok_or(Reason::NamespaceMissing)?;
-    access::check(
-        &instance.spec.access,
-        labels,
-        token,
-        facts.zitadel_project_id.as_deref(),
-    )?;
+    let pinned = instance.spec.zitadel_project_id.as_deref();
+    let zitadel_project_id = facts.zitadel_project_id.as_deref().or(pinned);
+    access::check(&instance.spec.access, labels, token, zitadel_project_id)?;
+    // Two writers of one Secret would undo each other's work for ever; the schema refuses it too.
+    let spec = &facts.user.spec;
+    let same_secret = spec
+        .tokens
+        .iter()
+        .filter(|t| t.secret.name == token.secret.name)
+        .count()
+        > 1;
+    if same_secret || spec.key_secret_ref.name == token.secret.name {
+        return Err(Reason::InvalidSpec);
+    }
     let scope = scope::field(&scope::scopes(token))
         .filter(|_| scope::well_formed(token))
         .ok_or(Reason::InvalidSpec)?;
@@ -112,16 +124,12 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         _ => None,
     };
     if let Some(unwritten) = facts.unwritten.get(&token.name)
-        && let Some(step) = write_again(facts, token, issuer, unwritten, (&inputs, &shape), now)
+        && let Some((draft, held)) = write_again(facts, token, issuer, unwritten, (&inputs, &shape), now)
     {
-        return step;
+        return Step::Write(draft, held, fallback);
     }
     if admitted.key.expires.is_some_and(|expires| expires <= now) {
-        return match fallback {
-            // Good until it expires; the condition KeyValid tells the rest.
-            Some(held) if held.schedule.renew > now => Step::Keep(held),
-            _ => Step::Refuse(Reason::KeyExpired),
-        };
+        return Step::Refuse(Reason::KeyExpired, fallback);
     }
     Step::Mint(Box::new(MintRequest {
         scope: admitted.scope.clone(),
@@ -129,6 +137,16 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         shape,
         fallback,
     }))
+}
+
+/// What failed is tried again when its back-off has run, whatever else woke the object.
+fn held_back(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> Step {
+    let hold = facts.held_back.get(&token.name).filter(|hold| hold.until > now);
+    match (hold, step) {
+        (Some(hold), Step::Mint(request)) => Step::Wait(hold.reason, request.fallback),
+        (Some(hold), Step::Write(_, _, fallback)) => Step::Wait(hold.reason, fallback),
+        (_, step) => step,
+    }
 }
 
 /// Whether there is a renew request that this token does not serve. One that was taken back asks for nothing.
@@ -189,7 +207,7 @@ fn keep_or_write(
     let draft = secret::draft(facts, token, issuer, &value.into(), &wanted);
     match facts.secrets.get(&token.secret.name) {
         Some(existing) if !existing.differs_from(&draft) => Step::Keep(held),
-        _ => Step::Write(Box::new(draft), held),
+        _ => Step::Write(Box::new(draft), held, Some(held)),
     }
 }
 
@@ -200,7 +218,7 @@ fn write_again(
     unwritten: &Unwritten,
     (inputs, shape): (&str, &str),
     now: Timestamp,
-) -> Option<Step> {
+) -> Option<(Box<SecretDraft>, Held)> {
     use secrecy::ExposeSecret;
     let schedule = facts.schedule(token, unwritten.minted.issued, unwritten.minted.expires);
     if unwritten.record.inputs != inputs || schedule.renew <= now || asked(facts, &unwritten.record) {
@@ -212,7 +230,7 @@ fn write_again(
     let record = record.sealed(value.expose_secret());
     let draft = secret::draft(facts, token, issuer, value, &record);
     let format = Format::of(value.expose_secret());
-    Some(Step::Write(Box::new(draft), Held { schedule, format }))
+    Some((Box::new(draft), Held { schedule, format }))
 }
 
 /// Hash of what decides a token: another one of these needs another token.

@@ -79,6 +79,9 @@ reasons! {
     AccessDenied: Permanent,
         "No access rule of the ZitadelInstance lets this namespace have all audiences of the token.",
         "Ask the platform team for a rule in spec.access, or drop the audience.";
+    SecretsForbidden: Permanent,
+        "The operator may not read Secrets in this namespace.",
+        "Give the operator's service account the rights of docs/install.md in the namespace.";
     KeySecretMissing: Permanent,
         "The Secret of spec.keySecretRef, or the entry in it, does not exist.",
         "Create the Secret with ZITADEL's key file, or correct spec.keySecretRef; name the entry when the Secret holds several.";

@@ -35,14 +35,38 @@ pub struct Note {
 }
 
 /// When an object is looked at again; without either, when something changes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wake {
     /// At this time.
     pub at: Option<Timestamp>,
-    /// After a back-off that the queue computes.
-    pub retry: Option<Retry>,
-    /// Not before this, if it is a retry.
+    /// After a back-off that the queue computes for each of these.
+    pub failed: Vec<Failed>,
+}
+
+/// Something that failed and is to be tried again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// Name of the token; empty for the object as a whole.
+    pub what: String,
+    /// Why.
+    pub reason: Reason,
+    /// Not to be tried before this.
     pub not_before: Option<Timestamp>,
+    /// It was not tried this time, so that its back-off does not grow.
+    pub held_back: bool,
+}
+
+impl Failed {
+    /// A failure of just now.
+    #[must_use]
+    pub fn now(what: &str, reason: Reason) -> Self {
+        Self {
+            what: what.to_owned(),
+            reason,
+            not_before: None,
+            held_back: false,
+        }
+    }
 }
 
 /// Tells what came of a pass.
@@ -210,13 +234,22 @@ fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: 
         // A due token whose renewal fails is the back-off's; its expiry must still be told in time.
         Some(schedule.expires).filter(|at| *at > now)
     });
-    let failing = outcomes.iter().filter(|o| o.reason.retry() != Retry::No);
+    let failing = outcomes
+        .iter()
+        .filter(|o| o.reason.retry() != Retry::No)
+        .filter_map(|o| {
+            Some(Failed {
+                what: facts.user.spec.tokens.get(o.token)?.name.clone(),
+                reason: o.reason,
+                not_before: o.not_before,
+                held_back: o.held_back,
+            })
+        });
     // The condition KeyValid changes then, whatever the tokens do.
     let key_ends = facts.key.as_ref().ok().and_then(|k| k.expires).filter(|at| *at > now);
     Wake {
         at: next.chain(stalls_at).chain(key_ends).min(),
-        retry: failing.clone().map(|o| o.reason.retry()).max(),
-        not_before: failing.filter_map(|o| o.not_before).max(),
+        failed: failing.collect(),
     }
 }
 

@@ -10,7 +10,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use kube::Api;
-use support::cluster::{Cluster, install_crds};
+use support::cluster::{Cluster, established};
 use support::issuer::Issuer;
 use support::operator::Operator;
 use support::world::{claims, data, until};
@@ -32,7 +32,17 @@ async fn main() {
         .await;
 
     step("kubectl apply: crds/, a key Secret, examples/");
-    install_crds(&client).await;
+    kubectl(
+        &cluster,
+        &[
+            "apply",
+            "--server-side",
+            "-f",
+            concat!(env!("CARGO_MANIFEST_DIR"), "/crds/"),
+        ],
+        None,
+    );
+    established(&client).await;
     kubectl(&cluster, &["create", "namespace", NAMESPACE], None);
     kubectl(
         &cluster,

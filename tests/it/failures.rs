@@ -2,8 +2,9 @@
 
 use serde_json::json;
 
+use crate::support::SOON;
 use crate::support::issuer::Issuer;
-use crate::support::world::{World, condition};
+use crate::support::world::{World, condition, one_token};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_missing_wrong_or_refused() {
@@ -12,7 +13,7 @@ async fn a_key_that_is_missing_wrong_or_refused() {
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world
-        .service_user("late", crate::support::world::one_token("late-token"))
+        .service_user("late", one_token("late-token"))
         .await
         .expect("accepted");
     let object = world.ready("late", "False", "KeySecretMissing").await;
@@ -37,7 +38,7 @@ async fn a_key_that_is_missing_wrong_or_refused() {
     ] {
         world.secret(&format!("{name}-key"), json!({"key.json": file})).await;
         world
-            .service_user(name, crate::support::world::one_token(&format!("{name}-token")))
+            .service_user(name, one_token(&format!("{name}-token")))
             .await
             .expect("accepted");
         world.ready(name, "False", reason).await;
@@ -54,7 +55,7 @@ async fn the_older_dialect_of_a_refused_key_is_told_from_an_outage() {
     world.issuer.remove_key(&user.id, &user.key_id).await;
     world.key_secret("old-key", &user).await;
     world
-        .service_user("old", crate::support::world::one_token("old-token"))
+        .service_user("old", one_token("old-token"))
         .await
         .expect("accepted");
     world.ready("old", "False", "KeyRejected").await;
@@ -67,7 +68,7 @@ async fn the_older_dialect_of_a_refused_key_is_told_from_an_outage() {
     world.issuer.remove_key(&user.id, &user.key_id).await;
     world.key_secret("out-key", &user).await;
     world
-        .service_user("out", crate::support::world::one_token("out-token"))
+        .service_user("out", one_token("out-token"))
         .await
         .expect("accepted");
     world.ready("out", "False", "ServerError").await;
@@ -132,4 +133,74 @@ async fn an_instance_that_is_missing_unreachable_or_another() {
     let requests = world.issuer.requests().await;
     let mint = requests.iter().rfind(|r| r.path == "/oauth/v2/token").expect("a mint");
     assert_eq!(format!("http://{}", mint.instance_host), world.issuer.url);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_tenant_whose_requests_hang_does_not_hold_up_another() {
+    let world = World::new("hang").await;
+    let mut spec = world.instance_spec();
+    spec["access"][0]["namespaceSelector"] = json!({});
+    world.apply_instance(spec).await.expect("an instance");
+    let slow = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world
+        .issuer
+        .fault(json!({"path": "/oauth/v2/token", "userId": slow.id, "hang": true}))
+        .await;
+    world.key_secret("slow-key", &slow).await;
+    for i in 0..12 {
+        let mut spec = one_token(&format!("slow-{i}-token"));
+        spec["keySecretRef"] = json!({"name": "slow-key"});
+        world.service_user(&format!("slow-{i}"), spec).await.expect("accepted");
+    }
+    // Theirs are all under way when the other tenant comes.
+    let _operator = world.operator().await;
+    let hanging = async {
+        while world
+            .issuer
+            .requests()
+            .await
+            .iter()
+            .filter(|r| r.user_id == slow.id)
+            .count()
+            < 4
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(SOON, hanging).await.expect("they hang");
+    let other = World::beside(&world, "quiet").await;
+    let started = std::time::Instant::now();
+    other.simple("quick", json!({"tokenType": "JWT"})).await;
+    other.token("quick-token").await;
+    // A hanging request ends after 10 seconds; the other tenant does not wait for one.
+    assert!(started.elapsed().as_secs() < 8, "{:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_due() {
+    let world = World::new("wait").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world
+        .issuer
+        .user(json!({"tokenType": "JWT", "lifetimeSeconds": 8}))
+        .await;
+    world.key_secret("billing-key", &user).await;
+    let limited = "urn:zitadel:iam:org:project:id:2:aud";
+    let fault =
+        json!({"path": "/oauth/v2/token", "scopeContains": limited, "status": 429, "headers": {"Retry-After": "300"}});
+    world.issuer.fault(fault).await;
+    let mut spec = one_token("good-token");
+    let other = json!({"name": "limited", "projectIds": ["2"], "secret": {"name": "limited-token"}});
+    spec["tokens"].as_array_mut().expect("a list").push(other);
+    world.service_user("billing", spec).await.expect("accepted");
+
+    let mut token = world.token("good-token").await;
+    for _ in 0..2 {
+        token = world.secret_until("good-token", |d| d["token"] != token).await["token"].clone();
+    }
+    world.ready("billing", "False", "RateLimited").await;
+    let asked = world.issuer.requests().await;
+    let asked = asked.iter().filter(|r| r.scopes.iter().any(|s| s == limited)).count();
+    assert_eq!(asked, 1);
 }

@@ -1,6 +1,7 @@
 //! The main job: one service user's token in a Secret, kept fresh.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -138,8 +139,12 @@ async fn one_refresh_costs_one_secret_write_and_one_status_write() {
     world
         .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 3600}))
         .await;
-    world.ready("billing", "True", "Issued").await;
-    world.sentinel().await;
+    let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
+    // Status tells whole seconds: a renewal within the same second would be no news.
+    let issued = status.tokens[0].issued_at.clone().expect("a time").0;
+    while Timestamp::now().as_second() <= issued.as_second() + 1 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let operators = |verb: &str, resource: &str| {
         let all = world.cluster.audit.requests(&world.name);
         all.iter()
@@ -160,6 +165,13 @@ async fn one_refresh_costs_one_secret_write_and_one_status_write() {
         .await
         .expect("annotated");
     world.secret_until("billing-token", |d| d["token"] != token).await;
+    world
+        .user_until("billing", |u| {
+            u.status
+                .as_ref()
+                .is_some_and(|s| s.tokens[0].issued_at.as_ref().is_some_and(|t| t.0 > issued))
+        })
+        .await;
     world.sentinel().await;
 
     assert_eq!(world.issuer.mints().await, 2, "a request is served once");

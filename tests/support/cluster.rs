@@ -71,15 +71,24 @@ impl Cluster {
     }
 }
 
-/// Installs the CRDs as a user would, from the files in `crds/`, and waits until they are served.
+/// Installs the CRDs of this build and waits until they are served.
 pub async fn install_crds(client: &Client) {
-    use kube::runtime::wait::{await_condition, conditions::is_crd_established};
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     for crd in zitadel_tokens::api::crds() {
         let name = crd.metadata.name.clone().expect("a name");
         api.patch(&name, &PatchParams::apply("tests").force(), &Patch::Apply(&crd))
             .await
             .unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+    established(client).await;
+}
+
+/// Waits until the CRDs are served.
+pub async fn established(client: &Client) {
+    use kube::runtime::wait::{await_condition, conditions::is_crd_established};
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for crd in zitadel_tokens::api::crds() {
+        let name = crd.metadata.name.expect("a name");
         let established = await_condition(api.clone(), &name, is_crd_established());
         tokio::time::timeout(EVENTUALLY, established)
             .await

@@ -2,6 +2,7 @@
 //! serves this instance only.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -26,8 +27,10 @@ pub const PROJECT: &str = "69234237810729019";
 pub struct World {
     pub cluster: &'static Cluster,
     pub client: Client,
-    pub issuer: Issuer,
-    /// Name of the namespace, of the instance, and value of the label that the operator selects by.
+    pub issuer: Arc<Issuer>,
+    /// Name of the instance, and value of the label that the operator selects by.
+    pub instance: String,
+    /// Name of the namespace; the same, if the world is not one beside another.
     pub name: String,
 }
 
@@ -49,11 +52,25 @@ impl World {
         let world = Self {
             cluster,
             client,
-            issuer,
+            issuer: Arc::new(issuer),
+            instance: name.clone(),
             name,
         };
         world.namespace(&world.name).await;
         world
+    }
+
+    /// Another namespace with the instance, issuer and operator of `other`.
+    pub async fn beside(other: &Self, suffix: &str) -> Self {
+        let name = format!("{}-{suffix}", other.name);
+        other.namespace(&name).await;
+        Self {
+            cluster: other.cluster,
+            client: other.client.clone(),
+            issuer: other.issuer.clone(),
+            instance: other.instance.clone(),
+            name,
+        }
     }
 
     pub async fn namespace(&self, name: &str) {
@@ -70,7 +87,7 @@ impl World {
     }
 
     pub fn selector(&self) -> String {
-        format!("test={}", self.name)
+        format!("test={}", self.instance)
     }
 
     /// The spec of an instance that allows this namespace any project and the ZITADEL API.
@@ -94,11 +111,15 @@ impl World {
     pub async fn apply_instance(&self, spec: Value) -> kube::Result<ZitadelInstance> {
         let object = json!({
             "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance",
-            "metadata": {"name": self.name, "labels": {"test": self.name}}, "spec": spec,
+            "metadata": {"name": self.instance, "labels": {"test": self.instance}}, "spec": spec,
         });
         let api = Api::<ZitadelInstance>::all(self.client.clone());
-        api.patch(&self.name, &PatchParams::apply("tests").force(), &Patch::Apply(&object))
-            .await
+        api.patch(
+            &self.instance,
+            &PatchParams::apply("tests").force(),
+            &Patch::Apply(&object),
+        )
+        .await
     }
 
     /// Creates a key Secret.
@@ -117,7 +138,7 @@ impl World {
 
     /// Applies a service user with this spec; `instanceRef` and `keySecretRef` (Secret `NAME-key`) are filled in.
     pub async fn service_user(&self, name: &str, spec: Value) -> kube::Result<ZitadelServiceUser> {
-        let mut full = json!({"instanceRef": {"name": self.name}, "keySecretRef": {"name": format!("{name}-key")}});
+        let mut full = json!({"instanceRef": {"name": self.instance}, "keySecretRef": {"name": format!("{name}-key")}});
         for (key, value) in spec.as_object().expect("an object") {
             full[key] = value.clone();
         }

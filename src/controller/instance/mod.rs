@@ -12,8 +12,8 @@ use crate::controller::queue::Done;
 use crate::domain::facts::ObjectRef;
 use crate::domain::failure::{Failure, classify};
 use crate::domain::instance::status;
-use crate::domain::reason::{Reason, Retry};
-use crate::domain::report::Wake;
+use crate::domain::reason::Reason;
+use crate::domain::report::{Failed, Wake};
 use crate::domain::schedule::duration;
 use crate::zitadel::{Hosts, Instance, Rate, Settings};
 
@@ -95,11 +95,11 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         .map_err(|failure| classify(failure, false));
     let project_id = ctx.connections.known_project_id(&instance);
     let status = status(&instance, &discovered, project_id.as_deref(), Timestamp::now());
-    let retry = discovered.err().map(Reason::retry).filter(|retry| *retry != Retry::No);
+    let failed = discovered.err().map(|reason| Failed::now("", reason));
     let mut done = Done {
         wake: Wake {
-            retry,
-            ..Wake::default()
+            at: None,
+            failed: failed.into_iter().collect(),
         },
         written: Vec::new(),
     };
@@ -110,7 +110,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
             Ok(version) => done.written.push(version),
             Err(error) => {
                 tracing::warn!(instance = %id, %error, "the status could not be written");
-                done.wake.retry = Some(Retry::Transient);
+                done.wake.failed.push(Failed::now("", Reason::Internal));
             }
         }
     }

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use futures::future::join_all;
 use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
 
@@ -11,9 +10,10 @@ use crate::controller::Context;
 use crate::controller::write::WriteError;
 use crate::domain::answer::{Format, Minted, accept};
 use crate::domain::facts::{Facts, Held, ObjectRef, Outcome, Unwritten};
-use crate::domain::failure::{Failure, OAuthError, classify};
+use crate::domain::failure::{Failure, OAuthError, classify, concerns_the_instance};
 use crate::domain::plan::{self, MintRequest, Plan, Step};
 use crate::domain::reason::Reason;
+use crate::domain::report::Failed;
 use crate::domain::secret::{self, SecretDraft};
 use crate::zitadel::Instance;
 
@@ -27,31 +27,38 @@ pub struct Acted {
     pub outcomes: Vec<Outcome>,
     /// Versions that were written.
     pub written: Vec<String>,
+    /// What failed besides the tokens.
+    pub failed: Vec<Failed>,
 }
 
-/// Carries out `plan`. The tokens of one object are minted side by side; the host's limits hold them back.
+/// Carries out `plan`, one token after another: an object must not take more of the host's concurrency than another.
 pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Acted {
-    let steps = facts.user.spec.tokens.iter().zip(plan.steps).enumerate();
-    let done = join_all(steps.map(|(index, (token, step))| async move {
+    let mut outcomes = Vec::with_capacity(plan.steps.len());
+    let mut written = Vec::new();
+    for (index, (token, step)) in facts.user.spec.tokens.iter().zip(plan.steps).enumerate() {
         let (ended, version) = carry_out(ctx, id, facts, token, step).await;
-        let outcome = Outcome {
+        outcomes.push(Outcome {
             token: index,
             reason: ended.reason,
             held: ended.held,
             not_before: ended.not_before,
-        };
-        (outcome, version)
-    }))
-    .await;
-    for leftover in &plan.deletes {
+            held_back: ended.held_back,
+        });
+        written.extend(version);
+    }
+    // What a renamed entry leaves goes only when its successor is there.
+    let all_there = outcomes.iter().all(|o| o.reason == Reason::Issued);
+    let mut failed = Vec::new();
+    for leftover in plan.deletes.iter().filter(|_| all_there) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             tracing::warn!(object = %id, secret = leftover.name, %error, "a Secret that is no longer asked for could not be deleted");
+            failed.push(Failed::now("", Reason::SecretWriteFailed));
         }
     }
-    let (outcomes, written): (Vec<_>, Vec<_>) = done.into_iter().unzip();
     Acted {
         outcomes,
-        written: written.into_iter().flatten().collect(),
+        written,
+        failed,
     }
 }
 
@@ -59,6 +66,7 @@ struct Ended {
     reason: Reason,
     held: Option<Held>,
     not_before: Option<Timestamp>,
+    held_back: bool,
 }
 
 impl Ended {
@@ -67,6 +75,7 @@ impl Ended {
             reason,
             held,
             not_before: None,
+            held_back: false,
         }
     }
 }
@@ -77,10 +86,13 @@ async fn carry_out(ctx: &Context, id: &ObjectRef, facts: &Facts, token: &Token, 
             ctx.unwritten.drop_token(id, &token.name);
             (Ended::with(Reason::Issued, Some(held)), None)
         }
-        // A suspended token is as good as it was.
-        Step::Refuse(Reason::Suspended) => (Ended::with(Reason::Suspended, facts.recorded(token)), None),
-        Step::Refuse(reason) => (Ended::with(reason, None), None),
-        Step::Write(draft, held) => write(ctx, id, token, &draft, held, None).await,
+        Step::Refuse(reason, held) => (Ended::with(reason, held), None),
+        Step::Wait(reason, held) => {
+            let held_back = true;
+            let ended = Ended::with(reason, held);
+            (Ended { held_back, ..ended }, None)
+        }
+        Step::Write(draft, held, fallback) => write(ctx, id, token, &draft, held, fallback).await,
         Step::Mint(request) => match mint(ctx, facts, token, &request).await {
             Ok(minted) => {
                 ctx.metrics.minted(Reason::Issued.name());
@@ -88,15 +100,13 @@ async fn carry_out(ctx: &Context, id: &ObjectRef, facts: &Facts, token: &Token, 
             }
             Err((reason, not_before)) => {
                 ctx.metrics.minted(reason.name());
-                let held = request.fallback;
-                (
-                    Ended {
-                        reason,
-                        held,
-                        not_before,
-                    },
-                    None,
-                )
+                if concerns_the_instance(reason) {
+                    doubt(ctx, facts);
+                }
+                // A token that is not allowed is not told as good, though it stays to its expiry.
+                let held = request.fallback.filter(|_| reason != Reason::AccessDenied);
+                let ended = Ended::with(reason, held);
+                (Ended { not_before, ..ended }, None)
             }
         },
     }
@@ -130,6 +140,18 @@ async fn mint(
     match connection.exchange(key, &request.scope).await {
         Ok(exchanged) => accept(exchanged.answer, &expected, exchanged.sent).map_err(known),
         Err(failure) => Err(judge(&connection, failure).await),
+    }
+}
+
+/// An instance that is called Ready is looked at again, since it is not asked while all goes well.
+fn doubt(ctx: &Context, facts: &Facts) {
+    let Some(instance) = facts.instance.as_deref() else {
+        return;
+    };
+    let conditions = instance.status.iter().flat_map(|s| &s.conditions);
+    if conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True") {
+        let name = instance.metadata.name.as_deref().unwrap_or_default();
+        ctx.instances.wake(&ObjectRef::new("", name), None);
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures::future::{join, try_join_all};
+use futures::future::{try_join, try_join_all};
 use kube::Api;
 use secrecy::{ExposeSecret, SecretSlice};
 
@@ -12,7 +12,7 @@ use crate::api::metadata::LABEL_SERVICE_USER;
 use crate::api::service_user::KeySecretRef;
 use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
-use crate::domain::facts::{Facts, ObjectRef, Unwritten};
+use crate::domain::facts::{Facts, HeldBack, ObjectRef, Unwritten};
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::reason::Reason;
 
@@ -56,7 +56,7 @@ impl UnwrittenTokens {
 }
 
 /// Reads what decides about `id`. None: the object is gone, going, or not ours to serve.
-pub async fn gather(ctx: &Context, id: &ObjectRef) -> Result<Option<Facts>, ReadError> {
+pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Result<Option<Facts>, ReadError> {
     let user = ctx.cache.user(id).filter(|u| u.metadata.deletion_timestamp.is_none());
     let Some(user) = user else {
         ctx.unwritten.drop_object(id);
@@ -69,8 +69,13 @@ pub async fn gather(ctx: &Context, id: &ObjectRef) -> Result<Option<Facts>, Read
     let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), &id.namespace);
     let names = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
     let read_tokens = try_join_all(names.map(|name| async { Ok((name.to_owned(), read(&api, name).await?)) }));
-    let (key, tokens) = join(read_key(&api, &user.spec.key_secret_ref), read_tokens).await;
-    let secrets = tokens?
+    let (key, secrets) = match try_join(read_key(&api, &user.spec.key_secret_ref), read_tokens).await {
+        Ok((key, tokens)) => (key, tokens),
+        // Told in the status: only somebody else can mend it.
+        Err(ReadError::Forbidden) => (Err(Reason::SecretsForbidden), Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let secrets = secrets
         .into_iter()
         .filter_map(|(name, secret)| Some((name, secret?.into_existing())));
     Ok(Some(Facts {
@@ -78,22 +83,32 @@ pub async fn gather(ctx: &Context, id: &ObjectRef) -> Result<Option<Facts>, Read
         namespace_labels: ctx.cache.namespace_labels(&id.namespace),
         zitadel_project_id: instance.as_deref().and_then(|i| ctx.connections.known_project_id(i)),
         instance,
-        key: key?,
+        key,
         secrets: secrets.collect(),
         unwritten: ctx.unwritten.of(id),
         leftovers: ctx.cache.leftovers(&user),
+        held_back,
         user,
     }))
 }
 
 /// A read that failed; the text of kube's error may quote an object and is dropped.
-#[derive(Debug, thiserror::Error)]
-#[error("a Secret could not be read")]
-pub struct ReadError;
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The operator has no right to read Secrets in the namespace.
+    #[error("Secrets may not be read in this namespace")]
+    Forbidden,
+    /// Any other failure, which will pass.
+    #[error("a Secret could not be read")]
+    Unavailable,
+}
 
 async fn read(api: &Api<WholeSecret>, name: &str) -> Result<Option<WholeSecret>, ReadError> {
     let read = tokio::time::timeout(DEADLINE, api.get_opt(name)).await;
-    read.map_err(|_| ReadError)?.map_err(|_| ReadError)
+    read.map_err(|_| ReadError::Unavailable)?.map_err(|error| match error {
+        kube::Error::Api(status) if status.is_forbidden() => ReadError::Forbidden,
+        _ => ReadError::Unavailable,
+    })
 }
 
 async fn read_key(api: &Api<WholeSecret>, reference: &KeySecretRef) -> Result<Result<ServiceKey, Reason>, ReadError> {

@@ -12,14 +12,14 @@ pub use gather::UnwrittenTokens;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
-use crate::domain::facts::{Facts, ObjectRef};
+use crate::domain::facts::{Facts, HeldBack, ObjectRef};
 use crate::domain::plan::plan;
-use crate::domain::reason::Retry;
-use crate::domain::report::{Report, report};
+use crate::domain::reason::Reason;
+use crate::domain::report::{Failed, Report, report};
 
 /// One pass over one service user.
-pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
-    let facts = match gather::gather(&ctx, &id).await {
+pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) -> Done {
+    let facts = match gather::gather(&ctx, &id, held_back).await {
         Ok(Some(facts)) => facts,
         Ok(None) => return Done::default(),
         Err(error) => {
@@ -34,12 +34,13 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "looked at");
     }
     let mut report = report(&facts, &acted.outcomes, Timestamp::now());
+    report.wake.failed.extend(acted.failed);
     let mut written = acted.written;
     match publish(&ctx, &facts, &mut report).await {
         Ok(version) => written.extend(version),
         Err(error) => {
             tracing::warn!(object = %id, %error, "the status could not be written");
-            report.wake.retry = Some(Retry::Transient);
+            report.wake.failed.push(Failed::now("", Reason::Internal));
         }
     }
     Done {

@@ -26,6 +26,7 @@ fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome
             format: Format::Opaque,
         }),
         not_before: None,
+        held_back: false,
     }
 }
 
@@ -42,7 +43,7 @@ fn look(facts: &mut Facts, seconds: i64, outcomes: &[Outcome]) -> Report {
         facts.user.status.as_ref(),
         "the same state, the same status"
     );
-    assert_eq!((again.events.len(), again.wake), (0, told.wake));
+    assert_eq!((again.events.len(), &again.wake), (0, &told.wake));
     told
 }
 
@@ -350,6 +351,11 @@ fn events_tell_of_changes_only() {
     assert_eq!(notes(Issued, Suspended), [(false, Issued)]);
 }
 
+/// The most eager retry that a wake asks for.
+fn class(wake: &Wake) -> Option<Retry> {
+    wake.failed.iter().map(|f| f.reason.retry()).max()
+}
+
 #[test]
 fn the_next_look() {
     /// Outcomes of two tokens with the end of what they hold; then the time, the retry, and the time before which not.
@@ -384,12 +390,13 @@ fn the_next_look() {
             });
         let outcomes: Vec<_> = each.collect();
         let wake = look(&mut facts, 1, &outcomes).wake;
-        let expected = Wake {
-            at: at_.map(at),
-            retry: *retry,
-            not_before: not_before.map(at),
-        };
-        assert_eq!(wake, expected, "{name}");
+        let not_befores = wake.failed.iter().filter_map(|f| f.not_before);
+        assert_eq!(
+            (wake.at, not_befores.max()),
+            (at_.map(at), not_before.map(at)),
+            "{name}"
+        );
+        assert_eq!(class(&wake), *retry, "{name}");
     }
 }
 
@@ -412,7 +419,8 @@ fn a_good_token_is_looked_at_when_it_is_due() {
     // A failing one leaves it to the back-off, the good one is still looked at in time.
     let outcomes = both(&facts, ServerError);
     let wake = look(&mut facts, 1, &outcomes).wake;
-    assert_eq!((wake.at, wake.retry), (Some(a), Some(Retry::Transient)));
+    assert_eq!(wake.at, Some(a));
+    assert_eq!(wake.failed, [Failed::now("b", ServerError)]);
     // A key that ends earlier changes the condition KeyValid, and one that has ended changes nothing more.
     for (ends, expected) in [(9, at(9)), (1, a.min(b)), (LIFETIME, a.min(b))] {
         service_key(&mut facts).expires = Some(at(ends));
@@ -435,6 +443,7 @@ fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
                 reason: Issued,
                 held: Some(held),
                 not_before: None,
+                held_back: false,
             }
         })
         .collect();
@@ -489,7 +498,7 @@ proptest! {
             for (line, outcome) in status.tokens.iter().zip(&outcomes) {
                 prop_assert_eq!(line.failing_since.is_some(), failing(outcome));
             }
-            prop_assert_eq!(wake.retry.is_some(), outcomes.iter().any(failing));
+            prop_assert_eq!(wake.failed.len(), outcomes.iter().filter(|o| failing(o)).count());
             // Only a good token that is due may be looked at once more at once.
             let due = outcomes.iter().any(|o| o.reason == Issued && o.held.is_some_and(|h| h.schedule.renew <= now));
             prop_assert!(due || wake.at.is_none_or(|at| at > now), "{:?}", wake);
