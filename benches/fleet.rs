@@ -109,6 +109,9 @@ async fn floor(world: &World, user: &User) -> Duration {
         name: world.name.clone(),
         issuer: world.issuer.url.clone(),
         endpoint: None,
+        ca: None,
+        tls_server_name: None,
+        proxy: None,
         timeout: Duration::from_secs(10),
         allow_insecure_http: true,
         rate: Rate {

@@ -69,6 +69,10 @@ pub struct ZitadelInstanceSpec {
 /// How the server is dialled. Every field is optional.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("(has(self.caBundle) ? 1 : 0) + (has(self.caConfigMapRef) ? 1 : 0) + (has(self.caSecretRef) ? 1 : 0) <= 1")
+        .message("spec.connection: set at most one of caBundle, caConfigMapRef and caSecretRef")
+)]
 pub struct Connection {
     /// Dial here and keep the issuer: requests carry `x-zitadel-instance-host` with the issuer's `host[:port]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -77,6 +81,32 @@ pub struct Connection {
         regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
     )]
     pub endpoint: Option<String>,
+
+    /// Name that the server's certificate must carry, if it is not the dialled host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    pub tls_server_name: Option<String>,
+
+    /// Certificates in PEM that are trusted instead of the system's. Set one of caBundle, caConfigMapRef, caSecretRef.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 131_072))]
+    pub ca_bundle: Option<String>,
+
+    /// The same in a ConfigMap of the operator's namespace, as trust-manager writes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_config_map_ref: Option<EntryRef>,
+
+    /// The same in a Secret of the operator's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<EntryRef>,
+
+    /// Proxy for this instance, such as `http://proxy.example.com:3128`. None is taken from the environment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(max = 253),
+        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
+    )]
+    pub proxy: Option<String>,
 
     /// Time for one request, connect and body included; a duration such as `10s` (the default), 1s to 60s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -101,6 +131,19 @@ pub struct Connection {
     /// Allows `http://`, and only to loopback or `*.svc`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_insecure_http: Option<bool>,
+}
+
+/// Names an entry of a ConfigMap or Secret in the operator's namespace.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct EntryRef {
+    /// Name of the object.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    pub name: String,
+
+    /// Its entry; `ca.crt` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
+    pub key: Option<String>,
 }
 
 /// One access rule: these namespaces may have these audiences.

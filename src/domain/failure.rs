@@ -31,10 +31,18 @@ pub enum Failure {
 /// Whether the instance itself seems to fail, and not one user's request: its status should be looked at again.
 #[must_use]
 pub fn concerns_the_instance(reason: Reason) -> bool {
-    use Reason::{InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIdMismatch, ServerError, TlsFailure};
+    use Reason::{
+        CaUnusable, InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIdMismatch, ServerError, TlsFailure,
+    };
     matches!(
         reason,
-        InstanceUnreachable | TlsFailure | ServerError | MalformedAnswer | IssuerMismatch | ProjectIdMismatch
+        CaUnusable
+            | InstanceUnreachable
+            | TlsFailure
+            | ServerError
+            | MalformedAnswer
+            | IssuerMismatch
+            | ProjectIdMismatch
     )
 }
 

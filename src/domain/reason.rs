@@ -106,6 +106,9 @@ reasons! {
     InstanceUnreachable: Transient,
         "The server could not be reached, or did not answer in time.",
         "Check the server, the network and spec.connection of the ZitadelInstance.";
+    CaUnusable: Transient,
+        "The certificates that spec.connection names cannot be used: the object or its entry is missing in the operator's namespace, or it is not PEM.",
+        "Correct caBundle, caConfigMapRef or caSecretRef of the ZitadelInstance; a reference needs the operator to know its namespace.";
     TlsFailure: Transient,
         "No trusted TLS connection to the server could be made.",
         "Check the server's certificate and who signed it.";

@@ -1,16 +1,19 @@
 //! One HTTP exchange with a ZITADEL host: bounded in time and size, within the host's limits, never redirected.
 
 use std::error::Error;
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp, fmt::rfc2822};
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{HeaderMap, HeaderName, RETRY_AFTER};
 use reqwest::redirect::Policy;
-use reqwest::{RequestBuilder, Response};
+use reqwest::{Certificate, Proxy, RequestBuilder, Response};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
 use crate::domain::failure::Failure;
+use crate::domain::reason::Reason;
+use crate::zitadel::instance::Settings;
 use crate::zitadel::limits::Limits;
 
 /// No answer that we need is longer: a token is at most 64 KiB, a discovery document about 3 KiB.
@@ -31,6 +34,20 @@ pub struct Http {
     limits: Arc<Limits>,
 }
 
+/// Looks up one host, whatever name is asked for.
+struct Fixed(String);
+
+impl Resolve for Fixed {
+    fn resolve(&self, _: Name) -> Resolving {
+        let host = self.0.clone();
+        Box::pin(async move {
+            // Port 0: the URL's counts.
+            let found: Vec<SocketAddr> = tokio::net::lookup_host((host, 0)).await?.collect();
+            Ok(Box::new(found.into_iter()) as Addrs)
+        })
+    }
+}
+
 /// A complete answer.
 pub struct Answer {
     /// The HTTP status.
@@ -44,26 +61,44 @@ pub struct Answer {
 }
 
 impl Http {
-    /// A client that dials `origin` and, if that is not the issuer's own, names `instance_host`.
-    pub fn new(
-        origin: &str,
-        instance_host: Option<String>,
-        timeout: Duration,
-        limits: Arc<Limits>,
-    ) -> Result<Self, Failure> {
-        let client = reqwest::Client::builder()
+    /// A client that dials `origin` and, if that is not the issuer's own, names the instance that is meant.
+    pub fn new(settings: &Settings, origin: &str, limits: Arc<Limits>) -> Result<Self, Failure> {
+        let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
+        let mut builder = reqwest::Client::builder()
             // Proxies come from the instance only, never from the environment (design §2.1).
             .no_proxy()
             .redirect(Policy::none())
-            .timeout(timeout)
-            .connect_timeout(timeout)
-            .user_agent(concat!("zitadel-tokens/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|_| Failure::Tls)?;
+            .timeout(settings.timeout)
+            .connect_timeout(settings.timeout)
+            .user_agent(concat!("zitadel-tokens/", env!("CARGO_PKG_VERSION")));
+        if let Some(pem) = &settings.ca {
+            let certificates = Certificate::from_pem_bundle(pem.as_bytes()).unwrap_or_default();
+            if certificates.is_empty() {
+                return Err(Reason::CaUnusable.into());
+            }
+            builder = builder.tls_certs_only(certificates);
+        }
+        if let Some(proxy) = &settings.proxy {
+            builder = builder.proxy(Proxy::all(proxy).map_err(|_| Failure::Malformed)?);
+        }
+        let mut origin = origin.to_owned();
+        if let Some(name) = &settings.tls_server_name {
+            // The URL carries the name that the certificate must have, and its look-up leads to the host.
+            let (host, port) = authority
+                .rsplit_once(':')
+                .map_or((authority, None), |(h, p)| (h, Some(p)));
+            origin = port.map_or_else(
+                || format!("{scheme}://{name}"),
+                |port| format!("{scheme}://{name}:{port}"),
+            );
+            builder = builder.dns_resolver(Fixed(host.to_owned()));
+        }
+        let issuer_host = settings.issuer.split_once("://").map(|(_, host)| host.to_owned());
+        let dialled_as = origin.split_once("://").map(|(_, host)| host);
         Ok(Self {
-            client,
-            origin: origin.to_owned(),
-            instance_host,
+            client: builder.build().map_err(|_| Failure::from(Reason::CaUnusable))?,
+            instance_host: issuer_host.filter(|host| Some(host.as_str()) != dialled_as),
+            origin,
             limits,
         })
     }

@@ -37,6 +37,12 @@ pub struct Settings {
     pub issuer: String,
     /// Where to dial, if not at the issuer.
     pub endpoint: Option<String>,
+    /// Trusted certificates in PEM, instead of the system's.
+    pub ca: Option<String>,
+    /// Name that the certificate must carry, if not the dialled host's.
+    pub tls_server_name: Option<String>,
+    /// Proxy to go through.
+    pub proxy: Option<String>,
     /// Time for one request.
     pub timeout: Duration,
     /// Whether plain http is allowed, to loopback and `*.svc`.
@@ -73,12 +79,7 @@ impl Instance {
             return Err(Reason::InsecureHttp.into());
         }
         let limits = hosts.dial(&settings.name, authority, settings.rate);
-        let instance_host = settings
-            .endpoint
-            .is_some()
-            .then(|| settings.issuer.split_once("://").map(|(_, host)| host.to_owned()))
-            .flatten();
-        let http = Http::new(origin, instance_host, settings.timeout, limits)?;
+        let http = Http::new(&settings, origin, limits)?;
         Ok(Self {
             settings,
             http,

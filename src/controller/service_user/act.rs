@@ -7,6 +7,7 @@ use secrecy::ExposeSecret;
 
 use crate::api::service_user::Token;
 use crate::controller::Context;
+use crate::controller::instance::connect;
 use crate::controller::write::WriteError;
 use crate::domain::answer::{Format, Minted, accept};
 use crate::domain::facts::{Facts, Held, ObjectRef, Outcome, Unwritten};
@@ -101,7 +102,7 @@ async fn carry_out(ctx: &Context, id: &ObjectRef, facts: &Facts, token: &Token, 
             Err((reason, not_before)) => {
                 ctx.metrics.minted(reason.name());
                 if concerns_the_instance(reason) {
-                    doubt(ctx, facts);
+                    doubt(ctx, facts, reason);
                 }
                 // A token that is not allowed is not told as good, though it stays to its expiry.
                 let held = request.fallback.filter(|_| reason != Reason::AccessDenied);
@@ -120,7 +121,7 @@ async fn mint(
 ) -> Result<Minted, (Reason, Option<Timestamp>)> {
     let known = |reason| (reason, None);
     let instance = facts.instance.as_deref().ok_or(known(Reason::InstanceMissing))?;
-    let connection = ctx.connections.of(instance).map_err(|f| known(classify(f, false)))?;
+    let connection = connect(ctx, instance).await.map_err(|f| known(classify(f, false)))?;
     let key = facts.key.as_ref().map_err(|reason| known(*reason))?;
     let needed = connection.settings().timeout + TIME_TO_WRITE;
     if ctx.writer.remaining().is_ok_and(|remaining| remaining < needed) {
@@ -144,13 +145,16 @@ async fn mint(
 }
 
 /// An instance that is called Ready is looked at again, since it is not asked while all goes well.
-fn doubt(ctx: &Context, facts: &Facts) {
+fn doubt(ctx: &Context, facts: &Facts, reason: Reason) {
     let Some(instance) = facts.instance.as_deref() else {
         return;
     };
+    let name = instance.metadata.name.as_deref().unwrap_or_default();
+    if reason == Reason::TlsFailure {
+        ctx.connections.doubt_certificates(name);
+    }
     let conditions = instance.status.iter().flat_map(|s| &s.conditions);
     if conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True") {
-        let name = instance.metadata.name.as_deref().unwrap_or_default();
         ctx.instances.wake(&ObjectRef::new("", name), None);
     }
 }

@@ -1,0 +1,139 @@
+//! Connections to ZITADEL, by instance. State in memory: discovery, the learned project id, limits by host.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::Api;
+use secrecy::ExposeSecret;
+
+use crate::api::ZitadelInstance;
+use crate::api::instance::{Connection, EntryRef, ZitadelInstanceSpec};
+use crate::controller::Context;
+use crate::controller::secrets::WholeSecret;
+use crate::domain::failure::Failure;
+use crate::domain::reason::Reason;
+use crate::domain::schedule::duration;
+use crate::zitadel::{Hosts, Instance, Rate, Settings};
+
+/// Entry of a ConfigMap or Secret with certificates, as trust-manager and cert-manager name it.
+const CA_ENTRY: &str = "ca.crt";
+
+/// Longest time to read certificates.
+const DEADLINE: Duration = Duration::from_secs(15);
+
+/// All connections.
+#[derive(Default)]
+pub struct Connections {
+    hosts: Hosts,
+    open: Mutex<HashMap<String, Open>>,
+}
+
+struct Open {
+    instance: Arc<Instance>,
+    /// What it was made from; none if its certificates are to be read again.
+    spec: Option<ZitadelInstanceSpec>,
+}
+
+impl Connections {
+    /// The real id behind the `zitadel` audience, if this process learned it.
+    #[must_use]
+    pub fn known_project_id(&self, instance: &ZitadelInstance) -> Option<String> {
+        let open = self.lock();
+        let known = open.get(instance.metadata.name.as_deref()?)?;
+        known.instance.known_project_id().map(str::to_owned)
+    }
+
+    /// TLS failed: the certificates may have been renewed since they were read.
+    pub fn doubt_certificates(&self, name: &str) {
+        if let Some(open) = self.lock().get_mut(name) {
+            open.spec = None;
+        }
+    }
+
+    /// The instance is gone.
+    pub fn close(&self, name: &str) {
+        self.lock().remove(name);
+        self.hosts.hang_up(name);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The connection of `instance`; a new one when the way to it changed.
+pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<Instance>, Failure> {
+    let name = instance.metadata.name.as_deref().unwrap_or_default();
+    if let Some(open) = ctx.connections.lock().get(name)
+        && open.spec.as_ref() == Some(&instance.spec)
+    {
+        return Ok(open.instance.clone());
+    }
+    let connection = instance.connection();
+    let ca = certificates(ctx, &connection).await?;
+    let settings = settings(name, &instance.spec.issuer, connection, ca);
+    let mut all = ctx.connections.lock();
+    // The same way as before keeps what was learned on it.
+    let kept = all
+        .get(name)
+        .map(|open| open.instance.clone())
+        .filter(|i| *i.settings() == settings);
+    let connected = match kept {
+        Some(kept) => kept,
+        None => Arc::new(Instance::new(settings, &ctx.connections.hosts)?),
+    };
+    let open = Open {
+        instance: connected.clone(),
+        spec: Some(instance.spec.clone()),
+    };
+    all.insert(name.to_owned(), open);
+    Ok(connected)
+}
+
+/// The trusted certificates in PEM, if the instance names any.
+async fn certificates(ctx: &Context, connection: &Connection) -> Result<Option<String>, Failure> {
+    let unusable = || Failure::from(Reason::CaUnusable);
+    let own = || ctx.operator_namespace.as_deref().ok_or_else(unusable);
+    let entry = |reference: &EntryRef| reference.key.clone().unwrap_or_else(|| CA_ENTRY.to_owned());
+    if let Some(reference) = &connection.ca_config_map_ref {
+        let api: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), own()?);
+        let read = tokio::time::timeout(DEADLINE, api.get(&reference.name)).await;
+        let mut object = read.map_err(|_| unusable())?.map_err(|_| unusable())?;
+        let pem = object.data.as_mut().and_then(|data| data.remove(&entry(reference)));
+        return pem.map(Some).ok_or_else(unusable);
+    }
+    if let Some(reference) = &connection.ca_secret_ref {
+        let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), own()?);
+        let read = tokio::time::timeout(DEADLINE, api.get(&reference.name)).await;
+        let object = read.map_err(|_| unusable())?.map_err(|_| unusable())?;
+        let pem = object.data().get(&entry(reference)).ok_or_else(unusable)?;
+        let pem = std::str::from_utf8(pem.expose_secret()).map_err(|_| unusable())?;
+        return Ok(Some(pem.to_owned()));
+    }
+    Ok(connection.ca_bundle.clone())
+}
+
+fn settings(name: &str, issuer: &str, connection: Connection, ca: Option<String>) -> Settings {
+    let timeout = connection.timeout.as_deref().and_then(duration);
+    let timeout = timeout
+        .and_then(|d| Duration::try_from(d).ok())
+        .unwrap_or(Duration::from_secs(10));
+    let positive = |value: Option<i32>, default: u32| value.and_then(|v| u32::try_from(v).ok()).unwrap_or(default);
+    Settings {
+        name: name.to_owned(),
+        issuer: issuer.to_owned(),
+        endpoint: connection.endpoint,
+        ca,
+        tls_server_name: connection.tls_server_name,
+        proxy: connection.proxy,
+        timeout: timeout.clamp(Duration::from_secs(1), Duration::from_mins(1)),
+        allow_insecure_http: connection.allow_insecure_http == Some(true),
+        rate: Rate {
+            per_second: positive(connection.requests_per_second, 30),
+            burst: positive(connection.burst, 300),
+            concurrent: positive(connection.max_concurrent_requests, 8) as usize,
+        },
+    }
+}
