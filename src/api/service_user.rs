@@ -171,6 +171,19 @@ pub struct TokenSecret {
     #[x_kube(validation = Rule::new("self.all(k, k.matches('^[-._a-zA-Z0-9]{1,253}$') && !(k in ['token', 'token_type', 'expires_at', 'issuer']))")
         .message("secret.template: a data key has 1 to 253 of the characters A-Z a-z 0-9 - _ . and is none of token, token_type, expires_at, issuer"))]
     pub template: BTreeMap<String, String>,
+
+    /// What becomes of the Secret when its entry or the object is deleted: `Delete`, the default, or `Retain`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion_policy: Option<DeletionPolicy>,
+}
+
+/// What becomes of a token Secret that is no longer asked for.
+#[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeletionPolicy {
+    /// It goes.
+    Delete,
+    /// It stays with the token in it until somebody removes it; it has no owner reference.
+    Retain,
 }
 
 /// The rule on label and annotation keys, made from the one list of reserved prefixes.

@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
-use crate::controller::service_user::UnwrittenTokens;
+use crate::controller::service_user::{ForcedMints, UnwrittenTokens};
 use crate::controller::triggers::{Cache, Triggers};
 use crate::controller::write::Writer;
 use crate::controller::{Context, instance, service_user};
@@ -104,6 +104,7 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         connections: Connections::default(),
         instances: instances.clone(),
         unwritten: UnwrittenTokens::default(),
+        forced: ForcedMints::default(),
         metrics,
         operator_namespace: arguments.namespace,
         serves_some_instances_only: !arguments.instance_selector.is_empty(),

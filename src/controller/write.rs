@@ -97,9 +97,19 @@ impl Writer {
     /// Writes a token Secret by server-side apply, over exactly what was seen (decision K5: without the guard an
     /// apply would take over a foreign Secret). Returns the new version.
     pub async fn apply_secret(&self, draft: &SecretDraft) -> Result<String, WriteError> {
+        self.apply(draft, PatchParams::apply(MANAGER).force()).await
+    }
+
+    /// Asks whether a Secret would be taken: quota, admission and permissions are checked, and nothing is written.
+    pub async fn try_secret(&self, draft: &SecretDraft) -> Result<(), WriteError> {
+        self.apply(draft, PatchParams::apply(MANAGER).force().dry_run())
+            .await
+            .map(drop)
+    }
+
+    async fn apply(&self, draft: &SecretDraft, params: PatchParams) -> Result<String, WriteError> {
         // Metadata only: the answer need not carry the token back.
         let api: Api<SecretMeta> = Api::namespaced(self.client.clone(), &draft.namespace);
-        let params = PatchParams::apply(MANAGER).force();
         let written = self
             .bounded(api.patch(&draft.name, &params, &Patch::Apply(&Applied::new(draft))))
             .await?;
@@ -214,7 +224,7 @@ struct AppliedMeta<'a> {
     uid: Option<&'a str>,
     labels: &'a BTreeMap<String, String>,
     annotations: &'a BTreeMap<String, String>,
-    owner_references: [AppliedOwner<'a>; 1],
+    owner_references: Vec<AppliedOwner<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -234,6 +244,15 @@ impl<'a> Applied<'a> {
             Seen::Absent => (None, "1"),
             Seen::Present { uid, resource_version } => (Some(uid.as_str()), resource_version.as_str()),
         };
+        let owner = AppliedOwner {
+            api_version: format!("{GROUP}/{}", ZitadelServiceUser::version(&())),
+            kind: OWNER_KIND,
+            name: &draft.owner.0,
+            uid: &draft.owner.1,
+            controller: true,
+            // Deletion of the object need not wait for its Secrets.
+            block_owner_deletion: false,
+        };
         Self {
             api_version: "v1",
             kind: "Secret",
@@ -244,15 +263,7 @@ impl<'a> Applied<'a> {
                 uid,
                 labels: &draft.labels,
                 annotations: &draft.annotations,
-                owner_references: [AppliedOwner {
-                    api_version: format!("{GROUP}/{}", ZitadelServiceUser::version(&())),
-                    kind: OWNER_KIND,
-                    name: &draft.owner.0,
-                    uid: &draft.owner.1,
-                    controller: true,
-                    // Deletion of the object need not wait for its Secrets.
-                    block_owner_deletion: false,
-                }],
+                owner_references: if draft.retained { Vec::new() } else { vec![owner] },
             },
             type_: "Opaque",
             data: &draft.data,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
@@ -44,6 +44,9 @@ impl std::fmt::Display for ObjectRef {
     }
 }
 
+/// Mints that somebody forced are counted over this time.
+pub const CONTEST_WINDOW: SignedDuration = SignedDuration::from_mins(10);
+
 /// Everything that decides about one service user.
 #[derive(Debug)]
 pub struct Facts {
@@ -67,6 +70,8 @@ pub struct Facts {
     pub leftovers: Vec<SecretRef>,
     /// Tokens that failed a moment ago.
     pub held_back: HeldBack,
+    /// How often each token was minted within [`CONTEST_WINDOW`] before it was due, by name.
+    pub forced_mints: BTreeMap<String, usize>,
 }
 
 /// A token that waits for its write (decision K3).

@@ -75,6 +75,7 @@ pub fn facts(tokens: &[&str]) -> Facts {
         unwritten: BTreeMap::new(),
         leftovers: Vec::new(),
         held_back: BTreeMap::new(),
+        forced_mints: BTreeMap::new(),
     }
 }
 

@@ -49,7 +49,14 @@ pub struct MintRequest {
     pub shape: String,
     /// A token of the same inputs that is still in the Secret, in case the mint fails.
     pub fallback: Option<Held>,
+    /// Neither the schedule nor the spec asks for it: the Secret is missing or was edited, or a renewal was asked for.
+    pub forced: bool,
+    /// The last token could not be written: whether this one could is asked before it is minted (decision K3).
+    pub try_write_first: bool,
 }
+
+/// More forced mints of a token within the window than this, the first one not counted, and somebody fights us.
+const FORCED_MINTS: usize = 3;
 
 /// Decides. Level-based: the same facts give the same plan, whatever happened before.
 #[must_use]
@@ -131,12 +138,28 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     if admitted.key.expires.is_some_and(|expires| expires <= now) {
         return Step::Refuse(Reason::KeyExpired, fallback);
     }
+    let forced = is_forced(admitted.existing, fallback, &inputs, now);
+    let so_far = facts.forced_mints.get(&token.name).copied().unwrap_or(0);
+    if forced && so_far > FORCED_MINTS {
+        return Step::Refuse(Reason::SecretContested, fallback);
+    }
     Step::Mint(Box::new(MintRequest {
         scope: admitted.scope.clone(),
         inputs,
         shape,
         fallback,
+        forced,
+        try_write_first: facts.unwritten.contains_key(&token.name),
     }))
+}
+
+/// Whether a mint is forced from outside, and not due and not of other inputs.
+fn is_forced(existing: Option<&Existing>, fallback: Option<Held>, inputs: &str, now: Timestamp) -> bool {
+    match (fallback, existing.and_then(Existing::record)) {
+        (Some(held), _) => held.schedule.renew > now,
+        (None, Some(record)) => record.inputs == inputs && record.expires_at > now,
+        (None, None) => true,
+    }
 }
 
 /// What failed is tried again when its back-off has run, whatever else woke the object.

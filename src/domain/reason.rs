@@ -142,6 +142,9 @@ reasons! {
     SecretBeingReplaced: Transient,
         "The Secret still belongs to an earlier object of this name and waits for garbage collection.",
         "Nothing is to be done.";
+    SecretContested: Permanent,
+        "Somebody keeps deleting or changing the Secret, or asking for renewals: the token was minted several times within ten minutes.",
+        "Find out who does it (the audit log tells); the operator tries again slowly.";
     SecretWriteFailed: Transient,
         "The Kubernetes API server refused or did not take the write of the Secret. The token is kept and only the write is tried again.",
         "Check quotas, admission policies and the operator's permissions in the namespace.";

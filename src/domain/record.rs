@@ -15,6 +15,8 @@ pub const VERSION: u32 = 1;
 pub struct Record {
     /// Version of this record.
     pub v: u32,
+    /// UID of the object that it was written for; a Secret that is to outlive its object has no owner reference.
+    pub owner: String,
     /// Hash of what decided the token: other inputs need another token.
     pub inputs: String,
     /// Hash of what is rendered around the token: another shape needs another write, and no mint.
@@ -47,6 +49,7 @@ impl Record {
     fn seal(&self, token: &str) -> String {
         hash::of([
             &self.v.to_be_bytes()[..],
+            self.owner.as_bytes(),
             self.inputs.as_bytes(),
             self.shape.as_bytes(),
             self.issued_at.to_string().as_bytes(),

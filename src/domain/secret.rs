@@ -7,7 +7,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
 use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_MANAGED_BY, LABEL_SERVICE_USER, MANAGER};
-use crate::api::service_user::Token;
+use crate::api::service_user::{DeletionPolicy, Token};
 use crate::domain::facts::Facts;
 use crate::domain::hash;
 use crate::domain::reason::Reason;
@@ -82,6 +82,8 @@ pub struct SecretDraft {
     pub name: String,
     /// Name and UID of the object that controls it.
     pub owner: (String, String),
+    /// Whether it outlives that object: then nothing refers to the object.
+    pub retained: bool,
     /// All labels that are ours to set.
     pub labels: BTreeMap<String, String>,
     /// All annotations that are ours to set, the record included.
@@ -101,12 +103,17 @@ impl Existing {
             Some(c) if c.uid != uid && c.kind == OWNER_KIND && c.name == name => Err(Reason::SecretBeingReplaced),
             None if self.opaque
                 && !self.immutable
-                && self.annotations.get(ANNOTATION_ADOPT).is_some_and(|n| n == name) =>
+                && (self.annotations.get(ANNOTATION_ADOPT).is_some_and(|n| n == name) || self.is_retained_for(uid)) =>
             {
                 Ok(())
             }
             _ => Err(Reason::SecretConflict),
         }
+    }
+
+    /// Whether it was written for the object of this UID without an owner reference.
+    fn is_retained_for(&self, uid: &str) -> bool {
+        self.record().is_some_and(|record| record.owner == uid)
     }
 
     /// The record, if there is one.
@@ -127,7 +134,7 @@ impl Existing {
         let missing = |have: &BTreeMap<String, String>, want: &BTreeMap<String, String>| {
             want.iter().any(|(key, value)| have.get(key) != Some(value))
         };
-        self.controller.is_none()
+        self.controller.is_some() == draft.retained
             || missing(&self.labels, &draft.labels)
             || missing(&self.annotations, &draft.annotations)
             || draft.data.iter().any(|(key, value)| {
@@ -175,6 +182,7 @@ pub fn record(
 ) -> Record {
     Record {
         v: VERSION,
+        owner: facts.uid().into(),
         inputs,
         shape,
         issued_at: issued,
@@ -215,6 +223,7 @@ pub fn draft(facts: &Facts, token: &Token, issuer: &str, value: &SecretString, r
         namespace: facts.namespace().into(),
         name: token.secret.name.clone(),
         owner: (facts.name().into(), facts.uid().into()),
+        retained: token.secret.deletion_policy == Some(DeletionPolicy::Retain),
         labels,
         annotations,
         data,

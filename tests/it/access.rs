@@ -135,3 +135,35 @@ async fn two_objects_that_want_one_secret() {
     assert_eq!(world.token("first-token").await, token);
     world.ready("first", "True", "Issued").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_is_relabelled_gains_and_loses_access() {
+    let world = World::new("relabel").await;
+    let _operator = world.operator().await;
+    let mut spec = world.instance_spec();
+    // Two rules make a union: one gives the first project, the other the second.
+    let rule = |project: &str| json!({"namespaceSelector": {"matchExpressions": [{"key": "team", "operator": "In", "values": [world.name]}]}, "projectIds": [project]});
+    spec["access"] = json!([rule("1"), rule("2")]);
+    world.apply_instance(spec).await.expect("an instance");
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let both = json!({"tokens": [{"name": "main", "projectIds": ["1", "2"], "secret": {"name": "billing-token"}}]});
+    world.service_user("billing", both).await.expect("accepted");
+    world.ready("billing", "False", "AccessDenied").await;
+
+    let namespaces: kube::Api<k8s_openapi::api::core::v1::Namespace> = kube::Api::all(world.client.clone());
+    let label = |value: serde_json::Value| json!({"metadata": {"labels": {"team": value}}});
+    let change = PatchParams::default();
+    namespaces
+        .patch(&world.name, &change, &Patch::Merge(&label(json!(world.name))))
+        .await
+        .expect("labelled");
+    world.ready("billing", "True", "Issued").await;
+    let token = world.token("billing-token").await;
+    namespaces
+        .patch(&world.name, &change, &Patch::Merge(&label(json!(null))))
+        .await
+        .expect("labelled");
+    world.ready("billing", "False", "AccessDenied").await;
+    assert_eq!(world.token("billing-token").await, token, "it stays to its expiry");
+}

@@ -8,6 +8,8 @@ mod support;
 mod access;
 mod architecture;
 mod failures;
+mod instances;
 mod main_job;
 mod schema;
+mod secrets;
 mod service;

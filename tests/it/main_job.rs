@@ -293,3 +293,55 @@ async fn gone(world: &World, secret: &str) {
         .expect("gone in time")
         .expect("watched");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_suspended_object_is_left_as_it_is() {
+    let world = World::new("suspend").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let token = world.token("billing-token").await;
+    let mut spec = one_token("billing-token");
+    spec["suspend"] = json!(true);
+    spec["tokens"][0]["projectRoles"] = json!(true);
+    world.service_user("billing", spec.clone()).await.expect("accepted");
+    // Ready as long as the token is valid, and the reason tells why nothing moves.
+    world.ready("billing", "True", "Suspended").await;
+    assert_eq!(world.token("billing-token").await, token);
+    spec["suspend"] = json!(false);
+    world.service_user("billing", spec).await.expect("accepted");
+    world.secret_until("billing-token", |d| d["token"] != token).await;
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_a_token_is_renewed_follows_the_spec() {
+    let world = World::new("renewal").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world
+        .issuer
+        .user(json!({"tokenType": "JWT", "lifetimeSeconds": 1001}))
+        .await;
+    world.key_secret("billing-key", &user).await;
+    let token = |name: &str, key: &str, value: serde_json::Value| json!({"name": name, "projectIds": ["1"], "secret": {"name": format!("{name}-token")}, key: value});
+    let tokens = json!({"tokens": [
+        token("default", "projectRoles", json!(false)), token("before", "renewBefore", json!("5m")),
+        token("percentage", "renewBeforePercentage", json!(50)), token("clamped", "renewBeforePercentage", json!(99)),
+        token("ignored", "renewBefore", json!("2h")),
+    ]});
+    world.service_user("billing", tokens).await.expect("accepted");
+    let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
+    for (line, latest) in status.tokens.iter().zip([667, 700, 500, 200, 667]) {
+        let time =
+            |t: &Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>| t.clone().expect("a time").0.as_second();
+        let after = time(&line.renew_at) - time(&line.issued_at);
+        // A jitter of up to a tenth of the lifetime brings it forward, and never below a fifth.
+        assert!(
+            (latest - 101..=latest + 1).contains(&after) && after >= 199,
+            "{}: {after} s",
+            line.name
+        );
+    }
+}

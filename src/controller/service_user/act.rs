@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::api::service_user::Token;
 use crate::controller::Context;
@@ -97,6 +97,9 @@ async fn carry_out(ctx: &Context, id: &ObjectRef, facts: &Facts, token: &Token, 
         Step::Mint(request) => match mint(ctx, facts, token, &request).await {
             Ok(minted) => {
                 ctx.metrics.minted(Reason::Issued.name());
+                if request.forced {
+                    ctx.forced.note(id, &token.name, Timestamp::now());
+                }
                 write_minted(ctx, id, facts, token, *request, minted).await
             }
             Err((reason, not_before)) => {
@@ -126,6 +129,11 @@ async fn mint(
     let needed = connection.settings().timeout + TIME_TO_WRITE;
     if ctx.writer.remaining().is_ok_and(|remaining| remaining < needed) {
         return Err(known(Reason::NotLeading));
+    }
+    if request.try_write_first {
+        would_be_written(ctx, facts, token, request)
+            .await
+            .map_err(|e| known(e.reason()))?;
     }
     let learned_before = connection.known_project_id().is_some();
     let project_id = match connection.project_id(key).await {
@@ -167,6 +175,27 @@ async fn judge(connection: &Instance, failure: Failure) -> (Reason, Option<Times
     };
     let discovery_works = ambiguous && connection.discover().await.is_ok();
     (classify(failure, discovery_works), not_before)
+}
+
+/// Whether the Secret would be taken, asked with something of a token's shape in it.
+async fn would_be_written(
+    ctx: &Context,
+    facts: &Facts,
+    token: &Token,
+    request: &MintRequest,
+) -> Result<(), WriteError> {
+    let (placeholder, now) = (SecretString::from("placeholder"), Timestamp::now());
+    let issuer = facts.instance.as_deref().map_or("", |i| i.spec.issuer.as_str());
+    let record = secret::record(
+        facts,
+        request.inputs.clone(),
+        request.shape.clone(),
+        now,
+        now,
+        &placeholder,
+    );
+    let draft = secret::draft(facts, token, issuer, &placeholder, &record);
+    ctx.writer.try_secret(&draft).await
 }
 
 async fn write_minted(

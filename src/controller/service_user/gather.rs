@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::{try_join, try_join_all};
+use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use secrecy::{ExposeSecret, SecretSlice};
 
@@ -12,7 +13,7 @@ use crate::api::metadata::LABEL_SERVICE_USER;
 use crate::api::service_user::KeySecretRef;
 use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
-use crate::domain::facts::{Facts, HeldBack, ObjectRef, Unwritten};
+use crate::domain::facts::{CONTEST_WINDOW, Facts, HeldBack, ObjectRef, Unwritten};
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::reason::Reason;
 
@@ -55,6 +56,35 @@ impl UnwrittenTokens {
     }
 }
 
+/// When tokens were minted because somebody forced it, by object and token name.
+#[derive(Default)]
+pub struct ForcedMints(Mutex<HashMap<ObjectRef, Vec<(String, Timestamp)>>>);
+
+impl ForcedMints {
+    /// Notes one, and forgets all that are past.
+    pub fn note(&self, id: &ObjectRef, token: &str, now: Timestamp) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, mints| {
+            mints.retain(|(_, at)| *at + CONTEST_WINDOW > now);
+            !mints.is_empty()
+        });
+        all.entry(id.clone()).or_default().push((token.to_owned(), now));
+    }
+
+    fn counts(&self, id: &ObjectRef, now: Timestamp) -> BTreeMap<String, usize> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent = all
+            .get(id)
+            .into_iter()
+            .flatten()
+            .filter(|(_, at)| *at + CONTEST_WINDOW > now);
+        recent.fold(BTreeMap::new(), |mut counts, (token, _)| {
+            *counts.entry(token.clone()).or_default() += 1;
+            counts
+        })
+    }
+}
+
 /// Reads what decides about `id`. None: the object is gone, going, or not ours to serve.
 pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Result<Option<Facts>, ReadError> {
     let user = ctx.cache.user(id).filter(|u| u.metadata.deletion_timestamp.is_none());
@@ -88,6 +118,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         unwritten: ctx.unwritten.of(id),
         leftovers: ctx.cache.leftovers(&user),
         held_back,
+        forced_mints: ctx.forced.counts(id, Timestamp::now()),
         user,
     }))
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
 
-pub use gather::UnwrittenTokens;
+pub use gather::{ForcedMints, UnwrittenTokens};
 
 use crate::controller::Context;
 use crate::controller::queue::Done;

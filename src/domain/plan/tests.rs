@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::*;
 use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_SERVICE_USER};
+use crate::api::service_user::DeletionPolicy;
 use crate::domain::facts::Hold;
 use crate::domain::fixtures::{
     DUE, FRESH, LIFETIME, apply, ask, at, claims, edit, existing, facts, fill, filled, instance, jwt, keep_unwritten,
@@ -347,14 +348,15 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
 fn a_secret_that_is_not_ours_is_never_touched() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
-        ("nobody's", |f| existing(f, 0).controller = None, 1, "SecretConflict"),
+        ("nobody's", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.clear(); }, 1, "SecretConflict"),
+        ("ours, its owner reference removed", |f| existing(f, 0).controller = None, 1, "write"),
         ("another object's", |f| foreign(f, OWNER_KIND, "orders", "other"), 1, "SecretConflict"),
         ("another kind's", |f| foreign(f, "Certificate", "billing", "other"), 1, "SecretConflict"),
         ("an earlier object's", |f| foreign(f, OWNER_KIND, "billing", "earlier"), 1, "SecretBeingReplaced"),
         ("an earlier object's, expired", |f| foreign(f, OWNER_KIND, "billing", "earlier"), LIFETIME, "SecretBeingReplaced"),
         ("immutable", |f| existing(f, 0).immutable = true, 1, "SecretConflict"),
         ("of another type", |f| existing(f, 0).opaque = false, 1, "SecretConflict"),
-        ("not ours, token unwritten", |f| { existing(f, 0).controller = None; keep_unwritten(f, 0, "x", at(0)); }, 1, "SecretConflict"),
+        ("not ours, token unwritten", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "SecretConflict"),
     ];
     check(one, cases);
 }
@@ -430,7 +432,7 @@ fn tokens_are_decided_each_for_itself() {
     #[rustfmt::skip]
     let changes: &[Change] = &[
         ("missing", |f| drop(f.secrets.remove("invoices-token")), "mint"),
-        ("foreign", |f| existing(f, 0).controller = None, "SecretConflict"),
+        ("foreign", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.clear(); }, "SecretConflict"),
         ("denied", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
         ("malformed", |f| token(f, 0).scopes = Some(vec!["a b".into()]), "InvalidSpec"),
         ("changed", |f| existing(f, 0).labels.clear(), "write"),
@@ -594,4 +596,53 @@ fn two_writers_of_one_secret_are_refused_whatever_the_schema_let_through() {
     let key_secret = facts.user.spec.key_secret_ref.name.clone();
     token(&mut facts, 0).secret.name = key_secret;
     assert_eq!(told(&plan(&facts, at(1)).steps[0]), "InvalidSpec");
+}
+
+#[test]
+fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spec_have_none() {
+    /// What somebody did, when it is seen, and whether that is a forced mint.
+    type Row = (&'static str, fn(&mut Facts), i64, bool);
+    let forced = |facts: &Facts, seconds| match plan(facts, at(seconds)).steps.swap_remove(0) {
+        Step::Mint(request) => Some(request.forced),
+        Step::Refuse(Reason::SecretContested, _) => None,
+        step => panic!("{step:?}"),
+    };
+    #[rustfmt::skip]
+    let rows: &[Row] = &[
+        ("missing", |f| f.secrets.clear(), 1, true),
+        ("token edited", |f| edit(existing(f, 0), BTreeMap::clear), 1, true),
+        ("renewal asked for", |f| ask(f, Some("a")), 1, true),
+        ("due", |_| {}, DUE, false),
+        ("due and asked for", |f| ask(f, Some("a")), DUE, false),
+        ("expired", |_| {}, LIFETIME, false),
+        ("other inputs", |f| token(f, 0).project_roles = Some(true), 1, false),
+    ];
+    for (name, change, seconds, is_forced) in rows {
+        let mut facts = one();
+        change(&mut facts);
+        assert_eq!(forced(&facts, *seconds), Some(*is_forced), "{name}");
+        facts.forced_mints.insert("invoices".into(), 3);
+        assert_eq!(forced(&facts, *seconds), Some(*is_forced), "{name}: the third");
+        facts.forced_mints.insert("invoices".into(), 4);
+        assert_eq!(
+            forced(&facts, *seconds),
+            (!is_forced).then_some(false),
+            "{name}: one more"
+        );
+    }
+}
+
+#[test]
+fn a_secret_that_is_to_outlive_its_object_has_no_owner_and_is_known_by_its_record() {
+    let mut facts = one();
+    token(&mut facts, 0).secret.deletion_policy = Some(DeletionPolicy::Retain);
+    let Step::Write(draft, ..) = plan(&facts, at(1)).steps.swap_remove(0) else {
+        panic!("no write");
+    };
+    assert!(draft.retained);
+    existing(&mut facts, 0).controller = None;
+    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "keep");
+    // Made again under the same name it is another object, to which the Secret does not belong.
+    user(&mut facts).metadata.uid = Some("another".into());
+    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "SecretConflict");
 }

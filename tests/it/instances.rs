@@ -1,0 +1,168 @@
+//! Instances: how a ZITADEL is reached, and what is said of it.
+
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde_json::{Value, json};
+use zitadel_tokens::api::ZitadelInstance;
+
+use crate::support::SOON;
+use crate::support::issuer::Issuer;
+use crate::support::operator::Operator;
+use crate::support::world::{World, one_token, until};
+
+async fn instance_ready(world: &World, status: &str, reason: &str) -> ZitadelInstance {
+    let api: Api<ZitadelInstance> = Api::all(world.client.clone());
+    until(api, &world.instance, SOON, |i: &ZitadelInstance| {
+        let conditions = i.status.iter().flat_map(|s| &s.conditions);
+        i.status.as_ref().and_then(|s| s.observed_generation) == i.metadata.generation
+            && conditions
+                .into_iter()
+                .any(|c| c.type_ == "Ready" && c.status == status && c.reason == reason)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
+    let world = World::with_issuer("ca", Issuer::start(&["--tls"])).await;
+    let home = format!("{}-home", world.name);
+    world.namespace(&home).await;
+    let flags = ["--namespace", &home];
+    let _operator = Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await;
+    let connect = async |connection: Value| {
+        let mut spec = world.instance_spec();
+        spec["connection"] = connection;
+        world.apply_instance(spec).await.expect("an instance");
+    };
+    connect(json!({})).await;
+    instance_ready(&world, "False", "TlsFailure").await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "False", "TlsFailure").await;
+
+    connect(json!({"caBundle": world.issuer.ca})).await;
+    instance_ready(&world, "True", "InstanceReady").await;
+    world.ready("billing", "True", "Issued").await;
+
+    // What a reference names may come later; it is read in the operator's namespace.
+    connect(json!({"caConfigMapRef": {"name": "zitadel-ca"}})).await;
+    instance_ready(&world, "False", "CaUnusable").await;
+    let apply = PatchParams::apply("tests").force();
+    let config_map = |pem: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "zitadel-ca"}, "data": {"ca.crt": pem}});
+    let config_maps: Api<ConfigMap> = Api::namespaced(world.client.clone(), &home);
+    config_maps
+        .patch("zitadel-ca", &apply, &Patch::Apply(&config_map("no certificate")))
+        .await
+        .expect("written");
+    instance_ready(&world, "False", "CaUnusable").await;
+    config_maps
+        .patch("zitadel-ca", &apply, &Patch::Apply(&config_map(&world.issuer.ca)))
+        .await
+        .expect("written");
+    instance_ready(&world, "True", "InstanceReady").await;
+
+    let secrets: Api<Secret> = Api::namespaced(world.client.clone(), &home);
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "zitadel-ca"}, "stringData": {"root.pem": world.issuer.ca}});
+    secrets
+        .patch("zitadel-ca", &apply, &Patch::Apply(&secret))
+        .await
+        .expect("written");
+    connect(json!({"caSecretRef": {"name": "zitadel-ca", "key": "root.pem"}})).await;
+    instance_ready(&world, "True", "InstanceReady").await;
+    // The way changed and the token did not: nothing is minted for that.
+    assert_eq!(world.issuer.mints().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_name_in_the_certificate_may_differ_from_the_dialled_host() {
+    let world = World::with_issuer("sni", Issuer::start(&["--tls"])).await;
+    let _operator = world.operator().await;
+    let port = world.issuer.url.rsplit(':').next().expect("a port").to_owned();
+    let mut spec = world.instance_spec();
+    // 127.0.0.2 leads to the same server, and its certificate does not name it.
+    spec["connection"] = json!({"caBundle": world.issuer.ca, "endpoint": format!("https://127.0.0.2:{port}")});
+    world.apply_instance(spec.clone()).await.expect("an instance");
+    let refused = until(
+        Api::<ZitadelInstance>::all(world.client.clone()),
+        &world.instance,
+        SOON,
+        |i| i.status.iter().flat_map(|s| &s.conditions).any(|c| c.status == "False"),
+    );
+    let reason = refused.await.status.expect("a status").conditions[0].reason.clone();
+    assert!(
+        ["TlsFailure", "InstanceUnreachable"].contains(&reason.as_str()),
+        "{reason}"
+    );
+
+    spec["connection"] = json!({
+        "caBundle": world.issuer.ca, "endpoint": format!("https://127.0.0.1:{port}"), "tlsServerName": "zitadel.zitadel.svc",
+    });
+    world.apply_instance(spec).await.expect("an instance");
+    instance_ready(&world, "True", "InstanceReady").await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "True", "Issued").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_shows_in_the_status_and_so_does_its_end() {
+    let world = World::new("seen").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    instance_ready(&world, "True", "InstanceReady").await;
+    for path in ["/.well-known/openid-configuration", "/oauth/v2/token"] {
+        world.issuer.fault(json!({"path": path, "status": 503})).await;
+    }
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "False", "ServerError").await;
+    instance_ready(&world, "False", "ServerError").await;
+    world.issuer.clear_faults().await;
+    instance_ready(&world, "True", "InstanceReady").await;
+    world.ready("billing", "True", "Issued").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pinned_project_id_that_differs_stops_everything() {
+    let world = World::new("pinned").await;
+    let _operator = world.operator().await;
+    world
+        .issuer
+        .settings(json!({"zitadelProjectId": "401085856582077478"}))
+        .await;
+    let mut spec = world.instance_spec();
+    spec["zitadelProjectId"] = json!("999");
+    world.apply_instance(spec.clone()).await.expect("an instance");
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "False", "ProjectIdMismatch").await;
+    instance_ready(&world, "False", "ProjectIdMismatch").await;
+    assert_eq!(world.issuer.mints().await, 0);
+
+    spec["zitadelProjectId"] = json!("401085856582077478");
+    world.apply_instance(spec).await.expect("an instance");
+    world.ready("billing", "True", "Issued").await;
+    instance_ready(&world, "True", "InstanceReady").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_user_in_the_operators_own_namespace_is_refused() {
+    let world = World::new("home").await;
+    world.instance().await;
+    let flags = ["--namespace", &world.name];
+    let _operator = Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "False", "OperatorNamespace").await;
+    assert_eq!(world.issuer.mints().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_leaves_the_instances_of_another_alone() {
+    let world = World::new("mine").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let mut elsewhere = one_token("other-token");
+    elsewhere["instanceRef"] = json!({"name": "another-operators"});
+    elsewhere["keySecretRef"] = json!({"name": "other-key"});
+    world.service_user("other", elsewhere).await.expect("accepted");
+    world.sentinel().await;
+    let other = world.users().get("other").await.expect("there");
+    assert_eq!(other.status.expect("the default").observed_generation, Some(-1));
+}

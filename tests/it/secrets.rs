@@ -1,0 +1,213 @@
+//! The token Secret: whose it is, what happens to it, and that nobody's is taken over.
+
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use serde_json::json;
+
+use crate::support::world::{World, condition, one_token, until};
+use crate::support::{EVENTUALLY, SOON};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_secret_that_comes_between_the_look_and_the_write_is_not_taken() {
+    let world = World::new("race").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.simple("first", json!({"tokenType": "JWT"})).await;
+    world.token("first-token").await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    // The mint is held while the Secret appears: the operator has seen that there is none.
+    let held = json!({"path": "/oauth/v2/token", "userId": user.id, "times": 1, "latencyMillis": 3000});
+    world.issuer.fault(held).await;
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+    let asked = async {
+        while world.issuer.requests().await.iter().all(|r| r.user_id != user.id) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, asked).await.expect("the mint is under way");
+    world.secret("billing-token", json!({"password": "theirs"})).await;
+    let before = world.secrets().get("billing-token").await.expect("there");
+
+    world.ready("billing", "False", "SecretConflict").await;
+    let after = world.secrets().get("billing-token").await.expect("there");
+    assert_eq!(before.metadata.resource_version, after.metadata.resource_version);
+
+    // It goes: the token that was minted is written now, and none is minted again.
+    world
+        .secrets()
+        .delete("billing-token", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn immutable_secrets_and_those_of_another_type_are_left_alone() {
+    let world = World::new("kinds").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let adopt = json!({"zitadel-tokens.dev/adopt": "billing"});
+    for (name, kind, immutable) in [("typed", "example.com/other", false), ("frozen", "Opaque", true)] {
+        let object = json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "annotations": adopt},
+            "type": kind, "immutable": immutable, "stringData": {"a": "b"},
+        });
+        world
+            .secrets()
+            .patch(name, &PatchParams::apply("tests"), &Patch::Apply(&object))
+            .await
+            .expect("a Secret");
+    }
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    for name in ["typed", "frozen"] {
+        world.service_user("billing", one_token(name)).await.expect("accepted");
+        let object = world.ready("billing", "False", "SecretConflict").await;
+        assert_eq!(object.status.expect("a status").tokens[0].secret_name, name);
+    }
+    assert_eq!(world.issuer.mints().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retained_secret_outlives_its_object_and_is_kept_fresh_until_then() {
+    let world = World::new("retain").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let mut spec = one_token("billing-token");
+    spec["tokens"][0]["secret"]["deletionPolicy"] = json!("Retain");
+    world.service_user("billing", spec).await.expect("accepted");
+    let token = world.token("billing-token").await;
+    world.ready("billing", "True", "Issued").await;
+    let secret = world.secrets().get("billing-token").await.expect("there");
+    assert_eq!(secret.metadata.owner_references, None);
+
+    // Back and forth without a mint: only the owner reference changes.
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+    until(world.secrets(), "billing-token", SOON, |s: &Secret| {
+        s.metadata.owner_references.is_some()
+    })
+    .await;
+    let mut spec = one_token("billing-token");
+    spec["tokens"][0]["secret"]["deletionPolicy"] = json!("Retain");
+    world.service_user("billing", spec).await.expect("accepted");
+    until(world.secrets(), "billing-token", SOON, |s: &Secret| {
+        s.metadata.owner_references.is_none()
+    })
+    .await;
+    assert_eq!(world.token("billing-token").await, token);
+    assert_eq!(world.issuer.mints().await, 1);
+
+    // Another object shows when garbage collection has run: its Secret has an owner.
+    world.simple("witness", json!({"tokenType": "JWT"})).await;
+    world.token("witness-token").await;
+    for name in ["billing", "witness"] {
+        world
+            .users()
+            .delete(name, &DeleteParams::default())
+            .await
+            .expect("deleted");
+    }
+    let gone = kube::runtime::wait::await_condition(world.secrets(), "witness-token", |s: Option<&Secret>| s.is_none());
+    tokio::time::timeout(EVENTUALLY, gone)
+        .await
+        .expect("gone in time")
+        .expect("watched");
+    assert_eq!(world.token("billing-token").await, token);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn somebody_who_deletes_the_secret_in_a_loop_costs_a_few_mints_and_no_more() {
+    let world = World::new("contest").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.token("billing-token").await;
+    for _ in 0..3 {
+        let old = world.secrets().get("billing-token").await.expect("there").metadata.uid;
+        world
+            .secrets()
+            .delete("billing-token", &DeleteParams::default())
+            .await
+            .expect("deleted");
+        until(world.secrets(), "billing-token", SOON, |s: &Secret| {
+            s.metadata.uid != old
+        })
+        .await;
+    }
+    world
+        .secrets()
+        .delete("billing-token", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    let object = world.ready("billing", "False", "SecretContested").await;
+    assert!(
+        condition(&object, "Ready")
+            .expect("a condition")
+            .2
+            .contains("audit log")
+    );
+    assert_eq!(world.issuer.mints().await, 4);
+    // Another spec is the owner's own wish and is served.
+    let mut spec = one_token("billing-token");
+    spec["tokens"][0]["projectRoles"] = json!(true);
+    world.secret("billing-token", json!({"x": "y"})).await;
+    world
+        .secrets()
+        .delete("billing-token", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    assert_eq!(world.issuer.mints().await, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tried_again() {
+    use k8s_openapi::api::core::v1::ResourceQuota;
+    let world = World::new("quota").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let quotas: kube::Api<ResourceQuota> = kube::Api::namespaced(world.client.clone(), &world.name);
+    let quota = json!({"metadata": {"name": "full"}, "spec": {"hard": {"secrets": "1"}}});
+    quotas
+        .create(
+            &kube::api::PostParams::default(),
+            &serde_json::from_value(quota).expect("a quota"),
+        )
+        .await
+        .expect("created");
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+
+    world.ready("billing", "False", "SecretWriteFailed").await;
+    let tries = || {
+        world
+            .cluster
+            .audit
+            .requests(&world.name)
+            .iter()
+            .filter(|r| r.verb == "patch" && r.name == "billing-token")
+            .count()
+    };
+    let deadline = std::time::Instant::now() + SOON;
+    while tries() < 3 {
+        assert!(std::time::Instant::now() < deadline, "the write is not tried again");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    assert_eq!(world.issuer.mints().await, 1);
+    quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 1);
+}
