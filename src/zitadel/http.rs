@@ -169,13 +169,10 @@ fn failure(error: &reqwest::Error) -> Failure {
     }
 }
 
-/// rustls errors arrive inside an `io::Error`, whose `source()` skips the error itself.
+/// rustls errors arrive inside an `io::Error`, or several, whose `source()` skips the error itself.
 fn is_tls(error: &(dyn Error + 'static)) -> bool {
-    error.is::<rustls::Error>()
-        || error
-            .downcast_ref::<std::io::Error>()
-            .and_then(std::io::Error::get_ref)
-            .is_some_and(<dyn Error + Send + Sync>::is::<rustls::Error>)
+    let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    error.is::<rustls::Error>() || inner.is_some_and(|inner| is_tls(inner))
 }
 
 /// RFC 9110 §10.2.3: seconds, or a date.

@@ -113,7 +113,7 @@ func try(bin, dir string, end chan string) (*plane, error) {
 			"--kubeconfig", at("kubeconfig"),
 			"--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(ports["kube-controller-manager"]),
 			"--controllers", "garbage-collector-controller,namespace-controller,serviceaccount-controller,"+
-				"serviceaccount-token-controller,root-ca-certificate-publisher-controller,clusterrole-aggregation-controller",
+				"serviceaccount-token-controller,resourcequota-controller,root-ca-certificate-publisher-controller,clusterrole-aggregation-controller",
 			"--service-account-private-key-file", at("service-account.key"), "--root-ca-file", at("ca.crt"),
 			"--use-service-account-credentials", "--leader-elect=false",
 		); err != nil {
