@@ -136,6 +136,17 @@ fn line(
     }
 }
 
+/// A sentence for each token whose renewal does not follow the spec.
+fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
+    let those = outcomes.iter().filter(|o| o.held.is_some_and(|h| h.schedule.clamped));
+    let names = those.filter_map(|o| Some(&facts.user.spec.tokens.get(o.token)?.name));
+    names.fold(String::new(), |text, name| {
+        text + &format!(
+            " Token `{name}`: renewBefore or renewBeforePercentage does not fit its lifetime; renewAt in its status tells when it is renewed."
+        )
+    })
+}
+
 /// Sets the conditions by the truth table of design §3.4; returns when a failure will be called stalled.
 fn conditions(
     facts: &Facts,
@@ -151,7 +162,7 @@ fn conditions(
         Some(token) if reason.retry() != Retry::No || reason == Reason::Suspended => {
             format!("Token `{}`: {} {}", token.name, reason.meaning(), reason.mend())
         }
-        _ => "Every token is valid and in its Secret.".to_owned(),
+        _ => format!("Every token is valid and in its Secret.{}", clamped(facts, outcomes)),
     };
     let since = worst
         .and_then(|o| status.tokens.get(o.token))

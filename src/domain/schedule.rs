@@ -11,6 +11,9 @@ pub const SHORTEST_LIFETIME: SignedDuration = SignedDuration::from_secs(5);
 /// No token is due earlier than this after its issue, whatever the spec says.
 const SHORTEST_WAIT: SignedDuration = SignedDuration::from_secs(2);
 
+/// No token is due later than this before its expiry, whatever the spec says.
+const SHORTEST_MARGIN: SignedDuration = SignedDuration::from_secs(2);
+
 /// When the spec wants a token renewed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Renewal {
@@ -32,25 +35,35 @@ pub struct Schedule {
     pub renew: Timestamp,
     /// When it is no longer accepted.
     pub expires: Timestamp,
+    /// What the spec asks for does not fit the lifetime, so that something near it was taken.
+    pub clamped: bool,
 }
 
 impl Schedule {
     /// Computes the renew time. `seed` (object UID and token name) picks a jitter of up to 10 % of the lifetime,
     /// towards earlier only, so that tokens minted together do not come back together. The result is clamped: not
-    /// before 20 % of the lifetime nor 2 s after the issue, and never after the expiry (design §3.2).
+    /// before 20 % of the lifetime nor 2 s after the issue, and not in the last 5 % nor the last 2 s, which a mint and
+    /// a write may take (design §3.2).
     #[must_use]
     pub fn new(issued: Timestamp, expires: Timestamp, renewal: Renewal, seed: &str) -> Self {
         let lifetime = expires.duration_since(issued).max(SignedDuration::ZERO);
-        let margin = match renewal {
-            Renewal::Before(before) if before < lifetime => before.max(SignedDuration::ZERO),
-            // Longer than the whole lifetime: ignored, else every look would mint (decision K4).
-            Renewal::Default | Renewal::Before(_) => lifetime / 3,
+        let wanted = match renewal {
+            Renewal::Default => lifetime / 3,
+            Renewal::Before(before) => before,
             Renewal::Percentage(percent) => scale(lifetime, f64::from(percent.clamp(1, 99)) / 100.0),
         };
+        // Longer than the whole lifetime: ignored, else every look would mint (decision K4).
+        let fitting = if wanted < lifetime { wanted } else { lifetime / 3 };
+        let margin = fitting.max(scale(lifetime, 0.05)).max(SHORTEST_MARGIN);
         let jitter = scale(lifetime, 0.10 * hash::fraction(seed));
         let earliest = add(issued, scale(lifetime, 0.20).max(SHORTEST_WAIT));
-        let renew = add(expires, -(margin + jitter)).max(earliest).min(expires);
-        Self { issued, renew, expires }
+        let on_time = add(expires, -margin);
+        Self {
+            issued,
+            renew: add(on_time, -jitter).max(earliest).min(expires),
+            expires,
+            clamped: renewal != Renewal::Default && (margin != wanted || on_time < earliest),
+        }
     }
 
     /// From here on the renewal is urgent: the last third of the margin.
@@ -116,6 +129,9 @@ mod tests {
             prop_assert!(s.renew <= expires);
             prop_assert!(s.renew >= issued + SignedDuration::from_secs(2).min(SignedDuration::from_secs(lifetime)));
             prop_assert!(s.renew.duration_since(issued).as_secs_f64() >= 0.2 * SignedDuration::from_secs(lifetime).as_secs_f64() - 1e-6);
+            let lifetime = SignedDuration::from_secs(lifetime);
+            let margin = expires.duration_since(s.renew).as_secs_f64();
+            prop_assert!(s.renew == s.issued + SHORTEST_WAIT || margin >= 0.05 * lifetime.as_secs_f64() - 1e-6, "{margin}");
             prop_assert!(s.critical() >= s.renew && s.critical() <= expires);
             prop_assert_eq!(s, Schedule::new(issued, expires, renewal, &seed));
         }
@@ -135,6 +151,35 @@ mod tests {
         let (min, max) = (all.iter().min().copied(), all.iter().max().copied());
         assert!(min >= Some(566) && min < Some(575), "{min:?}");
         assert!(max <= Some(667) && max > Some(660), "{max:?}");
+    }
+
+    #[test]
+    fn what_does_not_fit_the_lifetime_is_clamped_and_said() {
+        let issued = Timestamp::UNIX_EPOCH;
+        let renew = |lifetime, renewal| {
+            // This seed's jitter is small.
+            let s = Schedule::new(issued, issued + SignedDuration::from_secs(lifetime), renewal, "26");
+            (s.renew.as_second(), s.clamped)
+        };
+        let before = |seconds| Renewal::Before(SignedDuration::from_secs(seconds));
+        let jitter = 1_000 - 333 - renew(1_000, Renewal::Default).0;
+        assert!(jitter <= 100, "{jitter}");
+        for (lifetime, renewal, latest, clamped) in [
+            (1_000, Renewal::Default, 667, false),
+            (1_000, before(100), 900, false),
+            (1_000, before(0), 950, true),
+            (1_000, before(1_000), 667, true),
+            (1_000, before(900), 200, true),
+            (1_000, Renewal::Percentage(1), 950, true),
+            (1_000, Renewal::Percentage(99), 200, true),
+            (6, before(1), 4, true),
+        ] {
+            let got = renew(lifetime, renewal);
+            assert!(
+                got.0 <= latest && got.0 >= latest - 101 && got.1 == clamped,
+                "{renewal:?} of {lifetime}: {got:?}"
+            );
+        }
     }
 
     #[test]
