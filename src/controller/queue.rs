@@ -43,7 +43,6 @@ struct State {
 #[derive(Default)]
 struct Entry {
     running: bool,
-    gone: bool,
     /// Versions of what changed while a pass ran; without a version: something that has none.
     dirty: Vec<Option<String>>,
     /// Versions that our own last pass wrote and whose echo has not come yet.
@@ -90,7 +89,6 @@ impl Queue {
         let mut state = self.lock();
         let state = &mut *state;
         let entry = state.entries.entry(id.clone()).or_default();
-        entry.gone = false;
         if let Some(place) = version.and_then(|v| entry.written.iter().position(|w| w == v)) {
             entry.written.swap_remove(place);
             return;
@@ -103,23 +101,6 @@ impl Queue {
         entry.backoffs.clear();
         state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
-    }
-
-    /// The object is gone.
-    pub fn forget(&self, id: &ObjectRef) {
-        let mut state = self.lock();
-        let state = &mut *state;
-        state.waiting.remove(id);
-        if let Some(entry) = state.entries.get_mut(id) {
-            if let Some(at) = entry.timer.take() {
-                state.timers.remove(&(at, id.clone()));
-            }
-            entry.gone = true;
-            entry.dirty.clear();
-            if !entry.running {
-                state.entries.remove(id);
-            }
-        }
     }
 
     /// The next object; waits until there is one.
@@ -219,6 +200,8 @@ pub struct Done {
     pub wake: Wake,
     /// Versions that the pass wrote.
     pub written: Vec<String>,
+    /// The object is gone or not ours: nothing is to be remembered of it.
+    pub forget: bool,
 }
 
 impl Done {
@@ -230,7 +213,16 @@ impl Done {
                 at: None,
                 failed: vec![Failed::now("", Reason::Internal)],
             },
-            written: Vec::new(),
+            ..Self::default()
+        }
+    }
+
+    /// There is nothing to do for this object, now or later.
+    #[must_use]
+    pub fn forget() -> Self {
+        Self {
+            forget: true,
+            ..Self::default()
         }
     }
 }
@@ -252,10 +244,6 @@ impl Turn {
             return;
         };
         entry.running = false;
-        if entry.gone {
-            state.entries.remove(&self.id);
-            return;
-        }
         // Echoes that came while the pass ran are no news; those that have not come yet are waited for.
         let dirty = std::mem::take(&mut entry.dirty);
         let (echoes, news): (Vec<_>, Vec<_>) = dirty
@@ -263,7 +251,9 @@ impl Turn {
             .partition(|v| v.as_ref().is_some_and(|v| done.written.contains(v)));
         done.written.retain(|w| !echoes.contains(&Some(w.clone())));
         entry.written = done.written;
-        if news.is_empty() {
+        if news.is_empty() && done.forget {
+            state.entries.remove(&self.id);
+        } else if news.is_empty() {
             let seed = self.id.to_string();
             let before = std::mem::take(&mut entry.backoffs);
             entry.backoffs = done
@@ -374,13 +364,19 @@ mod tests {
         let queue = queue();
         queue.wake(&id("a"), None);
         queue.wake(&id("b"), None);
-        let (a, b) = (queue.next().await, queue.next().await);
+        queue.wake(&id("c"), None);
+        let (a, b, c) = (queue.next().await, queue.next().await, queue.next().await);
         drop(a);
-        queue.forget(&id("b"));
-        drop(b);
+        b.done(Done::forget());
+        // It came back while its end was looked at.
+        queue.wake(&id("c"), None);
+        c.done(Done::forget());
+        let c = queue.next().await;
+        assert_eq!(c.id, id("c"));
+        c.done(Done::default());
         let state = queue.lock();
         assert_eq!(state.timers.len(), 1);
-        assert_eq!(state.entries.len(), 1);
+        assert!(!state.entries.contains_key(&id("b")));
         assert_eq!(state.entries[&id("a")].backoffs[""].failures, 1);
     }
 }

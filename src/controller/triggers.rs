@@ -245,7 +245,8 @@ impl Triggers {
                 known.unname(id, named_secrets(&user).iter());
             }
         });
-        self.users.forget(id);
+        // Its pass finds nothing and clears what is remembered of it.
+        self.users.wake(id, None);
     }
 
     fn instance_applied(&self, instance: ZitadelInstance) {
@@ -267,7 +268,7 @@ impl Triggers {
 
     fn instance_gone(&self, id: &ObjectRef) {
         self.cache.change(|known| known.instances.remove(id));
-        self.instances.forget(id);
+        self.instances.wake(id, None);
         self.wake_users(|user| user.spec.instance_ref.name == *id.name);
     }
 

@@ -17,6 +17,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::api::metadata::{GROUP, MANAGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::secrets::SecretMeta;
+use crate::domain::facts::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::Note;
 use crate::domain::secret::{OWNER_KIND, SecretDraft, SecretRef, Seen};
@@ -190,6 +191,15 @@ impl Writer {
 }
 
 impl WriteError {
+    /// Logs it. A conflict is no trouble: the cache was a moment behind, and the next look mends it.
+    pub fn log(&self, object: &ObjectRef, what: &str) {
+        if matches!(self, Self::Conflict) {
+            tracing::debug!(%object, error = %self, "{what} could not be written");
+        } else {
+            tracing::warn!(%object, error = %self, "{what} could not be written");
+        }
+    }
+
     /// The reason that a user sees when a token could not be written.
     #[must_use]
     pub fn reason(&self) -> Reason {

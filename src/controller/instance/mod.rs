@@ -20,7 +20,7 @@ use crate::domain::report::{Failed, Wake};
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     let Some(instance) = ctx.cache.instance(&id.name) else {
         ctx.connections.close(&id.name);
-        return Done::default();
+        return Done::forget();
     };
     ctx.metrics.passed("ZitadelInstance");
     let discovered = match connect(&ctx, &instance).await {
@@ -41,7 +41,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
             at: None,
             failed: failed.into_iter().collect(),
         },
-        written: Vec::new(),
+        ..Done::default()
     };
     if instance.status.as_ref() != Some(&status) {
         let mut wanted = (*instance).clone();
@@ -49,7 +49,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         match ctx.writer.replace_instance_status(&wanted).await {
             Ok(version) => done.written.push(version),
             Err(error) => {
-                tracing::warn!(instance = %id, %error, "the status could not be written");
+                error.log(&id, "the status");
                 done.wake.failed.push(Failed::now("", Reason::Internal));
             }
         }

@@ -242,9 +242,7 @@ async fn write(
             (Ended::with(Reason::Issued, Some(held)), Some(version))
         }
         Err(error) => {
-            if !matches!(error, WriteError::Conflict) {
-                tracing::warn!(object = %id, secret = draft.name, %error, "a token Secret could not be written");
-            }
+            error.log(id, &format!("Secret {}", draft.name));
             (Ended::with(error.reason(), fallback), None)
         }
     }

@@ -21,7 +21,7 @@ use crate::domain::report::{Failed, Report, report};
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) -> Done {
     let facts = match gather::gather(&ctx, &id, held_back).await {
         Ok(Some(facts)) => facts,
-        Ok(None) => return Done::default(),
+        Ok(None) => return Done::forget(),
         Err(error) => {
             tracing::warn!(object = %id, %error, "the facts could not be gathered");
             return Done::transient_failure();
@@ -39,13 +39,14 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     match publish(&ctx, &facts, &mut report).await {
         Ok(version) => written.extend(version),
         Err(error) => {
-            tracing::warn!(object = %id, %error, "the status could not be written");
+            error.log(&id, "the status");
             report.wake.failed.push(Failed::now("", Reason::Internal));
         }
     }
     Done {
         wake: report.wake,
         written,
+        forget: false,
     }
 }
 
