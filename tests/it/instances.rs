@@ -166,3 +166,26 @@ async fn an_operator_leaves_the_instances_of_another_alone() {
     let other = world.users().get("other").await.expect("there");
     assert_eq!(other.status.expect("the default").observed_generation, Some(-1));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn service_users_can_be_selected_by_instance_and_by_key_secret() {
+    let world = World::new("select").await;
+    for name in ["one", "two"] {
+        world
+            .service_user(name, one_token(&format!("{name}-token")))
+            .await
+            .expect("accepted");
+    }
+    for (selector, found) in [
+        (format!("spec.instanceRef.name={}", world.instance), 2),
+        ("spec.instanceRef.name=other".to_owned(), 0),
+        ("spec.keySecretRef.name=two-key".to_owned(), 1),
+    ] {
+        let list = world
+            .users()
+            .list(&kube::api::ListParams::default().fields(&selector))
+            .await
+            .expect("listed");
+        assert_eq!(list.items.len(), found, "{selector}");
+    }
+}
