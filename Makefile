@@ -9,7 +9,7 @@ CARGO_DENY_VERSION := 0.20.2
 # Tests are processes and waits more than work; few threads keep two cores from thrashing.
 TEST_THREADS ?= 4
 
-.PHONY: help demo test lint fmt build run testbed crds docs bench bench-quick test-zitadel ci
+.PHONY: help demo test soak lint fmt build run testbed crds docs bench bench-quick test-zitadel ci
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: ## Show the main job on this machine: a real API server, one token, one re
 test: testbed ## Unit and integration tests against a real API server
 	cd tests/testbed/issuer && go test ./...
 	cargo test -- --test-threads=$(TEST_THREADS)
+
+soak: testbed ## Endurance, kills and watch faults, in minutes (CI=true: fewer rounds)
+	cargo test --test soak -- --test-threads=1 --nocapture
 
 lint: ## Format, clippy, licences, generated files
 	cargo fmt --check

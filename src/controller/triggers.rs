@@ -434,6 +434,7 @@ fn kind(error: &watcher::Error) -> &'static str {
     match error {
         watcher::Error::InitialListFailed(_) => "list failed",
         watcher::Error::WatchStartFailed(_) => "watch could not start",
+        watcher::Error::WatchError(status) if status.code == 410 => "the history is gone: 410",
         watcher::Error::WatchError(_) => "the server ended the watch",
         watcher::Error::WatchFailed(_) => "the watch broke off",
         watcher::Error::NoResourceVersion => "the list had no version",

@@ -24,13 +24,20 @@ pub struct Cluster {
 impl Cluster {
     /// Starts one. It ends with this value, or with the process.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts one whose API server has these flags too.
+    pub fn start_with(flags: &[&str]) -> Self {
         let parts = parts();
         let path = |part: &str| PathBuf::from(parts[part].as_str().expect("a folder"));
         let (running, ready) = Running::announced(
             "cluster",
             Command::new(path("cluster").join("cluster"))
                 .args(["up", "--bin"])
-                .arg(path("controlplane")),
+                .arg(path("controlplane"))
+                .arg("--")
+                .args(flags),
         );
         let text = |key: &str| ready[key].as_str().map(PathBuf::from);
         Self {

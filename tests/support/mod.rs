@@ -15,6 +15,7 @@ pub mod child;
 pub mod cluster;
 pub mod issuer;
 pub mod operator;
+pub mod proxy;
 pub mod world;
 
 use std::time::Duration;

@@ -41,8 +41,12 @@ impl World {
     }
 
     pub async fn with_issuer(test: &str, issuer: Issuer) -> Self {
+        Self::on(Cluster::shared(), test, issuer).await
+    }
+
+    /// A new world on a cluster with the CRDs.
+    pub async fn on(cluster: &'static Cluster, test: &str, issuer: Issuer) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let cluster = Cluster::shared();
         let client = cluster.client().await;
         let name = format!(
             "{test}-{}-{}",

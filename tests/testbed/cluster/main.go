@@ -3,7 +3,7 @@
 // It prints one JSON line when the API server is ready. It needs only the standard library, so that a change here
 // does not relink the control plane (reference/testbed.md §1).
 //
-//	cluster up --bin DIR    DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager
+//	cluster up --bin DIR [FLAG...]    further flags go to kube-apiserver; DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager
 package main
 
 import (
@@ -43,7 +43,7 @@ type ready struct {
 
 func run(args []string) error {
 	if len(args) == 0 || args[0] != "up" {
-		return errors.New("usage: cluster up --bin DIR")
+		return errors.New("usage: cluster up --bin DIR [FLAG...]")
 	}
 	flags := flag.NewFlagSet("up", flag.ContinueOnError)
 	bin := flags.String("bin", "", "folder with etcd, kube-apiserver and kube-controller-manager")
@@ -66,7 +66,7 @@ func run(args []string) error {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	go func() { <-signals; end <- "" }()
 
-	plane, err := start(*bin, dir, end)
+	plane, err := start(*bin, dir, flags.Args(), end)
 	if plane != nil {
 		defer plane.stop()
 	}

@@ -22,11 +22,11 @@ type plane struct {
 
 // start brings up etcd, kube-apiserver and, if it is there, kube-controller-manager. Ports are free when chosen and
 // may be taken a moment later, hence the tries.
-func start(bin, dir string, end chan string) (*plane, error) {
+func start(bin, dir string, flags []string, end chan string) (*plane, error) {
 	var err error
 	for range 3 {
 		var p *plane
-		if p, err = try(bin, dir, end); err == nil {
+		if p, err = try(bin, dir, flags, end); err == nil {
 			return p, nil
 		}
 		p.stop()
@@ -45,7 +45,7 @@ func start(bin, dir string, end chan string) (*plane, error) {
 	return nil, err
 }
 
-func try(bin, dir string, end chan string) (*plane, error) {
+func try(bin, dir string, flags []string, end chan string) (*plane, error) {
 	p := &plane{}
 	ports, err := freePorts("etcd", "etcd-peer", "kube-apiserver", "kube-controller-manager")
 	if err != nil {
@@ -90,7 +90,7 @@ func try(bin, dir string, end chan string) (*plane, error) {
 	); err != nil {
 		return p, err
 	}
-	if err := p.launch(bin, dir, "kube-apiserver", end,
+	if err := p.launch(bin, dir, "kube-apiserver", end, append([]string{
 		"--etcd-servers", url("http", "etcd"),
 		"--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(ports["kube-apiserver"]),
 		// A loopback address is refused here; nobody dials this one.
@@ -102,7 +102,7 @@ func try(bin, dir string, end chan string) (*plane, error) {
 		"--service-cluster-ip-range", "10.0.0.0/24", "--allow-privileged",
 		"--authorization-mode", "RBAC", "--token-auth-file", at("tokens.csv"),
 		"--audit-policy-file", at("audit-policy.yaml"), "--audit-log-path", at("audit.log"),
-	); err != nil {
+	}, flags...)...); err != nil {
 		return p, err
 	}
 	if err := p.await(dir, url("https", "kube-apiserver")+"/readyz", keys, end); err != nil {

@@ -1,0 +1,185 @@
+//! kill -9 at each step of a refresh: no expired token, at most the mint in flight lost.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::jiff::Timestamp;
+use serde_json::json;
+
+use crate::support::SOON;
+use crate::support::operator::Operator;
+use crate::support::proxy::{Hold, Proxy};
+use crate::support::world::World;
+
+/// At least four times what a restart takes, so that no token expires for the test's own slowness.
+const LIFETIME: u64 = 60;
+
+/// Where the operator is killed, how that place is found, and how many extra mints it may cost.
+type Place = (&'static str, fn(&Proxy) -> Arc<Hold>, usize);
+
+const PLACES: &[Place] = &[
+    (
+        "before the Secret is read",
+        |p| p.hold_before("GET", "/secrets/billing-token"),
+        0,
+    ),
+    (
+        "between mint and write",
+        |p| p.hold_before("PATCH", "/secrets/billing-token"),
+        1,
+    ),
+    (
+        "between the write and its answer",
+        |p| p.hold_after("PATCH", "/secrets/billing-token"),
+        0,
+    ),
+    (
+        "between Secret and status",
+        |p| p.hold_before("PUT", "/zitadelserviceusers/billing/status"),
+        0,
+    ),
+    (
+        "between the status and its answer",
+        |p| p.hold_after("PUT", "/zitadelserviceusers/billing/status"),
+        0,
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_at_any_step_costs_at_most_the_mint_in_flight() {
+    for (place, find, extra) in PLACES {
+        let world = World::new("kill").await;
+        let proxy = Proxy::start(world.cluster, &world.name).await;
+        let operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+        world.instance().await;
+        world
+            .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": LIFETIME}))
+            .await;
+        let old = world.secret_until("billing-token", |d| d.contains_key("token")).await;
+        world.ready("billing", "True", "Issued").await;
+        let expires: Timestamp = old["expires_at"].parse().expect("a time");
+        tick().await;
+
+        let hold = find(&proxy);
+        renew(&world).await;
+        hold.reached().await;
+        operator.kill();
+        hold.release();
+        let before = world.issuer.mints().await;
+        let killed = Instant::now();
+        let _operator = world.operator().await;
+        let new = world
+            .secret_until("billing-token", |d| d["token"] != old["token"])
+            .await;
+        world
+            .user_until("billing", |u| {
+                let told = u.status.as_ref().and_then(|s| s.expires_at.as_ref());
+                told.is_some_and(|t| t.0.to_string() == new["expires_at"])
+            })
+            .await;
+        assert!(Timestamp::now() < expires, "{place}: the old token had expired");
+        world.sentinel().await;
+        let mints = world.issuer.mints().await;
+        println!(
+            "{place}: {mints} mints, recovered in {:.1} s",
+            killed.elapsed().as_secs_f64()
+        );
+        assert_eq!(mints, 2 + extra, "{place}: {before} before the restart");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_during_the_exchange_costs_at_most_that_mint() {
+    let world = World::new("exchange").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": LIFETIME}))
+        .await;
+    let old = world.token("billing-token").await;
+    world.ready("billing", "True", "Issued").await;
+    // The server mints and its answer never comes.
+    world
+        .issuer
+        .fault(json!({"path": "/oauth/v2/token", "times": 1, "afterHandling": true, "hang": true}))
+        .await;
+    renew(&world).await;
+    let minted = async {
+        while world.issuer.mints().await < 2 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, minted).await.expect("minted");
+    operator.kill();
+    assert_eq!(world.token("billing-token").await, old);
+    let _operator = world.operator().await;
+    world.secret_until("billing-token", |d| d["token"] != old).await;
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_is_deleted_during_its_mint_leaves_nothing_and_comes_back_clean() {
+    let world = World::new("deleted").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let held = json!({"path": "/oauth/v2/token", "userId": user.id, "scopeContains": "openid", "times": 1, "latencyMillis": 2000});
+    world.issuer.fault(held).await;
+    world
+        .service_user("billing", crate::support::world::one_token("billing-token"))
+        .await
+        .expect("accepted");
+    let asked = async {
+        while world
+            .issuer
+            .requests()
+            .await
+            .iter()
+            .all(|r| !r.scopes.iter().any(|s| s == "openid"))
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, asked).await.expect("the mint is under way");
+    world
+        .users()
+        .delete("billing", &kube::api::DeleteParams::default())
+        .await
+        .expect("deleted");
+    world
+        .service_user("billing", crate::support::world::one_token("billing-token"))
+        .await
+        .expect("accepted");
+    let again = world.ready("billing", "True", "Issued").await;
+    let owned = |secret: &k8s_openapi::api::core::v1::Secret| {
+        let owners = secret.metadata.owner_references.iter().flatten();
+        owners.into_iter().any(|o| Some(&o.uid) == again.metadata.uid.as_ref())
+    };
+    crate::support::world::until(world.secrets(), "billing-token", crate::support::EVENTUALLY, owned).await;
+    assert!(
+        operator.log().iter().all(|l| !l.contains("panic")),
+        "{:?}",
+        operator.log()
+    );
+}
+
+/// Asks for a renewal.
+async fn renew(world: &World) {
+    let request = json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": "now"}}});
+    let change = kube::api::Patch::Merge(&request);
+    world
+        .users()
+        .patch("billing", &kube::api::PatchParams::default(), &change)
+        .await
+        .expect("annotated");
+}
+
+/// Waits for another second: status tells whole ones, so that a renewal within one would be no news.
+async fn tick() {
+    let second = Timestamp::now().as_second();
+    while Timestamp::now().as_second() <= second + 1 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}

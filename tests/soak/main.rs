@@ -1,0 +1,9 @@
+//! Endurance, kills and faults, serial: `make soak`. Counts are reduced under `CI=true`.
+#![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod freshness;
+mod kills;
+mod watches;

@@ -1,0 +1,147 @@
+//! What happens while the operator cannot watch is found afterwards, also when its place in the history is gone (410).
+
+use kube::api::{DeleteParams, Patch, PatchParams};
+use serde_json::{Value, json};
+
+use crate::support::EVENTUALLY;
+use crate::support::cluster::{Cluster, install_crds};
+use crate::support::issuer::Issuer;
+use crate::support::operator::Operator;
+use crate::support::proxy::Proxy;
+use crate::support::world::{World, data, one_token, until};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changed_while_the_watch_was_down_is_repaired_after_the_relist() {
+    // Without the API server's cache of Secrets, whose memory reaches further back, a compaction makes a real 410.
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start_with(&["--watch-cache-sizes=secrets#0"])));
+    install_crds(&cluster.client().await).await;
+    let world = World::on(cluster, "relist", Issuer::start(&[])).await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let mut operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    world.instance().await;
+    let names = ["deleted", "edited", "labelled", "untouched"];
+    for name in names {
+        world.simple(name, json!({"tokenType": "JWT"})).await;
+    }
+    let mut tokens = Vec::new();
+    for name in names {
+        world.ready(name, "True", "Issued").await;
+        tokens.push(world.token(&format!("{name}-token")).await);
+    }
+    let untouched = world
+        .secrets()
+        .get("untouched-token")
+        .await
+        .expect("there")
+        .metadata
+        .resource_version;
+
+    proxy.cut(true);
+    world
+        .secrets()
+        .delete("deleted-token", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    let change = PatchParams::default();
+    let edit = json!({"stringData": {"token": "stolen"}});
+    world
+        .secrets()
+        .patch("edited-token", &change, &Patch::Merge(&edit))
+        .await
+        .expect("edited");
+    let edit =
+        json!({"metadata": {"labels": {"zitadel-tokens.dev/service-user": null}}, "stringData": {"issuer": "other"}});
+    world
+        .secrets()
+        .patch("labelled-token", &change, &Patch::Merge(&edit))
+        .await
+        .expect("edited");
+    compact(&world).await;
+    proxy.cut(false);
+    operator
+        .await_line("kind=Secret error=\"the history is gone: 410\"")
+        .await;
+
+    let deleted = until(world.secrets(), "deleted-token", EVENTUALLY, |s| {
+        data(s).contains_key("token")
+    })
+    .await;
+    assert_ne!(data(&deleted)["token"], tokens[0]);
+    let edited = until(world.secrets(), "edited-token", EVENTUALLY, |s| {
+        data(s)["token"] != "stolen"
+    })
+    .await;
+    assert_ne!(data(&edited)["token"], tokens[1]);
+    let labelled = until(world.secrets(), "labelled-token", EVENTUALLY, |s| {
+        let label = s
+            .metadata
+            .labels
+            .as_ref()
+            .and_then(|l| l.get("zitadel-tokens.dev/service-user"));
+        label.is_some_and(|l| l == "labelled") && data(s)["issuer"] == world.issuer.url
+    })
+    .await;
+    assert_eq!(data(&labelled)["token"], tokens[2], "repaired without a mint");
+    world.sentinel().await;
+    let after = world
+        .secrets()
+        .get("untouched-token")
+        .await
+        .expect("there")
+        .metadata
+        .resource_version;
+    assert_eq!(untouched, after);
+    assert_eq!(world.issuer.mints().await, names.len() + 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_that_was_removed_while_the_operator_was_down_takes_its_secret_along() {
+    let world = World::new("down").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let mut two = one_token("billing-token");
+    let more = json!({"name": "more", "projectIds": ["2"], "secret": {"name": "more-token"}});
+    two["tokens"].as_array_mut().expect("a list").push(more);
+    world.service_user("billing", two).await.expect("accepted");
+    world.token("more-token").await;
+    let kept = world.token("billing-token").await;
+    operator.terminate().await;
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+
+    let _operator = world.operator().await;
+    let gone = kube::runtime::wait::await_condition(
+        world.secrets(),
+        "more-token",
+        |s: Option<&k8s_openapi::api::core::v1::Secret>| s.is_none(),
+    );
+    tokio::time::timeout(EVENTUALLY, gone)
+        .await
+        .expect("gone in time")
+        .expect("watched");
+    assert_eq!(world.token("billing-token").await, kept);
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+/// Drops etcd's history up to now, through its JSON gateway: a watch that wants to go on from before gets 410.
+async fn compact(world: &World) {
+    let port = world.cluster.ready["ports"]["etcd"].as_u64().expect("a port");
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let call = async |path: &str, body: Value| -> Value {
+        let answer = http
+            .post(format!("http://127.0.0.1:{port}/v3/kv/{path}"))
+            .json(&body)
+            .send()
+            .await
+            .expect("etcd answers");
+        answer.json().await.expect("JSON")
+    };
+    let range = call("range", json!({"key": "AA=="})).await;
+    let revision = range["header"]["revision"].as_str().expect("a revision").to_owned();
+    let compacted = call("compaction", json!({"revision": revision, "physical": true})).await;
+    assert!(compacted["header"].is_object(), "{compacted}");
+}
