@@ -169,10 +169,10 @@ fn failure(error: &reqwest::Error) -> Failure {
     }
 }
 
-/// rustls errors arrive inside an `io::Error`, or several, whose `source()` skips the error itself.
+/// rustls errors arrive inside an `io::Error`, maybe inside another, whose `source()` skips the error itself.
 fn is_tls(error: &(dyn Error + 'static)) -> bool {
     let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-    error.is::<rustls::Error>() || inner.is_some_and(|inner| is_tls(inner))
+    error.is::<rustls::Error>() || inner.is_some_and(|e| is_tls(e))
 }
 
 /// RFC 9110 §10.2.3: seconds, or a date.
@@ -188,6 +188,15 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tls_error_is_found_however_deep_it_is_wrapped() {
+        use std::io;
+        let once = io::Error::other(rustls::Error::DecryptError);
+        assert!(is_tls(&once));
+        assert!(is_tls(&io::Error::other(once)));
+        assert!(!is_tls(&io::Error::other(io::Error::other("reset"))));
+    }
 
     #[test]
     fn retry_after_in_seconds_and_as_a_date_capped() {

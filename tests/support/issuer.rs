@@ -27,6 +27,9 @@ pub struct Recorded {
     pub path: String,
     pub host: String,
     pub instance_host: String,
+    /// Whether there was an `Authorization` header.
+    pub authorized: bool,
+    pub query: String,
     pub form: Value,
     pub assertion: Value,
     pub user_id: String,

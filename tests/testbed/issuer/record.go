@@ -27,6 +27,7 @@ type record struct {
 	Path         string     `json:"path"`
 	Host         string     `json:"host"`
 	InstanceHost string     `json:"instanceHost"`
+	Authorized   bool       `json:"authorized"` // there is an Authorization header
 	Query        string     `json:"query"`
 	Form         url.Values `json:"form"`
 	Assertion    *assertion `json:"assertion,omitempty"`
@@ -75,6 +76,7 @@ func (l *recorder) arrived(r *http.Request) (*record, error) {
 		Path:         r.URL.Path,
 		Host:         r.Host,
 		InstanceHost: r.Header.Get("x-zitadel-instance-host"),
+		Authorized:   r.Header.Get("Authorization") != "",
 		Query:        r.URL.RawQuery,
 		Form:         copied.Form,
 		Scopes:       strings.Fields(copied.Form.Get("scope")),

@@ -1,0 +1,331 @@
+//! What is true of the stand-in and of a real ZITADEL alike.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::jiff::Timestamp;
+use secrecy::ExposeSecret;
+use serde_json::{Value, json};
+use zitadel_tokens::domain::answer::{Format, Minted, accept};
+use zitadel_tokens::domain::assertion;
+use zitadel_tokens::domain::key::ServiceKey;
+use zitadel_tokens::domain::reason::Reason;
+use zitadel_tokens::zitadel::Instance;
+
+use super::client::{connect, exchange, expected, mint, scope, settings};
+use super::server::{Kind, Server, on_any_server};
+use super::support::world::{PROJECT, claims};
+
+/// A second project; neither need exist (§10.2: ids are copied into the audience unchecked).
+const OTHER_PROJECT: &str = "69234237810729020";
+
+/// Longest wait for a removal to reach the server's projections (§2).
+const PROJECTED: Duration = Duration::from_mins(1);
+
+/// Audience of a JWT, as the server wrote it.
+fn audience(minted: &Minted) -> BTreeSet<String> {
+    let claims = claims(minted.token.expose_secret());
+    let list = claims["aud"].as_array().expect("a list");
+    list.iter().map(|id| id.as_str().expect("an id").to_owned()).collect()
+}
+
+fn set<const N: usize>(ids: [&str; N]) -> BTreeSet<String> {
+    ids.map(str::to_owned).into()
+}
+
+/// Asks until the server refuses; says why it did. A removal propagates with delay (§2), an expiry with the clock.
+async fn refusal(instance: &Instance, key: &ServiceKey) -> Reason {
+    let started = Instant::now();
+    loop {
+        match exchange(instance, key, "openid").await {
+            Err(reason) => return reason,
+            Ok(_) => assert!(started.elapsed() < PROJECTED, "still accepted"),
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// §4.4, §10.6.
+#[tokio::test]
+async fn an_exchange_gives_a_bearer_token_and_its_lifetime() {
+    on_any_server(async |server| {
+        for kind in [Kind::Jwt, Kind::Opaque] {
+            let key = server.user(kind).await;
+            let scope = scope(&json!({"projectIds": [PROJECT]}));
+            let got = exchange(&server.instance(), &key, &scope).await.expect("a token");
+            assert_eq!(got.answer.token_type, "Bearer");
+            assert!(
+                got.answer.expires_in.is_some_and(|s| s > 0),
+                "{:?}",
+                got.answer.expires_in
+            );
+        }
+    })
+    .await;
+}
+
+/// §4.2, §4.3, §10.2: `aud` is what was asked for and nothing else, whether or not the project exists.
+#[tokio::test]
+async fn a_jwt_names_issuer_user_and_exactly_the_projects() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Jwt).await;
+        let instance = server.instance();
+        for projects in [vec![PROJECT], vec![OTHER_PROJECT, PROJECT], vec!["no-such-project"]] {
+            let minted = mint(&instance, &key, &json!({"projectIds": projects}))
+                .await
+                .expect("a token");
+            let claims = claims(minted.token.expose_secret());
+            assert_eq!(claims["iss"], server.issuer());
+            assert_eq!(claims["sub"], key.user_id.as_str());
+            assert_eq!(audience(&minted), projects.into_iter().map(str::to_owned).collect());
+            let exp = claims["exp"].as_i64().expect("exp");
+            assert!(minted.expires.as_second() <= exp, "errs to the early side");
+            assert!(minted.expires > minted.issued);
+        }
+    })
+    .await;
+}
+
+/// Design §3.10: a token for more, or for less, than was asked for is not taken.
+#[tokio::test]
+async fn an_audience_that_merely_contains_ours_is_not_taken() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Jwt).await;
+        let instance = server.instance();
+        let (one, two) = (
+            json!({"projectIds": [PROJECT]}),
+            json!({"projectIds": [PROJECT, OTHER_PROJECT]}),
+        );
+        for (asked, wanted) in [(&one, &two), (&two, &one)] {
+            let got = exchange(&instance, &key, &scope(asked)).await.expect("a token");
+            let judged = accept(got.answer, &expected(&instance, &key, wanted, "unused"), got.sent);
+            assert_eq!(judged.err(), Some(Reason::TokenMismatch));
+        }
+    })
+    .await;
+}
+
+/// §4.1, §6.2, §10.6, design §3.11: the alias becomes an id, which is learned from a JWT's audience or, with an
+/// opaque token, from `GET /management/v1/iam`. Both ways lead to the same id.
+#[tokio::test]
+async fn the_zitadel_alias_becomes_the_id_that_is_learned() {
+    on_any_server(async |server| {
+        let (jwt, opaque) = (server.user(Kind::Jwt).await, server.user(Kind::Opaque).await);
+        let (by_jwt, by_opaque) = (server.instance(), server.instance());
+        let id = by_jwt.project_id(&jwt).await.expect("learned");
+        assert_eq!(by_opaque.project_id(&opaque).await, Ok(id));
+
+        let alone = mint(&by_jwt, &jwt, &json!({"zitadelApi": true}))
+            .await
+            .expect("a token");
+        assert_eq!(audience(&alone), set([id]));
+        let both = json!({"zitadelApi": true, "projectIds": [PROJECT]});
+        let both = mint(&by_jwt, &jwt, &both).await.expect("a token");
+        assert_eq!(audience(&both), set([id, PROJECT]));
+    })
+    .await;
+}
+
+/// §4.3, §10.6: it may look like a JWE of five parts; nobody but the server can read it, and it can be sent.
+#[tokio::test]
+async fn an_opaque_token_is_known_as_such() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Opaque).await;
+        let minted = mint(&server.instance(), &key, &json!({"projectIds": [PROJECT]})).await;
+        let minted = minted.expect("a token");
+        let token = minted.token.expose_secret();
+        assert_eq!(Format::of(token), Format::Opaque);
+        assert_ne!(token.split('.').count(), 3);
+    })
+    .await;
+}
+
+/// §4.3, §10.3.
+#[tokio::test]
+async fn a_change_of_the_users_kind_affects_the_next_token() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Opaque).await;
+        let instance = server.instance();
+        for (kind, format) in [
+            (Kind::Opaque, Format::Opaque),
+            (Kind::Jwt, Format::Jwt),
+            (Kind::Opaque, Format::Opaque),
+        ] {
+            server.change_kind(&key.user_id, kind).await;
+            let minted = mint(&instance, &key, &json!({"projectIds": [PROJECT]}))
+                .await
+                .expect("a token");
+            assert_eq!(Format::of(minted.token.expose_secret()), format);
+        }
+    })
+    .await;
+}
+
+/// §4.4, §10.6: so `scopes: []` loses nothing that we use.
+#[tokio::test]
+async fn openid_only_adds_an_id_token_which_we_ignore() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Jwt).await;
+        let without = json!({"projectIds": [PROJECT], "scopes": []});
+        let with = json!({"projectIds": [PROJECT]});
+        let (lean, full) = (answer(server, &key, &without).await, answer(server, &key, &with).await);
+        let names = |answer: &Value| {
+            answer
+                .as_object()
+                .expect("fields")
+                .keys()
+                .cloned()
+                .collect::<BTreeSet<_>>()
+        };
+        let added: Vec<_> = names(&full).difference(&names(&lean)).cloned().collect();
+        assert_eq!(added, ["id_token"]);
+        assert!(names(&lean).is_subset(&names(&full)));
+        let access = |answer: &Value| names(&claims(answer["access_token"].as_str().expect("a token")));
+        assert_eq!(access(&lean), access(&full));
+
+        let instance = server.instance();
+        for fields in [&without, &with] {
+            let minted = mint(&instance, &key, fields).await.expect("a token");
+            assert_eq!(audience(&minted), set([PROJECT]));
+        }
+    })
+    .await;
+}
+
+/// The token endpoint's whole answer, of which the product reads only a part.
+async fn answer(server: &Server, key: &ServiceKey, fields: &Value) -> Value {
+    let instance = server.instance();
+    let path = instance.discover().await.expect("discovered").token_path;
+    let assertion = assertion::sign(key, server.issuer(), Timestamp::now()).expect("signed");
+    let form = [
+        ("grant_type", "urn:ietf:params:oauth:grant-type:jwt-bearer"),
+        ("assertion", assertion.expose_secret()),
+        ("scope", &scope(fields)),
+    ];
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let answer = http.post(format!("{}{path}", server.issuer())).form(&form).send();
+    answer.await.expect("answered").json().await.expect("JSON")
+}
+
+/// §4.1: the claim is there for the user's own organization; a foreign one is dropped in silence, which only the
+/// missing claim shows.
+#[tokio::test]
+async fn a_foreign_organization_does_not_pass_as_ones_own() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Jwt).await;
+        let instance = server.instance();
+        let of = |organization: &str| json!({"projectIds": [PROJECT], "organizationId": organization});
+        let own = mint(&instance, &key, &of(server.organization()))
+            .await
+            .expect("a token");
+        let claims = claims(own.token.expose_secret());
+        assert_eq!(claims["urn:zitadel:iam:org:id"], server.organization());
+
+        let foreign = mint(&instance, &key, &of("69234237810729000")).await;
+        assert_eq!(foreign.err(), Some(Reason::TokenMismatch));
+    })
+    .await;
+}
+
+/// §4.1, §10.6: no grant, no role claim; the audience stays as asked.
+#[tokio::test]
+async fn project_roles_without_a_grant_change_nothing() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Jwt).await;
+        let fields = json!({"projectIds": [PROJECT], "projectRoles": true});
+        let minted = mint(&server.instance(), &key, &fields).await.expect("a token");
+        assert_eq!(audience(&minted), set([PROJECT]));
+        let claims = claims(minted.token.expose_secret());
+        let names = claims.as_object().expect("claims").keys();
+        assert_eq!(
+            names.filter(|name| name.starts_with("urn:zitadel:")).count(),
+            0,
+            "{claims}"
+        );
+    })
+    .await;
+}
+
+/// §2.1, §10.2. In whichever dialect the server speaks; the older one is a case of the stand-in's.
+#[tokio::test]
+async fn a_removed_key_is_rejected() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Jwt).await;
+        let instance = server.instance();
+        exchange(&instance, &key, "openid").await.expect("a token");
+        server.remove_key(&key).await;
+        assert_eq!(refusal(&instance, &key).await, Reason::KeyRejected);
+    })
+    .await;
+}
+
+/// §2, check 7; §10.2.
+#[tokio::test]
+async fn an_expired_key_is_rejected() {
+    on_any_server(async |server| {
+        let user = server.user(Kind::Jwt).await.user_id;
+        let key = server.short_key(&user).await;
+        let instance = server.instance();
+        exchange(&instance, &key, "openid")
+            .await
+            .expect("a token while the key is good");
+        assert_eq!(refusal(&instance, &key).await, Reason::KeyRejected);
+    })
+    .await;
+}
+
+/// §2, check 7; §10.2: the key is looked up by its id and the user's.
+#[tokio::test]
+async fn a_user_that_does_not_exist_or_has_not_this_key_is_rejected() {
+    on_any_server(async |server| {
+        let (key, other) = (server.user(Kind::Jwt).await, server.user(Kind::Jwt).await);
+        let instance = server.instance();
+        for user_id in ["69234237810729000".to_owned(), other.user_id.clone()] {
+            let stolen = ServiceKey { user_id, ..key.clone() };
+            assert_eq!(
+                exchange(&instance, &stolen, "openid").await.err(),
+                Some(Reason::KeyRejected)
+            );
+        }
+        let unknown = ServiceKey {
+            key_id: "69234237810729000".into(),
+            ..key
+        };
+        assert_eq!(
+            exchange(&instance, &unknown, "openid").await.err(),
+            Some(Reason::KeyRejected)
+        );
+    })
+    .await;
+}
+
+/// §2.1, §10.2.
+#[tokio::test]
+async fn a_deactivated_user_is_told_from_a_rejected_key() {
+    on_any_server(async |server| {
+        let key = server.user(Kind::Jwt).await;
+        let instance = server.instance();
+        server.deactivate(&key.user_id).await;
+        assert_eq!(
+            exchange(&instance, &key, "openid").await.err(),
+            Some(Reason::UserInactive)
+        );
+        server.reactivate(&key.user_id).await;
+        let minted = mint(&instance, &key, &json!({"projectIds": [PROJECT]})).await;
+        assert!(minted.is_ok(), "{:?}", minted.err());
+    })
+    .await;
+}
+
+/// §5.1, §5.2: discovery says our issuer to the letter, port and all; another spelling of it is not ours.
+#[tokio::test]
+async fn discovery_names_the_issuer_to_the_letter() {
+    on_any_server(async |server| {
+        let found = server.instance().discover().await.expect("discovered");
+        assert!(found.token_path.starts_with('/'), "{}", found.token_path);
+        let slash = format!("{}/", server.issuer());
+        let failure = connect(settings(&slash)).discover().await;
+        assert!(failure.is_err(), "{failure:?}");
+    })
+    .await;
+}

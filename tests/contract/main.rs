@@ -1,0 +1,14 @@
+//! The contract with ZITADEL: what the product's own code (`zitadel`, `domain::answer`, `domain::failure`) sends and
+//! what it makes of the answers. Sections are those of reference/zitadel.md.
+//!
+//! [`any_server`] runs on the stand-in in `make test`, and on a real server in `make test-zitadel`. [`only_stand_in`]
+//! needs a server that can be told to fail, so `make test-zitadel` leaves it out.
+#![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod any_server;
+mod client;
+mod only_stand_in;
+mod server;
