@@ -104,12 +104,12 @@ async fn a_foreign_secret_is_never_touched_unless_it_asks_for_it() {
     assert_eq!(before.metadata.resource_version, after.metadata.resource_version);
     assert_eq!(world.issuer.mints().await, 0, "what cannot be written is not minted");
 
-    let adopt = json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "billing"}}});
     world
-        .secrets()
-        .patch("billing-token", &PatchParams::default(), &Patch::Merge(&adopt))
-        .await
-        .expect("annotated");
+        .edit_secret(
+            "billing-token",
+            json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "billing"}}}),
+        )
+        .await;
     world.ready("billing", "True", "Issued").await;
     assert_eq!(
         world.secret_until("billing-token", |d| d.contains_key("token")).await["password"],

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::DeleteParams;
 use serde_json::json;
 
 use crate::support::EVENTUALLY;
@@ -158,12 +158,7 @@ async fn one_refresh_costs_one_secret_write_and_one_status_write() {
     );
 
     let token = world.token("billing-token").await;
-    let request = json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": "now"}}});
-    world
-        .users()
-        .patch("billing", &PatchParams::default(), &Patch::Merge(&request))
-        .await
-        .expect("annotated");
+    world.renew("billing").await;
     world.secret_until("billing-token", |d| d["token"] != token).await;
     world
         .user_until("billing", |u| {
@@ -225,12 +220,12 @@ async fn drift_around_the_token_is_repaired_without_a_mint_and_an_edited_token_c
     world.service_user("billing", spec).await.expect("accepted");
     let token = world.token("billing-token").await;
 
-    let edit = json!({"metadata": {"labels": {"team": "other", "theirs": "stays"}}, "stringData": {"header": "gone"}});
     world
-        .secrets()
-        .patch("billing-token", &PatchParams::default(), &Patch::Merge(&edit))
-        .await
-        .expect("edited");
+        .edit_secret(
+            "billing-token",
+            json!({"metadata": {"labels": {"team": "other", "theirs": "stays"}}, "stringData": {"header": "gone"}}),
+        )
+        .await;
     let wanted = format!("Authorization: Bearer {token}");
     let repaired = until(world.secrets(), "billing-token", EVENTUALLY, |s| {
         let labels = s.metadata.labels.clone().unwrap_or_default();
@@ -240,12 +235,9 @@ async fn drift_around_the_token_is_repaired_without_a_mint_and_an_edited_token_c
     assert_eq!(repaired.metadata.labels.expect("labels")["theirs"], "stays");
     assert_eq!(world.issuer.mints().await, 1);
 
-    let edit = json!({"stringData": {"token": "stolen"}});
     world
-        .secrets()
-        .patch("billing-token", &PatchParams::default(), &Patch::Merge(&edit))
-        .await
-        .expect("edited");
+        .edit_secret("billing-token", json!({"stringData": {"token": "stolen"}}))
+        .await;
     let renewed = world.secret_until("billing-token", |d| d["token"] != "stolen").await;
     assert_ne!(renewed["token"], token);
     assert_eq!(world.issuer.mints().await, 2);
@@ -271,7 +263,7 @@ async fn the_object_and_its_secrets_go_together() {
         .service_user("billing", one_token("billing-token"))
         .await
         .expect("accepted");
-    gone(&world, "more-token").await;
+    world.secret_gone("more-token").await;
     assert_eq!(world.token("billing-token").await, kept);
 
     world
@@ -279,19 +271,7 @@ async fn the_object_and_its_secrets_go_together() {
         .delete("billing", &DeleteParams::default())
         .await
         .expect("deleted");
-    gone(&world, "billing-token").await;
-}
-
-async fn gone(world: &World, secret: &str) {
-    let gone = kube::runtime::wait::await_condition(
-        world.secrets(),
-        secret,
-        |s: Option<&k8s_openapi::api::core::v1::Secret>| s.is_none(),
-    );
-    tokio::time::timeout(EVENTUALLY, gone)
-        .await
-        .expect("gone in time")
-        .expect("watched");
+    world.secret_gone("billing-token").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
 use crate::support::world::{World, condition, one_token, until};
-use crate::support::{EVENTUALLY, SOON};
+use crate::support::{SOON, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_secret_that_comes_between_the_look_and_the_write_is_not_taken() {
@@ -23,12 +23,10 @@ async fn a_foreign_secret_that_comes_between_the_look_and_the_write_is_not_taken
         .service_user("billing", one_token("billing-token"))
         .await
         .expect("accepted");
-    let asked = async {
-        while world.issuer.requests().await.iter().all(|r| r.user_id != user.id) {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(SOON, asked).await.expect("the mint is under way");
+    eventually("the mint is under way", async || {
+        world.issuer.requests().await.iter().any(|r| r.user_id == user.id)
+    })
+    .await;
     world.secret("billing-token", json!({"password": "theirs"})).await;
     let before = world.secrets().get("billing-token").await.expect("there");
 
@@ -117,11 +115,7 @@ async fn a_retained_secret_outlives_its_object_and_is_kept_fresh_until_then() {
             .await
             .expect("deleted");
     }
-    let gone = kube::runtime::wait::await_condition(world.secrets(), "witness-token", |s: Option<&Secret>| s.is_none());
-    tokio::time::timeout(EVENTUALLY, gone)
-        .await
-        .expect("gone in time")
-        .expect("watched");
+    world.secret_gone("witness-token").await;
     assert_eq!(world.token("billing-token").await, token);
 }
 
@@ -201,11 +195,7 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
             .filter(|r| r.verb == "patch" && r.name == "billing-token")
             .count()
     };
-    let deadline = std::time::Instant::now() + SOON;
-    while tries() < 3 {
-        assert!(std::time::Instant::now() < deadline, "the write is not tried again");
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    }
+    eventually("the write is tried again", async || tries() >= 3).await;
     assert_eq!(world.issuer.mints().await, 1);
     quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
     world.ready("billing", "True", "Issued").await;

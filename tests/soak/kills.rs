@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 
-use crate::support::SOON;
+use crate::support::eventually;
 use crate::support::operator::Operator;
 use crate::support::proxy::{Hold, Proxy};
 use crate::support::world::World;
@@ -61,7 +61,7 @@ async fn a_kill_at_any_step_costs_at_most_the_mint_in_flight() {
         tick().await;
 
         let hold = find(&proxy);
-        renew(&world).await;
+        world.renew("billing").await;
         hold.reached().await;
         operator.kill();
         hold.release();
@@ -103,13 +103,8 @@ async fn a_kill_during_the_exchange_costs_at_most_that_mint() {
         .issuer
         .fault(json!({"path": "/oauth/v2/token", "times": 1, "afterHandling": true, "hang": true}))
         .await;
-    renew(&world).await;
-    let minted = async {
-        while world.issuer.mints().await < 2 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(SOON, minted).await.expect("minted");
+    world.renew("billing").await;
+    eventually("minted", async || world.issuer.mints().await == 2).await;
     operator.kill();
     assert_eq!(world.token("billing-token").await, old);
     let _operator = world.operator().await;
@@ -131,18 +126,11 @@ async fn an_object_that_is_deleted_during_its_mint_leaves_nothing_and_comes_back
         .service_user("billing", crate::support::world::one_token("billing-token"))
         .await
         .expect("accepted");
-    let asked = async {
-        while world
-            .issuer
-            .requests()
-            .await
-            .iter()
-            .all(|r| !r.scopes.iter().any(|s| s == "openid"))
-        {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(SOON, asked).await.expect("the mint is under way");
+    eventually("the mint is under way", async || {
+        let requests = world.issuer.requests().await;
+        requests.iter().any(|r| r.scopes.iter().any(|s| s == "openid"))
+    })
+    .await;
     world
         .users()
         .delete("billing", &kube::api::DeleteParams::default())
@@ -163,17 +151,6 @@ async fn an_object_that_is_deleted_during_its_mint_leaves_nothing_and_comes_back
         "{:?}",
         operator.log()
     );
-}
-
-/// Asks for a renewal.
-async fn renew(world: &World) {
-    let request = json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": "now"}}});
-    let change = kube::api::Patch::Merge(&request);
-    world
-        .users()
-        .patch("billing", &kube::api::PatchParams::default(), &change)
-        .await
-        .expect("annotated");
 }
 
 /// Waits for another second: status tells whole ones, so that a renewal within one would be no news.

@@ -1,6 +1,6 @@
 //! What happens while the operator cannot watch is found afterwards, also when its place in the history is gone (410).
 
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::DeleteParams;
 use serde_json::{Value, json};
 
 use crate::support::EVENTUALLY;
@@ -42,13 +42,9 @@ async fn what_changed_while_the_watch_was_down_is_repaired_after_the_relist() {
         .delete("deleted-token", &DeleteParams::default())
         .await
         .expect("deleted");
-    let change = PatchParams::default();
-    let edit = json!({"stringData": {"token": "stolen"}});
     world
-        .secrets()
-        .patch("edited-token", &change, &Patch::Merge(&edit))
-        .await
-        .expect("edited");
+        .edit_secret("edited-token", json!({"stringData": {"token": "stolen"}}))
+        .await;
     let edit =
         json!({"metadata": {"labels": {"zitadel-tokens.dev/service-user": null}}, "stringData": {"issuer": "other"}});
     world
@@ -114,15 +110,7 @@ async fn an_entry_that_was_removed_while_the_operator_was_down_takes_its_secret_
         .expect("accepted");
 
     let _operator = world.operator().await;
-    let gone = kube::runtime::wait::await_condition(
-        world.secrets(),
-        "more-token",
-        |s: Option<&k8s_openapi::api::core::v1::Secret>| s.is_none(),
-    );
-    tokio::time::timeout(EVENTUALLY, gone)
-        .await
-        .expect("gone in time")
-        .expect("watched");
+    world.secret_gone("more-token").await;
     assert_eq!(world.token("billing-token").await, kept);
     assert_eq!(world.issuer.mints().await, 2);
 }

@@ -20,6 +20,15 @@ pub mod world;
 
 use std::time::Duration;
 
+/// Polls until `done` holds; for what no watch tells.
+pub async fn eventually(what: &str, done: impl AsyncFn() -> bool) {
+    let deadline = std::time::Instant::now() + SOON;
+    while !done().await {
+        assert!(std::time::Instant::now() < deadline, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// Longest wait for what the operator does by itself.
 pub const SOON: Duration = Duration::from_secs(30);
 

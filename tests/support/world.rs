@@ -16,10 +16,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
 
-use super::SOON;
 use super::cluster::Cluster;
 use super::issuer::{Issuer, User};
 use super::operator::Operator;
+use super::{EVENTUALLY, SOON};
 
 /// A project whose API is to accept tokens.
 pub const PROJECT: &str = "69234237810729019";
@@ -163,6 +163,34 @@ impl World {
             .await
             .expect("a service user");
         user
+    }
+
+    /// Edits a Secret, as somebody would.
+    pub async fn edit_secret(&self, name: &str, change: Value) {
+        let patch = Patch::Merge(&change);
+        self.secrets()
+            .patch(name, &PatchParams::default(), &patch)
+            .await
+            .expect("edited");
+    }
+
+    /// Asks for a renewal of a service user's tokens.
+    pub async fn renew(&self, name: &str) {
+        let request = json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": "now"}}});
+        let patch = Patch::Merge(&request);
+        self.users()
+            .patch(name, &PatchParams::default(), &patch)
+            .await
+            .expect("annotated");
+    }
+
+    /// Waits until the Secret is gone.
+    pub async fn secret_gone(&self, name: &str) {
+        let gone = await_condition(self.secrets(), name, |secret: Option<&Secret>| secret.is_none());
+        tokio::time::timeout(EVENTUALLY, gone)
+            .await
+            .expect("gone in time")
+            .expect("watched");
     }
 
     pub fn users(&self) -> Api<ZitadelServiceUser> {
