@@ -8,6 +8,7 @@ mod support;
 mod access;
 mod architecture;
 mod failures;
+mod keys;
 mod main_job;
 mod schema;
 mod service;
