@@ -31,17 +31,32 @@ pub const NAME: &str = "billing";
 /// UID of the object.
 pub const UID: &str = "9f0c6c1e-0000-4000-8000-000000000001";
 
-/// A test key, made anew in each run and known to no server.
-static KEY: LazyLock<ServiceKey> = LazyLock::new(|| {
+/// A test key file, its key made anew in each run and known to no server.
+static KEY_FILE: LazyLock<Value> = LazyLock::new(|| {
     let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
     let der: Pkcs8V1Der<'_> = pair.as_der().expect("PKCS#8");
-    let pem = format!(
-        "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n",
-        STANDARD.encode(der.as_ref())
-    );
-    let file = json!({"type": "serviceaccount", "keyId": "k1", "key": pem, "userId": "7"});
-    key::parse(file.to_string().as_bytes()).expect("a machine key")
+    let pem = pem("PRIVATE KEY", der.as_ref());
+    json!({"type": "serviceaccount", "keyId": "k1", "key": pem, "userId": "7"})
 });
+
+static KEY: LazyLock<ServiceKey> =
+    LazyLock::new(|| key::parse(KEY_FILE.to_string().as_bytes()).expect("a machine key"));
+
+/// A key file as ZITADEL writes it, apart from the end.
+pub fn key_file() -> Value {
+    KEY_FILE.clone()
+}
+
+/// A PEM with these bytes.
+pub fn pem(kind: &str, der: &[u8]) -> String {
+    let text = STANDARD.encode(der);
+    let lines: Vec<&str> = text
+        .as_bytes()
+        .chunks(64)
+        .filter_map(|l| std::str::from_utf8(l).ok())
+        .collect();
+    format!("-----BEGIN {kind}-----\n{}\n-----END {kind}-----\n", lines.join("\n"))
+}
 
 /// A moment, in seconds after the mint.
 pub fn at(seconds: i64) -> Timestamp {

@@ -1,10 +1,15 @@
 //! ZITADEL's machine key file (zitadel.md §1): what a key Secret's entry must hold.
 
+use std::collections::BTreeMap;
+
+use aws_lc_rs::rsa::KeyPair;
 use jsonwebtoken::EncodingKey;
 use k8s_openapi::jiff::Timestamp;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use serde::Deserialize;
+use serde_json::error::Category;
 
+use crate::api::metadata::{LABEL_MANAGED_BY, MANAGER, is_ours};
 use crate::domain::reason::Reason;
 
 /// A service user's key, ready to sign with. Redacted in `Debug`, zeroized on drop (by `EncodingKey`).
@@ -34,32 +39,68 @@ struct KeyFile {
 /// A key file is about 2 kB; an RSA-4096 key in PKCS#8 about 3.5 kB.
 const MAX_BYTES: usize = 64 * 1024;
 
+/// Reads the key from a Secret: from the entry that is named, or from the only one, whatever its name.
+pub fn from_secret(
+    labels: Option<&BTreeMap<String, String>>,
+    data: &BTreeMap<String, SecretSlice<u8>>,
+    entry: Option<&str>,
+) -> Result<ServiceKey, Reason> {
+    // What we write are tokens. A key among them could only have been planted, or would be lost at the next write.
+    let labelled_by_us =
+        |(key, value): (&String, &String)| is_ours(key) || (key == LABEL_MANAGED_BY && value == MANAGER);
+    if labels.into_iter().flatten().any(labelled_by_us) {
+        return Err(Reason::KeyIsTokenSecret);
+    }
+    let file = match entry {
+        Some(name) => data.get(name),
+        None if data.len() > 1 => return Err(Reason::KeyEntryAmbiguous),
+        None => data.values().next(),
+    };
+    parse(file.ok_or(Reason::KeyEntryMissing)?.expose_secret())
+}
+
 /// Reads a key file as ZITADEL writes it, and older ones: `type` and `expirationDate` may be missing, the PEM may be
 /// PKCS#1 or PKCS#8 (zitadel.md §1.4). Whether it has expired is the planner's question.
 pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
     if file.len() > MAX_BYTES {
-        return Err(Reason::KeyInvalid);
+        return Err(Reason::KeyTooLarge);
     }
-    // The parser's error could quote the file, so it is dropped.
-    let file: KeyFile = serde_json::from_slice(file).map_err(|_| Reason::KeyInvalid)?;
+    if !file.trim_ascii_start().starts_with(b"{") {
+        return Err(Reason::KeyNotJson);
+    }
+    // The parser's error could quote the file: only its class goes on.
+    let file: KeyFile = serde_json::from_slice(file).map_err(|error| match error.classify() {
+        Category::Data => Reason::KeyFieldInvalid,
+        Category::Syntax | Category::Eof | Category::Io => Reason::KeyNotJson,
+    })?;
     match file.kind.as_deref() {
         Some("application") => return Err(Reason::KeyIsApplicationKey),
         Some("serviceaccount") | None => {}
-        Some(_) => return Err(Reason::KeyInvalid),
+        Some(_) => return Err(Reason::KeyTypeUnknown),
     }
     let (Some(key_id), Some(user_id), Some(key)) = (file.key_id, file.user_id, file.key) else {
-        return Err(Reason::KeyInvalid);
+        return Err(Reason::KeyFieldInvalid);
     };
     if !is_id(&key_id) || !is_id(&user_id) {
-        return Err(Reason::KeyInvalid);
+        return Err(Reason::KeyFieldInvalid);
     }
-    let signing = EncodingKey::from_rsa_pem(key.expose_secret().as_bytes()).map_err(|_| Reason::KeyInvalid)?;
     Ok(ServiceKey {
         user_id,
         key_id,
         expires: file.expiration_date.as_deref().map(expiry).transpose()?.flatten(),
-        signing,
+        signing: signing_key(&key)?,
     })
+}
+
+/// The RSA key in a PEM. It is tried here what the signer would only find out with each request.
+fn signing_key(pem: &SecretString) -> Result<EncodingKey, Reason> {
+    let key = EncodingKey::from_rsa_pem(pem.expose_secret().as_bytes()).map_err(|_| Reason::KeyPemInvalid)?;
+    match KeyPair::from_der(key.as_bytes()) {
+        Ok(_) => Ok(key),
+        // aws-lc signs with 2048 bits and more.
+        Err(rejected) if rejected.description_() == "TooSmall" => Err(Reason::KeyTooShort),
+        Err(_) => Err(Reason::KeyPemInvalid),
+    }
 }
 
 /// The date of a key's end. Without one ZITADEL writes `9999-12-31T23:59:59Z` (zitadel.md §1.1), which lies past the
@@ -68,7 +109,7 @@ fn expiry(date: &str) -> Result<Option<Timestamp>, Reason> {
     if date.starts_with("9999-") {
         return Ok(None);
     }
-    date.parse().map(Some).map_err(|_| Reason::KeyInvalid)
+    date.parse().map(Some).map_err(|_| Reason::KeyFieldInvalid)
 }
 
 /// Ids go into JWT claims, hashes and status; a bound keeps nonsense out of all three.
@@ -78,7 +119,29 @@ fn is_id(id: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
+    use crate::api::metadata::LABEL_SERVICE_USER;
+    use crate::domain::assertion;
+    use crate::domain::fixtures::{at, key_file, pem};
+
+    /// Names of the entries, the one that is named, labels, and how it ends.
+    type Row<'a> = (&'a [&'a str], Option<&'a str>, BTreeMap<String, String>, Option<Reason>);
+
+    /// A throw-away key; aws-lc makes none so short.
+    const SHORT: &str = include_str!("../../tests/support/rsa-1024.pem");
+
+    /// A good file with a change.
+    fn file(change: impl FnOnce(&mut Value)) -> Vec<u8> {
+        let mut file = key_file();
+        change(&mut file);
+        file.to_string().into_bytes()
+    }
+
+    fn without(field: &str) -> Vec<u8> {
+        file(|f| drop(f.as_object_mut().and_then(|f| f.remove(field))))
+    }
 
     #[test]
     fn a_key_without_an_end() {
@@ -87,48 +150,118 @@ mod tests {
             expiry("2026-11-25T00:00:00.5Z").map(|t| t.map(Timestamp::as_second)),
             Ok(Some(1_795_564_800))
         );
-        assert_eq!(expiry("tomorrow"), Err(Reason::KeyInvalid));
+        assert_eq!(expiry("tomorrow"), Err(Reason::KeyFieldInvalid));
+    }
+
+    #[test]
+    fn files_of_every_version_are_read() {
+        let pkcs1 = pem(
+            "RSA PRIVATE KEY",
+            parse(&file(|_| {})).expect("a key").signing.as_bytes(),
+        );
+        let table: &[(&str, Vec<u8>)] = &[
+            ("PKCS#8", file(|_| {})),
+            ("PKCS#1, as ZITADEL writes it", file(|f| f["key"] = json!(pkcs1))),
+            ("without type", without("type")),
+            ("without an end", file(|f| f["expirationDate"] = Value::Null)),
+            (
+                "for ever",
+                file(|f| f["expirationDate"] = json!("9999-12-31T23:59:59Z")),
+            ),
+            (
+                "with a field more",
+                file(|f| f["issuer"] = json!("https://auth.example.com")),
+            ),
+            ("indented", format!("\r\n  {:#}\n", key_file()).into_bytes()),
+        ];
+        for (name, file) in table {
+            let key = parse(file).unwrap_or_else(|reason| panic!("{name}: {reason}"));
+            assert_eq!((&*key.user_id, &*key.key_id, key.expires), ("7", "k1", None), "{name}");
+            assert!(
+                assertion::sign(&key, "https://auth.example.com", at(0)).is_ok(),
+                "{name}"
+            );
+        }
     }
 
     #[test]
     fn files_that_are_no_machine_key_have_their_own_reason() {
-        let table: &[(&str, &[u8], Reason)] = &[
-            (
-                "truncated",
-                br#"{"type":"serviceaccount","keyId":"1""#,
-                Reason::KeyInvalid,
-            ),
-            ("empty", b"", Reason::KeyInvalid),
-            (
-                "an application's",
-                br#"{"type":"application","keyId":"1","key":"x","appId":"2","clientId":"3"}"#,
-                Reason::KeyIsApplicationKey,
-            ),
-            (
-                "unknown type",
-                br#"{"type":"robot","keyId":"1","userId":"2","key":"x"}"#,
-                Reason::KeyInvalid,
-            ),
-            (
-                "no user",
-                br#"{"type":"serviceaccount","keyId":"1","key":"x"}"#,
-                Reason::KeyInvalid,
-            ),
-            (
-                "no PEM",
-                br#"{"type":"serviceaccount","keyId":"1","userId":"2","key":"x"}"#,
-                Reason::KeyInvalid,
-            ),
-            (
-                "id with a line break",
-                b"{\"keyId\":\"1\\n\",\"userId\":\"2\",\"key\":\"x\"}",
-                Reason::KeyInvalid,
-            ),
-            ("not UTF-8", b"\xff\xfe", Reason::KeyInvalid),
+        let whole = file(|_| {});
+        let ec = "-----BEGIN EC PRIVATE KEY-----\nMAAA\n-----END EC PRIVATE KEY-----\n";
+        let public = pem("RSA PUBLIC KEY", &[0x30, 0]);
+        #[rustfmt::skip]
+        let table: &[(&str, Vec<u8>, Reason)] = &[
+            ("garbage of a megabyte", vec![b'x'; 1 << 20], Reason::KeyTooLarge),
+            ("a byte too many", file(|f| f["pad"] = json!("x".repeat(MAX_BYTES))), Reason::KeyTooLarge),
+            ("empty", Vec::new(), Reason::KeyNotJson),
+            ("cut off", whole[..whole.len() / 2].to_vec(), Reason::KeyNotJson),
+            ("twice", [&whole[..], &whole[..]].concat(), Reason::KeyNotJson),
+            ("encoded twice", json!(key_file().to_string()).to_string().into_bytes(), Reason::KeyNotJson),
+            ("a list", format!("[{}]", key_file()).into_bytes(), Reason::KeyNotJson),
+            ("a bare PEM", SHORT.as_bytes().to_vec(), Reason::KeyNotJson),
+            ("not UTF-8", b"{\xff\xfe".to_vec(), Reason::KeyNotJson),
+            ("nested without end", [b"{\"a\":".repeat(4_000), b"1".to_vec()].concat(), Reason::KeyNotJson),
+            ("no field", b"{}".to_vec(), Reason::KeyFieldInvalid),
+            ("no keyId", without("keyId"), Reason::KeyFieldInvalid),
+            ("no userId", without("userId"), Reason::KeyFieldInvalid),
+            ("no key", without("key"), Reason::KeyFieldInvalid),
+            ("a number as userId", file(|f| f["userId"] = json!(7)), Reason::KeyFieldInvalid),
+            ("an object as key", file(|f| f["key"] = json!({})), Reason::KeyFieldInvalid),
+            ("a list as type", file(|f| f["type"] = json!([])), Reason::KeyFieldInvalid),
+            ("an empty keyId", file(|f| f["keyId"] = json!("")), Reason::KeyFieldInvalid),
+            ("an id with a line break", file(|f| f["keyId"] = json!("1\n")), Reason::KeyFieldInvalid),
+            ("an id without end", file(|f| f["userId"] = json!("7".repeat(201))), Reason::KeyFieldInvalid),
+            ("no date", file(|f| f["expirationDate"] = json!("soon")), Reason::KeyFieldInvalid),
+            ("an unknown type", file(|f| f["type"] = json!("robot")), Reason::KeyTypeUnknown),
+            ("a type in capitals", file(|f| f["type"] = json!("ServiceAccount")), Reason::KeyTypeUnknown),
+            ("an application's", br#"{"type":"application","keyId":"1","key":"x","appId":"2","clientId":"3"}"#.to_vec(), Reason::KeyIsApplicationKey),
+            ("no PEM", file(|f| f["key"] = json!("x")), Reason::KeyPemInvalid),
+            ("a PEM with escapes", file(|f| f["key"] = json!(SHORT.replace('\n', "\\n"))), Reason::KeyPemInvalid),
+            ("an EC key", file(|f| f["key"] = json!(ec)), Reason::KeyPemInvalid),
+            ("a public key", file(|f| f["key"] = json!(public)), Reason::KeyPemInvalid),
+            ("numbers that are no key", file(|f| f["key"] = json!(pem("RSA PRIVATE KEY", &[0x30, 0]))), Reason::KeyPemInvalid),
+            ("1024 bits", file(|f| f["key"] = json!(SHORT)), Reason::KeyTooShort),
         ];
         for (name, file, reason) in table {
             assert_eq!(parse(file).err(), Some(*reason), "{name}");
+            assert!(reason.is_about_the_key(), "{name}");
         }
-        assert_eq!(parse(&vec![b'x'; 1 << 20]).err(), Some(Reason::KeyInvalid));
+    }
+
+    #[test]
+    fn the_entry_that_is_meant() {
+        let secret = |names: &[&str]| -> BTreeMap<String, SecretSlice<u8>> {
+            names
+                .iter()
+                .map(|n| ((*n).to_owned(), SecretSlice::from(file(|_| {}))))
+                .collect()
+        };
+        let labels = |key: &str, value: &str| BTreeMap::from([(key.to_owned(), value.to_owned())]);
+        let theirs = labels(LABEL_MANAGED_BY, "Helm");
+        let table: &[Row<'_>] = &[
+            (&["billing.json"], None, theirs.clone(), None),
+            (&["billing.json"], Some("billing.json"), theirs.clone(), None),
+            (&["a", "b"], Some("b"), theirs.clone(), None),
+            (&["a"], Some("b"), theirs.clone(), Some(Reason::KeyEntryMissing)),
+            (&[], Some("b"), theirs.clone(), Some(Reason::KeyEntryMissing)),
+            (&[], None, theirs.clone(), Some(Reason::KeyEntryMissing)),
+            (&["a", "b"], None, theirs, Some(Reason::KeyEntryAmbiguous)),
+            (
+                &["a"],
+                None,
+                labels(LABEL_SERVICE_USER, "x"),
+                Some(Reason::KeyIsTokenSecret),
+            ),
+            (
+                &["a"],
+                None,
+                labels(LABEL_MANAGED_BY, MANAGER),
+                Some(Reason::KeyIsTokenSecret),
+            ),
+        ];
+        for (names, entry, labels, reason) in table {
+            let got = from_secret(Some(labels), &secret(names), *entry);
+            assert_eq!(got.err(), *reason, "{names:?} {entry:?} {labels:?}");
+        }
     }
 }

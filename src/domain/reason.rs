@@ -83,14 +83,38 @@ reasons! {
         "The operator may not read Secrets in this namespace.",
         "Give the operator's service account the rights of docs/install.md in the namespace.";
     KeySecretMissing: Permanent,
-        "The Secret of spec.keySecretRef, or the entry in it, does not exist.",
-        "Create the Secret with ZITADEL's key file, or correct spec.keySecretRef; name the entry when the Secret holds several.";
-    KeyInvalid: Permanent,
-        "The entry of spec.keySecretRef is not a machine key file of ZITADEL.",
-        "Put the JSON file that ZITADEL wrote for the service user's key there, unchanged.";
+        "The Secret of spec.keySecretRef does not exist.",
+        "Create it in the object's namespace with ZITADEL's key file, or correct spec.keySecretRef.name.";
+    KeyEntryMissing: Permanent,
+        "The Secret of spec.keySecretRef has no entry of the name in spec.keySecretRef.key, or no entry at all.",
+        "Put ZITADEL's key file into the Secret under that name, or correct spec.keySecretRef.key.";
+    KeyEntryAmbiguous: Permanent,
+        "The Secret of spec.keySecretRef has several entries, and none of them is named.",
+        "Name the entry with the key file in spec.keySecretRef.key.";
+    KeyIsTokenSecret: Permanent,
+        "The Secret of spec.keySecretRef carries the operator's own labels: it is kept for tokens, not for a key.",
+        "Put ZITADEL's key file into a Secret of its own, without labels of zitadel-tokens.dev.";
+    KeyTooLarge: Permanent,
+        "The entry of spec.keySecretRef is larger than 64 KiB; a key file has about 2 kB.",
+        "Put the JSON file that ZITADEL wrote for the key there, and nothing else.";
+    KeyNotJson: Permanent,
+        "The entry of spec.keySecretRef is not a JSON object: something else, cut off, or encoded twice.",
+        "Put the JSON file that ZITADEL wrote for the key there, whole and unchanged.";
+    KeyFieldInvalid: Permanent,
+        "A field of the key file is missing or is not what ZITADEL writes.",
+        "Use the file unchanged: it has the texts keyId, key and userId, and may have type and expirationDate (RFC 3339).";
+    KeyTypeUnknown: Permanent,
+        "The type in the key file is neither serviceaccount nor application.",
+        "Make a key of type JSON for the service user in ZITADEL and put that file there, unchanged.";
     KeyIsApplicationKey: Permanent,
         "The key belongs to an application, not to a service user.",
         "Make a key for the service user (type serviceaccount) and put that file there.";
+    KeyPemInvalid: Permanent,
+        "The field key of the key file is not an RSA private key in PEM (PKCS#1 or PKCS#8).",
+        "Use the file as ZITADEL wrote it; line breaks in the field key are written as \\n.";
+    KeyTooShort: Permanent,
+        "The RSA key is shorter than 2048 bits, and nothing is signed with it.",
+        "Raise MachineKeySize in ZITADEL to 2048 or more, make a new key and put that file there.";
     KeyExpired: Permanent,
         "The key's own expiration date has passed.",
         "Make a new key in ZITADEL and replace the Secret's content.";
@@ -154,6 +178,36 @@ reasons! {
     Internal: Transient,
         "The operator failed in a way that it should not.",
         "Report it, with the operator's log.";
+}
+
+impl Reason {
+    /// Whether it says that the key, or the user behind it, is not usable as it is.
+    #[must_use]
+    pub fn is_about_the_key(self) -> bool {
+        matches!(
+            self,
+            Self::KeySecretMissing
+                | Self::KeyEntryMissing
+                | Self::KeyEntryAmbiguous
+                | Self::KeyIsTokenSecret
+                | Self::KeyTooLarge
+                | Self::KeyNotJson
+                | Self::KeyFieldInvalid
+                | Self::KeyTypeUnknown
+                | Self::KeyIsApplicationKey
+                | Self::KeyPemInvalid
+                | Self::KeyTooShort
+                | Self::KeyExpired
+                | Self::KeyRejected
+                | Self::UserInactive
+        )
+    }
+
+    /// Meaning and mend together, as conditions and Events show them.
+    #[must_use]
+    pub fn advice(self) -> String {
+        format!("{} {}", self.meaning(), self.mend())
+    }
 }
 
 impl std::fmt::Display for Reason {

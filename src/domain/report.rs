@@ -190,7 +190,9 @@ fn conditions(
         set(kind, true, reason, &message);
     }
     let key = key_state(facts, outcomes, now);
-    set("KeyValid", key == Reason::KeyUsable, key, key.meaning());
+    let usable = key == Reason::KeyUsable;
+    let message = if usable { key.meaning().to_owned() } else { key.advice() };
+    set("KeyValid", usable, key, &message);
     (waits && !stalled).then_some(stalls_at)
 }
 
@@ -202,7 +204,7 @@ fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
         Ok(_) => outcomes
             .iter()
             .map(|o| o.reason)
-            .find(|r| matches!(r, Reason::KeyRejected | Reason::KeyInvalid | Reason::UserInactive))
+            .find(|r| r.is_about_the_key())
             .unwrap_or(Reason::KeyUsable),
     }
 }

@@ -7,45 +7,6 @@ use crate::support::issuer::Issuer;
 use crate::support::world::{World, condition, one_token};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_is_missing_wrong_or_refused() {
-    let world = World::new("keys").await;
-    let _operator = world.operator().await;
-    world.instance().await;
-    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
-    world
-        .service_user("late", one_token("late-token"))
-        .await
-        .expect("accepted");
-    let object = world.ready("late", "False", "KeySecretMissing").await;
-    assert_eq!(condition(&object, "KeyValid").map(|c| c.0), Some("False"));
-    // The Secret arrives after the object, as in many pipelines.
-    world.key_secret("late-key", &user).await;
-    world.ready("late", "True", "Issued").await;
-
-    let application =
-        json!({"type": "application", "keyId": "1", "key": "x", "appId": "2", "clientId": "3"}).to_string();
-    let (_, expired) = world
-        .issuer
-        .key(&user.id, json!({"expirationDate": "2020-01-01T00:00:00Z"}))
-        .await;
-    let (removed_id, removed) = world.issuer.key(&user.id, json!({})).await;
-    world.issuer.remove_key(&user.id, &removed_id).await;
-    for (name, file, reason) in [
-        ("application", application, "KeyIsApplicationKey"),
-        ("garbage", "{".to_owned(), "KeyInvalid"),
-        ("expired", expired, "KeyExpired"),
-        ("removed", removed, "KeyRejected"),
-    ] {
-        world.secret(&format!("{name}-key"), json!({"key.json": file})).await;
-        world
-            .service_user(name, one_token(&format!("{name}-token")))
-            .await
-            .expect("accepted");
-        world.ready(name, "False", reason).await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn the_older_dialect_of_a_refused_key_is_told_from_an_outage() {
     let world = World::new("dialect").await;
     let _operator = world.operator().await;

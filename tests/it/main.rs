@@ -9,6 +9,7 @@ mod access;
 mod architecture;
 mod failures;
 mod instances;
+mod keys;
 mod main_job;
 mod schema;
 mod secrets;

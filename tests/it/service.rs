@@ -51,7 +51,7 @@ async fn no_key_assertion_or_token_is_seen_where_it_does_not_belong() {
         .service_user("bad", crate::support::world::one_token("bad-token"))
         .await
         .expect("accepted");
-    world.ready("bad", "False", "KeyInvalid").await;
+    world.ready("bad", "False", "KeyTypeUnknown").await;
 
     let mut marks: Vec<String> = Vec::new();
     for request in world.issuer.requests().await {

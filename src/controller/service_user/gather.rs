@@ -7,9 +7,7 @@ use std::time::Duration;
 use futures::future::{try_join, try_join_all};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
-use secrecy::{ExposeSecret, SecretSlice};
 
-use crate::api::metadata::LABEL_SERVICE_USER;
 use crate::api::service_user::KeySecretRef;
 use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
@@ -146,24 +144,9 @@ async fn read_key(api: &Api<WholeSecret>, reference: &KeySecretRef) -> Result<Re
     let Some(secret) = read(api, &reference.name).await? else {
         return Ok(Err(Reason::KeySecretMissing));
     };
-    // A Secret that we wrote holds a token, not a key.
-    if secret
-        .labels()
-        .is_some_and(|labels| labels.contains_key(LABEL_SERVICE_USER))
-    {
-        return Ok(Err(Reason::KeyInvalid));
-    }
-    let Some(file) = entry(secret.data(), reference.key.as_deref()) else {
-        return Ok(Err(Reason::KeySecretMissing));
-    };
-    Ok(key::parse(file.expose_secret()))
-}
-
-/// The named entry, or the only one.
-fn entry<'a>(data: &'a BTreeMap<String, SecretSlice<u8>>, key: Option<&str>) -> Option<&'a SecretSlice<u8>> {
-    match key {
-        Some(key) => data.get(key),
-        None if data.len() == 1 => data.values().next(),
-        None => None,
-    }
+    Ok(key::from_secret(
+        secret.labels(),
+        secret.data(),
+        reference.key.as_deref(),
+    ))
 }

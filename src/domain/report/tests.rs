@@ -51,7 +51,7 @@ fn condition<'a>(status: &'a ZitadelServiceUserStatus, kind: &str) -> Option<&'a
     status.conditions.iter().find(|c| c.type_ == kind)
 }
 
-/// `Ready=False/KeyInvalid Reconciling`, without `KeyValid`. What is not Ready is always False, what else is there True.
+/// `Ready=False/KeyNotJson Reconciling`, without `KeyValid`. What is not Ready is always False, what else is there True.
 fn shown(status: &ZitadelServiceUserStatus) -> String {
     let ready = condition(status, "Ready").expect("Ready");
     let mut shown = format!("Ready={}/{}", ready.status, ready.reason);
