@@ -7,6 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
+use crate::api::{DURATION, NAME, ORIGIN, near, rule};
+
 /// A ZITADEL server, the connection to it, and the access rules.
 ///
 /// Whoever may edit this object decides where assertions are sent, which equals holding every key used with it.
@@ -37,15 +39,13 @@ use serde::{Deserialize, Serialize};
 pub struct ZitadelInstanceSpec {
     /// The issuer, exactly as ZITADEL's discovery document states it: scheme, lowercase host, and the port if it is
     /// not the scheme's own. Opaque text, compared and never normalised. Immutable.
-    #[schemars(
-        length(max = 253),
-        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
-    )]
+    #[schemars(length(max = 253), regex(pattern = ORIGIN))]
     #[x_kube(
         validation = Rule::new("self == oldSelf")
             .message("spec.issuer is immutable: tokens carry it; make a new ZitadelInstance"),
         validation = Rule::new("!(self.startsWith('https://') && self.endsWith(':443')) && !(self.startsWith('http://') && self.endsWith(':80'))")
-            .message("spec.issuer: leave out the scheme's own port (:443, :80), as ZITADEL does")
+            .message("spec.issuer: leave out the scheme's own port (:443, :80), as ZITADEL does"),
+        validation = near("spec.issuer")
     )]
     pub issuer: String,
 
@@ -71,20 +71,22 @@ pub struct ZitadelInstanceSpec {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("(has(self.caBundle) ? 1 : 0) + (has(self.caConfigMapRef) ? 1 : 0) + (has(self.caSecretRef) ? 1 : 0) <= 1")
-        .message("spec.connection: set at most one of caBundle, caConfigMapRef and caSecretRef")
+        .message("spec.connection: set at most one of caBundle, caConfigMapRef and caSecretRef"),
+    validation = Rule::new("!(has(self.proxy) && has(self.tlsServerName))")
+        .message("spec.connection.tlsServerName does not go with a proxy, which dials by the name in the URL"),
+    validation = Rule::new("!has(self.endpoint) || self.endpoint.startsWith('https://') || (has(self.allowInsecureHttp) && self.allowInsecureHttp == true)")
+        .message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHttp: true; better, use https://")
 )]
 pub struct Connection {
     /// Dial here and keep the issuer: requests carry `x-zitadel-instance-host` with the issuer's `host[:port]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(
-        length(max = 253),
-        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
-    )]
+    #[schemars(length(max = 253), regex(pattern = ORIGIN))]
+    #[x_kube(validation = near("spec.connection.endpoint"))]
     pub endpoint: Option<String>,
 
     /// Name that the server's certificate must carry, if it is not the dialled host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    #[schemars(length(max = 253), regex(pattern = NAME))]
     pub tls_server_name: Option<String>,
 
     /// Certificates in PEM that are trusted instead of the system's. Set one of caBundle, caConfigMapRef, caSecretRef.
@@ -102,15 +104,16 @@ pub struct Connection {
 
     /// Proxy for this instance, such as `http://proxy.example.com:3128`. None is taken from the environment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(
-        length(max = 253),
-        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
-    )]
+    #[schemars(length(max = 253), regex(pattern = ORIGIN))]
     pub proxy: Option<String>,
 
     /// Time for one request, connect and body included; a duration such as `10s` (the default), 1s to 60s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"))]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    #[x_kube(validation = rule(
+        "duration(self) >= duration('1s') && duration(self) <= duration('60s')",
+        "spec.connection.timeout: a duration from 1s to 60s is wanted, such as 10s"
+    ))]
     pub timeout: Option<String>,
 
     /// Sustained requests per second to the dialled host, all objects together. Default 30.
@@ -137,7 +140,7 @@ pub struct Connection {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct EntryRef {
     /// Name of the object.
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = NAME))]
     pub name: String,
 
     /// Its entry; `ca.crt` if absent.
@@ -151,6 +154,7 @@ pub struct EntryRef {
 #[serde(rename_all = "camelCase")]
 pub struct AccessRule {
     /// The namespaces; `{}` is every namespace. Prefer the label `kubernetes.io/metadata.name`: tenants cannot set it.
+    #[schemars(schema_with = "selector")]
     pub namespace_selector: LabelSelector,
 
     /// Project ids that may become audiences; `["*"]` is any but the ZITADEL API's own.
@@ -197,6 +201,35 @@ impl ZitadelInstance {
     pub fn connection(&self) -> Connection {
         self.spec.connection.clone().unwrap_or_default()
     }
+}
+
+/// The schema of a label selector with bounds, which Kubernetes' own lacks: without them a rule costs the API server
+/// too much, and a selector that it would not take elsewhere (`NotIn` of nothing) would match everything.
+fn selector(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({
+        "type": "object",
+        "properties": {
+            "matchLabels": {
+                "type": "object", "maxProperties": 16,
+                "additionalProperties": {"type": "string", "maxLength": 63},
+            },
+            "matchExpressions": {
+                "type": "array", "maxItems": 16,
+                "items": {
+                    "type": "object", "required": ["key", "operator"],
+                    "properties": {
+                        "key": {"type": "string", "maxLength": 317},
+                        "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"]},
+                        "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}},
+                    },
+                    "x-kubernetes-validations": [{
+                        "rule": "self.operator in ['In', 'NotIn'] ? has(self.values) && self.values.size() > 0 : !has(self.values) || self.values.size() == 0",
+                        "message": "namespaceSelector.matchExpressions: In and NotIn need values, Exists and DoesNotExist have none",
+                    }],
+                },
+            },
+        },
+    })
 }
 
 /// Whether `labels` match `selector`, by the rules of `metav1.LabelSelector`; an operator that is none of the four

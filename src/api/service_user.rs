@@ -7,6 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
+use crate::api::{DURATION, NAME, rule};
+
 /// A ZITADEL service user, the Secret with its key, and the tokens that are kept fresh for it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
@@ -62,7 +64,7 @@ pub struct ZitadelServiceUserSpec {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct InstanceRef {
     /// Its name.
-    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    #[schemars(length(min = 1, max = 63), regex(pattern = NAME))]
     pub name: String,
 }
 
@@ -71,7 +73,7 @@ pub struct InstanceRef {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct KeySecretRef {
     /// Name of the Secret.
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = NAME))]
     pub name: String,
 
     /// Data key in it; may be left out when the Secret holds one entry.
@@ -132,7 +134,11 @@ pub struct Token {
 
     /// How long before its expiry the token is renewed; a duration such as `30m`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"))]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    #[x_kube(validation = rule(
+        "duration(self) > duration('0s') && duration(self) <= duration('744h')",
+        "spec.tokens[].renewBefore: a duration such as 30m is wanted, more than 0s and at most 744h"
+    ))]
     pub renew_before: Option<String>,
 
     /// The same as a percentage of the lifetime, 1 to 99. Absent means a third.
@@ -149,27 +155,35 @@ pub struct Token {
 #[serde(rename_all = "camelCase")]
 pub struct TokenSecret {
     /// Its name.
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = NAME))]
     pub name: String,
 
     /// Labels to add.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32))]
-    #[x_kube(validation = reserved("labels"))]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 63, "pattern": LABEL_VALUE}))]
+    #[x_kube(validation = reserved("labels"), validation = qualified("labels"))]
     pub labels: BTreeMap<String, String>,
 
     /// Annotations to add.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32))]
-    #[x_kube(validation = reserved("annotations"))]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 1024}))]
+    #[x_kube(validation = reserved("annotations"), validation = qualified("annotations"))]
     pub annotations: BTreeMap<String, String>,
 
     /// Further data keys. Each value is literal text in which `{{ token }}`, `{{ token_type }}`, `{{ expires_at }}`,
     /// `{{ issuer }}` and `{{ audience }}` are replaced; nothing else is.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32))]
-    #[x_kube(validation = Rule::new("self.all(k, k.matches('^[-._a-zA-Z0-9]{1,253}$') && !(k in ['token', 'token_type', 'expires_at', 'issuer']))")
-        .message("secret.template: a data key has 1 to 253 of the characters A-Z a-z 0-9 - _ . and is none of token, token_type, expires_at, issuer"))]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 16384}))]
+    #[x_kube(
+        validation = rule(
+            "self.all(k, k.matches('^[-._a-zA-Z0-9]{1,253}$') && k != '.' && !k.startsWith('..') && !(k in ['token', 'token_type', 'expires_at', 'issuer']))",
+            "secret.template: a data key has 1 to 253 of A-Z a-z 0-9 - _ . and no dots alone or two at its start, and is none of token, token_type, expires_at, issuer"
+        ),
+        validation = rule(
+            "self.all(k, self[k].split('{{', 18).size() <= 17)",
+            "secret.template: a text has at most 16 placeholders, counted by {{"
+        )
+    )]
     pub template: BTreeMap<String, String>,
 
     /// What becomes of the Secret when its entry or the object is deleted: `Delete`, the default, or `Retain`.
@@ -184,6 +198,20 @@ pub enum DeletionPolicy {
     Delete,
     /// It stays with the token in it until somebody removes it; it has no owner reference.
     Retain,
+}
+
+/// The value of a label.
+const LABEL_VALUE: &str = "^([a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?)?$";
+
+/// The rule on the form of label and annotation keys. Kubernetes takes annotation prefixes in capitals too; they would
+/// pass the list of reserved ones by.
+fn qualified(field: &str) -> kube::core::cel::Rule {
+    rule(
+        "self.all(k, k.size() <= 317 && k.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\\\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[a-zA-Z0-9]([-_.a-zA-Z0-9]{0,61}[a-zA-Z0-9])?$'))",
+        &format!(
+            "secret.{field}: a key is a name of at most 63 characters, or one with a lower-case DNS name and / before it"
+        ),
+    )
 }
 
 /// The rule on label and annotation keys, made from the one list of reserved prefixes.

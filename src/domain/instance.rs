@@ -7,6 +7,7 @@ use crate::api::ZitadelInstance;
 use crate::api::instance::ZitadelInstanceStatus;
 use crate::domain::reason::Reason;
 use crate::domain::secret::whole_seconds;
+use crate::domain::validate;
 
 /// The status of `instance` after discovery gave the token endpoint's path, or failed.
 #[must_use]
@@ -34,10 +35,15 @@ pub fn status(
         .iter()
         .find(|c| c.type_ == "Ready" && c.status == value);
     let insecure = instance.connection().allow_insecure_http == Some(true);
+    let name = instance.metadata.name.as_deref().unwrap_or_default();
     let message = match (reason, insecure) {
+        (Reason::InvalidSpec, _) => match validate::instance(name, &instance.spec) {
+            Err(violation) => format!("{} {violation} {}", reason.meaning(), reason.mend()),
+            Ok(()) => reason.advice(),
+        },
         (Reason::InstanceReady, true) => format!("{} Plain http is allowed.", reason.meaning()),
         (Reason::InstanceReady, false) => reason.meaning().to_owned(),
-        _ => format!("{} {}", reason.meaning(), reason.mend()),
+        _ => reason.advice(),
     };
     ZitadelInstanceStatus {
         observed_generation: instance.metadata.generation,

@@ -77,6 +77,14 @@ impl World {
         }
     }
 
+    /// The same with another instance.
+    pub fn with_instance(self, name: &str) -> Self {
+        Self {
+            instance: name.to_owned(),
+            ..self
+        }
+    }
+
     pub async fn namespace(&self, name: &str) {
         let namespace = serde_json::from_value(json!({"metadata": {"name": name}})).expect("a namespace");
         Api::<Namespace>::all(self.client.clone())

@@ -15,6 +15,7 @@ use crate::domain::failure::classify;
 use crate::domain::instance::status;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};
+use crate::domain::validate;
 
 /// One look at an instance: does it answer, and as whom.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
@@ -23,7 +24,11 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         return Done::forget();
     };
     ctx.metrics.passed("ZitadelInstance");
-    let discovered = match connect(&ctx, &instance).await {
+    let connection = match validate::instance(&id.name, &instance.spec) {
+        Ok(()) => connect(&ctx, &instance).await,
+        Err(_) => Err(Reason::InvalidSpec.into()),
+    };
+    let discovered = match connection {
         Ok(connection) => connection.discover().await,
         Err(failure) => Err(failure),
     };

@@ -496,7 +496,7 @@ proptest! {
         now in 0.0..1.2,
         opaque: bool,
         api: bool,
-        before in proptest::option::of(0_u32..3_000_000),
+        before in proptest::option::of(1_u32..=2_678_400),
         labels in proptest::collection::btree_map("[a-z]{1,3}", "[a-z]{0,3}", 0..3),
         drifted: bool,
     ) {
