@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
+use k8s_openapi::jiff::Timestamp;
 use kube::{Client, Config};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -23,7 +24,8 @@ use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
 use crate::ops::{http, telemetry};
 
-/// A pass may ask for 16 tokens one after another, each of which may time out; longer than this it hangs.
+/// A pass may ask for 16 tokens one after another, each of which may take the default timeout; longer than this it
+/// hangs.
 const LONGEST_PASS: Duration = Duration::from_mins(5);
 
 /// How to run.
@@ -87,7 +89,10 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
     let users = Arc::new(Queue::new(slots, {
         let cache = cache.clone();
         Box::new(move |id| match cache.user(id) {
-            Some(user) => (urgency(&user), user.spec.instance_ref.name.as_str().into()),
+            Some(user) => (
+                urgency(&user, Timestamp::now()),
+                user.spec.instance_ref.name.as_str().into(),
+            ),
             None => (Urgency::Retry, "".into()),
         })
     }));
@@ -103,6 +108,7 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         cache,
         connections: Connections::default(),
         instances: instances.clone(),
+        users: users.clone(),
         unwritten: UnwrittenTokens::default(),
         forced: ForcedMints::default(),
         metrics,
@@ -150,8 +156,8 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         }),
     );
     watches.abort();
-    // The probes end with the signal too; what they answered last does not matter.
-    let _ = health.await;
+    // A client that keeps its connection open must not keep the process.
+    health.abort();
     tracing::info!("stopped");
     Ok(())
 }

@@ -31,6 +31,8 @@ pub struct Context {
     pub connections: Connections,
     /// The queue of the instances, to wake one whose state changed.
     pub instances: Arc<Queue>,
+    /// The queue of the service users, to wake those that waited for their instance.
+    pub users: Arc<Queue>,
     /// Tokens that wait for their write.
     pub unwritten: UnwrittenTokens,
     /// Mints that somebody forced.

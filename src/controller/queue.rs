@@ -18,6 +18,9 @@ use crate::domain::report::{Failed, Wake};
 use crate::domain::schedule::backoff;
 use crate::ops::shutdown::Shutdown;
 
+/// How long passes under way may take after a shutdown was asked for: one mint and its write. Kubernetes kills after 30 s.
+const DRAIN: Duration = Duration::from_secs(20);
+
 /// Timers are looked at again after this at the latest: the monotonic clock stops while a machine sleeps and the wall
 /// clock jumps, so that no sleep is trusted for long (decision K18).
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
@@ -99,6 +102,7 @@ impl Queue {
         }
         // A change of input begins the back-off anew.
         entry.backoffs.clear();
+        entry.retrying = false;
         state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
     }
@@ -151,7 +155,7 @@ impl Queue {
                 }
             });
         }
-        let _ = tokio::time::timeout(limit, async { while running.join_next().await.is_some() {} }).await;
+        let _ = tokio::time::timeout(DRAIN, async { while running.join_next().await.is_some() {} }).await;
     }
 
     fn take(&self, now: Timestamp) -> Result<(ObjectRef, HeldBack), Duration> {
@@ -164,7 +168,9 @@ impl Queue {
             if let Some(entry) = state.entries.get_mut(&id) {
                 entry.timer = None;
                 let (urgency, instance) = (self.rank)(&id);
-                let urgency = if entry.retrying { Urgency::Retry } else { urgency };
+                // A token that is still good keeps its rank, else it would wait behind all that have none.
+                let last = entry.retrying && !matches!(urgency, Urgency::Refresh(_));
+                let urgency = if last { Urgency::Retry } else { urgency };
                 if !entry.running {
                     state.waiting.push(&id, urgency, &instance);
                 }
@@ -202,6 +208,8 @@ pub struct Done {
     pub written: Vec<String>,
     /// The object is gone or not ours: nothing is to be remembered of it.
     pub forget: bool,
+    /// The pass did not get far enough to say what became of what failed before.
+    pub broken_off: bool,
 }
 
 impl Done {
@@ -213,6 +221,7 @@ impl Done {
                 at: None,
                 failed: vec![Failed::now("", Reason::Internal)],
             },
+            broken_off: true,
             ..Self::default()
         }
     }
@@ -262,6 +271,11 @@ impl Turn {
                 .into_iter()
                 .map(|failed| hold(failed, &before, &seed, now))
                 .collect();
+            if done.broken_off {
+                for (what, backoff) in before {
+                    entry.backoffs.entry(what).or_insert(backoff);
+                }
+            }
             let retry = entry.backoffs.values().map(|b| b.hold.until).min();
             entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));
             if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
@@ -284,6 +298,7 @@ fn hold(failed: Failed, before: &BTreeMap<String, Backoff>, seed: &str, now: Tim
         _ => {
             let failures = last.map_or(0, |b| b.failures).saturating_add(1);
             let until = now + backoff(failed.reason.retry(), failures, &format!("{seed}/{}", failed.what));
+            let until = failed.not_after.map_or(until, |not_after| until.min(not_after));
             let until = failed.not_before.map_or(until, |not_before| until.max(not_before));
             let reason = failed.reason;
             Backoff {
@@ -305,6 +320,8 @@ impl Drop for Turn {
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::jiff::SignedDuration;
+
     use super::*;
 
     fn queue() -> Arc<Queue> {
@@ -378,5 +395,58 @@ mod tests {
         assert_eq!(state.timers.len(), 1);
         assert!(!state.entries.contains_key(&id("b")));
         assert_eq!(state.entries[&id("a")].backoffs[""].failures, 1);
+    }
+
+    #[tokio::test]
+    async fn a_back_off_ends_when_it_must_and_not_before_it_may() {
+        let queue = queue();
+        let failing = |not_after: Option<i64>, not_before: Option<i64>| {
+            let later = |seconds| Timestamp::now() + SignedDuration::from_secs(seconds);
+            Failed {
+                not_after: not_after.map(later),
+                not_before: not_before.map(later),
+                ..Failed::now("t", Reason::KeyRejected)
+            }
+        };
+        // The reason alone would have it wait for about ten minutes.
+        for (not_after, not_before, seconds) in [(Some(3), None, 3), (Some(3), Some(60), 60), (Some(7_200), None, 600)]
+        {
+            queue.wake(&id("a"), None);
+            let turn = queue.next().await;
+            turn.done(Done {
+                wake: Wake {
+                    at: None,
+                    failed: vec![failing(not_after, not_before)],
+                },
+                ..Done::default()
+            });
+            let until = queue.lock().entries[&id("a")].backoffs["t"].hold.until;
+            let wait = until.duration_since(Timestamp::now()).as_secs();
+            assert!(
+                (seconds * 4 / 5 - 1..=seconds * 6 / 5).contains(&wait),
+                "{wait} for {seconds}"
+            );
+        }
+        // A pass that broke off does not forget what failed before.
+        let turn = {
+            queue.wake(&id("b"), None);
+            queue.next().await
+        };
+        turn.done(Done {
+            wake: Wake {
+                at: None,
+                failed: vec![failing(None, Some(1))],
+            },
+            ..Done::default()
+        });
+        {
+            let mut state = queue.lock();
+            let state = &mut *state;
+            state.waiting.push(&id("b"), Urgency::Retry, &"main".into());
+        }
+        drop(queue.next().await);
+        let state = queue.lock();
+        let names: Vec<&String> = state.entries[&id("b")].backoffs.keys().collect();
+        assert_eq!(names, ["", "t"]);
     }
 }

@@ -99,6 +99,17 @@ impl Cache {
         .collect()
     }
 
+    /// The service users of an instance that have a token which fails, as their status tells.
+    #[must_use]
+    pub fn failing_users_of(&self, instance: &str) -> Vec<ObjectRef> {
+        let known = self.read();
+        let failing = known.users.iter().filter(|(_, user)| {
+            let tokens = user.status.iter().flat_map(|s| &s.tokens);
+            user.spec.instance_ref.name == instance && tokens.into_iter().any(|t| t.failing_since.is_some())
+        });
+        failing.map(|(id, _)| id.clone()).collect()
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Known> {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -132,7 +143,7 @@ impl Triggers {
     pub fn first_lists(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut listed = self.listed.subscribe();
         async move {
-            // An error means that the watches have ended, and with them the process.
+            // The sender lives as long as the watches.
             let _ = listed.wait_for(|count| *count >= WATCHES).await;
         }
     }
@@ -164,13 +175,7 @@ impl Triggers {
                 plain::<SecretMeta>(&client),
                 |triggers, secret| triggers.secret_applied(&secret),
                 Self::secret_gone,
-                |k| {
-                    k.secrets
-                        .iter()
-                        .filter(|(_, t)| t.seen.is_some())
-                        .map(|(id, _)| id.clone())
-                        .collect()
-                }
+                |k| { k.secrets.keys().cloned().collect() }
             ),
         );
     }
@@ -179,7 +184,7 @@ impl Triggers {
     /// (decision K6).
     async fn follow<K>(
         &self,
-        events: impl Stream<Item = Event<K>>,
+        events: impl Stream<Item = Event<Readable<K>>>,
         applied: impl Fn(&Self, K),
         gone: impl Fn(&Self, &ObjectRef),
         known: impl Fn(&Known) -> HashSet<ObjectRef>,
@@ -192,10 +197,12 @@ impl Triggers {
         while let Some(event) = events.next().await {
             match event {
                 Event::Init => unseen = known(&self.cache.read()),
-                Event::InitApply(object) => {
+                Event::InitApply(Ok(object)) => {
                     unseen.remove(&reference(&object));
                     applied(self, object);
                 }
+                // It is there, if not as it should be: what is known of it stays.
+                Event::InitApply(Err(id)) => drop(unseen.remove(&id)),
                 Event::InitDone => {
                     for id in std::mem::take(&mut unseen) {
                         gone(self, &id);
@@ -204,8 +211,10 @@ impl Triggers {
                         self.listed.send_modify(|count| *count += 1);
                     }
                 }
-                Event::Apply(object) => applied(self, object),
-                Event::Delete(object) => gone(self, &reference(&object)),
+                Event::Apply(Ok(object)) => applied(self, object),
+                Event::Apply(Err(_)) => {}
+                Event::Delete(Ok(object)) => gone(self, &reference(&object)),
+                Event::Delete(Err(id)) => gone(self, &id),
             }
         }
     }
@@ -379,42 +388,45 @@ fn reference<K: Resource<DynamicType = ()>>(object: &K) -> ObjectRef {
     )
 }
 
+/// An object, or the name of one that does not fit its type.
+type Readable<K> = Result<K, ObjectRef>;
+
 /// A watch that goes on for ever; its errors are logged by kind and retried with a growing delay.
-fn plain<K>(client: &Client) -> impl Stream<Item = Event<K>> + use<K>
+fn plain<K>(client: &Client) -> impl Stream<Item = Event<Readable<K>>> + use<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    endless(watcher(Api::<K>::all(client.clone()), watcher::Config::default()))
+    let events = endless(watcher(Api::<K>::all(client.clone()), watcher::Config::default()));
+    events.map(|event| each(event, Ok))
 }
 
 /// The same for objects that people write: one that does not decode is logged and passed over, so that it never stops
 /// the others.
-fn guarded<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Event<K>> + use<K>
+fn guarded<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Event<Readable<K>>> + use<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     let events = endless(watcher(Api::<DeserializeGuard<K>>::all(client.clone()), config));
-    events.filter_map(|event| std::future::ready(decoded(event)))
+    events.map(|event| each(event, decoded))
 }
 
-fn decoded<K: Resource<DynamicType = ()>>(event: Event<DeserializeGuard<K>>) -> Option<Event<K>> {
-    let open = |guard: DeserializeGuard<K>| {
-        guard
-            .0
-            .inspect_err(|invalid| {
-                let name = invalid.metadata.name.as_deref().unwrap_or_default();
-                let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
-                tracing::warn!(kind = %K::kind(&()), namespace, name, "an object that does not fit its schema is passed over");
-            })
-            .ok()
-    };
-    Some(match event {
-        Event::Apply(object) => Event::Apply(open(object)?),
-        Event::InitApply(object) => Event::InitApply(open(object)?),
-        Event::Delete(object) => Event::Delete(open(object)?),
+fn decoded<K: Resource<DynamicType = ()>>(guard: DeserializeGuard<K>) -> Readable<K> {
+    guard.0.map_err(|invalid| {
+        let name = invalid.metadata.name.as_deref().unwrap_or_default();
+        let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
+        tracing::warn!(kind = %K::kind(&()), namespace, name, "an object that does not fit its schema is passed over");
+        ObjectRef::new(namespace, name)
+    })
+}
+
+fn each<A, B>(event: Event<A>, map: impl FnOnce(A) -> B) -> Event<B> {
+    match event {
+        Event::Apply(object) => Event::Apply(map(object)),
+        Event::InitApply(object) => Event::InitApply(map(object)),
+        Event::Delete(object) => Event::Delete(map(object)),
         Event::Init => Event::Init,
         Event::InitDone => Event::InitDone,
-    })
+    }
 }
 
 fn endless<K>(events: impl Stream<Item = Result<Event<K>, watcher::Error>>) -> impl Stream<Item = Event<K>>

@@ -1,6 +1,6 @@
 //! Who is served next: urgency of an object, and the fair order among all that wait (design §3.6).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
@@ -21,17 +21,16 @@ pub enum Urgency {
     Retry,
 }
 
-/// The urgency of an object that has not failed, from its status alone.
+/// The urgency of an object, from its status alone: that of its first good token to become urgent. Without one it is a
+/// newcomer, and so it is while a token of its spec was never looked at.
 #[must_use]
-pub fn urgency(user: &ZitadelServiceUser) -> Urgency {
-    let status = user.status.as_ref();
-    let tokens = status.map(|s| s.tokens.as_slice()).unwrap_or_default();
+pub fn urgency(user: &ZitadelServiceUser, now: Timestamp) -> Urgency {
+    let tokens = user.status.as_ref().map(|s| s.tokens.as_slice()).unwrap_or_default();
     let critical = |t: &TokenStatus| {
         let (renew, expires) = (t.renew_at.as_ref()?.0, t.expires_at.as_ref()?.0);
-        Some(expires - expires.duration_since(renew) / 3)
+        (expires > now).then(|| expires - expires.duration_since(renew) / 3)
     };
-    let all: Option<Vec<Timestamp>> = tokens.iter().map(critical).collect();
-    match all.and_then(|times| times.into_iter().min()) {
+    match tokens.iter().filter_map(critical).min() {
         Some(first) if tokens.len() >= user.spec.tokens.len() => Urgency::Refresh(first),
         _ => Urgency::Newcomer,
     }
@@ -153,21 +152,6 @@ impl Waiting {
                 self.lanes.remove(&lane);
             }
         }
-    }
-
-    /// How many wait, by class.
-    #[must_use]
-    pub fn depth(&self) -> BTreeMap<&'static str, usize> {
-        let mut depth = BTreeMap::from([("newcomer", 0), ("refresh", 0), ("retry", 0)]);
-        for (_, urgency, _) in self.entries.values() {
-            let class = match urgency {
-                Urgency::Newcomer => "newcomer",
-                Urgency::Refresh(_) => "refresh",
-                Urgency::Retry => "retry",
-            };
-            *depth.entry(class).or_default() += 1;
-        }
-        depth
     }
 }
 
@@ -323,7 +307,7 @@ mod tests {
         ] {
             push(&mut waiting, "a", "x", urgency, instance);
         }
-        assert_eq!(waiting.depth()["newcomer"], 1);
+        assert_eq!(waiting.entries.len(), 1);
         assert_eq!(drain(&mut waiting, at(0)), ["a/x"]);
         push(&mut waiting, "a", "x", Urgency::Retry, "x");
         waiting.remove(&ObjectRef::new("a", "x"));
@@ -332,5 +316,51 @@ mod tests {
             waiting.lanes.is_empty() && waiting.last_turns.is_empty(),
             "nothing is kept for who is gone"
         );
+    }
+
+    #[test]
+    fn the_urgency_of_an_object_is_that_of_its_first_good_token() {
+        let user = |tokens: serde_json::Value| -> ZitadelServiceUser {
+            let wanted = |name: &str| serde_json::json!({"name": name, "projectIds": ["1"], "secret": {"name": name}});
+            serde_json::from_value(serde_json::json!({
+                "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "metadata": {"name": "x"},
+                "spec": {"instanceRef": {"name": "i"}, "keySecretRef": {"name": "k"}, "tokens": [wanted("a"), wanted("b")]},
+                "status": {"tokens": tokens},
+            }))
+            .expect("a service user")
+        };
+        let line = |name: &str, renew: i64, expires: i64| serde_json::json!({"name": name, "secretName": name, "renewAt": at(renew).to_string(), "expiresAt": at(expires).to_string()});
+        let denied = serde_json::json!({"name": "b", "secretName": "b", "reason": "AccessDenied"});
+        let table = [
+            ("never looked at", serde_json::json!([]), Urgency::Newcomer),
+            (
+                "two good ones",
+                serde_json::json!([line("a", 100, 130), line("b", 70, 100)]),
+                Urgency::Refresh(at(90)),
+            ),
+            (
+                "one good, one without",
+                serde_json::json!([line("a", 100, 130), denied]),
+                Urgency::Refresh(at(120)),
+            ),
+            (
+                "one good, one expired",
+                serde_json::json!([line("a", 100, 130), line("b", 20, 40)]),
+                Urgency::Refresh(at(120)),
+            ),
+            (
+                "one good, one new in the spec",
+                serde_json::json!([line("a", 100, 130)]),
+                Urgency::Newcomer,
+            ),
+            (
+                "both expired",
+                serde_json::json!([line("a", 20, 40), line("b", 20, 40)]),
+                Urgency::Newcomer,
+            ),
+        ];
+        for (name, tokens, expected) in table {
+            assert_eq!(urgency(&user(tokens), at(50)), expected, "{name}");
+        }
     }
 }

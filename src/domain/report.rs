@@ -53,6 +53,8 @@ pub struct Failed {
     pub reason: Reason,
     /// Not to be tried before this.
     pub not_before: Option<Timestamp>,
+    /// To be tried by then at the latest: a back-off must not outlast the token that is still good.
+    pub not_after: Option<Timestamp>,
     /// It was not tried this time, so that its back-off does not grow.
     pub held_back: bool,
 }
@@ -65,6 +67,7 @@ impl Failed {
             what: what.to_owned(),
             reason,
             not_before: None,
+            not_after: None,
             held_back: false,
         }
     }
@@ -252,6 +255,14 @@ fn events(facts: &Facts, status: &ZitadelServiceUserStatus, before: &ZitadelServ
         .collect()
 }
 
+/// When a token that failed is tried again at the latest: when it is due, and then ever sooner as its expiry nears.
+fn latest_try(held: Held, now: Timestamp) -> Timestamp {
+    if held.schedule.renew > now {
+        return held.schedule.renew;
+    }
+    now + (held.schedule.expires.duration_since(now) / 3).max(SignedDuration::from_secs(1))
+}
+
 fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> Wake {
     let next = outcomes.iter().filter_map(|o| {
         let schedule = o.held?.schedule;
@@ -269,6 +280,7 @@ fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: 
                 what: facts.user.spec.tokens.get(o.token)?.name.clone(),
                 reason: o.reason,
                 not_before: o.not_before,
+                not_after: o.held.map(|held| latest_try(held, now)),
                 held_back: o.held_back,
             })
         });

@@ -65,12 +65,6 @@ impl Schedule {
             clamped: renewal != Renewal::Default && (margin != wanted || on_time < earliest),
         }
     }
-
-    /// From here on the renewal is urgent: the last third of the margin.
-    #[must_use]
-    pub fn critical(&self) -> Timestamp {
-        self.expires - self.expires.duration_since(self.renew) / 3
-    }
 }
 
 /// Stays in range: a record is anybody's to edit who may edit the Secret, and may claim any time.
@@ -157,7 +151,6 @@ mod tests {
             let lifetime = SignedDuration::from_secs(lifetime);
             let margin = expires.duration_since(s.renew).as_secs_f64();
             prop_assert!(s.renew == s.issued + SHORTEST_WAIT || margin >= 0.05 * lifetime.as_secs_f64() - 1e-6, "{margin}");
-            prop_assert!(s.critical() >= s.renew && s.critical() <= expires);
             prop_assert_eq!(s, Schedule::new(issued, expires, renewal, &seed));
         }
     }

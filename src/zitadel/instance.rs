@@ -76,7 +76,9 @@ impl Instance {
     pub fn new(settings: Settings, hosts: &Hosts) -> Result<Self, Failure> {
         let origin = settings.endpoint.as_deref().unwrap_or(&settings.issuer);
         let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
-        if scheme != "https" && !(settings.allow_insecure_http && is_near(authority)) {
+        // A proxy is far, wherever the host is.
+        let near = settings.proxy.is_none() && is_near(authority);
+        if scheme != "https" && !(settings.allow_insecure_http && near) {
             return Err(Reason::InsecureHttp.into());
         }
         let limits = hosts.dial(&settings.name, authority, settings.rate);

@@ -8,6 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 
 pub use connect::{Connections, connect};
 
+use crate::api::ZitadelInstance;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::domain::facts::ObjectRef;
@@ -52,7 +53,15 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         let mut wanted = (*instance).clone();
         wanted.status = Some(status);
         match ctx.writer.replace_instance_status(&wanted).await {
-            Ok(version) => done.written.push(version),
+            Ok(version) => {
+                done.written.push(version);
+                if is_ready(&wanted) && !is_ready(&instance) {
+                    // They back off, maybe for longer than their tokens last.
+                    for user in ctx.cache.failing_users_of(&id.name) {
+                        ctx.users.wake(&user, None);
+                    }
+                }
+            }
             Err(error) => {
                 error.log(&id, "the status");
                 done.wake.failed.push(Failed::now("", Reason::Internal));
@@ -60,4 +69,9 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         }
     }
     done
+}
+
+fn is_ready(instance: &ZitadelInstance) -> bool {
+    let conditions = instance.status.iter().flat_map(|s| &s.conditions);
+    conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
 }

@@ -48,7 +48,10 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
         written.extend(version);
     }
     // What a renamed entry leaves goes only when its successor is there.
-    let all_there = outcomes.iter().all(|o| o.reason == Reason::Issued);
+    let tokens = facts.user.spec.tokens.iter().zip(&outcomes);
+    let all_there = tokens
+        .into_iter()
+        .all(|(t, o)| o.held.is_some() || facts.secrets.contains_key(&t.secret.name));
     let mut failed = Vec::new();
     for leftover in plan.deletes.iter().filter(|_| all_there) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
@@ -127,7 +130,7 @@ async fn mint(
     let connection = connect(ctx, instance).await.map_err(|f| known(classify(f, false)))?;
     let key = facts.key.as_ref().map_err(|reason| known(*reason))?;
     let needed = connection.settings().timeout + TIME_TO_WRITE;
-    if ctx.writer.remaining().is_ok_and(|remaining| remaining < needed) {
+    if !ctx.writer.remaining().is_ok_and(|remaining| remaining >= needed) {
         return Err(known(Reason::NotLeading));
     }
     if request.try_write_first {
@@ -220,11 +223,9 @@ async fn write_minted(
         schedule: facts.schedule(token, minted.issued, minted.expires),
         format: Format::of(minted.token.expose_secret()),
     };
-    let (ended, version) = write(ctx, id, token, &draft, held, request.fallback).await;
-    if version.is_none() {
-        ctx.unwritten.keep(id, &token.name, Unwritten { minted, record });
-    }
-    (ended, version)
+    // Kept before the write, so that a pass that is cut off there does not lose it.
+    ctx.unwritten.keep(id, &token.name, Unwritten { minted, record });
+    write(ctx, id, token, &draft, held, request.fallback).await
 }
 
 /// Writes a Secret; if that fails, `fallback` is what is still there.

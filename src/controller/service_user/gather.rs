@@ -8,6 +8,7 @@ use futures::future::{try_join, try_join_all};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 
+use crate::api::ZitadelServiceUser;
 use crate::api::service_user::KeySecretRef;
 use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
@@ -48,9 +49,14 @@ impl UnwrittenTokens {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
-    fn of(&self, id: &ObjectRef) -> BTreeMap<String, Arc<Unwritten>> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(id).cloned().unwrap_or_default()
+    /// What is kept for an object; what expired or left its spec is dropped.
+    fn of(&self, id: &ObjectRef, user: &ZitadelServiceUser, now: Timestamp) -> BTreeMap<String, Arc<Unwritten>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(tokens) = all.get_mut(id) else {
+            return BTreeMap::new();
+        };
+        tokens.retain(|name, u| u.minted.expires > now && user.spec.tokens.iter().any(|t| t.name == *name));
+        tokens.clone()
     }
 }
 
@@ -92,6 +98,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
     };
     let instance = ctx.cache.instance(&user.spec.instance_ref.name);
     if instance.is_none() && ctx.serves_some_instances_only {
+        ctx.unwritten.drop_object(id);
         return Ok(None);
     }
     let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), &id.namespace);
@@ -113,7 +120,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         instance,
         key,
         secrets: secrets.collect(),
-        unwritten: ctx.unwritten.of(id),
+        unwritten: ctx.unwritten.of(id, &user, Timestamp::now()),
         leftovers: ctx.cache.leftovers(&user),
         held_back,
         forced_mints: ctx.forced.counts(id, Timestamp::now()),

@@ -4,6 +4,7 @@ mod act;
 mod gather;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 
@@ -16,6 +17,9 @@ use crate::domain::facts::{Facts, HeldBack, ObjectRef};
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Report, report};
+
+/// Longest time for the Events of one pass.
+const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
 
 /// One pass over one service user.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) -> Done {
@@ -46,7 +50,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     Done {
         wake: report.wake,
         written,
-        forget: false,
+        ..Done::default()
     }
 }
 
@@ -58,8 +62,12 @@ async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Op
     let mut user = (*facts.user).clone();
     user.status = Some(report.status.clone());
     let version = ctx.writer.replace_user_status(&user).await?;
-    for note in std::mem::take(&mut report.events) {
-        ctx.writer.event(&*facts.user, "Mint", note).await;
-    }
+    let tell = async {
+        for note in std::mem::take(&mut report.events) {
+            ctx.writer.event(&*facts.user, "Mint", note).await;
+        }
+    };
+    // Events tell and decide nothing: slow ones must not hold up renewals.
+    let _ = tokio::time::timeout(TIME_FOR_EVENTS, tell).await;
     Ok(Some(version))
 }

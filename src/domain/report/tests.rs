@@ -420,7 +420,23 @@ fn a_good_token_is_looked_at_when_it_is_due() {
     let outcomes = both(&facts, ServerError);
     let wake = look(&mut facts, 1, &outcomes).wake;
     assert_eq!(wake.at, Some(a));
-    assert_eq!(wake.failed, [Failed::now("b", ServerError)]);
+    let at_the_latest = |not_after| Failed {
+        not_after,
+        ..Failed::now("b", ServerError)
+    };
+    assert_eq!(wake.failed, [at_the_latest(Some(b))]);
+    // A back-off does not outlast the token: tried ever sooner as the end nears, and freely once there is none.
+    let outcomes = both(&facts, ServerError);
+    let late = look(&mut facts, LIFETIME - 30, &outcomes).wake.failed;
+    assert_eq!(
+        late[0].not_after.map(Timestamp::as_second),
+        Some(at(LIFETIME - 20).as_second())
+    );
+    let outcomes = [
+        outcome(&facts, 0, Issued, LIFETIME),
+        outcome(&facts, 1, ServerError, NONE),
+    ];
+    assert_eq!(look(&mut facts, 1, &outcomes).wake.failed, [at_the_latest(None)]);
     // A key that ends earlier changes the condition KeyValid, and one that has ended changes nothing more.
     for (ends, expected) in [(9, at(9)), (1, a.min(b)), (LIFETIME, a.min(b))] {
         service_key(&mut facts).expires = Some(at(ends));
