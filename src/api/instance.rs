@@ -7,6 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
+use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN};
+
 /// A ZITADEL server, the connection to it, and the access rules.
 ///
 /// Whoever may edit this object decides where assertions are sent, which equals holding every key used with it.
@@ -32,20 +34,21 @@ use serde::{Deserialize, Serialize};
 #[x_kube(
     validation = Rule::new(
         "self.issuer.startsWith('https://') || (has(self.connection) && has(self.connection.allowInsecureHttp) && self.connection.allowInsecureHttp == true)"
-    ).message("spec.issuer: an http:// issuer needs spec.connection.allowInsecureHttp: true; better, use https://")
+    ).message("spec.issuer: http:// needs spec.connection.allowInsecureHttp: true; better, use https://")
 )]
 pub struct ZitadelInstanceSpec {
     /// The issuer, exactly as ZITADEL's discovery document states it: scheme, lowercase host, and the port if it is
     /// not the scheme's own. Opaque text, compared and never normalised. Immutable.
     #[schemars(
         length(max = 253),
-        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
+        regex(pattern = ORIGIN_PATTERN)
     )]
     #[x_kube(
         validation = Rule::new("self == oldSelf")
             .message("spec.issuer is immutable: tokens carry it; make a new ZitadelInstance"),
         validation = Rule::new("!(self.startsWith('https://') && self.endsWith(':443')) && !(self.startsWith('http://') && self.endsWith(':80'))")
-            .message("spec.issuer: leave out the scheme's own port (:443, :80), as ZITADEL does")
+            .message("spec.issuer: leave out the scheme's own port (:443, :80), as ZITADEL does"),
+        validation = near("spec.issuer")
     )]
     pub issuer: String,
 
@@ -56,7 +59,7 @@ pub struct ZitadelInstanceSpec {
     /// Pins the real id of the project behind the `zitadel` audience. It is learned from the server in any case; a
     /// pinned value that differs makes the instance not Ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 64), regex(pattern = r"^[a-zA-Z0-9_-]+$"))]
+    #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub zitadel_project_id: Option<String>,
 
     /// Who may have which tokens: a union of rules, closed by default. Each audience of a token must be allowed by
@@ -69,18 +72,26 @@ pub struct ZitadelInstanceSpec {
 /// How the server is dialled. Every field is optional.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new(
+        "!has(self.endpoint) || self.endpoint.startsWith('https://') || (has(self.allowInsecureHttp) && self.allowInsecureHttp == true)"
+    ).message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHttp: true; better, use https://")
+)]
 pub struct Connection {
     /// Dial here and keep the issuer: requests carry `x-zitadel-instance-host` with the issuer's `host[:port]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(max = 253),
-        regex(pattern = r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?$")
+        regex(pattern = ORIGIN_PATTERN)
     )]
+    #[x_kube(validation = near("spec.connection.endpoint"))]
     pub endpoint: Option<String>,
 
     /// Time for one request, connect and body included; a duration such as `10s` (the default), 1s to 60s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"))]
+    #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('1s') && duration(self) <= duration('60s')")
+        .message("spec.connection.timeout: 1s to 60s"))]
     pub timeout: Option<String>,
 
     /// Sustained requests per second to the dialled host, all objects together. Default 30.
@@ -108,6 +119,31 @@ pub struct Connection {
 #[serde(rename_all = "camelCase")]
 pub struct AccessRule {
     /// The namespaces; `{}` is every namespace. Prefer the label `kubernetes.io/metadata.name`: tenants cannot set it.
+    #[schemars(extend("properties" = {
+        "matchLabels": {
+            "type": "object", "maxProperties": 16, "additionalProperties": {"type": "string", "maxLength": 63},
+            "description": "Labels that the namespace must have.",
+            "x-kubernetes-validations": [{
+                "rule": "self.all(k, k.size() <= 317)",
+                "message": "namespaceSelector.matchLabels: a key has at most 317 characters"
+            }]
+        },
+        "matchExpressions": {
+            "type": "array", "maxItems": 16, "description": "Requirements that the namespace's labels must meet.",
+            "items": {
+                "type": "object", "required": ["key", "operator"],
+                "properties": {
+                    "key": {"type": "string", "maxLength": 317, "description": "The label's key."},
+                    "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the key and the values are compared."},
+                    "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values, for In and NotIn only."}
+                },
+                "x-kubernetes-validations": [{
+                    "rule": "(self.operator in ['In', 'NotIn']) == (has(self.values) && self.values.size() > 0)",
+                    "message": "namespaceSelector.matchExpressions: In and NotIn need values, Exists and DoesNotExist have none"
+                }]
+            }
+        }
+    }))]
     pub namespace_selector: LabelSelector,
 
     /// Project ids that may become audiences; `["*"]` is any but the ZITADEL API's own.
@@ -123,6 +159,18 @@ pub struct AccessRule {
     /// Whether tokens may carry the ZITADEL API's own audience.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zitadel_api: Option<bool>,
+}
+
+/// Scheme, lower-case host, and maybe a port up to 65535.
+const ORIGIN_PATTERN: &str = r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
+
+/// The rule on the host of plain http.
+fn near(field: &str) -> kube::core::cel::Rule {
+    let octet = "[.](25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])";
+    kube::core::cel::Rule::new(format!(
+        "!self.matches('^http:') || self.matches('^http://(localhost|127{octet}{octet}{octet}|[^:]*[.]svc([.]cluster[.]local)?)(:[0-9]+)?$')"
+    ))
+    .message(format!("{field}: http:// goes only to loopback or *.svc; use https://").as_str())
 }
 
 /// What the operator knows of the server. Output only.

@@ -7,6 +7,7 @@ use crate::api::ZitadelInstance;
 use crate::api::instance::ZitadelInstanceStatus;
 use crate::domain::reason::Reason;
 use crate::domain::secret::whole_seconds;
+use crate::domain::validate;
 
 /// The status of `instance` after discovery gave the token endpoint's path, or failed.
 #[must_use]
@@ -34,10 +35,15 @@ pub fn status(
         .iter()
         .find(|c| c.type_ == "Ready" && c.status == value);
     let insecure = instance.connection().allow_insecure_http == Some(true);
+    let name = instance.metadata.name.as_deref().unwrap_or_default();
     let message = match (reason, insecure) {
+        (Reason::InvalidSpec, _) => match validate::instance(name, &instance.spec) {
+            Err(violation) => format!("{} {violation} {}", reason.meaning(), reason.mend()),
+            Ok(()) => reason.advice(),
+        },
         (Reason::InstanceReady, true) => format!("{} Plain http is allowed.", reason.meaning()),
         (Reason::InstanceReady, false) => reason.meaning().to_owned(),
-        _ => format!("{} {}", reason.meaning(), reason.mend()),
+        _ => reason.advice(),
     };
     ZitadelInstanceStatus {
         observed_generation: instance.metadata.generation,
@@ -54,5 +60,22 @@ pub fn status(
             .ok()
             .map(|path| format!("{}{path}", instance.spec.issuer)),
         zitadel_project_id: zitadel_project_id.map(str::to_owned).or(before.zitadel_project_id),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::fixtures::{at, facts, instance};
+
+    #[test]
+    fn a_broken_rule_is_told_with_its_field() {
+        let mut facts = facts(&["a"]);
+        let instance = instance(&mut facts);
+        instance.spec.issuer.push('/');
+        let status = status(instance, &Err(Reason::InvalidSpec), None, at(0));
+        let ready = &status.conditions[0];
+        assert_eq!((&*ready.status, &*ready.reason), ("False", "InvalidSpec"));
+        assert!(ready.message.contains("spec.issuer: https://"), "{}", ready.message);
     }
 }

@@ -19,3 +19,4 @@ pub mod report;
 pub mod schedule;
 pub mod scope;
 pub mod secret;
+pub mod validate;

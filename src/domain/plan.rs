@@ -10,7 +10,7 @@ use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
 use crate::domain::secret::{self, Existing, SecretDraft, SecretRef};
-use crate::domain::{access, hash, scope};
+use crate::domain::{access, hash, scope, validate};
 
 /// What is to be done: one step per token of the spec, in its order, and the Secrets to delete.
 #[derive(Debug, Default)]
@@ -55,13 +55,13 @@ pub struct MintRequest {
 #[must_use]
 pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
     let suspended = facts.user.spec.suspend == Some(true);
-    let step = |token| match admit(facts, token) {
+    let step = |(index, token)| match admit(facts, index, token) {
         _ if suspended => Step::Refuse(Reason::Suspended, facts.recorded(token)),
         Ok(admitted) => held_back(facts, token, now, decide(facts, token, &admitted, now)),
         Err(reason) => Step::Refuse(reason, None),
     };
     Plan {
-        steps: facts.user.spec.tokens.iter().map(step).collect(),
+        steps: facts.user.spec.tokens.iter().enumerate().map(step).collect(),
         deletes: if suspended { Vec::new() } else { facts.leftovers.clone() },
     }
 }
@@ -74,29 +74,23 @@ struct Admitted<'a> {
     scope: String,
 }
 
-fn admit<'a>(facts: &'a Facts, token: &Token) -> Result<Admitted<'a>, Reason> {
+fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'a>, Reason> {
     if facts.in_operator_namespace {
         return Err(Reason::OperatorNamespace);
     }
+    validate::token(facts.name(), &facts.user.spec, index).map_err(|_| Reason::InvalidSpec)?;
     let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
+    let name = facts.user.spec.instance_ref.name.as_str();
+    validate::instance(name, &instance.spec).map_err(|_| Reason::InstanceInvalid)?;
     let labels = facts.namespace_labels.as_deref().ok_or(Reason::NamespaceMissing)?;
     let pinned = instance.spec.zitadel_project_id.as_deref();
     let zitadel_project_id = facts.zitadel_project_id.as_deref().or(pinned);
     access::check(&instance.spec.access, labels, token, zitadel_project_id)?;
-    // Two writers of one Secret would undo each other's work for ever; the schema refuses it too.
-    let spec = &facts.user.spec;
-    let same_secret = spec
-        .tokens
-        .iter()
-        .filter(|t| t.secret.name == token.secret.name)
-        .count()
-        > 1;
-    if same_secret || spec.key_secret_ref.name == token.secret.name {
-        return Err(Reason::InvalidSpec);
+    // Refused above; but what holds a space would be two scopes, so that it is looked at where it is put together.
+    let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
+    if !secret::fits(facts, token, &instance.spec.issuer) {
+        return Err(Reason::SecretTooLarge);
     }
-    let scope = scope::field(&scope::scopes(token))
-        .filter(|_| scope::well_formed(token))
-        .ok_or(Reason::InvalidSpec)?;
     let existing = facts.secrets.get(&token.secret.name);
     if let Some(existing) = existing {
         existing.owned_by(facts.name(), facts.uid())?;

@@ -59,14 +59,17 @@ reasons! {
         "The object is suspended; nothing is changed.",
         "Set spec.suspend to false or remove it.";
     InvalidSpec: Permanent,
-        "The object breaks a rule of its schema, which the API server would refuse today.",
-        "Apply it again; the API server then names the field.";
+        "The object breaks a rule of its schema, which the API server of this version would refuse.",
+        "Correct the field, and apply the CRDs of the operator's version.";
     InstanceReady: No,
         "The server answers and names the issuer of the ZitadelInstance.",
         "Nothing is to be done.";
     InstanceMissing: Permanent,
         "The ZitadelInstance of spec.instanceRef does not exist.",
         "Create it, or correct spec.instanceRef.name.";
+    InstanceInvalid: Permanent,
+        "The ZitadelInstance of spec.instanceRef breaks a rule of its schema; nothing is asked of it.",
+        "Ask the platform team to mend it; its condition Ready names the field.";
     NamespaceMissing: Transient,
         "The labels of the object's namespace are not known yet.",
         "Nothing is to be done; they arrive with the namespace.";
@@ -160,6 +163,9 @@ reasons! {
     SecretConflict: Permanent,
         "A Secret of this name exists that the object does not control, or that is immutable or not Opaque. It was not touched.",
         "Choose another spec.tokens[].secret.name, or annotate the Secret with zitadel-tokens.dev/adopt.";
+    SecretTooLarge: Permanent,
+        "With its templates filled in, the Secret would be larger than 512 KiB.",
+        "Shorten spec.tokens[].secret.template, or name {{ token }} fewer times; a token is counted with 8 KiB.";
     SecretBeingReplaced: Transient,
         "The Secret still belongs to an earlier object of this name and waits for garbage collection.",
         "Nothing is to be done.";

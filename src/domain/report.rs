@@ -7,6 +7,7 @@ use crate::api::service_user::{Token, TokenStatus, ZitadelServiceUserStatus};
 use crate::domain::facts::{Facts, Held, Outcome};
 use crate::domain::reason::{Reason, Retry};
 use crate::domain::secret::whole_seconds;
+use crate::domain::validate;
 
 /// A permanent failure is called stalled only after this: Flux and Helm treat `Stalled` as final, and a key Secret
 /// may arrive a little later than the object (decision K9).
@@ -147,9 +148,9 @@ fn conditions(
 ) -> Option<Timestamp> {
     let reason = worst.map_or(Reason::Issued, |o| o.reason);
     let all_ready = outcomes.iter().all(|o| is_ready(o, now));
-    let message = match worst.and_then(|o| facts.user.spec.tokens.get(o.token)) {
-        Some(token) if reason.retry() != Retry::No || reason == Reason::Suspended => {
-            format!("Token `{}`: {} {}", token.name, reason.meaning(), reason.mend())
+    let message = match worst {
+        Some(worst) if reason.retry() != Retry::No || reason == Reason::Suspended => {
+            sentence(facts, worst.token, reason)
         }
         _ => "Every token is valid and in its Secret.".to_owned(),
     };
@@ -185,6 +186,18 @@ fn conditions(
     (waits && !stalled).then_some(stalls_at)
 }
 
+/// What is wrong with a token of the spec, and what mends it.
+fn sentence(facts: &Facts, index: usize, reason: Reason) -> String {
+    let spec = &facts.user.spec;
+    let name = spec.tokens.get(index).map_or("", |t| t.name.as_str());
+    match validate::token(facts.name(), spec, index) {
+        Err(violation) if reason == Reason::InvalidSpec => {
+            format!("Token `{name}`: {} {violation} {}", reason.meaning(), reason.mend())
+        }
+        _ => format!("Token `{name}`: {}", reason.advice()),
+    }
+}
+
 /// What is known of the key: what it says of itself, and what the server said.
 fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
     match &facts.key {
@@ -215,7 +228,8 @@ fn events(facts: &Facts, status: &ZitadelServiceUserStatus, before: &ZitadelServ
             let text = if reason == Reason::Issued {
                 format!("Token `{}` is valid and in Secret `{}`.", token.name, token.secret_name)
             } else {
-                format!("Token `{}`: {} {}", token.name, reason.meaning(), reason.mend())
+                let mut all = facts.user.spec.tokens.iter();
+                sentence(facts, all.position(|t| t.name == token.name)?, reason)
             };
             Some(Note {
                 warning: reason.retry() != Retry::No,

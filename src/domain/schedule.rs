@@ -84,10 +84,35 @@ pub fn backoff(retry: Retry, failures: u32, seed: &str) -> SignedDuration {
     scale(base, 0.8 + 0.4 * hash::fraction(&format!("{seed}/{failures}")))
 }
 
-/// Reads a duration of the spec, such as `1h30m`. The schema's pattern is narrower than the parser.
+/// Reads a duration of the spec, such as `1h30m`: what the schema's pattern lets through, and what CEL's `duration()`
+/// makes of it. jiff's own parser wants the units in order.
 #[must_use]
 pub fn duration(text: &str) -> Option<SignedDuration> {
-    text.parse().ok().filter(|d: &SignedDuration| !d.is_negative())
+    const UNITS: [(&str, i64); 4] = [
+        ("ms", 1_000_000),
+        ("s", 1_000_000_000),
+        ("m", 60_000_000_000),
+        ("h", 3_600_000_000_000),
+    ];
+    let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let mut rest = text;
+    let mut nanoseconds = 0_i64;
+    while !rest.is_empty() {
+        let (whole, after) = rest.split_at(digits(rest));
+        let (fraction, after) = match after.strip_prefix('.') {
+            Some(after) => after.split_at(digits(after)),
+            None => ("0", after),
+        };
+        let (unit, nanoseconds_each) = UNITS.iter().find(|(unit, _)| after.starts_with(unit))?;
+        let whole = whole.parse::<i64>().ok()?.checked_mul(*nanoseconds_each)?;
+        // Nine digits reach a nanosecond of a second; what an hour's further digits add does not matter.
+        let fraction = fraction.get(..9).unwrap_or(fraction);
+        let scale = 10_i128.pow(u32::try_from(fraction.len()).ok()?);
+        let part = i128::from(fraction.parse::<i64>().ok()?) * i128::from(*nanoseconds_each) / scale;
+        nanoseconds = nanoseconds.checked_add(whole)?.checked_add(i64::try_from(part).ok()?)?;
+        rest = &after[unit.len()..];
+    }
+    (!text.is_empty()).then(|| SignedDuration::from_nanos(nanoseconds))
 }
 
 #[cfg(test)]
@@ -153,7 +178,21 @@ mod tests {
         assert_eq!(duration("1h30m"), Some(SignedDuration::from_secs(5_400)));
         assert_eq!(duration("10s"), Some(SignedDuration::from_secs(10)));
         assert_eq!(duration("250ms"), Some(SignedDuration::from_millis(250)));
-        for bad in ["", "10", "-5s", "ten seconds", "99999999999999999999h"] {
+        assert_eq!(duration("1m1h"), Some(SignedDuration::from_secs(3_660)));
+        assert_eq!(duration("1.5h0.25s"), Some(SignedDuration::from_millis(5_400_250)));
+        for bad in [
+            "",
+            "10",
+            "-5s",
+            "ten seconds",
+            "99999999999999999999h",
+            "9999999h",
+            "1.h",
+            ".5h",
+            "1h ",
+            "1d",
+            "ü",
+        ] {
             assert_eq!(duration(bad), None, "{bad}");
         }
     }

@@ -30,45 +30,6 @@ pub fn scopes(token: &Token) -> BTreeSet<String> {
     scopes
 }
 
-/// Further scopes as the schema lists them: complete ones, and prefixes with the characters that may follow besides
-/// letters and digits.
-const FURTHER: [&str; 7] = [
-    "openid",
-    "profile",
-    "email",
-    "phone",
-    "address",
-    "urn:zitadel:iam:user:metadata",
-    "urn:zitadel:iam:user:resourceowner",
-];
-const FURTHER_OF: [(&str, &[u8]); 3] = [
-    ("urn:zitadel:iam:org:project:role:", b"_.:-"),
-    ("urn:zitadel:iam:org:roles:id:", b"_-"),
-    ("urn:zitadel:iam:org:domain:primary:", b".-"),
-];
-
-/// Whether the ids and scopes of `token` are such as the schema lets through. The schema in the cluster may be another
-/// one, and `access` is enforced here (design §2.1): an audience among the scopes, or the alias among the projects,
-/// would pass it by.
-#[must_use]
-pub fn well_formed(token: &Token) -> bool {
-    let made_of = |text: &str, more: &[u8]| {
-        !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || more.contains(&b))
-    };
-    let further = |scope: &String| {
-        FURTHER.contains(&scope.as_str())
-            || FURTHER_OF
-                .iter()
-                .any(|(prefix, more)| scope.strip_prefix(prefix).is_some_and(|rest| made_of(rest, more)))
-    };
-    token
-        .project_ids
-        .iter()
-        .all(|id| made_of(id, b"_-") && id != ZITADEL_ALIAS)
-        && token.organization_id.as_ref().is_none_or(|id| made_of(id, b"_-"))
-        && token.scopes.iter().flatten().all(further)
-}
-
 /// The scope of the operator's own look at the ZITADEL API.
 #[must_use]
 pub fn zitadel_api() -> BTreeSet<String> {

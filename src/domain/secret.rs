@@ -185,6 +185,42 @@ pub fn record(
     .sealed(token.expose_secret())
 }
 
+/// Largest Secret that we write: the API server takes 1 MiB, etcd 1.5 MiB, and every kubelet has to carry it.
+const MAX_BYTES: usize = 512 * 1024;
+
+/// The token that is assumed before there is one; ZITADEL's with many roles have about 4 KiB.
+const ASSUMED_TOKEN: usize = 8 * 1024;
+
+impl SecretDraft {
+    /// Whether it is too large to be written.
+    #[must_use]
+    pub fn is_too_large(&self) -> bool {
+        let texts = self.labels.iter().chain(&self.annotations);
+        let data = self.data.iter().map(|(k, v)| k.len() + v.expose_secret().len());
+        texts.map(|(k, v)| k.len() + v.len()).chain(data).sum::<usize>() > MAX_BYTES
+    }
+}
+
+/// Whether the Secret of `token` will be small enough. Asked before a mint, since a token that cannot be written is
+/// lost.
+#[must_use]
+pub fn fits(facts: &Facts, token: &Token, issuer: &str) -> bool {
+    if token.secret.template.is_empty() {
+        // The rest has bounds of its own.
+        return true;
+    }
+    let value = SecretString::from("x".repeat(ASSUMED_TOKEN));
+    let record = record(
+        facts,
+        String::new(),
+        String::new(),
+        Timestamp::UNIX_EPOCH,
+        Timestamp::UNIX_EPOCH,
+        &value,
+    );
+    !draft(facts, token, issuer, &value, &record).is_too_large()
+}
+
 /// Renders the Secret of `token`.
 #[must_use]
 pub fn draft(facts: &Facts, token: &Token, issuer: &str, value: &SecretString, record: &Record) -> SecretDraft {

@@ -15,6 +15,7 @@ use crate::domain::instance::status;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};
 use crate::domain::schedule::duration;
+use crate::domain::validate;
 use crate::zitadel::{Hosts, Instance, Rate, Settings};
 
 /// Connections by instance. State in memory: discovery, the learned project id, limits by host.
@@ -86,7 +87,11 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         return Done::default();
     };
     ctx.metrics.passed("ZitadelInstance");
-    let discovered = match ctx.connections.of(&instance) {
+    let connection = match validate::instance(&id.name, &instance.spec) {
+        Ok(()) => ctx.connections.of(&instance),
+        Err(_) => Err(Reason::InvalidSpec.into()),
+    };
+    let discovered = match connection {
         Ok(connection) => connection.discover().await,
         Err(failure) => Err(failure),
     };

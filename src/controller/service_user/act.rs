@@ -203,6 +203,9 @@ async fn write(
     held: Held,
     fallback: Option<Held>,
 ) -> (Ended, Option<String>) {
+    if draft.is_too_large() {
+        return (Ended::with(Reason::SecretTooLarge, fallback), None);
+    }
     match ctx.writer.apply_secret(draft).await {
         Ok(version) => {
             ctx.unwritten.drop_token(id, &token.name);

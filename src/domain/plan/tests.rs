@@ -320,6 +320,11 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
         ("the API's alias among the projects", |f| { token(f, 0).project_ids = vec!["zitadel".into()]; any_project(f); }, "InvalidSpec"),
         ("an odd organization", |f| token(f, 0).organization_id = Some("1:x".into()), "InvalidSpec"),
         ("two projects in one", |f| { token(f, 0).project_ids = vec!["1:aud urn:x".into()]; any_project(f); }, "InvalidSpec"),
+        ("too many tokens", |f| { let more = f.user.spec.tokens[0].clone(); user(f).spec.tokens = vec![more; 17]; }, "InvalidSpec"),
+        ("a name too long", |f| user(f).metadata.name = Some("n".repeat(64)), "InvalidSpec"),
+        ("an instance of an older schema", |f| instance(f).spec.issuer.push('/'), "InstanceInvalid"),
+        ("plain http far away", |f| instance(f).spec.issuer = "http://auth.example.com".into(), "InstanceInvalid"),
+        ("templates of half a megabyte", |f| token(f, 0).secret.template.extend(large(5)), "SecretTooLarge"),
         ("suspended", |f| user(f).spec.suspend = Some(true), "Suspended"),
         ("suspended, and denied", |f| { user(f).spec.suspend = Some(true); instance(f).spec.access.clear(); }, "Suspended"),
     ];
@@ -405,6 +410,20 @@ fn an_unwritten_token_is_written_and_not_minted_again() {
         ("beside one that is good", keep, 1, "keep"),
     ];
     check(one, beside);
+}
+
+/// Templates that each make 128 KiB of a token of 8 KiB.
+fn large(count: usize) -> impl Iterator<Item = (String, String)> {
+    (0..count).map(|i| (format!("copy-{i}"), "{{ token }}".repeat(16)))
+}
+
+#[test]
+fn a_secret_that_would_be_too_large_is_told_before_the_mint() {
+    for (count, expected) in [(0, "mint"), (3, "mint"), (4, "SecretTooLarge"), (32, "SecretTooLarge")] {
+        let mut facts = empty();
+        token(&mut facts, 0).secret.template = large(count).collect();
+        assert_eq!(told(&plan(&facts, at(0)).steps[0]), expected, "{count}");
+    }
 }
 
 #[test]
@@ -494,7 +513,7 @@ proptest! {
         now in 0.0..1.2,
         opaque: bool,
         api: bool,
-        before in proptest::option::of(0_u32..3_000_000),
+        before in proptest::option::of(1_u32..2_678_401),
         labels in proptest::collection::btree_map("[a-z]{1,3}", "[a-z]{0,3}", 0..3),
         drifted: bool,
     ) {
