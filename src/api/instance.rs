@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::api::{DURATION, NAME, ORIGIN, near, rule};
+use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
 
 /// A ZITADEL server, the connection to it, and the access rules.
 ///
@@ -34,12 +34,15 @@ use crate::api::{DURATION, NAME, ORIGIN, near, rule};
 #[x_kube(
     validation = Rule::new(
         "self.issuer.startsWith('https://') || (has(self.connection) && has(self.connection.allowInsecureHttp) && self.connection.allowInsecureHttp == true)"
-    ).message("spec.issuer: an http:// issuer needs spec.connection.allowInsecureHttp: true; better, use https://")
+    ).message("spec.issuer: http:// needs spec.connection.allowInsecureHttp: true; better, use https://")
 )]
 pub struct ZitadelInstanceSpec {
     /// The issuer, exactly as ZITADEL's discovery document states it: scheme, lowercase host, and the port if it is
     /// not the scheme's own. Opaque text, compared and never normalised. Immutable.
-    #[schemars(length(max = 253), regex(pattern = ORIGIN))]
+    #[schemars(
+        length(max = 253),
+        regex(pattern = ORIGIN_PATTERN)
+    )]
     #[x_kube(
         validation = Rule::new("self == oldSelf")
             .message("spec.issuer is immutable: tokens carry it; make a new ZitadelInstance"),
@@ -56,7 +59,7 @@ pub struct ZitadelInstanceSpec {
     /// Pins the real id of the project behind the `zitadel` audience. It is learned from the server in any case; a
     /// pinned value that differs makes the instance not Ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 64), regex(pattern = r"^[a-zA-Z0-9_-]+$"))]
+    #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub zitadel_project_id: Option<String>,
 
     /// Who may have which tokens: a union of rules, closed by default. Each audience of a token must be allowed by
@@ -70,23 +73,27 @@ pub struct ZitadelInstanceSpec {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
+    validation = Rule::new(
+        "!has(self.endpoint) || self.endpoint.startsWith('https://') || (has(self.allowInsecureHttp) && self.allowInsecureHttp == true)"
+    ).message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHttp: true; better, use https://"),
     validation = Rule::new("(has(self.caBundle) ? 1 : 0) + (has(self.caConfigMapRef) ? 1 : 0) + (has(self.caSecretRef) ? 1 : 0) <= 1")
         .message("spec.connection: set at most one of caBundle, caConfigMapRef and caSecretRef"),
     validation = Rule::new("!(has(self.proxy) && has(self.tlsServerName))")
-        .message("spec.connection.tlsServerName does not go with a proxy, which dials by the name in the URL"),
-    validation = Rule::new("!has(self.endpoint) || self.endpoint.startsWith('https://') || (has(self.allowInsecureHttp) && self.allowInsecureHttp == true)")
-        .message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHttp: true; better, use https://")
+        .message("spec.connection.tlsServerName does not go with a proxy, which dials by the name in the URL")
 )]
 pub struct Connection {
     /// Dial here and keep the issuer: requests carry `x-zitadel-instance-host` with the issuer's `host[:port]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253), regex(pattern = ORIGIN))]
+    #[schemars(
+        length(max = 253),
+        regex(pattern = ORIGIN_PATTERN)
+    )]
     #[x_kube(validation = near("spec.connection.endpoint"))]
     pub endpoint: Option<String>,
 
     /// Name that the server's certificate must carry, if it is not the dialled host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253), regex(pattern = NAME))]
+    #[schemars(length(max = 253), regex(pattern = NAME_PATTERN))]
     pub tls_server_name: Option<String>,
 
     /// Certificates in PEM that are trusted instead of the system's. Set one of caBundle, caConfigMapRef, caSecretRef.
@@ -104,16 +111,14 @@ pub struct Connection {
 
     /// Proxy for this instance, such as `http://proxy.example.com:3128`. None is taken from the environment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253), regex(pattern = ORIGIN))]
+    #[schemars(length(max = 253), regex(pattern = ORIGIN_PATTERN))]
     pub proxy: Option<String>,
 
     /// Time for one request, connect and body included; a duration such as `10s` (the default), 1s to 60s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = DURATION))]
-    #[x_kube(validation = rule(
-        "duration(self) >= duration('1s') && duration(self) <= duration('60s')",
-        "spec.connection.timeout: a duration from 1s to 60s is wanted, such as 10s"
-    ))]
+    #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('1s') && duration(self) <= duration('60s')")
+        .message("spec.connection.timeout: 1s to 60s"))]
     pub timeout: Option<String>,
 
     /// Sustained requests per second to the dialled host, all objects together. Default 30.
@@ -140,7 +145,7 @@ pub struct Connection {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct EntryRef {
     /// Name of the object.
-    #[schemars(length(min = 1, max = 253), regex(pattern = NAME))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
     pub name: String,
 
     /// Its entry; `ca.crt` if absent.
@@ -154,7 +159,31 @@ pub struct EntryRef {
 #[serde(rename_all = "camelCase")]
 pub struct AccessRule {
     /// The namespaces; `{}` is every namespace. Prefer the label `kubernetes.io/metadata.name`: tenants cannot set it.
-    #[schemars(schema_with = "selector")]
+    #[schemars(extend("properties" = {
+        "matchLabels": {
+            "type": "object", "maxProperties": 16, "additionalProperties": {"type": "string", "maxLength": 63},
+            "description": "Labels that the namespace must have.",
+            "x-kubernetes-validations": [{
+                "rule": "self.all(k, k.size() <= 317)",
+                "message": "namespaceSelector.matchLabels: a key has at most 317 characters"
+            }]
+        },
+        "matchExpressions": {
+            "type": "array", "maxItems": 16, "description": "Requirements that the namespace's labels must meet.",
+            "items": {
+                "type": "object", "required": ["key", "operator"],
+                "properties": {
+                    "key": {"type": "string", "maxLength": 317, "description": "The label's key."},
+                    "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the key and the values are compared."},
+                    "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values, for In and NotIn only."}
+                },
+                "x-kubernetes-validations": [{
+                    "rule": "(self.operator in ['In', 'NotIn']) == (has(self.values) && self.values.size() > 0)",
+                    "message": "namespaceSelector.matchExpressions: In and NotIn need values, Exists and DoesNotExist have none"
+                }]
+            }
+        }
+    }))]
     pub namespace_selector: LabelSelector,
 
     /// Project ids that may become audiences; `["*"]` is any but the ZITADEL API's own.
@@ -170,6 +199,18 @@ pub struct AccessRule {
     /// Whether tokens may carry the ZITADEL API's own audience.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zitadel_api: Option<bool>,
+}
+
+/// Scheme, lower-case host, and maybe a port up to 65535.
+const ORIGIN_PATTERN: &str = r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
+
+/// The rule on the host of plain http.
+fn near(field: &str) -> kube::core::cel::Rule {
+    let octet = "[.](25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])";
+    kube::core::cel::Rule::new(format!(
+        "!self.matches('^http:') || self.matches('^http://(localhost|127{octet}{octet}{octet}|[^:]*[.]svc([.]cluster[.]local)?)(:[0-9]+)?$')"
+    ))
+    .message(format!("{field}: http:// goes only to loopback or *.svc; use https://").as_str())
 }
 
 /// What the operator knows of the server. Output only.
@@ -201,35 +242,6 @@ impl ZitadelInstance {
     pub fn connection(&self) -> Connection {
         self.spec.connection.clone().unwrap_or_default()
     }
-}
-
-/// The schema of a label selector with bounds, which Kubernetes' own lacks: without them a rule costs the API server
-/// too much, and a selector that it would not take elsewhere (`NotIn` of nothing) would match everything.
-fn selector(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    schemars::json_schema!({
-        "type": "object",
-        "properties": {
-            "matchLabels": {
-                "type": "object", "maxProperties": 16,
-                "additionalProperties": {"type": "string", "maxLength": 63},
-            },
-            "matchExpressions": {
-                "type": "array", "maxItems": 16,
-                "items": {
-                    "type": "object", "required": ["key", "operator"],
-                    "properties": {
-                        "key": {"type": "string", "maxLength": 317},
-                        "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"]},
-                        "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}},
-                    },
-                    "x-kubernetes-validations": [{
-                        "rule": "self.operator in ['In', 'NotIn'] ? has(self.values) && self.values.size() > 0 : !has(self.values) || self.values.size() == 0",
-                        "message": "namespaceSelector.matchExpressions: In and NotIn need values, Exists and DoesNotExist have none",
-                    }],
-                },
-            },
-        },
-    })
 }
 
 /// Whether `labels` match `selector`, by the rules of `metav1.LabelSelector`; an operator that is none of the four

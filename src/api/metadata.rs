@@ -36,6 +36,15 @@ pub const RESERVED_PREFIXES: [&str; 9] = [
     "bitnami.com",
 ];
 
+/// A Kubernetes name, as a pattern: lower-case labels with dots between.
+pub(crate) const NAME_PATTERN: &str = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$";
+
+/// An id of ZITADEL, as a pattern.
+pub(crate) const ID_PATTERN: &str = r"^[a-zA-Z0-9_-]+$";
+
+/// A duration, as a pattern.
+pub(crate) const DURATION_PATTERN: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
+
 /// Whether `key` (of a label or annotation) is of ours.
 #[must_use]
 pub fn is_ours(key: &str) -> bool {

@@ -12,31 +12,6 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-/// A DNS name, as Kubernetes names most objects (RFC 1123).
-const NAME: &str = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$";
-
-/// Scheme, host and maybe a port up to 65535.
-const ORIGIN: &str = concat!(
-    r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*",
-    r"(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$"
-);
-
-/// A duration as Go and CEL read it.
-const DURATION: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
-
-/// A rule of the schema that looks at one value.
-fn rule(rule: &str, message: &str) -> kube::core::cel::Rule {
-    kube::core::cel::Rule::new(rule).message(message)
-}
-
-/// Plain http stays on the machine or in the cluster.
-fn near(field: &str) -> kube::core::cel::Rule {
-    rule(
-        r"!self.startsWith('http://') || self.matches('^http://(localhost|127(\\.(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])){3}|[a-z0-9.-]+\\.svc(\\.cluster\\.local)?)(:[0-9]+)?$')",
-        &format!("{field}: http:// goes only to loopback or *.svc; use https://"),
-    )
-}
-
 /// The definitions of our kinds, as `zitadel-tokens crds` prints them.
 #[must_use]
 pub fn crds() -> Vec<CustomResourceDefinition> {

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::api::{DURATION, NAME, rule};
+use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN, RESERVED_PREFIXES};
 
 /// A ZITADEL service user, the Secret with its key, and the tokens that are kept fresh for it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -64,7 +64,7 @@ pub struct ZitadelServiceUserSpec {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct InstanceRef {
     /// Its name.
-    #[schemars(length(min = 1, max = 63), regex(pattern = NAME))]
+    #[schemars(length(min = 1, max = 63), regex(pattern = NAME_PATTERN))]
     pub name: String,
 }
 
@@ -73,7 +73,7 @@ pub struct InstanceRef {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct KeySecretRef {
     /// Name of the Secret.
-    #[schemars(length(min = 1, max = 253), regex(pattern = NAME))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
     pub name: String,
 
     /// Data key in it; may be left out when the Secret holds one entry.
@@ -98,7 +98,7 @@ pub struct Token {
 
     /// Projects whose APIs are to accept the token; each becomes an audience.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 32), inner(length(max = 64), regex(pattern = r"^[a-zA-Z0-9_-]+$")))]
+    #[schemars(length(max = 32), inner(length(max = 64), regex(pattern = ID_PATTERN)))]
     #[x_kube(
         merge_strategy = ListMerge::Set,
         validation = Rule::new("!self.exists(p, p == 'zitadel')")
@@ -116,7 +116,7 @@ pub struct Token {
 
     /// Adds the claims of the user's own organization; must be that organization.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 64), regex(pattern = r"^[a-zA-Z0-9_-]+$"))]
+    #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub organization_id: Option<String>,
 
     /// Further scopes. Absent means `[openid]`, as ZITADEL's guide asks; `[]` is up to twice as cheap for the server.
@@ -134,11 +134,9 @@ pub struct Token {
 
     /// How long before its expiry the token is renewed; a duration such as `30m`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = DURATION))]
-    #[x_kube(validation = rule(
-        "duration(self) > duration('0s') && duration(self) <= duration('744h')",
-        "spec.tokens[].renewBefore: a duration such as 30m is wanted, more than 0s and at most 744h"
-    ))]
+    #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
+    #[x_kube(validation = Rule::new("duration(self) > duration('0s') && duration(self) <= duration('744h')")
+        .message("renewBefore: more than 0s and at most 744h, the longest lifetime of a token"))]
     pub renew_before: Option<String>,
 
     /// The same as a percentage of the lifetime, 1 to 99. Absent means a third.
@@ -155,34 +153,33 @@ pub struct Token {
 #[serde(rename_all = "camelCase")]
 pub struct TokenSecret {
     /// Its name.
-    #[schemars(length(min = 1, max = 253), regex(pattern = NAME))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
     pub name: String,
 
     /// Labels to add.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 63, "pattern": LABEL_VALUE}))]
-    #[x_kube(validation = reserved("labels"), validation = qualified("labels"))]
+    #[schemars(extend(
+        "maxProperties" = 32,
+        "additionalProperties" = {"type": "string", "maxLength": 63, "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"}
+    ))]
+    #[x_kube(validation = qualified("labels"), validation = reserved("labels"))]
     pub labels: BTreeMap<String, String>,
 
     /// Annotations to add.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 1024}))]
-    #[x_kube(validation = reserved("annotations"), validation = qualified("annotations"))]
+    #[x_kube(validation = qualified("annotations"), validation = reserved("annotations"))]
     pub annotations: BTreeMap<String, String>,
 
     /// Further data keys. Each value is literal text in which `{{ token }}`, `{{ token_type }}`, `{{ expires_at }}`,
-    /// `{{ issuer }}` and `{{ audience }}` are replaced; nothing else is.
+    /// `{{ issuer }}` and `{{ audience }}` are replaced; nothing else is. The Secret that this makes has at most 512 KiB.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 16384}))]
     #[x_kube(
-        validation = rule(
-            "self.all(k, k.matches('^[-._a-zA-Z0-9]{1,253}$') && k != '.' && !k.startsWith('..') && !(k in ['token', 'token_type', 'expires_at', 'issuer']))",
-            "secret.template: a data key has 1 to 253 of A-Z a-z 0-9 - _ . and no dots alone or two at its start, and is none of token, token_type, expires_at, issuer"
-        ),
-        validation = rule(
-            "self.all(k, self[k].split('{{', 18).size() <= 17)",
-            "secret.template: a text has at most 16 placeholders, counted by {{"
-        )
+        validation = Rule::new("self.all(k, k.matches('^[-._a-zA-Z0-9]{1,253}$') && k != '.' && !k.startsWith('..') && !(k in ['token', 'token_type', 'expires_at', 'issuer']))")
+            .message("secret.template: a data key has 1 to 253 of A-Z a-z 0-9 - _ . and no dots alone or two at its start, and is none of token, token_type, expires_at, issuer"),
+        validation = Rule::new("self.all(k, self[k].split('{{').size() <= 17)")
+            .message("secret.template: a text has at most 16 placeholders, counted by {{")
     )]
     pub template: BTreeMap<String, String>,
 
@@ -200,32 +197,25 @@ pub enum DeletionPolicy {
     Retain,
 }
 
-/// The value of a label.
-const LABEL_VALUE: &str = "^([a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?)?$";
-
-/// The rule on the form of label and annotation keys. Kubernetes takes annotation prefixes in capitals too; they would
-/// pass the list of reserved ones by.
+/// The rule on label and annotation keys. Kubernetes takes annotation prefixes in capitals too; they would pass the
+/// list of reserved ones by.
 fn qualified(field: &str) -> kube::core::cel::Rule {
-    rule(
-        "self.all(k, k.size() <= 317 && k.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\\\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[a-zA-Z0-9]([-_.a-zA-Z0-9]{0,61}[a-zA-Z0-9])?$'))",
-        &format!(
-            "secret.{field}: a key is a name of at most 63 characters, or one with a lower-case DNS name and / before it"
-        ),
+    kube::core::cel::Rule::new(
+        "self.all(k, k.indexOf('/') <= 253 && k.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
+    )
+    .message(
+        format!("secret.{field}: a key is a name of at most 63 characters, or one with a lower-case DNS name and / before it")
+            .as_str(),
     )
 }
 
-/// The rule on label and annotation keys, made from the one list of reserved prefixes.
+/// The rule on label and annotation keys of others, made from the one list of reserved prefixes.
 fn reserved(field: &str) -> kube::core::cel::Rule {
-    let prefixes = crate::api::metadata::RESERVED_PREFIXES
-        .map(|prefix| format!("'{prefix}'"))
-        .join(", ");
-    kube::core::cel::Rule::new(format!(
-        "self.all(k, !k.contains('/') || ![{prefixes}].exists(p, k.split('/')[0] == p || k.split('/')[0].endsWith('.' + p)))"
-    ))
-    .message(
+    let prefixes = RESERVED_PREFIXES.join("|").replace('.', "[.]");
+    kube::core::cel::Rule::new(format!("!self.exists(k, k.matches('^([^/]*[.])?({prefixes})/'))")).message(
         format!(
             "secret.{field}: keys of {} make other controllers act and are not allowed here",
-            crate::api::metadata::RESERVED_PREFIXES.join(", ")
+            RESERVED_PREFIXES.join(", ")
         )
         .as_str(),
     )

@@ -62,3 +62,20 @@ pub fn status(
         zitadel_project_id: zitadel_project_id.map(str::to_owned).or(before.zitadel_project_id),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::fixtures::{at, facts, instance};
+
+    #[test]
+    fn a_broken_rule_is_told_with_its_field() {
+        let mut facts = facts(&["a"]);
+        let instance = instance(&mut facts);
+        instance.spec.issuer.push('/');
+        let status = status(instance, &Err(Reason::InvalidSpec), None, at(0));
+        let ready = &status.conditions[0];
+        assert_eq!((&*ready.status, &*ready.reason), ("False", "InvalidSpec"));
+        assert!(ready.message.contains("spec.issuer: https://"), "{}", ready.message);
+    }
+}

@@ -171,7 +171,7 @@ fn secret(secret: &TokenSecret, at: impl Fn(&str) -> String) -> Checked {
         must(
             !map.keys().any(|key| is_reserved(key)),
             field,
-            "keys of other controllers and of ours make them act and are not allowed here",
+            "keys of kubernetes.io, argoproj.io and their like make other controllers act and are not allowed here",
         )?;
     }
     must(

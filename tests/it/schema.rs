@@ -1,203 +1,431 @@
-//! What the API server refuses at `kubectl apply`, with a sentence that names the field; and that the operator, which
-//! may meet older CRDs, refuses the same.
+//! What is refused at `kubectl apply`, with a sentence that names the field; and that the operator by itself refuses
+//! the same, since a cluster's CRDs may be older than it.
 
+use kube::api::{ApiResource, DynamicObject, PostParams};
+use kube::{Api, Client};
 use serde_json::{Value, json};
-use zitadel_tokens::api::instance::ZitadelInstanceSpec;
-use zitadel_tokens::api::service_user::ZitadelServiceUserSpec;
-use zitadel_tokens::domain::validate;
+use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser, crds};
+use zitadel_tokens::domain::validate::{self, Violation};
 
 use crate::support::cluster::Cluster;
 use crate::support::world::{World, one_token};
 
-/// A change to a good spec and, if it is to be refused, a word that both refusals say.
+/// A change to a good object and, if it is to be refused, what both sentences say.
 type Case = (&'static str, fn(&mut Value), Option<&'static str>);
 
+/// The same for what only the API server refuses.
+type Refused = (fn(&mut Value), &'static str);
+
+/// Asks both: the API server, which stores nothing, and the operator's own check.
+async fn judge(api: &Api<DynamicObject>, good: &Value, cases: &[Case], check: impl Fn(&Value) -> Option<Violation>) {
+    let params = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    let mut wrong = Vec::new();
+    for (name, change, refused) in cases {
+        let mut object = good.clone();
+        change(&mut object);
+        let violation = check(&object).map(|v| v.to_string());
+        let object = serde_json::from_value(object).expect("an object");
+        let server = match api.create(&params, &object).await {
+            Ok(_) => None,
+            Err(kube::Error::Api(status)) => Some(status.message.clone()),
+            Err(error) => panic!("{name}: {error}"),
+        };
+        for (who, told) in [("the API server", server), ("the operator", violation)] {
+            let agrees = match (&told, refused) {
+                (None, None) => true,
+                (Some(told), Some(piece)) => told.contains(piece),
+                _ => false,
+            };
+            if !agrees {
+                wrong.push(format!("{name}: {who}: {told:.600?}, not {refused:?}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+fn spec(object: &mut Value) -> &mut Value {
+    &mut object["spec"]
+}
+
+/// The first token.
+fn token(object: &mut Value) -> &mut Value {
+    &mut object["spec"]["tokens"][0]
+}
+
+/// The first token's Secret.
+fn secret(object: &mut Value) -> &mut Value {
+    &mut object["spec"]["tokens"][0]["secret"]
+}
+
+fn labels(object: &mut Value, key: &str, value: &str) {
+    secret(object)["labels"] = entry(key, value);
+}
+
+fn notes(object: &mut Value, key: &str, value: &str) {
+    secret(object)["annotations"] = entry(key, value);
+}
+
+fn template(object: &mut Value, key: &str, value: &str) {
+    secret(object)["template"] = entry(key, value);
+}
+
+/// The first access rule's selector becomes this.
+fn selects(object: &mut Value, selector: Value) {
+    object["spec"]["access"][0]["namespaceSelector"] = selector;
+}
+
+/// The first access rule's selector gets this requirement.
+fn requires(object: &mut Value, requirement: &Value) {
+    selects(object, json!({"matchExpressions": [requirement]}));
+}
+
+/// A list of so many texts.
+fn many(count: usize) -> Value {
+    (0..count).map(|i| format!("e{i}")).collect()
+}
+
+/// A map of so many entries with this text.
+fn map(count: usize, text: &str) -> Value {
+    let entries = (0..count).map(|i| (format!("e{i}"), json!(text)));
+    Value::Object(entries.collect())
+}
+
+fn entry(key: &str, value: &str) -> Value {
+    Value::Object([(key.to_owned(), json!(value))].into_iter().collect())
+}
+
+/// So many different tokens.
+fn tokens(count: usize) -> Value {
+    let token = |i| json!({"name": format!("t{i}"), "projectIds": ["1"], "secret": {"name": format!("s{i}")}});
+    (0..count).map(token).collect()
+}
+
 #[rustfmt::skip]
-const SERVICE_USERS: &[Case] = &[
+const USERS: &[Case] = &[
     ("the good one", |_| {}, None),
-    ("no audience", |s| s["tokens"][0]["projectIds"] = json!([]), Some("name at least one audience")),
-    ("the API alone", |s| s["tokens"][0] = json!({"name": "t", "zitadelApi": true, "secret": {"name": "s"}}), None),
-    ("the alias as a project", |s| s["tokens"][0]["projectIds"] = json!(["zitadel"]), Some("zitadelApi: true")),
-    ("an id with a space", |s| s["tokens"][0]["projectIds"] = json!(["1:aud openid"]), Some("projectIds")),
-    ("an id twice", |s| s["tokens"][0]["projectIds"] = json!(["1", "1"]), Some("projectIds")),
-    ("33 ids", |s| s["tokens"][0]["projectIds"] = (0..33).map(|i| i.to_string()).collect(), Some("projectIds")),
-    ("an odd organization", |s| s["tokens"][0]["organizationId"] = json!("1 2"), Some("organizationId")),
-    ("an audience among the scopes", |s| s["tokens"][0]["scopes"] = json!(["urn:zitadel:iam:org:project:id:1:aud"]), Some("scopes")),
-    ("two scopes in one", |s| s["tokens"][0]["scopes"] = json!(["openid email"]), Some("scopes")),
-    ("known scopes", |s| s["tokens"][0]["scopes"] = json!(["urn:zitadel:iam:org:project:role:reader", "email"]), None),
-    ("no further scope", |s| s["tokens"][0]["scopes"] = json!([]), None),
-    ("no token", |s| s["tokens"] = json!([]), Some("spec.tokens")),
-    ("a token's name in capitals", |s| s["tokens"][0]["name"] = json!("Main"), Some("name")),
-    ("two tokens of one name", |s| {
-        let other = json!({"name": "main", "projectIds": ["1"], "secret": {"name": "other-token"}});
-        s["tokens"].as_array_mut().expect("a list").push(other);
-    }, Some("spec.tokens")),
-    ("17 tokens", |s| {
-        let token = |i: usize| json!({"name": format!("t{i}"), "projectIds": ["1"], "secret": {"name": format!("s{i}")}});
-        s["tokens"] = (0..17).map(token).collect();
-    }, Some("spec.tokens")),
-    ("the key's Secret as token Secret", |s| s["tokens"][0]["secret"]["name"] = json!("good-key"), Some("must differ")),
-    ("a Secret with an odd name", |s| s["tokens"][0]["secret"]["name"] = json!("a..b"), Some("secret.name")),
-    ("two tokens, one Secret", |s| {
-        let other = json!({"name": "other", "projectIds": ["1"], "secret": {"name": "good-token"}});
-        s["tokens"].as_array_mut().expect("a list").push(other);
-    }, Some("two tokens name the same Secret")),
-    ("two renewals", |s| {
-        s["tokens"][0]["renewBefore"] = json!("5m");
-        s["tokens"][0]["renewBeforePercentage"] = json!(20);
-    }, Some("not both")),
-    ("a duration", |s| s["tokens"][0]["renewBefore"] = json!("1h30m"), None),
-    ("no duration", |s| s["tokens"][0]["renewBefore"] = json!("soon"), Some("renewBefore")),
-    ("a duration of nothing", |s| s["tokens"][0]["renewBefore"] = json!("0s"), Some("renewBefore")),
-    ("a duration of months", |s| s["tokens"][0]["renewBefore"] = json!("745h"), Some("renewBefore")),
-    ("a hundred percent", |s| s["tokens"][0]["renewBeforePercentage"] = json!(100), Some("renewBeforePercentage")),
-    ("a label of another tool", |s| s["tokens"][0]["secret"]["labels"] = json!({"argocd.argoproj.io/secret-type": "cluster"}), Some("labels")),
-    ("an annotation of ours", |s| s["tokens"][0]["secret"]["annotations"] = json!({"zitadel-tokens.dev/record": "{}"}), Some("annotations")),
-    ("an annotation of another tool in capitals", |s| s["tokens"][0]["secret"]["annotations"] = json!({"Kubernetes.io/x": ""}), Some("annotations")),
-    ("a label of their own", |s| s["tokens"][0]["secret"]["labels"] = json!({"example.com/team": "shop", "team": "shop", "none": ""}), None),
-    ("a label that is no value", |s| s["tokens"][0]["secret"]["labels"] = json!({"team": "the shop"}), Some("labels")),
-    ("a key that is no key", |s| s["tokens"][0]["secret"]["labels"] = json!({"a/b/c": "x"}), Some("labels")),
-    ("33 annotations", |s| s["tokens"][0]["secret"]["annotations"] = (0..33).map(|i| (format!("a{i}"), json!(""))).collect::<serde_json::Map<_, _>>().into(), Some("annotations")),
-    ("a long annotation", |s| s["tokens"][0]["secret"]["annotations"] = json!({"a": "x".repeat(1025)}), Some("annotations")),
-    ("a template over a key of ours", |s| s["tokens"][0]["secret"]["template"] = json!({"token": "x"}), Some("template")),
-    ("a template for no key", |s| s["tokens"][0]["secret"]["template"] = json!({"..x": "x"}), Some("template")),
-    ("a template", |s| s["tokens"][0]["secret"]["template"] = json!({"netrc": "{{ token }}", ".env": "T={{ token }}"}), None),
-    ("a template that multiplies", |s| s["tokens"][0]["secret"]["template"] = json!({"x": "{{token}}".repeat(17)}), Some("template")),
-    ("a long template", |s| s["tokens"][0]["secret"]["template"] = json!({"x": "x".repeat(16_385)}), Some("template")),
-    ("a key entry with a slash", |s| s["keySecretRef"]["key"] = json!("a/b"), Some("keySecretRef.key")),
-    ("an instance with an odd name", |s| s["instanceRef"]["name"] = json!("Main"), Some("instanceRef.name")),
+    ("a name of 63", |o| o["metadata"]["name"] = json!("n".repeat(63)), None),
+    ("a name of 64", |o| o["metadata"]["name"] = json!("n".repeat(64)), Some("metadata.name")),
+    ("no token", |o| spec(o)["tokens"] = json!([]), Some("spec.tokens")),
+    ("16 tokens", |o| spec(o)["tokens"] = tokens(16), None),
+    ("17 tokens", |o| spec(o)["tokens"] = tokens(17), Some("spec.tokens")),
+    ("a token's name with a dot", |o| token(o)["name"] = json!("a.b"), Some("spec.tokens[0].name")),
+    ("a token's name of 64", |o| token(o)["name"] = json!("n".repeat(64)), Some("spec.tokens[0].name")),
+    ("a token without name", |o| token(o)["name"] = json!(""), Some("spec.tokens[0].name")),
+    ("two tokens of one name", |o| { spec(o)["tokens"] = tokens(2); spec(o)["tokens"][1]["name"] = json!("t0"); }, Some("spec.tokens[")),
+    ("an instance's name with two dots", |o| spec(o)["instanceRef"]["name"] = json!("a..b"), Some("spec.instanceRef.name")),
+    ("an instance's name of 64", |o| spec(o)["instanceRef"]["name"] = json!("n".repeat(64)), Some("spec.instanceRef.name")),
+    ("a key Secret in capitals", |o| spec(o)["keySecretRef"]["name"] = json!("Key"), Some("spec.keySecretRef.name")),
+    ("a key Secret of 254", |o| spec(o)["keySecretRef"]["name"] = json!("n".repeat(254)), Some("spec.keySecretRef.name")),
+    ("a key Secret elsewhere", |o| spec(o)["keySecretRef"]["name"] = json!("other/key"), Some("spec.keySecretRef.name")),
+    ("an entry", |o| spec(o)["keySecretRef"]["key"] = json!("_My.key-1.json"), None),
+    ("an entry with a slash", |o| spec(o)["keySecretRef"]["key"] = json!("a/b"), Some("spec.keySecretRef.key")),
+    ("an entry without name", |o| spec(o)["keySecretRef"]["key"] = json!(""), Some("spec.keySecretRef.key")),
+    ("an entry of null", |o| spec(o)["keySecretRef"]["key"] = Value::Null, None),
+
+    ("no audience", |o| token(o)["projectIds"] = json!([]), Some("name at least one audience")),
+    ("the API alone", |o| *token(o) = json!({"name": "t", "zitadelApi": true, "secret": {"name": "s"}}), None),
+    ("the API denied", |o| *token(o) = json!({"name": "t", "zitadelApi": false, "secret": {"name": "s"}}), Some("name at least one audience")),
+    ("the alias as a project", |o| token(o)["projectIds"] = json!(["zitadel"]), Some("zitadelApi: true")),
+    ("32 projects", |o| token(o)["projectIds"] = many(32), None),
+    ("33 projects", |o| token(o)["projectIds"] = many(33), Some("spec.tokens[0].projectIds")),
+    ("a project twice", |o| token(o)["projectIds"] = json!(["1", "1"]), Some("spec.tokens[0].projectIds")),
+    ("an id with a space", |o| token(o)["projectIds"] = json!(["1:aud openid"]), Some("spec.tokens[0].projectIds")),
+    ("an id with a line break", |o| token(o)["projectIds"] = json!(["1\n"]), Some("spec.tokens[0].projectIds")),
+    ("an id of 64", |o| token(o)["projectIds"] = json!(["1".repeat(64)]), None),
+    ("an id of 65", |o| token(o)["projectIds"] = json!(["1".repeat(65)]), Some("spec.tokens[0].projectIds")),
+    ("an empty id", |o| token(o)["projectIds"] = json!([""]), Some("spec.tokens[0].projectIds")),
+    ("an organization", |o| token(o)["organizationId"] = json!("7"), None),
+    ("an odd organization", |o| token(o)["organizationId"] = json!("7:x"), Some("spec.tokens[0].organizationId")),
+    ("an empty organization", |o| token(o)["organizationId"] = json!(""), Some("spec.tokens[0].organizationId")),
+    ("known scopes", |o| token(o)["scopes"] = json!(["openid", "profile", "email", "phone", "address",
+        "urn:zitadel:iam:user:metadata", "urn:zitadel:iam:user:resourceowner", "urn:zitadel:iam:org:project:role:a.b_c:d-e",
+        "urn:zitadel:iam:org:roles:id:7", "urn:zitadel:iam:org:domain:primary:example.com"]), None),
+    ("no scope", |o| token(o)["scopes"] = json!([]), None),
+    ("an audience as scope", |o| token(o)["scopes"] = json!(["urn:zitadel:iam:org:project:id:1:aud"]), Some("spec.tokens[0].scopes")),
+    ("an organization as scope", |o| token(o)["scopes"] = json!(["urn:zitadel:iam:org:id:1"]), Some("spec.tokens[0].scopes")),
+    ("offline access", |o| token(o)["scopes"] = json!(["offline_access"]), Some("spec.tokens[0].scopes")),
+    ("two scopes in one", |o| token(o)["scopes"] = json!(["openid email"]), Some("spec.tokens[0].scopes")),
+    ("a role that is none", |o| token(o)["scopes"] = json!(["urn:zitadel:iam:org:project:role:"]), Some("spec.tokens[0].scopes")),
+    ("a scope in capitals", |o| token(o)["scopes"] = json!(["OpenID"]), Some("spec.tokens[0].scopes")),
+    ("a scope of 256", |o| token(o)["scopes"] = json!([format!("urn:zitadel:iam:org:roles:id:{}", "7".repeat(227))]), None),
+    ("a scope of 257", |o| token(o)["scopes"] = json!([format!("urn:zitadel:iam:org:roles:id:{}", "7".repeat(228))]), Some("spec.tokens[0].scopes")),
+    ("17 scopes", |o| token(o)["scopes"] = json!(vec!["openid"; 17]), Some("spec.tokens[0].scopes")),
+
+    ("two renewals", |o| { token(o)["renewBefore"] = json!("5m"); token(o)["renewBeforePercentage"] = json!(20); }, Some("not both")),
+    ("durations in any order", |o| token(o)["renewBefore"] = json!("30m1.5h250ms"), None),
+    ("no duration", |o| token(o)["renewBefore"] = json!("soon"), Some("spec.tokens[0].renewBefore")),
+    ("a duration in days", |o| token(o)["renewBefore"] = json!("1d"), Some("spec.tokens[0].renewBefore")),
+    ("a negative duration", |o| token(o)["renewBefore"] = json!("-1h"), Some("spec.tokens[0].renewBefore")),
+    ("a duration of nothing", |o| token(o)["renewBefore"] = json!("0s"), Some("spec.tokens[0].renewBefore")),
+    ("a month", |o| token(o)["renewBefore"] = json!("744h"), None),
+    ("more than a month", |o| token(o)["renewBefore"] = json!("744h1ms"), Some("spec.tokens[0].renewBefore")),
+    ("more than can be counted", |o| token(o)["renewBefore"] = json!("9999999999999999999h"), Some("spec.tokens[0].renewBefore")),
+    ("a percentage of 0", |o| token(o)["renewBeforePercentage"] = json!(0), Some("spec.tokens[0].renewBeforePercentage")),
+    ("a percentage of 99", |o| token(o)["renewBeforePercentage"] = json!(99), None),
+    ("a percentage of 100", |o| token(o)["renewBeforePercentage"] = json!(100), Some("spec.tokens[0].renewBeforePercentage")),
+    ("a renewal of null", |o| { token(o)["renewBefore"] = Value::Null; token(o)["renewBeforePercentage"] = json!(20); }, None),
 ];
 
 #[rustfmt::skip]
-const INSTANCES: &[Case] = &[
-    ("the good one", |_| {}, None),
-    ("http without leave", |s| s["connection"] = json!({}), Some("allowInsecureHttp")),
-    ("http far away", |s| s["connection"]["endpoint"] = json!("http://auth.example.com"), Some("only to loopback")),
-    ("http near", |s| s["connection"]["endpoint"] = json!("http://zitadel.zitadel.svc:8080"), None),
-    ("http to a name that looks near", |s| s["connection"]["endpoint"] = json!("http://x.svc.example.com"), Some("only to loopback")),
-    ("a trailing slash", |s| s["connection"]["endpoint"] = json!("https://auth.example.com/"), Some("spec.connection.endpoint")),
-    ("a port out of range", |s| s["connection"]["endpoint"] = json!("https://auth.example.com:65536"), Some("spec.connection.endpoint")),
-    ("a rule without selector", |s| s["access"] = json!([{"projectIds": ["1"]}]), Some("namespaceSelector")),
-    ("a selector of nothing", |s| s["access"][0]["namespaceSelector"] = json!({"matchExpressions": [{"key": "a", "operator": "NotIn", "values": []}]}), Some("namespaceSelector")),
-    ("a selector that is none", |s| s["access"][0]["namespaceSelector"] = json!({"matchExpressions": [{"key": "a", "operator": "Like", "values": ["b"]}]}), Some("namespaceSelector")),
-    ("every namespace", |s| s["access"][0]["namespaceSelector"] = json!({}), None),
-    ("the alias as a project", |s| s["access"][0]["projectIds"] = json!(["zitadel"]), Some("zitadelApi: true")),
-    ("a pattern as a project", |s| s["access"][0]["projectIds"] = json!(["1*"]), Some("projectIds")),
-    ("an odd pinned id", |s| s["zitadelProjectId"] = json!("a b"), Some("zitadelProjectId")),
-    ("a rate of zero", |s| s["connection"]["requestsPerSecond"] = json!(0), Some("requestsPerSecond")),
-    ("a timeout", |s| s["connection"]["timeout"] = json!("60s"), None),
-    ("a timeout too short", |s| s["connection"]["timeout"] = json!("500ms"), Some("spec.connection.timeout")),
-    ("a timeout too long", |s| s["connection"]["timeout"] = json!("2m"), Some("spec.connection.timeout")),
-    ("a proxy", |s| s["connection"]["proxy"] = json!("http://proxy.example.com:3128"), None),
-    ("an odd proxy", |s| s["connection"]["proxy"] = json!("proxy:3128"), Some("spec.connection.proxy")),
-    ("a proxy and a name for the certificate", |s| {
-        s["connection"]["proxy"] = json!("https://proxy.example.com");
-        s["connection"]["tlsServerName"] = json!("zitadel.example.com");
-    }, Some("tlsServerName")),
-    ("an odd CA entry", |s| s["connection"]["caConfigMapRef"] = json!({"name": "ca", "key": "a/b"}), Some("caConfigMapRef.key")),
-    ("two CAs", |s| s["connection"] = json!({"allowInsecureHttp": true, "caBundle": "x", "caSecretRef": {"name": "y"}}), Some("caBundle")),
-];
+const SECRETS: &[Case] = &[
+    ("a Secret with two dots", |o| secret(o)["name"] = json!("a..b"), Some("spec.tokens[0].secret.name")),
+    ("a Secret that ends in a dash", |o| secret(o)["name"] = json!("a-"), Some("spec.tokens[0].secret.name")),
+    ("a Secret of 253", |o| secret(o)["name"] = json!("n".repeat(253)), None),
+    ("a Secret of 254", |o| secret(o)["name"] = json!("n".repeat(254)), Some("spec.tokens[0].secret.name")),
+    ("the key's Secret", |o| secret(o)["name"] = json!("key"), Some("must differ")),
+    ("two tokens, one Secret", |o| { spec(o)["tokens"] = tokens(2); spec(o)["tokens"][1]["secret"]["name"] = json!("s0"); }, Some("two tokens name the same Secret")),
 
-/// Issuers, of which an instance has only one: each has an instance of its own.
-#[rustfmt::skip]
-const ISSUERS: &[Case] = &[
-    ("with a port", |s| s["issuer"] = json!("https://auth.example.com:8443"), None),
-    ("with a trailing slash", |s| s["issuer"] = json!("https://auth.example.com/"), Some("spec.issuer")),
-    ("with an upper-case host", |s| s["issuer"] = json!("https://Auth.example.com"), Some("spec.issuer")),
-    ("with a path", |s| s["issuer"] = json!("https://auth.example.com/x"), Some("spec.issuer")),
-    ("with userinfo", |s| s["issuer"] = json!("https://a@auth.example.com"), Some("spec.issuer")),
-    ("with a query", |s| s["issuer"] = json!("https://auth.example.com?x"), Some("spec.issuer")),
-    ("with the scheme's own port", |s| s["issuer"] = json!("https://auth.example.com:443"), Some("own port")),
-    ("by http far away", |s| s["issuer"] = json!("http://auth.example.com"), Some("only to loopback")),
+    ("labels of their own", |o| secret(o)["labels"] = json!({"example.com/team": "shop", "team": "", "A_b.c-1": "A_b.c-1"}), None),
+    ("annotations of their own", |o| secret(o)["annotations"] = json!({"example.com/note": "any text: {}", "note": ""}), None),
+    ("a label of another tool", |o| labels(o, "argocd.argoproj.io/secret-type", "cluster"), Some("spec.tokens[0].secret.labels")),
+    ("a name below a reserved one", |o| labels(o, "a.b.fluxcd.io/x", "y"), Some("make other controllers act")),
+    ("names like reserved ones", |o| secret(o)["labels"] = json!({"myfluxcd.io/x": "y", "kubernetes.io": "y"}), None),
+    ("a label in capitals", |o| labels(o, "Kubernetes.io/x", "y"), Some("spec.tokens[0].secret.labels")),
+    ("an annotation in capitals", |o| notes(o, "Replicator.V1.Mittwald.DE/replicate-to", "*"), Some("spec.tokens[0].secret.annotations")),
+    ("a reserved name with a dot", |o| notes(o, "kubernetes.io./x", "y"), Some("spec.tokens[0].secret.annotations")),
+    ("an annotation of ours", |o| notes(o, "zitadel-tokens.dev/record", "{}"), Some("make other controllers act")),
+    ("k8s.io", |o| notes(o, "x.k8s.io/a", "b"), Some("make other controllers act")),
+    ("mittwald.de", |o| notes(o, "replicator.v1.mittwald.de/replicate-to", "*"), Some("make other controllers act")),
+    ("emberstack.com", |o| notes(o, "reflector.v1.k8s.emberstack.com/a", "b"), Some("make other controllers act")),
+    ("cert-manager.io", |o| notes(o, "cert-manager.io/a", "b"), Some("make other controllers act")),
+    ("bitnami.com", |o| notes(o, "sealedsecrets.bitnami.com/a", "b"), Some("make other controllers act")),
+    ("kubernetes.io", |o| notes(o, "kubernetes.io/service-account.name", "b"), Some("make other controllers act")),
+    ("two slashes", |o| notes(o, "example.com/a/b", "c"), Some("spec.tokens[0].secret.annotations")),
+    ("a key without a name", |o| notes(o, "example.com/", "c"), Some("spec.tokens[0].secret.annotations")),
+    ("a key without a prefix", |o| notes(o, "/a", "c"), Some("spec.tokens[0].secret.annotations")),
+    ("an empty key", |o| notes(o, "", "c"), Some("spec.tokens[0].secret.annotations")),
+    ("a key with a space", |o| labels(o, "a b", "c"), Some("spec.tokens[0].secret.labels")),
+    ("a key with a line break", |o| labels(o, "a\n", "c"), Some("spec.tokens[0].secret.labels")),
+    ("a key of 63 behind a prefix of 253", |o| labels(o, &format!("{}/{}", "p".repeat(253), "n".repeat(63)), "c"), None),
+    ("a key of 64", |o| labels(o, &"n".repeat(64), "c"), Some("spec.tokens[0].secret.labels")),
+    ("a prefix of 254", |o| labels(o, &format!("{}/n", "p".repeat(254)), "c"), Some("spec.tokens[0].secret.labels")),
+    ("a value of 63", |o| labels(o, "a", &"v".repeat(63)), None),
+    ("a value of 64", |o| labels(o, "a", &"v".repeat(64)), Some("spec.tokens[0].secret.labels")),
+    ("a value that ends in a dash", |o| labels(o, "a", "v-"), Some("spec.tokens[0].secret.labels")),
+    ("a value with a space", |o| labels(o, "a", "v v"), Some("spec.tokens[0].secret.labels")),
+    ("32 labels", |o| secret(o)["labels"] = map(32, "v"), None),
+    ("33 labels", |o| secret(o)["labels"] = map(33, "v"), Some("spec.tokens[0].secret.labels")),
+    ("32 annotations of 1024 characters", |o| secret(o)["annotations"] = map(32, &"ü".repeat(1024)), None),
+    ("33 annotations", |o| secret(o)["annotations"] = map(33, "v"), Some("spec.tokens[0].secret.annotations")),
+    ("an annotation of 1025", |o| notes(o, "a", &"v".repeat(1025)), Some("spec.tokens[0].secret.annotations")),
+
+    ("templates", |o| secret(o)["template"] = json!({".netrc": "machine x password {{ token }}", "A-b_c.d": ""}), None),
+    ("a template over token", |o| template(o, "token", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template over token_type", |o| template(o, "token_type", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template over expires_at", |o| template(o, "expires_at", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template over issuer", |o| template(o, "issuer", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template named audience", |o| template(o, "audience", "{{ audience }}"), None),
+    ("a template with a slash", |o| template(o, "a/b", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template named by a dot", |o| template(o, ".", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template outside", |o| template(o, "..data", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template without name", |o| template(o, "", "x"), Some("spec.tokens[0].secret.template")),
+    ("a template's name of 254", |o| template(o, &"n".repeat(254), "x"), Some("spec.tokens[0].secret.template")),
+    ("32 templates", |o| secret(o)["template"] = map(32, "x"), None),
+    ("33 templates", |o| secret(o)["template"] = map(33, "x"), Some("spec.tokens[0].secret.template")),
+    ("a template of 16384 characters", |o| template(o, "a", &"ü".repeat(16_384)), None),
+    ("a template of 16385", |o| template(o, "a", &"x".repeat(16_385)), Some("spec.tokens[0].secret.template")),
+    ("16 placeholders", |o| template(o, "a", &"{{ token }}".repeat(16)), None),
+    ("17 placeholders", |o| template(o, "a", &"{{ token }}".repeat(17)), Some("spec.tokens[0].secret.template")),
 ];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn service_users() {
     let world = World::new("schema").await;
-    let full = |mut spec: Value| {
-        for (key, value) in [
-            ("instanceRef", json!({"name": world.instance})),
-            ("keySecretRef", json!({"name": "good-key"})),
-        ] {
-            if spec.get(key).is_none() {
-                spec[key] = value;
-            }
-        }
-        spec
+    let mut spec = one_token("good-token");
+    spec["instanceRef"] = json!({"name": "main"});
+    spec["keySecretRef"] = json!({"name": "key"});
+    let good = json!({
+        "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser",
+        "metadata": {"name": "good"}, "spec": spec,
+    });
+    let check = |object: &Value| {
+        let user: ZitadelServiceUser = serde_json::from_value(object.clone()).expect("a service user");
+        validate::service_user(user.metadata.name.as_deref().expect("a name"), &user.spec).err()
     };
-    for (name, change, refused) in SERVICE_USERS {
-        let mut spec = full(one_token("good-token"));
-        change(&mut spec);
-        let here = read::<ZitadelServiceUserSpec>(&spec)
-            .and_then(|s| validate::service_user("good", &s).map_err(|v| v.to_string()));
-        judge(name, world.service_user("good", spec).await.map(drop), here, *refused);
-    }
-    let long = "n".repeat(64);
-    let spec = read::<ZitadelServiceUserSpec>(&full(one_token("t"))).expect("a spec");
-    let here = validate::service_user(&long, &spec).map_err(|v| v.to_string());
-    let there = world.service_user(&long, one_token("t")).await.map(drop);
-    judge("a long name", there, here, Some("at most 63 characters"));
+    let resource = ApiResource::erase::<ZitadelServiceUser>(&());
+    let api = Api::namespaced_with(world.client.clone(), &world.name, &resource);
+    judge(&api, &good, USERS, check).await;
+    judge(&api, &good, SECRETS, check).await;
 }
+
+/// An instance with this issuer and nothing else that counts.
+fn issuer(object: &mut Value, issuer: &str) {
+    object["spec"]["issuer"] = json!(issuer);
+}
+
+fn connection(object: &mut Value, field: &str, value: Value) {
+    object["spec"]["connection"][field] = value;
+}
+
+#[rustfmt::skip]
+const INSTANCES: &[Case] = &[
+    ("the good one", |_| {}, None),
+    ("a name of 64", |o| o["metadata"]["name"] = json!("n".repeat(64)), Some("metadata.name")),
+    ("https", |o| *spec(o) = json!({"issuer": "https://auth.example.com"}), None),
+    ("a port", |o| issuer(o, "https://auth.example.com:65535"), None),
+    ("a port too high", |o| issuer(o, "https://auth.example.com:65536"), Some("spec.issuer")),
+    ("a port of six digits", |o| issuer(o, "https://auth.example.com:100000"), Some("spec.issuer")),
+    ("a port of 0", |o| issuer(o, "https://auth.example.com:0"), Some("spec.issuer")),
+    ("a port of nothing", |o| issuer(o, "https://auth.example.com:"), Some("spec.issuer")),
+    ("the scheme's own port", |o| issuer(o, "https://auth.example.com:443"), Some("own port")),
+    ("http's own port", |o| issuer(o, "http://localhost:80"), Some("own port")),
+    ("the other scheme's port", |o| issuer(o, "https://auth.example.com:80"), None),
+    ("a trailing slash", |o| issuer(o, "https://auth.example.com/"), Some("spec.issuer")),
+    ("an upper-case host", |o| issuer(o, "https://Auth.example.com"), Some("spec.issuer")),
+    ("a path", |o| issuer(o, "https://auth.example.com/x"), Some("spec.issuer")),
+    ("a query", |o| issuer(o, "https://auth.example.com?x=y"), Some("spec.issuer")),
+    ("userinfo", |o| issuer(o, "https://a@auth.example.com"), Some("spec.issuer")),
+    ("another scheme", |o| issuer(o, "ftp://auth.example.com"), Some("spec.issuer")),
+    ("no scheme", |o| issuer(o, "auth.example.com"), Some("spec.issuer")),
+    ("no host", |o| issuer(o, "https://"), Some("spec.issuer")),
+    ("two dots", |o| issuer(o, "https://auth..example.com"), Some("spec.issuer")),
+    ("a line break", |o| issuer(o, "https://auth.example.com\n"), Some("spec.issuer")),
+    ("an issuer of 254", |o| issuer(o, &format!("https://{}", "n".repeat(246))), Some("spec.issuer")),
+
+    ("http without leave", |o| spec(o)["connection"] = json!({}), Some("allowInsecureHttp")),
+    ("http forbidden", |o| connection(o, "allowInsecureHttp", json!(false)), Some("allowInsecureHttp")),
+    ("http to another machine", |o| issuer(o, "http://auth.example.com"), Some("spec.issuer: http:// goes only to loopback")),
+    ("http to another address", |o| issuer(o, "http://10.0.0.1"), Some("spec.issuer: http:// goes only to loopback")),
+    ("http to what looks like loopback", |o| issuer(o, "http://127.0.0.1.example.com"), Some("spec.issuer: http:// goes only to loopback")),
+    ("http to no loopback", |o| issuer(o, "http://127.0.0.256"), Some("spec.issuer: http:// goes only to loopback")),
+    ("http to what looks like a service", |o| issuer(o, "http://a.svc.example.com"), Some("spec.issuer: http:// goes only to loopback")),
+    ("http to localhost", |o| issuer(o, "http://localhost:8080"), None),
+    ("http to loopback", |o| issuer(o, "http://127.1.2.255"), None),
+    ("http to a service", |o| issuer(o, "http://zitadel.zitadel.svc:8080"), None),
+    ("http to a service by its long name", |o| issuer(o, "http://zitadel.zitadel.svc.cluster.local"), None),
+    ("an endpoint", |o| connection(o, "endpoint", json!("https://zitadel.zitadel.svc:443")), None),
+    ("an endpoint with a path", |o| connection(o, "endpoint", json!("https://zitadel.zitadel.svc/x")), Some("spec.connection.endpoint")),
+    ("an endpoint with a port too high", |o| connection(o, "endpoint", json!("https://zitadel.zitadel.svc:65536")), Some("spec.connection.endpoint")),
+    ("an endpoint without leave", |o| *spec(o) = json!({"issuer": "https://auth.example.com", "connection": {"endpoint": "http://zitadel.zitadel.svc"}}), Some("spec.connection.endpoint: http:// needs")),
+    ("an endpoint with leave", |o| connection(o, "endpoint", json!("http://zitadel.zitadel.svc")), None),
+    ("an endpoint far away", |o| connection(o, "endpoint", json!("http://auth.example.com")), Some("spec.connection.endpoint: http:// goes only to loopback")),
+    ("an endpoint of null", |o| connection(o, "endpoint", Value::Null), None),
+
+    ("a timeout", |o| connection(o, "timeout", json!("1m")), None),
+    ("the shortest timeout", |o| connection(o, "timeout", json!("1s")), None),
+    ("a timeout of null", |o| connection(o, "timeout", Value::Null), None),
+    ("too short a timeout", |o| connection(o, "timeout", json!("999ms")), Some("spec.connection.timeout")),
+    ("too long a timeout", |o| connection(o, "timeout", json!("1m1s")), Some("spec.connection.timeout")),
+    ("no timeout", |o| connection(o, "timeout", json!("10")), Some("spec.connection.timeout")),
+    ("a rate of zero", |o| connection(o, "requestsPerSecond", json!(0)), Some("spec.connection.requestsPerSecond")),
+    ("a rate of 1001", |o| connection(o, "requestsPerSecond", json!(1001)), Some("spec.connection.requestsPerSecond")),
+    ("a burst of zero", |o| connection(o, "burst", json!(0)), Some("spec.connection.burst")),
+    ("a burst of 10001", |o| connection(o, "burst", json!(10_001)), Some("spec.connection.burst")),
+    ("no requests at once", |o| connection(o, "maxConcurrentRequests", json!(0)), Some("spec.connection.maxConcurrentRequests")),
+    ("65 at once", |o| connection(o, "maxConcurrentRequests", json!(65)), Some("spec.connection.maxConcurrentRequests")),
+    ("the highest limits", |o| spec(o)["connection"] = json!({"allowInsecureHttp": true, "requestsPerSecond": 1000, "burst": 10000, "maxConcurrentRequests": 64}), None),
+    ("a pinned id", |o| spec(o)["zitadelProjectId"] = json!("69234237810729019"), None),
+    ("an odd pinned id", |o| spec(o)["zitadelProjectId"] = json!("1 2"), Some("spec.zitadelProjectId")),
+    ("a pinned id of 65", |o| spec(o)["zitadelProjectId"] = json!("1".repeat(65)), Some("spec.zitadelProjectId")),
+
+    ("128 rules", |o| spec(o)["access"] = json!(vec![json!({"namespaceSelector": {}}); 128]), None),
+    ("129 rules", |o| spec(o)["access"] = json!(vec![json!({"namespaceSelector": {}}); 129]), Some("spec.access")),
+    ("the alias as a project", |o| spec(o)["access"][0]["projectIds"] = json!(["zitadel"]), Some("zitadelApi: true")),
+    ("256 projects", |o| spec(o)["access"][0]["projectIds"] = many(256), None),
+    ("257 projects", |o| spec(o)["access"][0]["projectIds"] = many(257), Some("spec.access[0].projectIds")),
+    ("a half wildcard", |o| spec(o)["access"][0]["projectIds"] = json!(["69*"]), Some("spec.access[0].projectIds")),
+    ("an id of 65", |o| spec(o)["access"][0]["projectIds"] = json!(["1".repeat(65)]), Some("spec.access[0].projectIds")),
+    ("every namespace", |o| selects(o, json!({})), None),
+    ("requirements", |o| selects(o, json!({"matchExpressions": [
+        {"key": "a", "operator": "In", "values": ["b"]}, {"key": "a", "operator": "NotIn", "values": ["c"]},
+        {"key": "a", "operator": "Exists"}, {"key": "d", "operator": "DoesNotExist", "values": []}]})), None),
+    ("a requirement of no kind", |o| requires(o, &json!({"key": "a", "operator": "Like", "values": ["b"]})), Some("spec.access[0].namespaceSelector")),
+    ("not in nothing", |o| requires(o, &json!({"key": "a", "operator": "NotIn"})), Some("spec.access[0].namespaceSelector")),
+    ("in nothing", |o| requires(o, &json!({"key": "a", "operator": "In", "values": []})), Some("spec.access[0].namespaceSelector")),
+    ("exists with values", |o| requires(o, &json!({"key": "a", "operator": "Exists", "values": ["b"]})), Some("spec.access[0].namespaceSelector")),
+    ("64 values", |o| requires(o, &json!({"key": "a", "operator": "In", "values": many(64)})), None),
+    ("65 values", |o| requires(o, &json!({"key": "a", "operator": "In", "values": many(65)})), Some("spec.access[0].namespaceSelector")),
+    ("17 requirements", |o| selects(o, json!({"matchExpressions": vec![json!({"key": "a", "operator": "Exists"}); 17]})), Some("spec.access[0].namespaceSelector")),
+    ("a value of 64", |o| selects(o, json!({"matchLabels": {"a": "v".repeat(64)}})), Some("spec.access[0].namespaceSelector")),
+    ("a key of 318", |o| selects(o, json!({"matchLabels": entry(&"k".repeat(318), "v")})), Some("spec.access[0].namespaceSelector")),
+    ("17 labels", |o| selects(o, json!({"matchLabels": map(17, "v")})), Some("spec.access[0].namespaceSelector")),
+];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn instances() {
     let world = World::new("instance-schema").await;
-    for (name, change, refused) in INSTANCES {
-        let mut spec = world.instance_spec();
-        change(&mut spec);
-        let here =
-            read::<ZitadelInstanceSpec>(&spec).and_then(|s| validate::instance("good", &s).map_err(|v| v.to_string()));
-        judge(name, world.apply_instance(spec).await.map(drop), here, *refused);
-    }
-    let mut other = world.instance_spec();
-    other["issuer"] = json!("https://other.example.com");
-    // What changes cannot be seen in one object: the schema's alone.
-    let there = world.apply_instance(other).await.map(drop);
-    judge("another issuer", there, Err("immutable".into()), Some("immutable"));
-    for (index, (name, change, refused)) in ISSUERS.iter().enumerate() {
-        let beside = World::beside(&world, &index.to_string())
-            .await
-            .with_instance(&format!("{}-{index}", world.instance));
-        let mut spec = world.instance_spec();
-        change(&mut spec);
-        let here =
-            read::<ZitadelInstanceSpec>(&spec).and_then(|s| validate::instance("good", &s).map_err(|v| v.to_string()));
-        judge(name, beside.apply_instance(spec).await.map(drop), here, *refused);
-    }
-}
-
-/// What does not fit the types never reaches the operator's check: it is refused where it is read.
-fn read<T: serde::de::DeserializeOwned>(spec: &Value) -> Result<T, String> {
-    serde_json::from_value(spec.clone()).map_err(|error| error.to_string())
-}
-
-/// Both accept, or both refuse and say what.
-fn judge(name: &str, there: kube::Result<()>, here: Result<(), String>, refused: Option<&str>) {
-    let there = there.map_err(|error| match error {
-        kube::Error::Api(status) => status.message.clone(),
-        error => panic!("{name}: {error}"),
+    let good = json!({
+        "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance",
+        "metadata": {"name": "good"}, "spec": world.instance_spec(),
     });
-    for (who, got) in [("the API server", there), ("the operator", here)] {
-        match (got, refused) {
-            (Ok(()), None) => {}
-            (Ok(()), Some(_)) => panic!("{name}: {who} accepts it"),
-            (Err(message), None) => panic!("{name}: {who} refuses it: {message}"),
-            (Err(message), Some(word)) => assert!(message.contains(word), "{name}: {who} says: {message}"),
+    let check = |object: &Value| {
+        let instance: ZitadelInstance = serde_json::from_value(object.clone()).expect("an instance");
+        validate::instance(instance.metadata.name.as_deref().expect("a name"), &instance.spec).err()
+    };
+    let resource = ApiResource::erase::<ZitadelInstance>(&());
+    let api = Api::all_with(Client::clone(&world.client), &resource);
+    judge(&api, &good, INSTANCES, check).await;
+
+    // What only the API server can see: what was there before, and what does not fit the types.
+    world.instance().await;
+    let refused: [Refused; 2] = [
+        (|s| s["issuer"] = json!("https://other.example.com"), "immutable"),
+        (|s| s["access"] = json!([{"projectIds": ["1"]}]), "namespaceSelector"),
+    ];
+    for (change, sentence) in refused {
+        let mut spec = world.instance_spec();
+        change(&mut spec);
+        match world.apply_instance(spec).await {
+            Err(kube::Error::Api(status)) => assert!(status.message.contains(sentence), "{}", status.message),
+            other => panic!("{sentence}: {other:?}"),
         }
     }
 }
 
+/// Visits each schema of a CRD with the path to it.
+fn schemas(at: &str, value: &Value, visit: &mut impl FnMut(&str, &serde_json::Map<String, Value>)) {
+    match value {
+        Value::Object(map) => {
+            visit(at, map);
+            for (key, value) in map {
+                schemas(&format!("{at}.{key}"), value, visit);
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|value| schemas(at, value, visit)),
+        _ => {}
+    }
+}
+
 #[test]
-fn the_schema_has_no_defaults_but_one_and_no_formats_that_the_api_server_does_not_know() {
-    let crds = serde_json::to_string(&zitadel_tokens::api::crds()).expect("JSON");
-    assert!(!crds.contains("uint"));
-    // Defaults would show as drift in GitOps tools (eso#6798); the status needs its one (decision K9).
-    assert_eq!(crds.matches("\"default\"").count(), 2);
-    assert_eq!(crds.matches(r#""default":{"observedGeneration":-1}"#).count(), 2);
-    assert!(
-        !crds.contains("reference/") && !crds.contains("design §"),
-        "users cannot look up our notes"
-    );
+fn the_schema_keeps_the_rules_of_the_house() {
+    for crd in crds() {
+        let schema = serde_json::to_value(&crd.spec.versions[0].schema).expect("JSON");
+        let mut wrong = Vec::new();
+        schemas("", &schema, &mut |at, map| {
+            let text = |key: &str| map.get(key).and_then(Value::as_str).unwrap_or_default();
+            // The API server warns of formats that it does not know.
+            if text("format").starts_with("uint") {
+                wrong.push(format!("{at} has the format {}", text("format")));
+            }
+            // A default in the spec is drift to tools that compare what was applied with what is stored.
+            let in_spec = at.contains(".properties.spec.properties.");
+            if in_spec && map.contains_key("default") {
+                wrong.push(format!("{at} has a default"));
+            }
+            // What users read names nothing that is not in the repository.
+            for internal in ["reference/", "design §", "decision K", ".md §"] {
+                if text("description").contains(internal) {
+                    wrong.push(format!("{at} mentions {internal}"));
+                }
+            }
+            let bounded = match text("type") {
+                "array" => map.contains_key("maxItems"),
+                "string" => ["maxLength", "enum"].iter().any(|bound| map.contains_key(*bound)),
+                "object" if map.contains_key("additionalProperties") => map.contains_key("maxProperties"),
+                _ => true,
+            };
+            if in_spec && !bounded {
+                wrong.push(format!("{at} has no bound"));
+            }
+        });
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        let status = schema.pointer("/openAPIV3Schema/properties/status/default");
+        assert_eq!(status, Some(&json!({"observedGeneration": -1})));
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::domain::answer::Format;
-use crate::domain::fixtures::{DUE, FRESH, LIFETIME, at, edit, existing, filled, service_key, user};
+use crate::domain::fixtures::{DUE, FRESH, LIFETIME, at, edit, existing, filled, service_key, token, user};
 use crate::domain::plan::{Step, plan};
 
 use Reason::{
@@ -328,6 +328,26 @@ fn what_is_known_of_the_key() {
         let status = look(&mut facts, 1, &outcomes).status;
         let key = condition(&status, "KeyValid").expect("KeyValid");
         assert_eq!(format!("{}/{}", key.status, key.reason), *expected);
+    }
+}
+
+#[test]
+fn a_broken_rule_is_told_with_its_field() {
+    let mut facts = filled(&["a", "b"]);
+    token(&mut facts, 1).organization_id = Some("1:x".into());
+    let refused = [
+        outcome(&facts, 0, Issued, LIFETIME),
+        outcome(&facts, 1, Reason::InvalidSpec, NONE),
+    ];
+    let told = look(&mut facts, 1, &refused);
+    let ready = condition(&told.status, "Ready").expect("Ready");
+    let note = told.events.iter().find(|n| n.warning).expect("a warning");
+    for text in [&ready.message, &note.text] {
+        assert!(text.contains("spec.tokens[1].organizationId: 1 to 64 of"), "{text}");
+        assert!(
+            text.contains(Reason::InvalidSpec.mend()) && !text.contains("1:x"),
+            "{text}"
+        );
     }
 }
 
