@@ -311,6 +311,21 @@ const INSTANCES: &[Case] = &[
     ("too short a timeout", |o| connection(o, "timeout", json!("999ms")), Some("spec.connection.timeout")),
     ("too long a timeout", |o| connection(o, "timeout", json!("1m1s")), Some("spec.connection.timeout")),
     ("no timeout", |o| connection(o, "timeout", json!("10")), Some("spec.connection.timeout")),
+    ("a proxy", |o| connection(o, "proxy", json!("http://proxy.example.com:3128")), None),
+    ("no proxy", |o| connection(o, "proxy", json!("proxy:3128")), Some("spec.connection.proxy")),
+    ("a name for the certificate", |o| connection(o, "tlsServerName", json!("zitadel.example.com")), None),
+    ("no name for the certificate", |o| connection(o, "tlsServerName", json!("a b")), Some("spec.connection.tlsServerName")),
+    ("a proxy and a name for the certificate", |o| {
+        connection(o, "proxy", json!("https://proxy.example.com"));
+        connection(o, "tlsServerName", json!("zitadel.example.com"));
+    }, Some("spec.connection.tlsServerName")),
+    ("a CA", |o| connection(o, "caConfigMapRef", json!({"name": "ca"})), None),
+    ("no CA entry", |o| connection(o, "caConfigMapRef", json!({"name": "ca", "key": "a/b"})), Some("spec.connection.caConfigMapRef.key")),
+    ("no CA Secret", |o| connection(o, "caSecretRef", json!({"name": "C A"})), Some("spec.connection.caSecretRef.name")),
+    ("two CAs", |o| {
+        connection(o, "caBundle", json!("x"));
+        connection(o, "caSecretRef", json!({"name": "ca"}));
+    }, Some("caBundle, caConfigMapRef and caSecretRef")),
     ("a rate of zero", |o| connection(o, "requestsPerSecond", json!(0)), Some("spec.connection.requestsPerSecond")),
     ("a rate of 1001", |o| connection(o, "requestsPerSecond", json!(1001)), Some("spec.connection.requestsPerSecond")),
     ("a burst of zero", |o| connection(o, "burst", json!(0)), Some("spec.connection.burst")),
