@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
-use crate::controller::service_user::{ForcedMints, UnwrittenTokens};
+use crate::controller::service_user::{Forced, UnwrittenTokens};
 use crate::controller::triggers::{Cache, Triggers};
 use crate::controller::write::Writer;
 use crate::controller::{Context, instance, service_user};
@@ -110,7 +110,7 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         instances: instances.clone(),
         users: users.clone(),
         unwritten: UnwrittenTokens::default(),
-        forced: ForcedMints::default(),
+        forced: Forced::default(),
         metrics,
         operator_namespace: arguments.namespace,
         serves_some_instances_only: !arguments.instance_selector.is_empty(),

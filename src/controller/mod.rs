@@ -15,7 +15,7 @@ use kube::Client;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
-use crate::controller::service_user::{ForcedMints, UnwrittenTokens};
+use crate::controller::service_user::{Forced, UnwrittenTokens};
 use crate::controller::triggers::Cache;
 use crate::controller::write::Writer;
 
@@ -35,8 +35,8 @@ pub struct Context {
     pub users: Arc<Queue>,
     /// Tokens that wait for their write.
     pub unwritten: UnwrittenTokens,
-    /// Mints that somebody forced.
-    pub forced: ForcedMints,
+    /// Mints and repairs that somebody forced.
+    pub forced: Forced,
     /// Counters.
     pub metrics: Metrics,
     /// The namespace that the operator runs in, if it runs in one.

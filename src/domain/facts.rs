@@ -44,7 +44,7 @@ impl std::fmt::Display for ObjectRef {
     }
 }
 
-/// Mints that somebody forced are counted over this time.
+/// Mints and repairs that somebody forced are counted over this time.
 pub const CONTEST_WINDOW: SignedDuration = SignedDuration::from_mins(10);
 
 /// Everything that decides about one service user.
@@ -70,8 +70,11 @@ pub struct Facts {
     pub leftovers: Vec<SecretRef>,
     /// Tokens that failed a moment ago.
     pub held_back: HeldBack,
-    /// How often each token was minted within [`CONTEST_WINDOW`] before it was due, by name.
-    pub forced_mints: BTreeMap<String, usize>,
+    /// How often each token was minted before it was due, or its Secret repaired, within [`CONTEST_WINDOW`], by name.
+    pub forced: BTreeMap<String, usize>,
+    /// Inputs and renew time of the last mint of each token in this process, by name: by these a Secret that somebody
+    /// put back is recognised.
+    pub last_mints: BTreeMap<String, (String, Timestamp)>,
 }
 
 /// A token that waits for its write (decision K3).

@@ -90,7 +90,8 @@ pub fn facts(tokens: &[&str]) -> Facts {
         unwritten: BTreeMap::new(),
         leftovers: Vec::new(),
         held_back: BTreeMap::new(),
-        forced_mints: BTreeMap::new(),
+        forced: BTreeMap::new(),
+        last_mints: BTreeMap::new(),
     }
 }
 

@@ -55,8 +55,9 @@ pub struct MintRequest {
     pub try_write_first: bool,
 }
 
-/// More forced mints of a token within the window than this, the first one not counted, and somebody fights us.
-const FORCED_MINTS: usize = 3;
+/// More forced mints and repairs of a token within the window than this, the first mint not counted, and somebody
+/// fights us.
+const FORCED: usize = 3;
 
 /// Decides. Level-based: the same facts give the same plan, whatever happened before.
 #[must_use]
@@ -132,9 +133,10 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     if admitted.key.expires.is_some_and(|expires| expires <= now) {
         return Step::Refuse(Reason::KeyExpired, fallback);
     }
-    let forced = is_forced(admitted.existing, fallback, &inputs, now);
-    let so_far = facts.forced_mints.get(&token.name).copied().unwrap_or(0);
-    if forced && so_far > FORCED_MINTS {
+    let last = facts.last_mints.get(&token.name);
+    let early = last.is_some_and(|(of, renew)| *of == inputs && *renew > now);
+    let forced = early || is_forced(admitted.existing, fallback, &inputs, now);
+    if forced && is_contested(facts, token) {
         return Step::Refuse(Reason::SecretContested, fallback);
     }
     Step::Mint(Box::new(MintRequest {
@@ -145,6 +147,11 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         forced,
         try_write_first: facts.unwritten.contains_key(&token.name),
     }))
+}
+
+/// Whether somebody fights us over the token's Secret.
+fn is_contested(facts: &Facts, token: &Token) -> bool {
+    facts.forced.get(&token.name).copied().unwrap_or(0) > FORCED
 }
 
 /// Whether a mint is forced from outside, and not due and not of other inputs.
@@ -221,9 +228,11 @@ fn keep_or_write(
     let mut wanted = record.clone();
     shape.clone_into(&mut wanted.shape);
     let wanted = wanted.sealed(value);
-    let draft = secret::draft(facts, token, issuer, &value.into(), &wanted);
+    let mut draft = secret::draft(facts, token, issuer, &value.into(), &wanted);
+    draft.repair = record.shape == shape;
     match facts.secrets.get(&token.secret.name) {
         Some(existing) if !existing.differs_from(&draft) => Step::Keep(held),
+        _ if draft.repair && is_contested(facts, token) => Step::Refuse(Reason::SecretContested, Some(held)),
         _ => Step::Write(Box::new(draft), held, Some(held)),
     }
 }

@@ -92,6 +92,8 @@ pub struct SecretDraft {
     pub data: BTreeMap<String, SecretString>,
     /// What must be there.
     pub seen: Seen,
+    /// It undoes what somebody did: the spec asks for nothing new.
+    pub repair: bool,
 }
 
 impl Existing {
@@ -164,6 +166,7 @@ pub fn shape(facts: &Facts, token: &Token, issuer: &str) -> String {
         secret.labels,
         secret.annotations,
         secret.template,
+        secret.deletion_policy,
         issuer,
         audience(token)
     ]);
@@ -267,6 +270,7 @@ pub fn draft(facts: &Facts, token: &Token, issuer: &str, value: &SecretString, r
             .secrets
             .get(&token.secret.name)
             .map_or(Seen::Absent, Existing::seen),
+        repair: false,
     }
 }
 

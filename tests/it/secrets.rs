@@ -201,3 +201,67 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
     world.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
+    let world = World::new("fight").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.simple("label", json!({"tokenType": "JWT"})).await;
+    world.token("label-token").await;
+    let ours = "zitadel-tokens.dev/service-user";
+    for _ in 0..3 {
+        world
+            .edit_secret("label-token", json!({"metadata": {"labels": {ours: "theirs"}}}))
+            .await;
+        let repaired = |s: &Secret| s.metadata.labels.as_ref().is_some_and(|l| l[ours] == "label");
+        until(world.secrets(), "label-token", SOON, repaired).await;
+    }
+    world
+        .edit_secret("label-token", json!({"metadata": {"labels": {ours: "theirs"}}}))
+        .await;
+    // The token in it is good all the same.
+    world.ready("label", "True", "SecretContested").await;
+    assert_eq!(world.issuer.mints().await, 1);
+
+    // Somebody puts an expired token back, record and all, as a backup or a sync tool would.
+    world
+        .simple("old", json!({"tokenType": "JWT", "lifetimeSeconds": 7}))
+        .await;
+    world.token("old-token").await;
+    let backup = world.secrets().get("old-token").await.expect("there");
+    let stale = crate::support::world::data(&backup)["expires_at"].clone();
+    let user = world
+        .users()
+        .get("old")
+        .await
+        .expect("there")
+        .status
+        .expect("a status")
+        .user_id
+        .expect("an id");
+    world.issuer.change_user(&user, json!({"lifetimeSeconds": 3600})).await;
+    world.secret_until("old-token", |d| d["expires_at"] != stale).await;
+    let put_back = json!({"data": backup.data, "metadata": {"annotations": backup.metadata.annotations}});
+    let deadline = std::time::Instant::now() + SOON;
+    loop {
+        let reason = world
+            .users()
+            .get("old")
+            .await
+            .expect("there")
+            .status
+            .and_then(|s| s.tokens[0].reason.clone());
+        if reason.as_deref() == Some("SecretContested") {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "they fight for ever: {reason:?}");
+        world.edit_secret("old-token", put_back.clone()).await;
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    }
+    assert!(
+        world.issuer.mints().await <= 1 + 2 + 5,
+        "{} mints",
+        world.issuer.mints().await
+    );
+}

@@ -100,9 +100,6 @@ async fn carry_out(ctx: &Context, id: &ObjectRef, facts: &Facts, token: &Token, 
         Step::Mint(request) => match mint(ctx, facts, token, &request).await {
             Ok(minted) => {
                 ctx.metrics.minted(Reason::Issued.name());
-                if request.forced {
-                    ctx.forced.note(id, &token.name, Timestamp::now());
-                }
                 write_minted(ctx, id, facts, token, *request, minted).await
             }
             Err((reason, not_before)) => {
@@ -212,8 +209,8 @@ async fn write_minted(
     let issuer = facts.instance.as_deref().map_or("", |i| i.spec.issuer.as_str());
     let record = secret::record(
         facts,
-        request.inputs,
-        request.shape,
+        request.inputs.clone(),
+        request.shape.clone(),
         minted.issued,
         minted.expires,
         &minted.token,
@@ -223,6 +220,8 @@ async fn write_minted(
         schedule: facts.schedule(token, minted.issued, minted.expires),
         format: Format::of(minted.token.expose_secret()),
     };
+    ctx.forced
+        .minted(id, &token.name, &request, held.schedule.renew, Timestamp::now());
     // Kept before the write, so that a pass that is cut off there does not lose it.
     ctx.unwritten.keep(id, &token.name, Unwritten { minted, record });
     write(ctx, id, token, &draft, held, request.fallback).await
@@ -243,6 +242,9 @@ async fn write(
     match ctx.writer.apply_secret(draft).await {
         Ok(version) => {
             ctx.unwritten.drop_token(id, &token.name);
+            if draft.repair {
+                ctx.forced.repaired(id, &token.name, Timestamp::now());
+            }
             (Ended::with(Reason::Issued, Some(held)), Some(version))
         }
         Err(error) => {

@@ -1,7 +1,7 @@
 //! Gathers the facts about one service user. The only place that reads Secrets; a key is read per use and never kept.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{try_join, try_join_all};
@@ -14,6 +14,7 @@ use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
 use crate::domain::facts::{CONTEST_WINDOW, Facts, HeldBack, ObjectRef, Unwritten};
 use crate::domain::key::{self, ServiceKey};
+use crate::domain::plan::MintRequest;
 use crate::domain::reason::Reason;
 
 /// Longest time of one read.
@@ -60,32 +61,67 @@ impl UnwrittenTokens {
     }
 }
 
-/// When tokens were minted because somebody forced it, by object and token name.
+/// What somebody forced: mints before they were due, and repairs; by object and token name.
 #[derive(Default)]
-pub struct ForcedMints(Mutex<HashMap<ObjectRef, Vec<(String, Timestamp)>>>);
+pub struct Forced(Mutex<ForcedState>);
 
-impl ForcedMints {
-    /// Notes one, and forgets all that are past.
-    pub fn note(&self, id: &ObjectRef, token: &str, now: Timestamp) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|_, mints| {
-            mints.retain(|(_, at)| *at + CONTEST_WINDOW > now);
-            !mints.is_empty()
-        });
-        all.entry(id.clone()).or_default().push((token.to_owned(), now));
+#[derive(Default)]
+struct ForcedState {
+    times: HashMap<ObjectRef, Vec<(String, Timestamp)>>,
+    /// Inputs and renew time of the last mint of each token.
+    last: HashMap<ObjectRef, BTreeMap<String, (String, Timestamp)>>,
+}
+
+impl Forced {
+    /// Notes a repair.
+    pub fn repaired(&self, id: &ObjectRef, token: &str, now: Timestamp) {
+        self.lock().note(id, token, now);
+    }
+
+    /// Notes a mint.
+    pub fn minted(&self, id: &ObjectRef, token: &str, request: &MintRequest, renew: Timestamp, now: Timestamp) {
+        let mut state = self.lock();
+        let this = (request.inputs.clone(), renew);
+        state.last.entry(id.clone()).or_default().insert(token.to_owned(), this);
+        if request.forced {
+            state.note(id, token, now);
+        }
+    }
+
+    /// Forgets an object.
+    pub fn drop_object(&self, id: &ObjectRef) {
+        let mut state = self.lock();
+        state.last.remove(id);
+        state.times.remove(id);
     }
 
     fn counts(&self, id: &ObjectRef, now: Timestamp) -> BTreeMap<String, usize> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let recent = all
-            .get(id)
-            .into_iter()
-            .flatten()
-            .filter(|(_, at)| *at + CONTEST_WINDOW > now);
+        let state = self.lock();
+        let times = state.times.get(id).into_iter().flatten();
+        let recent = times.filter(|(_, at)| *at + CONTEST_WINDOW > now);
         recent.fold(BTreeMap::new(), |mut counts, (token, _)| {
             *counts.entry(token.clone()).or_default() += 1;
             counts
         })
+    }
+
+    fn last_mints(&self, id: &ObjectRef) -> BTreeMap<String, (String, Timestamp)> {
+        self.lock().last.get(id).cloned().unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ForcedState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ForcedState {
+    /// Notes one, and forgets all that are past.
+    fn note(&mut self, id: &ObjectRef, token: &str, now: Timestamp) {
+        self.times.retain(|_, times| {
+            times.retain(|(_, at)| *at + CONTEST_WINDOW > now);
+            !times.is_empty()
+        });
+        self.times.entry(id.clone()).or_default().push((token.to_owned(), now));
     }
 }
 
@@ -94,6 +130,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
     let user = ctx.cache.user(id).filter(|u| u.metadata.deletion_timestamp.is_none());
     let Some(user) = user else {
         ctx.unwritten.drop_object(id);
+        ctx.forced.drop_object(id);
         return Ok(None);
     };
     let instance = ctx.cache.instance(&user.spec.instance_ref.name);
@@ -123,7 +160,8 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         unwritten: ctx.unwritten.of(id, &user, Timestamp::now()),
         leftovers: ctx.cache.leftovers(&user),
         held_back,
-        forced_mints: ctx.forced.counts(id, Timestamp::now()),
+        forced: ctx.forced.counts(id, Timestamp::now()),
+        last_mints: ctx.forced.last_mints(id),
         user,
     }))
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 
-pub use gather::{ForcedMints, UnwrittenTokens};
+pub use gather::{Forced, UnwrittenTokens};
 
 use crate::controller::Context;
 use crate::controller::queue::Done;

@@ -598,6 +598,12 @@ fn two_writers_of_one_secret_are_refused_whatever_the_schema_let_through() {
     assert_eq!(told(&plan(&facts, at(1)).steps[0]), "InvalidSpec");
 }
 
+/// This process minted the token last, of the same inputs, and it is to be renewed then.
+fn minted_by_us(facts: &mut Facts, renew: i64) {
+    let inputs = existing(facts, 0).record().expect("a record").inputs;
+    facts.last_mints.insert("invoices".into(), (inputs, at(renew)));
+}
+
 #[test]
 fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spec_have_none() {
     /// What somebody did, when it is seen, and whether that is a forced mint.
@@ -616,14 +622,17 @@ fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spe
         ("due and asked for", |f| ask(f, Some("a")), DUE, false),
         ("expired", |_| {}, LIFETIME, false),
         ("other inputs", |f| token(f, 0).project_roles = Some(true), 1, false),
+        ("an old one put back", |f| minted_by_us(f, LIFETIME + 9), LIFETIME, true),
+        ("due after a mint of ours", |f| minted_by_us(f, DUE), DUE, false),
+        ("other inputs after a mint of ours", |f| { token(f, 0).project_roles = Some(true); f.last_mints.insert("invoices".into(), ("others".into(), at(DUE))); }, 1, false),
     ];
     for (name, change, seconds, is_forced) in rows {
         let mut facts = one();
         change(&mut facts);
         assert_eq!(forced(&facts, *seconds), Some(*is_forced), "{name}");
-        facts.forced_mints.insert("invoices".into(), 3);
+        facts.forced.insert("invoices".into(), 3);
         assert_eq!(forced(&facts, *seconds), Some(*is_forced), "{name}: the third");
-        facts.forced_mints.insert("invoices".into(), 4);
+        facts.forced.insert("invoices".into(), 4);
         assert_eq!(
             forced(&facts, *seconds),
             (!is_forced).then_some(false),
@@ -639,7 +648,8 @@ fn a_secret_that_is_to_outlive_its_object_has_no_owner_and_is_known_by_its_recor
     let Step::Write(draft, ..) = plan(&facts, at(1)).steps.swap_remove(0) else {
         panic!("no write");
     };
-    assert!(draft.retained);
+    assert!(draft.retained && !draft.repair);
+    existing(&mut facts, 0).annotations = draft.annotations;
     existing(&mut facts, 0).controller = None;
     assert_eq!(told(&plan(&facts, at(1)).steps[0]), "keep");
     // Made again under the same name it is another object, to which the Secret does not belong.
