@@ -34,6 +34,7 @@ lint: ## Format, clippy, licences, generated files
 	cd tests/testbed/issuer && go vet ./...
 	cd tests/testbed/cluster && go vet .
 	cargo clippy --all-targets -- -D warnings
+	cargo clippy --test soak -- -D warnings # not among all targets, since `cargo test` leaves it out
 	$(MAKE) --no-print-directory deny
 	$(MAKE) --no-print-directory crds docs
 	@git diff --exit-code --stat -- crds docs/reasons.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
