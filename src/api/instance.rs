@@ -234,9 +234,21 @@ pub struct ZitadelInstanceStatus {
     /// The real id of the project behind the `zitadel` audience, once learned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zitadel_project_id: Option<String>,
+
+    /// How far the server's clock is ahead of the operator's, such as `40s`; negative if it is behind. Rounded to five
+    /// seconds, and absent when that is nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_skew: Option<String>,
 }
 
 impl ZitadelInstance {
+    /// Whether its condition `Ready` is `True`.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let conditions = self.status.iter().flat_map(|s| &s.conditions);
+        conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
+    }
+
     /// The connection settings, defaults where none are given.
     #[must_use]
     pub fn connection(&self) -> Connection {

@@ -300,3 +300,12 @@ pub struct TokenStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failing_since: Option<Time>,
 }
+
+impl ZitadelServiceUser {
+    /// Whether the status names a token that fails.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        let tokens = self.status.iter().flat_map(|s| &s.tokens);
+        tokens.into_iter().any(|t| t.failing_since.is_some())
+    }
+}

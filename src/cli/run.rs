@@ -22,7 +22,7 @@ use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::http::Probe;
 use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
-use crate::ops::{http, telemetry};
+use crate::ops::{clock, http, telemetry};
 
 /// A pass may ask for 16 tokens one after another, each of which may take the default timeout; longer than this it
 /// hangs.
@@ -86,18 +86,21 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         all,
         per_instance: (all / 4).max(1),
     };
+    let connections = Arc::new(Connections::default());
     let users = Arc::new(Queue::new(slots, {
-        let cache = cache.clone();
+        let (cache, connections) = (cache.clone(), connections.clone());
         Box::new(move |id| match cache.user(id) {
-            Some(user) => (
-                urgency(&user, Timestamp::now()),
-                user.spec.instance_ref.name.as_str().into(),
-            ),
+            Some(user) => {
+                let instance = user.spec.instance_ref.name.as_str();
+                let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
+                (urgency, instance.into())
+            }
             None => (Urgency::Retry, "".into()),
         })
     }));
+    // All at once: a dead one must not hold up the first look at another, for which its service users wait.
     let few = Slots {
-        all: 8,
+        all: 256,
         per_instance: 1,
     };
     let instances = Arc::new(Queue::new(few, Box::new(|id| (Urgency::Newcomer, id.name.clone()))));
@@ -106,7 +109,7 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         writer: Writer::new(client.clone(), Fence::always_ours()),
         client: client.clone(),
         cache,
-        connections: Connections::default(),
+        connections,
         instances: instances.clone(),
         users: users.clone(),
         unwritten: UnwrittenTokens::default(),
@@ -146,6 +149,10 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
             tracing::info!("watching");
         }
     }
+    let jumps = tokio::spawn({
+        let context = context.clone();
+        async move { clock::watch(|| look_at_all(&context)).await }
+    });
     let (for_users, for_instances) = (context.clone(), context);
     tokio::join!(
         users.work(LONGEST_PASS, shutdown.clone(), move |id, held_back| {
@@ -156,10 +163,23 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         }),
     );
     watches.abort();
+    jumps.abort();
     // A client that keeps its connection open must not keep the process.
     health.abort();
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The clock was set, or the machine slept: timers mean another moment than they did, and how far the servers' clocks are
+/// away is no longer known.
+fn look_at_all(ctx: &Context) {
+    tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
+    for instance in ctx.cache.instances() {
+        ctx.instances.wake(&instance, None);
+    }
+    for user in ctx.cache.users(|_| true) {
+        ctx.users.wake(&user, None);
+    }
 }
 
 /// A client without kube's own retries, which would hold a pass for minutes (reference/kube.md §0, fact 7).

@@ -28,7 +28,7 @@ pub struct Context {
     /// For writes.
     pub writer: Writer,
     /// Connections to ZITADEL.
-    pub connections: Connections,
+    pub connections: Arc<Connections>,
     /// The queue of the instances, to wake one whose state changed.
     pub instances: Arc<Queue>,
     /// The queue of the service users, to wake those that waited for their instance.

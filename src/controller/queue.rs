@@ -60,6 +60,8 @@ struct Entry {
 struct Backoff {
     failures: u32,
     hold: Hold,
+    /// It is tried before the back-off has run, since a good token is about to expire.
+    cut_short: bool,
 }
 
 /// One pass over one object, to be ended by [`Turn::done`]. Dropped without it (a panic, a timeout), it counts as a
@@ -296,14 +298,19 @@ fn hold(failed: Failed, before: &BTreeMap<String, Backoff>, seed: &str, now: Tim
     let backoff = match last {
         Some(last) if failed.held_back => Backoff { ..*last },
         _ => {
-            let failures = last.map_or(0, |b| b.failures).saturating_add(1);
-            let until = now + backoff(failed.reason.retry(), failures, &format!("{seed}/{}", failed.what));
-            let until = failed.not_after.map_or(until, |not_after| until.min(not_after));
+            // The many tries before an expiry are not held against the object after it.
+            let failures = match last {
+                Some(last) if last.cut_short => last.failures,
+                last => last.map_or(0, |b| b.failures).saturating_add(1),
+            };
+            let patient = now + backoff(failed.reason.retry(), failures, &format!("{seed}/{}", failed.what));
+            let until = failed.not_after.map_or(patient, |not_after| patient.min(not_after));
             let until = failed.not_before.map_or(until, |not_before| until.max(not_before));
             let reason = failed.reason;
             Backoff {
                 failures,
                 hold: Hold { reason, until },
+                cut_short: until < patient,
             }
         }
     };
@@ -427,6 +434,25 @@ mod tests {
                 "{wait} for {seconds}"
             );
         }
+        // The tries before an expiry do not lengthen what comes after it: the second wait is one of two seconds.
+        queue.wake(&id("c"), None);
+        let mut turn = queue.next().await;
+        for not_after in [Some(0), Some(0), Some(0), Some(0), None] {
+            turn.done(Done {
+                wake: Wake {
+                    at: None,
+                    failed: vec![Failed {
+                        reason: Reason::ServerError,
+                        ..failing(not_after, None)
+                    }],
+                },
+                ..Done::default()
+            });
+            let wait = queue.lock().entries[&id("c")].backoffs["t"].hold.until;
+            assert!(wait.duration_since(Timestamp::now()) < SignedDuration::from_secs(3));
+            turn = queue.next().await;
+        }
+        turn.done(Done::default());
         // A pass that broke off does not forget what failed before.
         let turn = {
             queue.wake(&id("b"), None);

@@ -99,15 +99,18 @@ impl Cache {
         .collect()
     }
 
-    /// The service users of an instance that have a token which fails, as their status tells.
+    /// The service users that are as `wanted`.
     #[must_use]
-    pub fn failing_users_of(&self, instance: &str) -> Vec<ObjectRef> {
+    pub fn users(&self, wanted: impl Fn(&ZitadelServiceUser) -> bool) -> Vec<ObjectRef> {
         let known = self.read();
-        let failing = known.users.iter().filter(|(_, user)| {
-            let tokens = user.status.iter().flat_map(|s| &s.tokens);
-            user.spec.instance_ref.name == instance && tokens.into_iter().any(|t| t.failing_since.is_some())
-        });
-        failing.map(|(id, _)| id.clone()).collect()
+        let found = known.users.iter().filter(|(_, user)| wanted(user));
+        found.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// All instances.
+    #[must_use]
+    pub fn instances(&self) -> Vec<ObjectRef> {
+        self.read().instances.keys().cloned().collect()
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Known> {
@@ -341,15 +344,7 @@ impl Triggers {
     }
 
     fn wake_users(&self, concerned: impl Fn(&ZitadelServiceUser) -> bool) {
-        let ids: Vec<ObjectRef> = self
-            .cache
-            .read()
-            .users
-            .iter()
-            .filter(|(_, u)| concerned(u))
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in ids {
+        for id in self.cache.users(concerned) {
             self.users.wake(&id, None);
         }
     }

@@ -26,7 +26,7 @@ struct Claims<'a> {
 }
 
 /// Signs an assertion for the key's user, RS256: the one algorithm valid for RSA keys on every version
-/// (zitadel.md §1.3). `now` is the server's clock as far as it is known.
+/// (zitadel.md §1.3). `now` is by the server's clock, as far as it is known.
 pub fn sign(key: &ServiceKey, issuer: &str, now: Timestamp) -> Result<SecretString, Reason> {
     let now = now.as_second();
     let claims = Claims {

@@ -47,7 +47,7 @@ impl std::fmt::Display for ObjectRef {
 /// Mints and repairs that somebody forced are counted over this time.
 pub const CONTEST_WINDOW: SignedDuration = SignedDuration::from_mins(10);
 
-/// Everything that decides about one service user.
+/// Everything that decides about one service user. All times are by the clock of its instance (`clock`).
 #[derive(Debug)]
 pub struct Facts {
     /// The object.
@@ -60,6 +60,8 @@ pub struct Facts {
     pub instance: Option<Arc<ZitadelInstance>>,
     /// The real id behind the `zitadel` audience, once learned.
     pub zitadel_project_id: Option<String>,
+    /// How far the instance's clock was ahead of ours, as far as known, when the facts were gathered.
+    pub skew: SignedDuration,
     /// The key, or why there is none.
     pub key: Result<ServiceKey, Reason>,
     /// The Secrets that exist under the names of the spec.
@@ -122,6 +124,20 @@ pub struct Outcome {
     pub held_back: bool,
 }
 
+impl Outcome {
+    /// An attempt that ended so.
+    #[must_use]
+    pub fn new(token: usize, reason: Reason, held: Option<Held>) -> Self {
+        Self {
+            token,
+            reason,
+            held,
+            not_before: None,
+            held_back: false,
+        }
+    }
+}
+
 impl Facts {
     /// UID of the object.
     #[must_use]
@@ -139,6 +155,12 @@ impl Facts {
     #[must_use]
     pub fn namespace(&self) -> &str {
         self.user.metadata.namespace.as_deref().unwrap_or_default()
+    }
+
+    /// The issuer, empty without an instance.
+    #[must_use]
+    pub fn issuer(&self) -> &str {
+        self.instance.as_deref().map_or("", |i| i.spec.issuer.as_str())
     }
 
     /// The value of the renew request on the object, if there is one.

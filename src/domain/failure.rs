@@ -28,15 +28,27 @@ pub enum Failure {
     Known(Reason),
 }
 
+impl Failure {
+    /// Whether a wrong clock on one side may be behind it: an assertion that is not valid yet, or no longer, is refused
+    /// like a bad key (zitadel.md §2.1).
+    #[must_use]
+    pub fn may_be_the_clock(self) -> bool {
+        let Self::Status { error, .. } = self else { return false };
+        matches!(error, Some(OAuthError::InvalidGrant | OAuthError::InternalError))
+    }
+}
+
 /// Whether the instance itself seems to fail, and not one user's request: its status should be looked at again.
 #[must_use]
 pub fn concerns_the_instance(reason: Reason) -> bool {
     use Reason::{
-        CaUnusable, InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIdMismatch, ServerError, TlsFailure,
+        CaUnusable, ClockSkew, InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIdMismatch, ServerError,
+        TlsFailure,
     };
     matches!(
         reason,
         CaUnusable
+            | ClockSkew
             | InstanceUnreachable
             | TlsFailure
             | ServerError

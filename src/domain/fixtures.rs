@@ -85,6 +85,7 @@ pub fn facts(tokens: &[&str]) -> Facts {
         namespace_labels: Some(labels("shop")),
         instance: Some(Arc::new(serde_json::from_value(instance).expect("an instance"))),
         zitadel_project_id: None,
+        skew: SignedDuration::ZERO,
         key: Ok(KEY.clone()),
         secrets: BTreeMap::new(),
         unwritten: BTreeMap::new(),
@@ -184,10 +185,13 @@ pub fn request(facts: &mut Facts, index: usize) -> MintRequest {
 /// Writes a token as after a mint.
 pub fn fill(facts: &mut Facts, index: usize, value: &str, issued: Timestamp, expires: Timestamp) {
     let request = request(facts, index);
-    let value = value.into();
-    let record = secret::record(facts, request.inputs, request.shape, issued, expires, &value);
-    let server = instance(facts).spec.issuer.clone();
-    let draft = secret::draft(facts, &facts.user.spec.tokens[index], &server, &value, &record);
+    let minted = Minted {
+        token: value.into(),
+        issued,
+        expires,
+    };
+    let record = secret::record(facts, &request.inputs, &request.shape, &minted);
+    let draft = secret::draft(facts, &facts.user.spec.tokens[index], &minted.token, &record);
     apply(facts, &draft);
 }
 
@@ -201,8 +205,7 @@ pub fn keep_unwritten(facts: &mut Facts, index: usize, value: &str, issued: Time
         issued,
         expires: issued + SignedDuration::from_secs(LIFETIME),
     };
-    let (inputs, shape) = (request.inputs, request.shape);
-    let record = secret::record(facts, inputs, shape, minted.issued, minted.expires, &minted.token);
+    let record = secret::record(facts, &request.inputs, &request.shape, &minted);
     facts.unwritten.insert(name, Arc::new(Unwritten { minted, record }));
     facts.secrets.extend(there.map(|there| (secret.name, there)));
 }

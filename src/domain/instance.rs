@@ -5,16 +5,18 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::api::ZitadelInstance;
 use crate::api::instance::ZitadelInstanceStatus;
+use crate::domain::clock::Skew;
 use crate::domain::reason::Reason;
 use crate::domain::secret::whole_seconds;
 use crate::domain::validate;
 
-/// The status of `instance` after discovery gave the token endpoint's path, or failed.
+/// The status of `instance` after discovery gave the token endpoint's path, or failed. `now` is by our own clock.
 #[must_use]
 pub fn status(
     instance: &ZitadelInstance,
     discovered: &Result<String, Reason>,
     zitadel_project_id: Option<&str>,
+    skew: Skew,
     now: Timestamp,
 ) -> ZitadelInstanceStatus {
     let before = instance.status.clone().unwrap_or_default();
@@ -60,6 +62,7 @@ pub fn status(
             .ok()
             .map(|path| format!("{}{path}", instance.spec.issuer)),
         zitadel_project_id: zitadel_project_id.map(str::to_owned).or(before.zitadel_project_id),
+        clock_skew: skew.rounded(),
     }
 }
 
@@ -73,7 +76,7 @@ mod tests {
         let mut facts = facts(&["a"]);
         let instance = instance(&mut facts);
         instance.spec.issuer.push('/');
-        let status = status(instance, &Err(Reason::InvalidSpec), None, at(0));
+        let status = status(instance, &Err(Reason::InvalidSpec), None, Skew::default(), at(0));
         let ready = &status.conditions[0];
         assert_eq!((&*ready.status, &*ready.reason), ("False", "InvalidSpec"));
         assert!(ready.message.contains("spec.issuer: https://"), "{}", ready.message);

@@ -4,10 +4,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::api::ZitadelServiceUser;
 use crate::api::service_user::TokenStatus;
+use crate::domain::clock::shifted;
 use crate::domain::facts::ObjectRef;
 
 /// How urgent an object is.
@@ -22,12 +24,14 @@ pub enum Urgency {
 }
 
 /// The urgency of an object, from its status alone: that of its first good token to become urgent. Without one it is a
-/// newcomer, and so it is while a token of its spec was never looked at.
+/// newcomer, and so it is while a token of its spec was never looked at. `now` and the answer are by our own clock,
+/// `skew` is how far the instance's is ahead, by which the status goes.
 #[must_use]
-pub fn urgency(user: &ZitadelServiceUser, now: Timestamp) -> Urgency {
+pub fn urgency(user: &ZitadelServiceUser, skew: SignedDuration, now: Timestamp) -> Urgency {
     let tokens = user.status.as_ref().map(|s| s.tokens.as_slice()).unwrap_or_default();
     let critical = |t: &TokenStatus| {
-        let (renew, expires) = (t.renew_at.as_ref()?.0, t.expires_at.as_ref()?.0);
+        let ours = |time: &Time| shifted(time.0, -skew);
+        let (renew, expires) = (ours(t.renew_at.as_ref()?), ours(t.expires_at.as_ref()?));
         (expires > now).then(|| expires - expires.duration_since(renew) / 3)
     };
     match tokens.iter().filter_map(critical).min() {
@@ -360,7 +364,15 @@ mod tests {
             ),
         ];
         for (name, tokens, expected) in table {
-            assert_eq!(urgency(&user(tokens), at(50)), expected, "{name}");
+            let user = user(tokens);
+            assert_eq!(urgency(&user, SignedDuration::ZERO, at(50)), expected, "{name}");
+            // The same a minute away, where the server's clock is a minute behind.
+            let behind = SignedDuration::from_secs(-60);
+            let later = match expected {
+                Urgency::Refresh(critical) => Urgency::Refresh(shifted(critical, -behind)),
+                other => other,
+            };
+            assert_eq!(urgency(&user, behind, at(110)), later, "{name}");
         }
     }
 }

@@ -96,7 +96,7 @@ fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'
     access::check(&instance.spec.access, labels, token, zitadel_project_id)?;
     // Refused above; but what holds a space would be two scopes, so that it is looked at where it is put together.
     let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
-    if !secret::fits(facts, token, &instance.spec.issuer) {
+    if !secret::fits(facts, token) {
         return Err(Reason::SecretTooLarge);
     }
     let existing = facts.secrets.get(&token.secret.name);
@@ -113,20 +113,19 @@ fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'
 }
 
 fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp) -> Step {
-    let issuer = &admitted.instance.spec.issuer;
     let inputs = inputs(facts, admitted);
-    let shape = secret::shape(facts, token, issuer);
+    let shape = secret::shape(facts, token);
     let fallback = match admitted.existing.and_then(|e| good(facts, token, e, admitted, &inputs)) {
         Some((record, value, held)) if held.schedule.expires > now => {
             if held.schedule.renew > now && !asked(facts, &record) {
-                return keep_or_write(facts, token, issuer, value, &record, &shape, held);
+                return keep_or_write(facts, token, value, &record, &shape, held);
             }
             Some(held)
         }
         _ => None,
     };
     if let Some(unwritten) = facts.unwritten.get(&token.name)
-        && let Some((draft, held)) = write_again(facts, token, issuer, unwritten, (&inputs, &shape), now)
+        && let Some((draft, held)) = write_again(facts, token, unwritten, (&inputs, &shape), now)
     {
         return Step::Write(draft, held, fallback);
     }
@@ -216,19 +215,8 @@ fn known_project_id<'a>(facts: &'a Facts, token: &Token) -> Option<&'a str> {
     }
 }
 
-fn keep_or_write(
-    facts: &Facts,
-    token: &Token,
-    issuer: &str,
-    value: &str,
-    record: &Record,
-    shape: &str,
-    held: Held,
-) -> Step {
-    let mut wanted = record.clone();
-    shape.clone_into(&mut wanted.shape);
-    let wanted = wanted.sealed(value);
-    let mut draft = secret::draft(facts, token, issuer, &value.into(), &wanted);
+fn keep_or_write(facts: &Facts, token: &Token, value: &str, record: &Record, shape: &str, held: Held) -> Step {
+    let mut draft = secret::draft(facts, token, &value.into(), &record.reshaped(shape, value));
     draft.repair = record.shape == shape;
     match facts.secrets.get(&token.secret.name) {
         Some(existing) if !existing.differs_from(&draft) => Step::Keep(held),
@@ -240,7 +228,6 @@ fn keep_or_write(
 fn write_again(
     facts: &Facts,
     token: &Token,
-    issuer: &str,
     unwritten: &Unwritten,
     (inputs, shape): (&str, &str),
     now: Timestamp,
@@ -251,10 +238,8 @@ fn write_again(
         return None;
     }
     let value = &unwritten.minted.token;
-    let mut record = unwritten.record.clone();
-    shape.clone_into(&mut record.shape);
-    let record = record.sealed(value.expose_secret());
-    let draft = secret::draft(facts, token, issuer, value, &record);
+    let record = unwritten.record.reshaped(shape, value.expose_secret());
+    let draft = secret::draft(facts, token, value, &record);
     let format = Format::of(value.expose_secret());
     Some((Box::new(draft), Held { schedule, format }))
 }

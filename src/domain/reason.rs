@@ -139,6 +139,9 @@ reasons! {
     TlsFailure: Transient,
         "No trusted TLS connection to the server could be made.",
         "Check the server's certificate and who signed it.";
+    ClockSkew: Transient,
+        "The clocks of the server and of the operator are more than five minutes apart, by the Date of the server's answers; nothing is signed.",
+        "Set the clock of the machine that is wrong, or mend what changes the header Date on the way.";
     RateLimited: Transient,
         "The server asked for fewer requests.",
         "Nothing is to be done at once; look at the quota if it lasts.";

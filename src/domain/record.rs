@@ -40,6 +40,13 @@ impl Record {
         self
     }
 
+    /// The record of `token` with another shape.
+    #[must_use]
+    pub fn reshaped(&self, shape: &str, token: &str) -> Self {
+        let shape = shape.to_owned();
+        Self { shape, ..self.clone() }.sealed(token)
+    }
+
     /// Whether `token` is the one that this record was written for, and the record unedited.
     #[must_use]
     pub fn vouches_for(&self, token: &str) -> bool {

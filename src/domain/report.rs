@@ -4,6 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::api::service_user::{Token, TokenStatus, ZitadelServiceUserStatus};
+use crate::domain::clock::shifted;
 use crate::domain::facts::{Facts, Held, Outcome};
 use crate::domain::reason::{Reason, Retry};
 use crate::domain::secret::whole_seconds;
@@ -42,6 +43,23 @@ pub struct Wake {
     pub at: Option<Timestamp>,
     /// After a back-off that the queue computes for each of these.
     pub failed: Vec<Failed>,
+}
+
+impl Wake {
+    /// The same by another clock that is so far ahead.
+    #[must_use]
+    pub fn shifted(self, by: SignedDuration) -> Self {
+        let shift = |at: Option<Timestamp>| at.map(|at| shifted(at, by));
+        let failed = self.failed.into_iter().map(|failed| Failed {
+            not_before: shift(failed.not_before),
+            not_after: shift(failed.not_after),
+            ..failed
+        });
+        Self {
+            at: shift(self.at),
+            failed: failed.collect(),
+        }
+    }
 }
 
 /// Something that failed and is to be tried again.

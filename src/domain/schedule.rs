@@ -2,6 +2,7 @@
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
+use crate::domain::clock::shifted;
 use crate::domain::hash;
 use crate::domain::reason::Retry;
 
@@ -56,21 +57,15 @@ impl Schedule {
         let fitting = if wanted < lifetime { wanted } else { lifetime / 3 };
         let margin = fitting.max(scale(lifetime, 0.05)).max(SHORTEST_MARGIN);
         let jitter = scale(lifetime, 0.10 * hash::fraction(seed));
-        let earliest = add(issued, scale(lifetime, 0.20).max(SHORTEST_WAIT));
-        let on_time = add(expires, -margin);
+        let earliest = shifted(issued, scale(lifetime, 0.20).max(SHORTEST_WAIT));
+        let on_time = shifted(expires, -margin);
         Self {
             issued,
-            renew: add(on_time, -jitter).max(earliest).min(expires),
+            renew: shifted(on_time, -jitter).max(earliest).min(expires),
             expires,
             clamped: renewal != Renewal::Default && (margin != wanted || on_time < earliest),
         }
     }
-}
-
-/// Stays in range: a record is anybody's to edit who may edit the Secret, and may claim any time.
-fn add(time: Timestamp, duration: SignedDuration) -> Timestamp {
-    // Only a span with days or more, which a duration is not, is an error.
-    time.saturating_add(duration).unwrap_or(time)
 }
 
 fn scale(duration: SignedDuration, factor: f64) -> SignedDuration {

@@ -8,6 +8,7 @@ use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
 use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_MANAGED_BY, LABEL_SERVICE_USER, MANAGER};
 use crate::api::service_user::{DeletionPolicy, Token};
+use crate::domain::answer::Minted;
 use crate::domain::facts::Facts;
 use crate::domain::hash;
 use crate::domain::reason::Reason;
@@ -159,7 +160,7 @@ impl Existing {
 /// Hash of what the spec wants around the token. A key that left the spec must leave the Secret, which a comparison
 /// of what is there cannot see.
 #[must_use]
-pub fn shape(facts: &Facts, token: &Token, issuer: &str) -> String {
+pub fn shape(facts: &Facts, token: &Token) -> String {
     let secret = &token.secret;
     let json = serde_json::json!([
         facts.name(),
@@ -167,40 +168,33 @@ pub fn shape(facts: &Facts, token: &Token, issuer: &str) -> String {
         secret.annotations,
         secret.template,
         secret.deletion_policy,
-        issuer,
+        facts.issuer(),
         audience(token)
     ]);
     hash::of([json.to_string().as_bytes()])
 }
 
-/// A record for a token that is being written.
+/// The record of a token that was just minted from these inputs.
 #[must_use]
-pub fn record(
-    facts: &Facts,
-    inputs: String,
-    shape: String,
-    issued: Timestamp,
-    expires: Timestamp,
-    token: &SecretString,
-) -> Record {
+pub fn record(facts: &Facts, inputs: &str, shape: &str, minted: &Minted) -> Record {
     Record {
         v: VERSION,
         owner: facts.uid().into(),
-        inputs,
-        shape,
-        issued_at: issued,
-        expires_at: expires,
+        inputs: inputs.into(),
+        shape: shape.into(),
+        issued_at: minted.issued,
+        expires_at: minted.expires,
         request: facts.renew_request().cloned(),
         content: String::new(),
     }
-    .sealed(token.expose_secret())
+    .sealed(minted.token.expose_secret())
 }
 
 /// Largest Secret that we write: the API server takes 1 MiB, etcd 1.5 MiB, and every kubelet has to carry it.
 const MAX_BYTES: usize = 512 * 1024;
 
-/// The token that is assumed before there is one; ZITADEL's with many roles have about 4 KiB.
-const ASSUMED_TOKEN: usize = 8 * 1024;
+/// The size of a token that is assumed before there is one; ZITADEL's with many roles have about 4 KiB.
+const ASSUMED_BYTES: usize = 8 * 1024;
 
 impl SecretDraft {
     /// Whether it is too large to be written.
@@ -215,33 +209,32 @@ impl SecretDraft {
 /// Whether the Secret of `token` will be small enough. Asked before a mint, since a token that cannot be written is
 /// lost.
 #[must_use]
-pub fn fits(facts: &Facts, token: &Token, issuer: &str) -> bool {
-    if token.secret.template.is_empty() {
-        // The rest has bounds of its own.
-        return true;
-    }
-    let value = SecretString::from("x".repeat(ASSUMED_TOKEN));
-    let record = record(
-        facts,
-        String::new(),
-        String::new(),
-        Timestamp::UNIX_EPOCH,
-        Timestamp::UNIX_EPOCH,
-        &value,
-    );
-    !draft(facts, token, issuer, &value, &record).is_too_large()
+pub fn fits(facts: &Facts, token: &Token) -> bool {
+    // Without a template the rest has bounds of its own.
+    token.secret.template.is_empty() || !placeholder(facts, token, "", "").is_too_large()
+}
+
+/// The Secret of `token` as it will be, with something of a token's size in it.
+#[must_use]
+pub fn placeholder(facts: &Facts, token: &Token, inputs: &str, shape: &str) -> SecretDraft {
+    let minted = Minted {
+        token: "x".repeat(ASSUMED_BYTES).into(),
+        issued: Timestamp::UNIX_EPOCH,
+        expires: Timestamp::UNIX_EPOCH,
+    };
+    draft(facts, token, &minted.token, &record(facts, inputs, shape, &minted))
 }
 
 /// Renders the Secret of `token`.
 #[must_use]
-pub fn draft(facts: &Facts, token: &Token, issuer: &str, value: &SecretString, record: &Record) -> SecretDraft {
+pub fn draft(facts: &Facts, token: &Token, value: &SecretString, record: &Record) -> SecretDraft {
     let expires_at = whole_seconds(record.expires_at).to_string();
     let audience = audience(token);
     let names = [
         ("token", value.expose_secret()),
         ("token_type", "Bearer"),
         ("expires_at", &expires_at),
-        ("issuer", issuer),
+        ("issuer", facts.issuer()),
         ("audience", &audience),
     ];
     let mut data: BTreeMap<String, SecretString> = token

@@ -2,15 +2,16 @@
 
 use std::error::Error;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::header::{HeaderMap, HeaderName, RETRY_AFTER};
+use reqwest::header::{AGE, DATE, HeaderMap, HeaderName, RETRY_AFTER};
 use reqwest::redirect::Policy;
 use reqwest::{Certificate, Proxy, RequestBuilder, Response};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
+use crate::domain::clock::{Sample, Skew};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::zitadel::instance::Settings;
@@ -32,6 +33,7 @@ pub struct Http {
     origin: String,
     instance_host: Option<String>,
     limits: Arc<Limits>,
+    skew: Mutex<Skew>,
 }
 
 /// Looks up one host, whatever name is asked for.
@@ -52,11 +54,11 @@ impl Resolve for Fixed {
 pub struct Answer {
     /// The HTTP status.
     pub status: u16,
-    /// `Retry-After` as a moment, capped.
+    /// `Retry-After` as a moment by the server's clock, capped.
     pub retry_after: Option<Timestamp>,
     /// The body, whole.
     pub body: SecretSlice<u8>,
-    /// When the request went out.
+    /// When the request went out, by the server's clock.
     pub sent: Timestamp,
 }
 
@@ -100,7 +102,13 @@ impl Http {
             instance_host: issuer_host.filter(|host| Some(host.as_str()) != dialled_as),
             origin,
             limits,
+            skew: Mutex::default(),
         })
+    }
+
+    /// How far the server's clock is from ours, by all answers so far.
+    pub fn skew(&self) -> Skew {
+        *self.lock()
     }
 
     /// GET, with a bearer token if given.
@@ -127,6 +135,8 @@ impl Http {
         };
         let sent = Timestamp::now();
         let response = request.send().await.map_err(|e| failure(&e))?;
+        let skew = self.observe(response.headers(), sent, Timestamp::now());
+        let sent = skew.theirs(sent);
         let status = response.status().as_u16();
         let retry_after = retry_after(response.headers(), sent);
         let body = body(response).await?;
@@ -136,6 +146,22 @@ impl Http {
             body,
             sent,
         })
+    }
+
+    /// Learns from the `Date` of an answer. One from a cache tells when it was made (RFC 9111 §5.1), which is not now.
+    fn observe(&self, headers: &HeaderMap, sent: Timestamp, received: Timestamp) -> Skew {
+        let date = headers.get(DATE).filter(|_| !headers.contains_key(AGE));
+        let date = date.and_then(|value| rfc2822::parse(value.to_str().ok()?).ok());
+        let sample = date.and_then(|date| Sample::new(date.timestamp(), sent, received));
+        let mut skew = self.lock();
+        if let Some(sample) = sample {
+            skew.observe(sample);
+        }
+        *skew
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Skew> {
+        self.skew.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

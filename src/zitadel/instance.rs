@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::domain::answer::{self, TokenAnswer};
 use crate::domain::assertion;
+use crate::domain::clock::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
@@ -57,7 +58,7 @@ pub struct Settings {
 pub struct Exchanged {
     /// The answer, not judged yet.
     pub answer: TokenAnswer,
-    /// When the request went out.
+    /// When the request went out, by the server's clock.
     pub sent: Timestamp,
 }
 
@@ -98,8 +99,32 @@ impl Instance {
         &self.settings
     }
 
-    /// Asks for the discovery document now.
+    /// How far the server's clock is from ours, by all answers so far.
+    #[must_use]
+    pub fn skew(&self) -> Skew {
+        self.http.skew()
+    }
+
+    /// Asks for the discovery document now; twice where the answer casts doubt on the server's clock, so that two tell.
     pub async fn discover(&self) -> Result<Discovery, Failure> {
+        let found = self.ask_discovery().await?;
+        if self.skew().is_in_doubt() {
+            self.ask_discovery().await
+        } else {
+            Ok(found)
+        }
+    }
+
+    /// The discovery document, if need be asked for. So the issuer is known, and how far its clock is.
+    pub async fn discovery(&self) -> Result<Discovery, Failure> {
+        let known = self.discovered().clone();
+        match known {
+            Some((known, at)) if at.elapsed() < DISCOVERY_AGE => Ok(known),
+            _ => self.discover().await,
+        }
+    }
+
+    async fn ask_discovery(&self) -> Result<Discovery, Failure> {
         let reply = self.http.get(discovery::PATH, None).await?;
         if reply.status != 200 {
             return Err(Failure::Status {
@@ -113,16 +138,33 @@ impl Instance {
         Ok(found)
     }
 
-    /// Exchanges an assertion of `key` for a token with these scopes (the value of the `scope` field).
+    /// Exchanges an assertion of `key` for a token with these scopes (the value of the `scope` field). Where a refusal
+    /// shows that the server's clock is not as assumed, it is signed again, once.
     pub async fn exchange(&self, key: &ServiceKey, scope: &str) -> Result<Exchanged, Failure> {
-        let known = self.discovered().clone();
         // Before anything is signed: the issuer must be the one that we know (zitadel.md §5.2).
-        let Discovery { token_path } = match known {
-            Some((known, at)) if at.elapsed() < DISCOVERY_AGE => known,
-            _ => self.discover().await?,
-        };
-        let assertion = assertion::sign(key, &self.settings.issuer, Timestamp::now())?;
-        let (answer, reply) = token::exchange(&self.http, &token_path, &assertion, scope).await?;
+        let path = self.discovery().await?.token_path;
+        let assumed = self.skew().estimate();
+        match self.exchange_at(&path, key, scope).await {
+            Err(failure) if failure.may_be_the_clock() => {
+                if self.skew().is_in_doubt() {
+                    // Its failure would say less than the refusal does.
+                    let _ = self.discover().await;
+                }
+                if is_news(assumed, self.skew().estimate()) {
+                    self.exchange_at(&path, key, scope).await
+                } else {
+                    Err(failure)
+                }
+            }
+            exchanged => exchanged,
+        }
+    }
+
+    async fn exchange_at(&self, path: &str, key: &ServiceKey, scope: &str) -> Result<Exchanged, Failure> {
+        let skew = self.skew();
+        skew.check()?;
+        let assertion = assertion::sign(key, &self.settings.issuer, skew.theirs(Timestamp::now()))?;
+        let (answer, reply) = token::exchange(&self.http, path, &assertion, scope).await?;
         Ok(Exchanged {
             answer,
             sent: reply.sent,

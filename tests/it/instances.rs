@@ -11,18 +11,6 @@ use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
 use crate::support::world::{World, one_token, until};
 
-async fn instance_ready(world: &World, status: &str, reason: &str) -> ZitadelInstance {
-    let api: Api<ZitadelInstance> = Api::all(world.client.clone());
-    until(api, &world.instance, SOON, |i: &ZitadelInstance| {
-        let conditions = i.status.iter().flat_map(|s| &s.conditions);
-        i.status.as_ref().and_then(|s| s.observed_generation) == i.metadata.generation
-            && conditions
-                .into_iter()
-                .any(|c| c.type_ == "Ready" && c.status == status && c.reason == reason)
-    })
-    .await
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
     let world = World::with_issuer("ca", Issuer::start(&["--tls"])).await;
@@ -36,17 +24,17 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
         world.apply_instance(spec).await.expect("an instance");
     };
     connect(json!({})).await;
-    instance_ready(&world, "False", "TlsFailure").await;
+    world.instance_ready("False", "TlsFailure").await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "False", "TlsFailure").await;
 
     connect(json!({"caBundle": world.issuer.ca})).await;
-    instance_ready(&world, "True", "InstanceReady").await;
+    world.instance_ready("True", "InstanceReady").await;
     world.ready("billing", "True", "Issued").await;
 
     // What a reference names may come later; it is read in the operator's namespace.
     connect(json!({"caConfigMapRef": {"name": "zitadel-ca"}})).await;
-    instance_ready(&world, "False", "CaUnusable").await;
+    world.instance_ready("False", "CaUnusable").await;
     let apply = PatchParams::apply("tests").force();
     let config_map = |pem: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "zitadel-ca"}, "data": {"ca.crt": pem}});
     let config_maps: Api<ConfigMap> = Api::namespaced(world.client.clone(), &home);
@@ -54,12 +42,12 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
         .patch("zitadel-ca", &apply, &Patch::Apply(&config_map("no certificate")))
         .await
         .expect("written");
-    instance_ready(&world, "False", "CaUnusable").await;
+    world.instance_ready("False", "CaUnusable").await;
     config_maps
         .patch("zitadel-ca", &apply, &Patch::Apply(&config_map(&world.issuer.ca)))
         .await
         .expect("written");
-    instance_ready(&world, "True", "InstanceReady").await;
+    world.instance_ready("True", "InstanceReady").await;
 
     let secrets: Api<Secret> = Api::namespaced(world.client.clone(), &home);
     let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "zitadel-ca"}, "stringData": {"root.pem": world.issuer.ca}});
@@ -68,7 +56,7 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
         .await
         .expect("written");
     connect(json!({"caSecretRef": {"name": "zitadel-ca", "key": "root.pem"}})).await;
-    instance_ready(&world, "True", "InstanceReady").await;
+    world.instance_ready("True", "InstanceReady").await;
     // The way changed and the token did not: nothing is minted for that.
     assert_eq!(world.issuer.mints().await, 1);
 }
@@ -98,7 +86,7 @@ async fn the_name_in_the_certificate_may_differ_from_the_dialled_host() {
         "caBundle": world.issuer.ca, "endpoint": format!("https://127.0.0.1:{port}"), "tlsServerName": "zitadel.zitadel.svc",
     });
     world.apply_instance(spec).await.expect("an instance");
-    instance_ready(&world, "True", "InstanceReady").await;
+    world.instance_ready("True", "InstanceReady").await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "True", "Issued").await;
 }
@@ -108,15 +96,15 @@ async fn an_outage_shows_in_the_status_and_so_does_its_end() {
     let world = World::new("seen").await;
     let _operator = world.operator().await;
     world.instance().await;
-    instance_ready(&world, "True", "InstanceReady").await;
+    world.instance_ready("True", "InstanceReady").await;
     for path in ["/.well-known/openid-configuration", "/oauth/v2/token"] {
         world.issuer.fault(json!({"path": path, "status": 503})).await;
     }
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "False", "ServerError").await;
-    instance_ready(&world, "False", "ServerError").await;
+    world.instance_ready("False", "ServerError").await;
     world.issuer.clear_faults().await;
-    instance_ready(&world, "True", "InstanceReady").await;
+    world.instance_ready("True", "InstanceReady").await;
     world.ready("billing", "True", "Issued").await;
 }
 
@@ -133,13 +121,13 @@ async fn a_pinned_project_id_that_differs_stops_everything() {
     world.apply_instance(spec.clone()).await.expect("an instance");
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "False", "ProjectIdMismatch").await;
-    instance_ready(&world, "False", "ProjectIdMismatch").await;
+    world.instance_ready("False", "ProjectIdMismatch").await;
     assert_eq!(world.issuer.mints().await, 0);
 
     spec["zitadelProjectId"] = json!("401085856582077478");
     world.apply_instance(spec).await.expect("an instance");
     world.ready("billing", "True", "Issued").await;
-    instance_ready(&world, "True", "InstanceReady").await;
+    world.instance_ready("True", "InstanceReady").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,6 +12,7 @@
 
 pub mod audit;
 pub mod child;
+pub mod clock;
 pub mod cluster;
 pub mod issuer;
 pub mod operator;

@@ -1,10 +1,12 @@
 //! The operator, always a real child process.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::child::Running;
+use super::clock::Clock;
 use super::{SOON, cluster::Cluster};
 
 pub struct Operator {
@@ -29,6 +31,15 @@ impl Operator {
     }
 
     pub async fn start_with(kubeconfig: &Path, selector: &str, flags: &[&str]) -> Self {
+        Self::start_in(kubeconfig, selector, flags, &[]).await
+    }
+
+    /// Starts an operator whose wall clock can be set.
+    pub async fn start_on_clock(cluster: &Cluster, selector: &str, clock: &Clock) -> Self {
+        Self::start_in(&cluster.kubeconfig, selector, &[], &clock.environment()).await
+    }
+
+    async fn start_in(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         // setpriv: a test that is killed takes its operator with it.
         let (running, _stdout) = Running::start(
             "operator",
@@ -37,6 +48,7 @@ impl Operator {
                 .arg(binary())
                 .args(["run", "--listen", "127.0.0.1:0", "--instance-selector", selector])
                 .args(flags)
+                .envs(environment.iter().copied())
                 .env("KUBECONFIG", kubeconfig)
                 .env("RUST_LOG", "debug")
                 .env_remove("POD_NAMESPACE"),

@@ -223,6 +223,19 @@ impl World {
         .await
     }
 
+    /// Waits until the instance's Ready condition has this status and reason.
+    pub async fn instance_ready(&self, status: &str, reason: &str) -> ZitadelInstance {
+        let api: Api<ZitadelInstance> = Api::all(self.client.clone());
+        until(api, &self.instance, SOON, |i: &ZitadelInstance| {
+            let conditions = i.status.iter().flat_map(|s| &s.conditions);
+            i.status.as_ref().and_then(|s| s.observed_generation) == i.metadata.generation
+                && conditions
+                    .into_iter()
+                    .any(|c| c.type_ == "Ready" && c.status == status && c.reason == reason)
+        })
+        .await
+    }
+
     /// Waits until the Secret is as `wanted`; gives its data.
     pub async fn secret_until(
         &self,

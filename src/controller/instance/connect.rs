@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::jiff::SignedDuration;
 use kube::Api;
 use secrecy::ExposeSecret;
 
@@ -12,6 +13,7 @@ use crate::api::ZitadelInstance;
 use crate::api::instance::{Connection, EntryRef, ZitadelInstanceSpec};
 use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
+use crate::domain::clock::is_news;
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
@@ -28,6 +30,8 @@ const DEADLINE: Duration = Duration::from_secs(15);
 pub struct Connections {
     hosts: Hosts,
     open: Mutex<HashMap<String, Open>>,
+    /// The instances that were looked at since we started, and by which skew their service users reckon.
+    looked_at: Mutex<HashMap<String, SignedDuration>>,
 }
 
 struct Open {
@@ -40,33 +44,61 @@ impl Connections {
     /// The real id behind the `zitadel` audience, if this process learned it.
     #[must_use]
     pub fn known_project_id(&self, instance: &ZitadelInstance) -> Option<String> {
-        let open = self.lock();
+        let open = lock(&self.open);
         let known = open.get(instance.metadata.name.as_deref()?)?;
         known.instance.known_project_id().map(str::to_owned)
     }
 
+    /// How far the clock of the instance is ahead of ours, as far as this process knows.
+    #[must_use]
+    pub fn skew(&self, name: &str) -> SignedDuration {
+        let open = lock(&self.open);
+        open.get(name)
+            .map_or(SignedDuration::ZERO, |open| open.instance.skew().estimate())
+    }
+
+    /// Whether the instance was looked at. Until then its clock is not known, and a token that seems to be due may be
+    /// fresh.
+    #[must_use]
+    pub fn was_looked_at(&self, name: &str) -> bool {
+        lock(&self.looked_at).contains_key(name)
+    }
+
+    /// Notes a look at the instance. True if its service users have to be looked at too: they waited for this, or
+    /// reckoned by another clock.
+    pub fn look(&self, name: &str) -> bool {
+        let skew = self.skew(name);
+        let mut all = lock(&self.looked_at);
+        let news = all.get(name).is_none_or(|before| is_news(*before, skew));
+        if news {
+            all.insert(name.to_owned(), skew);
+        }
+        news
+    }
+
     /// TLS failed: the certificates may have been renewed since they were read.
     pub fn doubt_certificates(&self, name: &str) {
-        if let Some(open) = self.lock().get_mut(name) {
+        if let Some(open) = lock(&self.open).get_mut(name) {
             open.spec = None;
         }
     }
 
     /// The instance is gone.
     pub fn close(&self, name: &str) {
-        self.lock().remove(name);
+        lock(&self.open).remove(name);
+        lock(&self.looked_at).remove(name);
         self.hosts.hang_up(name);
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Open>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The connection of `instance`; a new one when the way to it changed.
 pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<Instance>, Failure> {
     let name = instance.metadata.name.as_deref().unwrap_or_default();
-    if let Some(open) = ctx.connections.lock().get(name)
+    if let Some(open) = lock(&ctx.connections.open).get(name)
         && open.spec.as_ref() == Some(&instance.spec)
     {
         return Ok(open.instance.clone());
@@ -74,7 +106,7 @@ pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<In
     let connection = instance.connection();
     let ca = certificates(ctx, &connection).await?;
     let settings = settings(name, &instance.spec.issuer, connection, ca);
-    let mut all = ctx.connections.lock();
+    let mut all = lock(&ctx.connections.open);
     // The same way as before keeps what was learned on it.
     let kept = all
         .get(name)

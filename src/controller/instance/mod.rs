@@ -8,11 +8,12 @@ use k8s_openapi::jiff::Timestamp;
 
 pub use connect::{Connections, connect};
 
-use crate::api::ZitadelInstance;
+use crate::api::ZitadelServiceUser;
 use crate::controller::Context;
 use crate::controller::queue::Done;
+use crate::domain::clock::Skew;
 use crate::domain::facts::ObjectRef;
-use crate::domain::failure::classify;
+use crate::domain::failure::{Failure, classify};
 use crate::domain::instance::status;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};
@@ -29,18 +30,28 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         Ok(()) => connect(&ctx, &instance).await,
         Err(_) => Err(Reason::InvalidSpec.into()),
     };
+    let mut skew = Skew::default();
     let discovered = match connection {
-        Ok(connection) => connection.discover().await,
+        Ok(connection) => {
+            let discovered = connection.discover().await;
+            skew = connection.skew();
+            discovered.and_then(|d| skew.check().map(|()| d).map_err(Failure::from))
+        }
         Err(failure) => Err(failure),
     };
     let discovered = discovered
         .map(|d| d.token_path)
         .map_err(|failure| classify(failure, false));
+    if ctx.connections.look(&id.name) {
+        for user in ctx.cache.users(|u| u.spec.instance_ref.name == *id.name) {
+            ctx.users.wake(&user, None);
+        }
+    }
     if discovered == Err(Reason::TlsFailure) {
         ctx.connections.doubt_certificates(&id.name);
     }
     let project_id = ctx.connections.known_project_id(&instance);
-    let status = status(&instance, &discovered, project_id.as_deref(), Timestamp::now());
+    let status = status(&instance, &discovered, project_id.as_deref(), skew, Timestamp::now());
     let failed = discovered.err().map(|reason| Failed::now("", reason));
     let mut done = Done {
         wake: Wake {
@@ -55,9 +66,10 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         match ctx.writer.replace_instance_status(&wanted).await {
             Ok(version) => {
                 done.written.push(version);
-                if is_ready(&wanted) && !is_ready(&instance) {
+                if wanted.is_ready() && !instance.is_ready() {
                     // They back off, maybe for longer than their tokens last.
-                    for user in ctx.cache.failing_users_of(&id.name) {
+                    let failing = |u: &ZitadelServiceUser| u.spec.instance_ref.name == *id.name && u.is_failing();
+                    for user in ctx.cache.users(failing) {
                         ctx.users.wake(&user, None);
                     }
                 }
@@ -69,9 +81,4 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         }
     }
     done
-}
-
-fn is_ready(instance: &ZitadelInstance) -> bool {
-    let conditions = instance.status.iter().flat_map(|s| &s.conditions);
-    conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
 }

@@ -3,20 +3,21 @@
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 
+use crate::api::ZitadelInstance;
 use crate::api::service_user::Token;
 use crate::controller::Context;
 use crate::controller::instance::connect;
-use crate::controller::write::WriteError;
-use crate::domain::answer::{Format, Minted, accept};
+use crate::domain::answer::{Expected, Format, Minted, accept};
+use crate::domain::clock::is_news;
 use crate::domain::facts::{Facts, Held, ObjectRef, Outcome, Unwritten};
 use crate::domain::failure::{Failure, OAuthError, classify, concerns_the_instance};
 use crate::domain::plan::{self, MintRequest, Plan, Step};
 use crate::domain::reason::Reason;
 use crate::domain::report::Failed;
 use crate::domain::secret::{self, SecretDraft};
-use crate::zitadel::Instance;
+use crate::zitadel::{Exchanged, Instance};
 
 /// A mint starts only if we lead for the time of the exchange and this: the write must still be ours.
 const TIME_TO_WRITE: Duration = Duration::from_secs(5);
@@ -32,224 +33,185 @@ pub struct Acted {
     pub failed: Vec<Failed>,
 }
 
+/// Why there is no token, and before when the server asked not to come back.
+type Refusal = (Reason, Option<Timestamp>);
+
+/// One token of one object.
+struct Job<'a> {
+    ctx: &'a Context,
+    id: &'a ObjectRef,
+    facts: &'a Facts,
+    index: usize,
+    token: &'a Token,
+}
+
 /// Carries out `plan`, one token after another: an object must not take more of the host's concurrency than another.
 pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Acted {
-    let mut outcomes = Vec::with_capacity(plan.steps.len());
-    let mut written = Vec::new();
+    let mut acted = Acted::default();
     for (index, (token, step)) in facts.user.spec.tokens.iter().zip(plan.steps).enumerate() {
-        let (ended, version) = carry_out(ctx, id, facts, token, step).await;
-        outcomes.push(Outcome {
-            token: index,
-            reason: ended.reason,
-            held: ended.held,
-            not_before: ended.not_before,
-            held_back: ended.held_back,
-        });
-        written.extend(version);
+        let job = Job {
+            ctx,
+            id,
+            facts,
+            index,
+            token,
+        };
+        let (outcome, version) = job.carry_out(step).await;
+        acted.outcomes.push(outcome);
+        acted.written.extend(version);
     }
     // What a renamed entry leaves goes only when its successor is there.
-    let tokens = facts.user.spec.tokens.iter().zip(&outcomes);
+    let tokens = facts.user.spec.tokens.iter().zip(&acted.outcomes);
     let all_there = tokens
         .into_iter()
         .all(|(t, o)| o.held.is_some() || facts.secrets.contains_key(&t.secret.name));
-    let mut failed = Vec::new();
     for leftover in plan.deletes.iter().filter(|_| all_there) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             tracing::warn!(object = %id, secret = leftover.name, %error, "a Secret that is no longer asked for could not be deleted");
-            failed.push(Failed::now("", Reason::SecretWriteFailed));
+            acted.failed.push(Failed::now("", Reason::SecretWriteFailed));
         }
     }
-    Acted {
-        outcomes,
-        written,
-        failed,
-    }
+    acted
 }
 
-struct Ended {
-    reason: Reason,
-    held: Option<Held>,
-    not_before: Option<Timestamp>,
-    held_back: bool,
-}
-
-impl Ended {
-    fn with(reason: Reason, held: Option<Held>) -> Self {
-        Self {
-            reason,
-            held,
-            not_before: None,
-            held_back: false,
-        }
-    }
-}
-
-async fn carry_out(ctx: &Context, id: &ObjectRef, facts: &Facts, token: &Token, step: Step) -> (Ended, Option<String>) {
-    match step {
-        Step::Keep(held) => {
-            ctx.unwritten.drop_token(id, &token.name);
-            (Ended::with(Reason::Issued, Some(held)), None)
-        }
-        Step::Refuse(reason, held) => (Ended::with(reason, held), None),
-        Step::Wait(reason, held) => {
-            let held_back = true;
-            let ended = Ended::with(reason, held);
-            (Ended { held_back, ..ended }, None)
-        }
-        Step::Write(draft, held, fallback) => write(ctx, id, token, &draft, held, fallback).await,
-        Step::Mint(request) => match mint(ctx, facts, token, &request).await {
-            Ok(minted) => {
-                ctx.metrics.minted(Reason::Issued.name());
-                write_minted(ctx, id, facts, token, *request, minted).await
+impl Job<'_> {
+    /// The outcome, and the version of the Secret if it was written.
+    async fn carry_out(&self, step: Step) -> (Outcome, Option<String>) {
+        match step {
+            Step::Keep(held) => {
+                self.ctx.unwritten.drop_token(self.id, &self.token.name);
+                (self.ended(Reason::Issued, Some(held)), None)
             }
-            Err((reason, not_before)) => {
-                ctx.metrics.minted(reason.name());
-                if concerns_the_instance(reason) {
-                    doubt(ctx, facts, reason);
+            Step::Refuse(reason, held) => (self.ended(reason, held), None),
+            Step::Wait(reason, held) => {
+                let held_back = true;
+                let outcome = self.ended(reason, held);
+                (Outcome { held_back, ..outcome }, None)
+            }
+            Step::Write(draft, held, fallback) => self.write(&draft, held, fallback).await,
+            Step::Mint(request) => {
+                let minted = self.mint(&request).await;
+                let reason = minted.as_ref().map_or_else(|(reason, _)| *reason, |_| Reason::Issued);
+                self.ctx.metrics.minted(reason.name());
+                match minted {
+                    Ok(minted) => self.write_minted(*request, minted).await,
+                    Err((reason, not_before)) => {
+                        // A token that is not allowed is not told as good, though it stays to its expiry.
+                        let held = request.fallback.filter(|_| reason != Reason::AccessDenied);
+                        let outcome = self.ended(reason, held);
+                        (Outcome { not_before, ..outcome }, None)
+                    }
                 }
-                // A token that is not allowed is not told as good, though it stays to its expiry.
-                let held = request.fallback.filter(|_| reason != Reason::AccessDenied);
-                let ended = Ended::with(reason, held);
-                (Ended { not_before, ..ended }, None)
             }
-        },
+        }
+    }
+
+    fn ended(&self, reason: Reason, held: Option<Held>) -> Outcome {
+        Outcome::new(self.index, reason, held)
+    }
+
+    async fn mint(&self, request: &MintRequest) -> Result<Minted, Refusal> {
+        let (ctx, facts) = (self.ctx, self.facts);
+        let instance = facts.instance.as_deref().ok_or((Reason::InstanceMissing, None))?;
+        let connection = match connect(ctx, instance).await {
+            Ok(connection) => connection,
+            Err(failure) => return Err(self.refused(instance, classify(failure, false), None)),
+        };
+        let needed = connection.settings().timeout + TIME_TO_WRITE;
+        if !ctx.writer.remaining().is_ok_and(|remaining| remaining >= needed) {
+            return Err((Reason::NotLeading, None));
+        }
+        if request.try_write_first {
+            let draft = secret::placeholder(facts, self.token, &request.inputs, &request.shape);
+            let tried = ctx.writer.try_secret(&draft).await;
+            tried.map_err(|error| (error.reason(), None))?;
+        }
+        let learned_before = connection.known_project_id().is_some();
+        let minted = match self.ask(&connection, &request.scope).await {
+            Ok((got, expected)) => {
+                accept(got.answer, &expected, got.sent).map_err(|reason| self.refused(instance, reason, None))
+            }
+            Err(failure) => {
+                let (reason, not_before) = judge(&connection, failure).await;
+                Err(self.refused(instance, reason, not_before))
+            }
+        };
+        let learned = connection.known_project_id().is_some() != learned_before;
+        if learned || is_news(facts.skew, connection.skew().estimate()) {
+            // Its status shows the one, and by the other all of its service users reckon.
+            look_at(ctx, instance);
+        }
+        minted
+    }
+
+    /// Asks for the token, and says what it must be.
+    async fn ask(&self, connection: &Instance, scope: &str) -> Result<(Exchanged, Expected), Failure> {
+        let key = self.facts.key.as_ref().map_err(|reason| *reason)?;
+        let project_id = connection.project_id(key).await?;
+        let expected = plan::expect(self.facts, self.token, project_id)?;
+        Ok((connection.exchange(key, scope).await?, expected))
+    }
+
+    /// An instance that is called Ready is looked at again, since it is not asked while all goes well.
+    fn refused(&self, instance: &ZitadelInstance, reason: Reason, not_before: Option<Timestamp>) -> Refusal {
+        if reason == Reason::TlsFailure {
+            let name = instance.metadata.name.as_deref().unwrap_or_default();
+            self.ctx.connections.doubt_certificates(name);
+        }
+        if concerns_the_instance(reason) && instance.is_ready() {
+            look_at(self.ctx, instance);
+        }
+        (reason, not_before)
+    }
+
+    async fn write_minted(&self, request: MintRequest, minted: Minted) -> (Outcome, Option<String>) {
+        let (ctx, id, facts, name) = (self.ctx, self.id, self.facts, &self.token.name);
+        let record = secret::record(facts, &request.inputs, &request.shape, &minted);
+        let draft = secret::draft(facts, self.token, &minted.token, &record);
+        let held = Held {
+            schedule: facts.schedule(self.token, minted.issued, minted.expires),
+            format: Format::of(minted.token.expose_secret()),
+        };
+        ctx.forced
+            .minted(id, name, &request, held.schedule.renew, Timestamp::now());
+        // Kept before the write, so that a pass that is cut off there does not lose it.
+        ctx.unwritten.keep(id, name, Unwritten { minted, record });
+        self.write(&draft, held, request.fallback).await
+    }
+
+    /// Writes a Secret; if that fails, `fallback` is what is still there.
+    async fn write(&self, draft: &SecretDraft, held: Held, fallback: Option<Held>) -> (Outcome, Option<String>) {
+        let (ctx, id, name) = (self.ctx, self.id, &self.token.name);
+        if draft.is_too_large() {
+            return (self.ended(Reason::SecretTooLarge, fallback), None);
+        }
+        match ctx.writer.apply_secret(draft).await {
+            Ok(version) => {
+                ctx.unwritten.drop_token(id, name);
+                if draft.repair {
+                    ctx.forced.repaired(id, name, Timestamp::now());
+                }
+                (self.ended(Reason::Issued, Some(held)), Some(version))
+            }
+            Err(error) => {
+                error.log(id, &format!("Secret {}", draft.name));
+                (self.ended(error.reason(), fallback), None)
+            }
+        }
     }
 }
 
-async fn mint(
-    ctx: &Context,
-    facts: &Facts,
-    token: &Token,
-    request: &MintRequest,
-) -> Result<Minted, (Reason, Option<Timestamp>)> {
-    let known = |reason| (reason, None);
-    let instance = facts.instance.as_deref().ok_or(known(Reason::InstanceMissing))?;
-    let connection = connect(ctx, instance).await.map_err(|f| known(classify(f, false)))?;
-    let key = facts.key.as_ref().map_err(|reason| known(*reason))?;
-    let needed = connection.settings().timeout + TIME_TO_WRITE;
-    if !ctx.writer.remaining().is_ok_and(|remaining| remaining >= needed) {
-        return Err(known(Reason::NotLeading));
-    }
-    if request.try_write_first {
-        would_be_written(ctx, facts, token, request)
-            .await
-            .map_err(|e| known(e.reason()))?;
-    }
-    let learned_before = connection.known_project_id().is_some();
-    let project_id = match connection.project_id(key).await {
-        Ok(id) => id,
-        Err(failure) => return Err(judge(&connection, failure).await),
-    };
-    if !learned_before {
-        // Its status shows the id.
-        ctx.instances
-            .wake(&ObjectRef::new("", &facts.user.spec.instance_ref.name), None);
-    }
-    let expected = plan::expect(facts, token, project_id).map_err(known)?;
-    match connection.exchange(key, &request.scope).await {
-        Ok(exchanged) => accept(exchanged.answer, &expected, exchanged.sent).map_err(known),
-        Err(failure) => Err(judge(&connection, failure).await),
-    }
-}
-
-/// An instance that is called Ready is looked at again, since it is not asked while all goes well.
-fn doubt(ctx: &Context, facts: &Facts, reason: Reason) {
-    let Some(instance) = facts.instance.as_deref() else {
-        return;
-    };
+fn look_at(ctx: &Context, instance: &ZitadelInstance) {
     let name = instance.metadata.name.as_deref().unwrap_or_default();
-    if reason == Reason::TlsFailure {
-        ctx.connections.doubt_certificates(name);
-    }
-    let conditions = instance.status.iter().flat_map(|s| &s.conditions);
-    if conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True") {
-        ctx.instances.wake(&ObjectRef::new("", name), None);
-    }
+    ctx.instances.wake(&ObjectRef::new("", name), None);
 }
 
 /// The reason of a failure. Up to v4.13 a refused assertion and an outage are the same 500: discovery tells them apart.
-async fn judge(connection: &Instance, failure: Failure) -> (Reason, Option<Timestamp>) {
+async fn judge(connection: &Instance, failure: Failure) -> Refusal {
     let (ambiguous, not_before) = match failure {
         Failure::Status { error, retry_after, .. } => (error == Some(OAuthError::InternalError), retry_after),
         _ => (false, None),
     };
     let discovery_works = ambiguous && connection.discover().await.is_ok();
     (classify(failure, discovery_works), not_before)
-}
-
-/// Whether the Secret would be taken, asked with something of a token's shape in it.
-async fn would_be_written(
-    ctx: &Context,
-    facts: &Facts,
-    token: &Token,
-    request: &MintRequest,
-) -> Result<(), WriteError> {
-    let (placeholder, now) = (SecretString::from("placeholder"), Timestamp::now());
-    let issuer = facts.instance.as_deref().map_or("", |i| i.spec.issuer.as_str());
-    let record = secret::record(
-        facts,
-        request.inputs.clone(),
-        request.shape.clone(),
-        now,
-        now,
-        &placeholder,
-    );
-    let draft = secret::draft(facts, token, issuer, &placeholder, &record);
-    ctx.writer.try_secret(&draft).await
-}
-
-async fn write_minted(
-    ctx: &Context,
-    id: &ObjectRef,
-    facts: &Facts,
-    token: &Token,
-    request: MintRequest,
-    minted: Minted,
-) -> (Ended, Option<String>) {
-    let issuer = facts.instance.as_deref().map_or("", |i| i.spec.issuer.as_str());
-    let record = secret::record(
-        facts,
-        request.inputs.clone(),
-        request.shape.clone(),
-        minted.issued,
-        minted.expires,
-        &minted.token,
-    );
-    let draft = secret::draft(facts, token, issuer, &minted.token, &record);
-    let held = Held {
-        schedule: facts.schedule(token, minted.issued, minted.expires),
-        format: Format::of(minted.token.expose_secret()),
-    };
-    ctx.forced
-        .minted(id, &token.name, &request, held.schedule.renew, Timestamp::now());
-    // Kept before the write, so that a pass that is cut off there does not lose it.
-    ctx.unwritten.keep(id, &token.name, Unwritten { minted, record });
-    write(ctx, id, token, &draft, held, request.fallback).await
-}
-
-/// Writes a Secret; if that fails, `fallback` is what is still there.
-async fn write(
-    ctx: &Context,
-    id: &ObjectRef,
-    token: &Token,
-    draft: &SecretDraft,
-    held: Held,
-    fallback: Option<Held>,
-) -> (Ended, Option<String>) {
-    if draft.is_too_large() {
-        return (Ended::with(Reason::SecretTooLarge, fallback), None);
-    }
-    match ctx.writer.apply_secret(draft).await {
-        Ok(version) => {
-            ctx.unwritten.drop_token(id, &token.name);
-            if draft.repair {
-                ctx.forced.repaired(id, &token.name, Timestamp::now());
-            }
-            (Ended::with(Reason::Issued, Some(held)), Some(version))
-        }
-        Err(error) => {
-            error.log(id, &format!("Secret {}", draft.name));
-            (Ended::with(error.reason(), fallback), None)
-        }
-    }
 }

@@ -12,7 +12,8 @@ use crate::api::ZitadelServiceUser;
 use crate::api::service_user::KeySecretRef;
 use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
-use crate::domain::facts::{CONTEST_WINDOW, Facts, HeldBack, ObjectRef, Unwritten};
+use crate::domain::clock::shifted;
+use crate::domain::facts::{CONTEST_WINDOW, Facts, HeldBack, Hold, ObjectRef, Unwritten};
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::plan::MintRequest;
 use crate::domain::reason::Reason;
@@ -125,7 +126,8 @@ impl ForcedState {
     }
 }
 
-/// Reads what decides about `id`. None: the object is gone, going, or not ours to serve.
+/// Reads what decides about `id`. None: the object is gone, going, not ours to serve, or
+/// its instance was not looked at yet.
 pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Result<Option<Facts>, ReadError> {
     let user = ctx.cache.user(id).filter(|u| u.metadata.deletion_timestamp.is_none());
     let Some(user) = user else {
@@ -138,6 +140,10 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         ctx.unwritten.drop_object(id);
         return Ok(None);
     }
+    if instance.is_some() && !ctx.connections.was_looked_at(&user.spec.instance_ref.name) {
+        // That look wakes it.
+        return Ok(None);
+    }
     let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), &id.namespace);
     let names = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
     let read_tokens = try_join_all(names.map(|name| async { Ok((name.to_owned(), read(&api, name).await?)) }));
@@ -147,6 +153,11 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         Err(ReadError::Forbidden) => (Err(Reason::SecretsForbidden), Vec::new()),
         Err(error) => return Err(error),
     };
+    let skew = ctx.connections.skew(&user.spec.instance_ref.name);
+    let held_back = held_back.into_iter().map(|(what, hold)| {
+        let until = shifted(hold.until, skew);
+        (what, Hold { until, ..hold })
+    });
     let secrets = secrets
         .into_iter()
         .filter_map(|(name, secret)| Some((name, secret?.into_existing())));
@@ -155,11 +166,12 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         namespace_labels: ctx.cache.namespace_labels(&id.namespace),
         zitadel_project_id: instance.as_deref().and_then(|i| ctx.connections.known_project_id(i)),
         instance,
+        skew,
         key,
         secrets: secrets.collect(),
-        unwritten: ctx.unwritten.of(id, &user, Timestamp::now()),
+        unwritten: ctx.unwritten.of(id, &user, shifted(Timestamp::now(), skew)),
         leftovers: ctx.cache.leftovers(&user),
-        held_back,
+        held_back: held_back.collect(),
         forced: ctx.forced.counts(id, Timestamp::now()),
         last_mints: ctx.forced.last_mints(id),
         user,

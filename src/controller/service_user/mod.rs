@@ -13,6 +13,7 @@ pub use gather::{Forced, UnwrittenTokens};
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
+use crate::domain::clock::shifted;
 use crate::domain::facts::{Facts, HeldBack, ObjectRef};
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
@@ -32,12 +33,14 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
         }
     };
     ctx.metrics.passed("ZitadelServiceUser");
-    let plan = plan(&facts, Timestamp::now());
+    let plan = plan(&facts, shifted(Timestamp::now(), facts.skew));
     let acted = act::act(&ctx, &id, &facts, plan).await;
     for outcome in &acted.outcomes {
         tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "looked at");
     }
-    let mut report = report(&facts, &acted.outcomes, Timestamp::now());
+    // What was asked of the server may have shown that its clock is another than assumed.
+    let skew = ctx.connections.skew(&facts.user.spec.instance_ref.name);
+    let mut report = report(&facts, &acted.outcomes, shifted(Timestamp::now(), skew));
     report.wake.failed.extend(acted.failed);
     let mut written = acted.written;
     match publish(&ctx, &facts, &mut report).await {
@@ -48,7 +51,8 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
         }
     }
     Done {
-        wake: report.wake,
+        // The queue goes by our own clock.
+        wake: report.wake.shifted(-skew),
         written,
         ..Done::default()
     }
