@@ -60,6 +60,9 @@ struct Entry {
 struct Backoff {
     failures: u32,
     hold: Hold,
+    /// The server asked for it (`Retry-After`), so that no edit of the object ends it: else whoever edits in a loop would
+    /// ask again each time.
+    asked: bool,
     /// It is tried before the back-off has run, since a good token is about to expire.
     cut_short: bool,
 }
@@ -73,6 +76,14 @@ pub struct Turn {
     pub held_back: HeldBack,
     queue: Arc<Queue>,
     ended: bool,
+}
+
+impl Entry {
+    /// A change of input begins the back-offs anew.
+    fn begin_anew(&mut self) {
+        self.backoffs.retain(|_, backoff| backoff.asked);
+        self.retrying = false;
+    }
 }
 
 impl Queue {
@@ -102,9 +113,7 @@ impl Queue {
             entry.dirty.push(version.map(str::to_owned));
             return;
         }
-        // A change of input begins the back-off anew.
-        entry.backoffs.clear();
-        entry.retrying = false;
+        entry.begin_anew();
         state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
     }
@@ -264,20 +273,23 @@ impl Turn {
         entry.written = done.written;
         if news.is_empty() && done.forget {
             state.entries.remove(&self.id);
-        } else if news.is_empty() {
-            let seed = self.id.to_string();
-            let before = std::mem::take(&mut entry.backoffs);
-            entry.backoffs = done
-                .wake
-                .failed
-                .into_iter()
-                .map(|failed| hold(failed, &before, &seed, now))
-                .collect();
-            if done.broken_off {
-                for (what, backoff) in before {
-                    entry.backoffs.entry(what).or_insert(backoff);
-                }
+            self.queue.changed.notify_one();
+            return;
+        }
+        let seed = self.id.to_string();
+        let before = std::mem::take(&mut entry.backoffs);
+        entry.backoffs = done
+            .wake
+            .failed
+            .into_iter()
+            .map(|failed| hold(failed, &before, &seed, now))
+            .collect();
+        if done.broken_off {
+            for (what, backoff) in before {
+                entry.backoffs.entry(what).or_insert(backoff);
             }
+        }
+        if news.is_empty() {
             let retry = entry.backoffs.values().map(|b| b.hold.until).min();
             entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));
             if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
@@ -285,7 +297,7 @@ impl Turn {
                 state.timers.insert((at, self.id.clone()));
             }
         } else {
-            entry.backoffs.clear();
+            entry.begin_anew();
             state.waiting.push(&self.id, urgency, &instance);
         }
         self.queue.changed.notify_one();
@@ -310,6 +322,7 @@ fn hold(failed: Failed, before: &BTreeMap<String, Backoff>, seed: &str, now: Tim
             Backoff {
                 failures,
                 hold: Hold { reason, until },
+                asked: failed.not_before.is_some(),
                 cut_short: until < patient,
             }
         }
@@ -433,6 +446,22 @@ mod tests {
                 (seconds * 4 / 5 - 1..=seconds * 6 / 5).contains(&wait),
                 "{wait} for {seconds}"
             );
+        }
+        // What the server asked for outlasts an edit; what we chose does not.
+        for (not_before, kept) in [(Some(60), true), (None, false)] {
+            queue.wake(&id("d"), None);
+            let turn = queue.next().await;
+            turn.done(Done {
+                wake: Wake {
+                    at: None,
+                    failed: vec![failing(None, not_before)],
+                },
+                ..Done::default()
+            });
+            queue.wake(&id("d"), None);
+            let turn = queue.next().await;
+            assert_eq!(turn.held_back.contains_key("t"), kept, "{not_before:?}");
+            turn.done(Done::default());
         }
         // The tries before an expiry do not lengthen what comes after it: the second wait is one of two seconds.
         queue.wake(&id("c"), None);

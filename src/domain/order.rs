@@ -55,9 +55,11 @@ pub struct Slots {
 pub struct Waiting {
     lanes: HashMap<Lane, BTreeSet<Entry>>,
     entries: HashMap<ObjectRef, (Lane, Urgency, u64)>,
-    running: HashMap<ObjectRef, Lane>,
+    /// What runs, and whether it is a retry.
+    running: HashMap<ObjectRef, (Lane, bool)>,
     by_namespace: HashMap<Arc<str>, usize>,
     by_instance: HashMap<Arc<str>, usize>,
+    retries: HashMap<Arc<str>, usize>,
     by_lane: HashMap<Lane, usize>,
     last_turns: HashMap<Arc<str>, u64>,
     arrivals: u64,
@@ -118,10 +120,14 @@ impl Waiting {
             .filter(|(lane, _)| open(lane))
             .filter_map(|(lane, waiting)| {
                 let (rank, entry) = best(waiting, now)?;
+                // Many that fail must not stand before one that would not.
+                if rank == RETRY && count(&self.retries, &lane.instance) >= (slots.per_instance / 4).max(1) {
+                    return None;
+                }
                 let turn = self.last_turns.get(&lane.namespace).copied().unwrap_or(0);
                 Some((rank, turn, entry, lane))
             });
-        let (_, _, (_, _, id), lane) = ranked.min_by(|a, b| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))?;
+        let (rank, _, (_, _, id), lane) = ranked.min_by(|a, b| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))?;
         let (id, lane) = (id.clone(), lane.clone());
         self.remove(&id);
         self.turns += 1;
@@ -129,13 +135,21 @@ impl Waiting {
         *self.by_namespace.entry(lane.namespace.clone()).or_default() += 1;
         *self.by_instance.entry(lane.instance.clone()).or_default() += 1;
         *self.by_lane.entry(lane.clone()).or_default() += 1;
-        self.running.insert(id.clone(), lane);
+        if rank == RETRY {
+            *self.retries.entry(lane.instance.clone()).or_default() += 1;
+        }
+        self.running.insert(id.clone(), (lane, rank == RETRY));
         Some(id)
     }
 
     /// The object's pass has ended.
     pub fn finished(&mut self, id: &ObjectRef) {
-        let Some(lane) = self.running.remove(id) else { return };
+        let Some((lane, retry)) = self.running.remove(id) else {
+            return;
+        };
+        if retry {
+            leave(&mut self.retries, &lane.instance);
+        }
         leave(&mut self.by_namespace, &lane.namespace);
         leave(&mut self.by_instance, &lane.instance);
         leave(&mut self.by_lane, &lane);
@@ -159,6 +173,9 @@ impl Waiting {
     }
 }
 
+/// The rank of a retry, after all else.
+const RETRY: u8 = 3;
+
 /// The best of a lane and its rank. The set is ordered newcomers, refreshes by time, retries; an urgent refresh is
 /// looked for at the head of the refreshes.
 fn best(waiting: &BTreeSet<Entry>, now: Timestamp) -> Option<(u8, &Entry)> {
@@ -172,7 +189,7 @@ fn best(waiting: &BTreeSet<Entry>, now: Timestamp) -> Option<(u8, &Entry)> {
     let rank = match first.0 {
         Urgency::Newcomer => 1,
         Urgency::Refresh(_) => 2,
-        Urgency::Retry => 3,
+        Urgency::Retry => RETRY,
     };
     Some((rank, first))
 }
@@ -276,7 +293,7 @@ mod tests {
             push(&mut waiting, "noisy", name, Urgency::Newcomer, "main");
         }
         for i in 0..3 {
-            push(&mut waiting, "quiet", &i.to_string(), Urgency::Retry, "main");
+            push(&mut waiting, "quiet", &i.to_string(), Urgency::Refresh(at(400)), "main");
         }
         let slots = Slots {
             all: 16,
@@ -299,6 +316,24 @@ mod tests {
         assert_eq!(take(&mut waiting, slots), ["a/slow-0", "a/slow-1", "a/fast"]);
         waiting.finished(&ObjectRef::new("a", "slow-0"));
         assert_eq!(take(&mut waiting, slots), ["a/slow-2"]);
+    }
+
+    #[test]
+    fn retries_have_a_quarter_of_an_instances_slots_at_most() {
+        let mut waiting = Waiting::default();
+        for namespace in ["a", "b", "c", "d", "e"] {
+            push(&mut waiting, namespace, "failing", Urgency::Retry, "main");
+        }
+        push(&mut waiting, "a", "failing", Urgency::Retry, "other");
+        let slots = Slots {
+            all: 32,
+            per_instance: 8,
+        };
+        assert_eq!(take(&mut waiting, slots).len(), 3);
+        push(&mut waiting, "e", "new", Urgency::Newcomer, "main");
+        assert_eq!(take(&mut waiting, slots), ["e/new"]);
+        waiting.finished(&ObjectRef::new("b", "failing"));
+        assert_eq!(take(&mut waiting, slots).len(), 1);
     }
 
     #[test]
