@@ -308,7 +308,17 @@ impl Turn {
 fn hold(failed: Failed, before: &BTreeMap<String, Backoff>, seed: &str, now: Timestamp) -> (String, Backoff) {
     let last = before.get(&failed.what);
     let backoff = match last {
-        Some(last) if failed.held_back => Backoff { ..*last },
+        Some(last) if failed.held_back && failed.not_before.is_none() => Backoff { ..*last },
+        // Nobody was asked, so that it does not count (design §3.5).
+        last if failed.held_back => Backoff {
+            failures: last.map_or(0, |b| b.failures),
+            hold: Hold {
+                reason: failed.reason,
+                until: failed.not_before.unwrap_or(now),
+            },
+            asked: false,
+            cut_short: true,
+        },
         _ => {
             // The many tries before an expiry are not held against the object after it.
             let failures = match last {

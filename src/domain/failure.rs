@@ -29,6 +29,22 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// Whether it may be a refused assertion or an outage (zitadel.md §2.1).
+    #[must_use]
+    pub fn is_ambiguous(self) -> bool {
+        let Self::Status { error, .. } = self else { return false };
+        error == Some(OAuthError::InternalError)
+    }
+
+    /// The server asked not to come back before.
+    #[must_use]
+    pub fn retry_after(self) -> Option<Timestamp> {
+        let Self::Status { retry_after, .. } = self else {
+            return None;
+        };
+        retry_after
+    }
+
     /// Whether a wrong clock on one side may be behind it: an assertion that is not valid yet, or no longer, is refused
     /// like a bad key (zitadel.md §2.1).
     #[must_use]

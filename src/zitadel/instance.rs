@@ -1,6 +1,6 @@
 //! One ZITADEL instance as this process knows it: connection, discovery, and the id of its own project.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
@@ -17,7 +17,7 @@ use crate::domain::scope;
 use crate::domain::validate::is_near;
 use crate::zitadel::discovery::{self, Discovery};
 use crate::zitadel::http::Http;
-use crate::zitadel::limits::{Hosts, Rate};
+use crate::zitadel::limits::{Hosts, Limits, Rate};
 use crate::zitadel::token;
 
 /// Discovery is asked again after this, when it is needed.
@@ -67,6 +67,7 @@ pub struct Exchanged {
 pub struct Instance {
     settings: Settings,
     http: Http,
+    limits: Arc<Limits>,
     discovery: Mutex<Option<(Discovery, Instant)>>,
     project_id: OnceLock<String>,
     learning: tokio::sync::Mutex<()>,
@@ -83,10 +84,11 @@ impl Instance {
             return Err(Reason::InsecureHttp.into());
         }
         let limits = hosts.dial(&settings.name, authority, settings.rate);
-        let http = Http::new(&settings, origin, limits)?;
+        let http = Http::new(&settings, origin, limits.clone())?;
         Ok(Self {
             settings,
             http,
+            limits,
             discovery: Mutex::default(),
             project_id: OnceLock::new(),
             learning: tokio::sync::Mutex::default(),
@@ -97,6 +99,12 @@ impl Instance {
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// The limits of the host that it dials.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// How far the server's clock is from ours, by all answers so far.

@@ -1,4 +1,4 @@
-//! Budget and concurrency toward each dialled host, shared by all instances that dial it.
+//! Budget, concurrency and circuit toward each dialled host, shared by all instances that dial it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::domain::circuit::{Circuit, Fault, Refused};
 use crate::domain::limits::Bucket;
+use crate::domain::reason::Reason;
 
 /// What an instance asks for its host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +37,7 @@ impl Rate {
 pub struct Limits {
     started: Instant,
     now: Mutex<Now>,
+    circuit: Mutex<Circuit>,
 }
 
 #[derive(Debug)]
@@ -53,7 +56,32 @@ impl Limits {
                 bucket: Bucket::new(rate.per_second, rate.burst),
                 slots: Arc::new(Semaphore::new(rate.concurrent.max(1))),
             }),
+            circuit: Mutex::default(),
         }
+    }
+
+    /// Whether a token may be asked for.
+    pub fn may_ask(&self) -> Result<(), Refused> {
+        self.circuit().admit(self.started.elapsed())
+    }
+
+    /// A token request was answered as it should be. True if the circuit was open.
+    pub fn worked(&self) -> bool {
+        self.circuit().worked()
+    }
+
+    /// Nothing was sent after all.
+    pub fn gave_up(&self) {
+        self.circuit().gave_up();
+    }
+
+    /// A request failed through the host's fault, or so it seems.
+    pub fn failed(&self, reason: Reason, fault: Fault) {
+        self.circuit().failed(self.started.elapsed(), reason, fault);
+    }
+
+    fn circuit(&self) -> MutexGuard<'_, Circuit> {
+        self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a place among the concurrent requests and for the budget. The place is held until the permit drops.

@@ -9,4 +9,4 @@ mod token;
 
 pub use discovery::Discovery;
 pub use instance::{Exchanged, Instance, Settings};
-pub use limits::{Hosts, Rate};
+pub use limits::{Hosts, Limits, Rate};

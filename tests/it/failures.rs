@@ -165,3 +165,36 @@ async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_
     let asked = asked.iter().filter(|r| r.scopes.iter().any(|s| s == limited)).count();
     assert_eq!(asked, 1);
 }
+
+/// Design §3.5: one at a time asks a host that is down, and all come back as soon as it works.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_is_down_is_asked_by_one_at_a_time() {
+    const USERS: usize = 24;
+    let world = World::new("circuit").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.instance_ready("True", "InstanceReady").await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world
+        .issuer
+        .fault(json!({"path": "/oauth/v2/token", "reset": true}))
+        .await;
+    let names: Vec<String> = (0..USERS).map(|i| format!("user-{i}")).collect();
+    for name in &names {
+        world.key_secret(&format!("{name}-key"), &user).await;
+        let spec = one_token(&format!("{name}-token"));
+        world.service_user(name, spec).await.expect("accepted");
+    }
+    for name in &names {
+        world.ready(name, "False", "InstanceUnreachable").await;
+    }
+    let requests = world.issuer.requests().await;
+    let asked = requests.iter().filter(|r| r.path == "/oauth/v2/token").count();
+    assert!(asked < USERS, "{asked} requests for {USERS} objects");
+
+    world.issuer.clear_faults().await;
+    for name in &names {
+        world.ready(name, "True", "Issued").await;
+    }
+    assert_eq!(world.issuer.mints().await, USERS);
+}

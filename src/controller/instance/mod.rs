@@ -11,6 +11,7 @@ pub use connect::{Connections, connect};
 use crate::api::ZitadelServiceUser;
 use crate::controller::Context;
 use crate::controller::queue::Done;
+use crate::domain::circuit::Fault;
 use crate::domain::clock::Skew;
 use crate::domain::facts::ObjectRef;
 use crate::domain::failure::{Failure, classify};
@@ -34,6 +35,11 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     let discovered = match connection {
         Ok(connection) => {
             let discovered = connection.discover().await;
+            if let Err(failure) = discovered
+                && !matches!(failure, Failure::Known(_) | Failure::Malformed)
+            {
+                connection.limits().failed(classify(failure, false), Fault::Host);
+            }
             skew = connection.skew();
             discovered.and_then(|d| skew.check().map(|()| d).map_err(Failure::from))
         }

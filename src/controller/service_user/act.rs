@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::ExposeSecret;
 
-use crate::api::ZitadelInstance;
 use crate::api::service_user::Token;
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::instance::connect;
 use crate::domain::answer::{Expected, Format, Minted, accept};
-use crate::domain::clock::is_news;
+use crate::domain::circuit::Fault;
+use crate::domain::clock::{is_news, shifted};
 use crate::domain::facts::{Facts, Held, ObjectRef, Outcome, Unwritten};
-use crate::domain::failure::{Failure, OAuthError, classify, concerns_the_instance};
+use crate::domain::failure::{Failure, classify, concerns_the_instance};
 use crate::domain::plan::{self, MintRequest, Plan, Step};
 use crate::domain::reason::Reason;
 use crate::domain::report::Failed;
@@ -33,8 +34,24 @@ pub struct Acted {
     pub failed: Vec<Failed>,
 }
 
-/// Why there is no token, and before when the server asked not to come back.
-type Refusal = (Reason, Option<Timestamp>);
+/// Why there is no token.
+struct Refusal {
+    reason: Reason,
+    /// Not to be tried before.
+    not_before: Option<Timestamp>,
+    /// It was not even asked for.
+    held_back: bool,
+}
+
+impl From<Reason> for Refusal {
+    fn from(reason: Reason) -> Self {
+        Self {
+            reason,
+            not_before: None,
+            held_back: false,
+        }
+    }
+}
 
 /// One token of one object.
 struct Job<'a> {
@@ -91,15 +108,27 @@ impl Job<'_> {
             Step::Write(draft, held, fallback) => self.write(&draft, held, fallback).await,
             Step::Mint(request) => {
                 let minted = self.mint(&request).await;
-                let reason = minted.as_ref().map_or_else(|(reason, _)| *reason, |_| Reason::Issued);
-                self.ctx.metrics.minted(reason.name());
                 match minted {
-                    Ok(minted) => self.write_minted(*request, minted).await,
-                    Err((reason, not_before)) => {
+                    Ok(minted) => {
+                        self.ctx.metrics.minted(Reason::Issued.name());
+                        self.write_minted(*request, minted).await
+                    }
+                    Err(Refusal {
+                        reason,
+                        not_before,
+                        held_back,
+                    }) => {
+                        if !held_back {
+                            self.ctx.metrics.minted(reason.name());
+                        }
                         // A token that is not allowed is not told as good, though it stays to its expiry.
                         let held = request.fallback.filter(|_| reason != Reason::AccessDenied);
-                        let outcome = self.ended(reason, held);
-                        (Outcome { not_before, ..outcome }, None)
+                        let outcome = Outcome {
+                            not_before,
+                            held_back,
+                            ..self.ended(reason, held)
+                        };
+                        (outcome, None)
                     }
                 }
             }
@@ -112,28 +141,43 @@ impl Job<'_> {
 
     async fn mint(&self, request: &MintRequest) -> Result<Minted, Refusal> {
         let (ctx, facts) = (self.ctx, self.facts);
-        let instance = facts.instance.as_deref().ok_or((Reason::InstanceMissing, None))?;
+        let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
         let connection = match connect(ctx, instance).await {
             Ok(connection) => connection,
-            Err(failure) => return Err(self.refused(instance, classify(failure, false), None)),
+            Err(failure) => return Err(self.refused(instance, classify(failure, false))),
         };
         let needed = connection.settings().timeout + TIME_TO_WRITE;
         if !ctx.writer.remaining().is_ok_and(|remaining| remaining >= needed) {
-            return Err((Reason::NotLeading, None));
+            return Err(Reason::NotLeading.into());
         }
         if request.try_write_first {
             let draft = secret::placeholder(facts, self.token, &request.inputs, &request.shape);
             let tried = ctx.writer.try_secret(&draft).await;
-            tried.map_err(|error| (error.reason(), None))?;
+            tried.map_err(|error| error.reason())?;
         }
+        connection.limits().may_ask().map_err(|refused| {
+            let wait = SignedDuration::try_from(refused.retry_in).unwrap_or(SignedDuration::MAX);
+            Refusal {
+                reason: refused.reason,
+                not_before: Some(shifted(connection.skew().theirs(Timestamp::now()), wait)),
+                held_back: true,
+            }
+        })?;
         let learned_before = connection.known_project_id().is_some();
         let minted = match self.ask(&connection, &request.scope).await {
             Ok((got, expected)) => {
-                accept(got.answer, &expected, got.sent).map_err(|reason| self.refused(instance, reason, None))
+                if connection.limits().worked() {
+                    self.wake_who_waits();
+                }
+                accept(got.answer, &expected, got.sent).map_err(|reason| self.refused(instance, reason))
             }
             Err(failure) => {
-                let (reason, not_before) = judge(&connection, failure).await;
-                Err(self.refused(instance, reason, not_before))
+                let reason = self.judge(&connection, failure).await;
+                let not_before = failure.retry_after();
+                Err(Refusal {
+                    not_before,
+                    ..self.refused(instance, reason)
+                })
             }
         };
         let learned = connection.known_project_id().is_some() != learned_before;
@@ -153,7 +197,7 @@ impl Job<'_> {
     }
 
     /// An instance that is called Ready is looked at again, since it is not asked while all goes well.
-    fn refused(&self, instance: &ZitadelInstance, reason: Reason, not_before: Option<Timestamp>) -> Refusal {
+    fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> Refusal {
         if reason == Reason::TlsFailure {
             let name = instance.metadata.name.as_deref().unwrap_or_default();
             self.ctx.connections.doubt_certificates(name);
@@ -161,7 +205,38 @@ impl Job<'_> {
         if concerns_the_instance(reason) && instance.is_ready() {
             look_at(self.ctx, instance);
         }
-        (reason, not_before)
+        reason.into()
+    }
+
+    /// The reason of a failure, and what it says of the host. Up to v4.13 a refused assertion and an outage are the same
+    /// 500: discovery tells them apart.
+    async fn judge(&self, connection: &Instance, failure: Failure) -> Reason {
+        let limits = connection.limits();
+        let mut discovery_works = false;
+        if failure.is_ambiguous() {
+            discovery_works = connection.discover().await.is_ok();
+            if !discovery_works {
+                limits.failed(Reason::ServerError, Fault::Host);
+            }
+        }
+        let reason = classify(failure, discovery_works);
+        match Fault::of(failure, &self.id.namespace, &self.id.name) {
+            _ if matches!(failure, Failure::Known(_)) => limits.gave_up(),
+            Some(fault) => limits.failed(reason, fault),
+            // It works, whatever it thinks of this user.
+            None if limits.worked() => self.wake_who_waits(),
+            None => {}
+        }
+        reason
+    }
+
+    /// The circuit has closed.
+    fn wake_who_waits(&self) {
+        let instance = &self.facts.user.spec.instance_ref.name;
+        let waits = |u: &ZitadelServiceUser| u.spec.instance_ref.name == *instance && u.is_failing();
+        for user in self.ctx.cache.users(waits) {
+            self.ctx.users.wake(&user, None);
+        }
     }
 
     async fn write_minted(&self, request: MintRequest, minted: Minted) -> (Outcome, Option<String>) {
@@ -204,14 +279,4 @@ impl Job<'_> {
 fn look_at(ctx: &Context, instance: &ZitadelInstance) {
     let name = instance.metadata.name.as_deref().unwrap_or_default();
     ctx.instances.wake(&ObjectRef::new("", name), None);
-}
-
-/// The reason of a failure. Up to v4.13 a refused assertion and an outage are the same 500: discovery tells them apart.
-async fn judge(connection: &Instance, failure: Failure) -> Refusal {
-    let (ambiguous, not_before) = match failure {
-        Failure::Status { error, retry_after, .. } => (error == Some(OAuthError::InternalError), retry_after),
-        _ => (false, None),
-    };
-    let discovery_works = ambiguous && connection.discover().await.is_ok();
-    (classify(failure, discovery_works), not_before)
 }

@@ -1,0 +1,264 @@
+//! The circuit toward one ZITADEL host: whether requests may be made at all, as a pure state machine (design §3.5).
+//!
+//! A host that is dead costs each request its timeout, and a host in trouble is not helped by more of them. But up to
+//! v4.13 ZITADEL answers a bad key with a 500, and the slow actions of one organization are no outage: one tenant must
+//! not stop the others. So what may be one user's fault counts only if several see it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::domain::failure::Failure;
+use crate::domain::reason::Reason;
+
+/// Faults of the host in a row that open the circuit: one refused connection may be a restart behind a balancer.
+const HOST_FAULTS: usize = 3;
+
+/// So many users, in so many namespaces, make a fault of what may be each one's own (design §3.5).
+const USERS: usize = 3;
+const NAMESPACES: usize = 2;
+
+/// Older faults prove nothing: few users with bad keys that are retried slowly are no outage.
+const WINDOW: Duration = Duration::from_mins(1);
+
+/// The longest time without an attempt; the first is a second, and each is twice as long as the last.
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// So many of those who were refused come back when the next attempt is due, so that there is one who makes it.
+const CANDIDATES: u32 = 3;
+
+/// The others are woken when the circuit closes; should that fail, they come back after this.
+const PATIENCE: Duration = Duration::from_mins(5);
+
+/// An attempt that has not ended after this was lost with its pass.
+const LOST: Duration = Duration::from_mins(2);
+
+/// What a failed request says of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The host itself: no connection, no trusted certificate, or discovery failed, which concerns no user.
+    Host,
+    /// A timeout, 429, 500, 502, 503 or 504: maybe the host's, maybe this user's.
+    Served {
+        /// Namespace of the service user.
+        namespace: String,
+        /// Whoever asked.
+        user: String,
+    },
+}
+
+impl Fault {
+    /// What the failure of a token request of this user says. None: the host works, whatever it thinks of the request.
+    #[must_use]
+    pub fn of(failure: Failure, namespace: &str, user: &str) -> Option<Self> {
+        let served = || Self::Served {
+            namespace: namespace.to_owned(),
+            user: user.to_owned(),
+        };
+        match failure {
+            Failure::Connect | Failure::Tls => Some(Self::Host),
+            Failure::Timeout => Some(served()),
+            Failure::Status { code, .. } => matches!(code, 429 | 500 | 502..=504).then(served),
+            Failure::Malformed | Failure::Known(_) => None,
+        }
+    }
+}
+
+/// A request that must not be made now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Why the circuit opened.
+    pub reason: Reason,
+    /// After this one may ask again.
+    pub retry_in: Duration,
+}
+
+/// Time is the caller's monotonic clock, as a duration since any fixed moment.
+#[derive(Debug, Default)]
+pub struct Circuit {
+    faults: Vec<(Duration, Fault)>,
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    reason: Reason,
+    /// How often in a row.
+    times: u32,
+    until: Duration,
+    /// An attempt is under way since then.
+    attempt: Option<Duration>,
+    refused: u32,
+}
+
+impl Circuit {
+    /// Asks to make a request. While the circuit is open, one at a time may, after a while.
+    pub fn admit(&mut self, now: Duration) -> Result<(), Refused> {
+        let Some(open) = &mut self.open else { return Ok(()) };
+        let under_way = open.attempt.is_some_and(|since| now < since + LOST);
+        if now >= open.until && !under_way {
+            open.attempt = Some(now);
+            open.refused = 0;
+            return Ok(());
+        }
+        open.refused += 1;
+        let soon = open.until.saturating_sub(now).max(Duration::from_secs(1));
+        Err(Refused {
+            reason: open.reason,
+            retry_in: if open.refused <= CANDIDATES { soon } else { PATIENCE },
+        })
+    }
+
+    /// A request was answered as it should be. True if the circuit was open: those who were refused may come.
+    pub fn worked(&mut self) -> bool {
+        self.faults.clear();
+        self.open.take().is_some()
+    }
+
+    /// An attempt ended before anything was sent.
+    pub fn gave_up(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.attempt = None;
+        }
+    }
+
+    /// A request failed for this reason.
+    pub fn failed(&mut self, now: Duration, reason: Reason, fault: Fault) {
+        if let Some(open) = &mut self.open {
+            // Those that began before it opened say nothing new.
+            if open.attempt.is_some() {
+                *open = Open::new(now, reason, open.times.saturating_add(1));
+            }
+            return;
+        }
+        self.faults.retain(|(at, _)| now < *at + WINDOW);
+        self.faults.push((now, fault));
+        if self.is_down() {
+            self.faults.clear();
+            self.open = Some(Open::new(now, reason, 0));
+        }
+    }
+
+    fn is_down(&self) -> bool {
+        let (mut hosts, mut users, mut namespaces) = (0, BTreeSet::new(), BTreeSet::new());
+        for (_, fault) in &self.faults {
+            match fault {
+                Fault::Host => hosts += 1,
+                Fault::Served { namespace, user } => {
+                    users.insert((namespace, user));
+                    namespaces.insert(namespace);
+                }
+            }
+        }
+        let many = users.len() >= USERS && namespaces.len() >= NAMESPACES;
+        hosts >= HOST_FAULTS || many || (hosts > 0 && !users.is_empty())
+    }
+}
+
+impl Open {
+    fn new(now: Duration, reason: Reason, times: u32) -> Self {
+        let wait = Duration::from_secs(1 << times.min(10)).min(LONGEST);
+        Self {
+            reason,
+            times,
+            until: now + wait,
+            attempt: None,
+            refused: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn served(namespace: &str, user: &str) -> Fault {
+        Fault::Served {
+            namespace: namespace.into(),
+            user: user.into(),
+        }
+    }
+
+    fn after(faults: &[(u64, Fault)]) -> Circuit {
+        let mut circuit = Circuit::default();
+        for (second, fault) in faults {
+            circuit.failed(at(*second), Reason::ServerError, fault.clone());
+        }
+        circuit
+    }
+
+    #[test]
+    fn one_tenant_does_not_open_it_and_a_dead_host_does() {
+        let one_tenant: Vec<_> = (0..50).map(|i| (i, served("noisy", &i.to_string()))).collect();
+        let table = [
+            ("nothing", vec![], true),
+            ("one tenant's users", one_tenant, true),
+            (
+                "two users of two",
+                vec![(0, served("a", "1")), (1, served("b", "2"))],
+                true,
+            ),
+            (
+                "the same user thrice",
+                vec![(0, served("a", "1")), (1, served("b", "2")), (2, served("b", "2"))],
+                true,
+            ),
+            (
+                "three users of two",
+                vec![(0, served("a", "1")), (1, served("b", "2")), (2, served("b", "3"))],
+                false,
+            ),
+            (
+                "too long ago",
+                vec![(0, served("a", "1")), (1, served("b", "2")), (61, served("b", "3"))],
+                true,
+            ),
+            ("a reset", vec![(0, Fault::Host), (1, Fault::Host)], true),
+            (
+                "no connection",
+                vec![(0, Fault::Host), (1, Fault::Host), (2, Fault::Host)],
+                false,
+            ),
+            (
+                "discovery fails too",
+                vec![(0, served("a", "1")), (1, Fault::Host)],
+                false,
+            ),
+        ];
+        for (name, faults, closed) in table {
+            let last = faults.last().map_or(0, |(second, _)| *second);
+            assert_eq!(after(&faults).admit(at(last)).is_ok(), closed, "{name}");
+        }
+        let mut circuit = after(&[(0, Fault::Host), (1, Fault::Host)]);
+        assert!(!circuit.worked());
+        circuit.failed(at(2), Reason::ServerError, Fault::Host);
+        assert!(circuit.admit(at(2)).is_ok(), "a success in between");
+    }
+
+    #[test]
+    fn one_at_a_time_tries_ever_more_seldom_until_one_succeeds() {
+        let mut circuit = after(&[(0, Fault::Host), (0, Fault::Host), (0, Fault::Host)]);
+        let mut now = 0;
+        for wait in [1, 2, 4, 8, 16, 30, 30] {
+            let refused = circuit.admit(at(now)).expect_err("open");
+            assert_eq!((refused.reason, refused.retry_in), (Reason::ServerError, at(wait)));
+            now += wait;
+            assert!(circuit.admit(at(now)).is_ok());
+            assert!(circuit.admit(at(now)).is_err(), "one at a time");
+            circuit.failed(at(now), Reason::ServerError, Fault::Host);
+        }
+        // A few come back for the next attempt, the rest wait to be woken.
+        let soon = (0..1_000).filter(|_| circuit.admit(at(now)).expect_err("open").retry_in < PATIENCE);
+        assert_eq!(soon.count(), 3);
+        now += 30;
+        assert!(circuit.admit(at(now)).is_ok());
+        // Its pass died: another one tries.
+        assert!(circuit.admit(at(now + 119)).is_err());
+        assert!(circuit.admit(at(now + 120)).is_ok());
+        assert!(circuit.worked());
+        assert!(circuit.admit(at(now)).is_ok() && circuit.admit(at(now)).is_ok());
+    }
+}
