@@ -27,13 +27,20 @@ const MAX_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
 const INSTANCE_HOST: HeaderName = HeaderName::from_static("x-zitadel-instance-host");
 
 /// A client of one host.
-#[derive(Debug)]
 pub struct Http {
     client: reqwest::Client,
     origin: String,
     instance_host: Option<String>,
     limits: Arc<Limits>,
     skew: Mutex<Skew>,
+}
+
+impl std::fmt::Debug for Http {
+    /// Without reqwest's client, which shows its proxy.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("Http");
+        shown.field("origin", &self.origin).finish_non_exhaustive()
+    }
 }
 
 /// Looks up one host, whatever name is asked for.
