@@ -360,6 +360,19 @@ async fn no_key_assertion_or_token_is_seen_where_it_does_not_belong() {
     let key = world.secrets().get("good-key").await.expect("there");
     let copy = &key.metadata.annotations.expect("annotations")["kubectl.kubernetes.io/last-applied-configuration"];
     assert!(canary.find(copy).is_some(), "kubectl keeps a copy of the key");
+    // What the operator does not keep of an object stays with the object when its status is written.
+    let meta = world.users().get("good").await.expect("there").metadata;
+    assert!(
+        meta.annotations
+            .is_some_and(|a| a.contains_key("kubectl.kubernetes.io/last-applied-configuration"))
+    );
+    let managers: HashSet<_> = meta
+        .managed_fields
+        .into_iter()
+        .flatten()
+        .filter_map(|f| f.manager)
+        .collect();
+    assert!(managers.len() > 1, "{managers:?}");
     clean_up(&world).await;
 }
 
