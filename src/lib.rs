@@ -8,4 +8,6 @@ pub mod cli;
 pub mod controller;
 pub mod domain;
 pub mod ops;
+#[cfg(test)]
+mod redaction;
 pub mod zitadel;

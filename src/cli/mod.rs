@@ -1,5 +1,6 @@
 //! The command line.
 
+mod cluster;
 mod crds;
 mod reasons;
 mod run;

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use clap::Args;
 use k8s_openapi::jiff::Timestamp;
-use kube::{Client, Config};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
+use crate::cli::cluster;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
@@ -22,7 +22,7 @@ use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::http::Probe;
 use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
-use crate::ops::{clock, http, telemetry};
+use crate::ops::{clock, http, memory, telemetry};
 
 /// A pass may ask for 16 tokens one after another, each of which may take the default timeout; longer than this it
 /// hangs.
@@ -47,9 +47,14 @@ pub struct Arguments {
     #[arg(long, env = "POD_NAMESPACE")]
     namespace: Option<String>,
 
-    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`. Libraries are held at `warn`.
+    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`. Libraries are held at --log-libraries.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
     log_level: String,
+
+    /// What libraries may log at most, whatever the log level. Their lines may quote servers; for a search for a fault.
+    // Without `env`: nothing in the environment shall lift it.
+    #[arg(long, default_value = "warn")]
+    log_libraries: telemetry::Most,
 
     /// How log lines look.
     #[arg(long, env, value_enum, default_value = "text")]
@@ -58,7 +63,11 @@ pub struct Arguments {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(arguments: Arguments) -> Result<(), String> {
-    telemetry::start(arguments.log_format, &arguments.log_level)?;
+    telemetry::start(arguments.log_format, &arguments.log_level, arguments.log_libraries)?;
+    if let Err(error) = memory::protect() {
+        // A sandbox may forbid it; tokens are needed all the same.
+        tracing::warn!(error = %error.kind(), "core dumps could not be turned off");
+    }
     // One crypto backend for kube, reqwest and signing (reference/kube.md §0, facts 1 and 2).
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
@@ -72,7 +81,7 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
 
 async fn serve(arguments: Arguments) -> Result<(), String> {
     let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
-    let client = client().await?;
+    let client = cluster::client().await?;
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     let listener = TcpListener::bind(arguments.listen)
@@ -180,13 +189,4 @@ fn look_at_all(ctx: &Context) {
     for user in ctx.cache.users(|_| true) {
         ctx.users.wake(&user, None);
     }
-}
-
-/// A client without kube's own retries, which would hold a pass for minutes (reference/kube.md §0, fact 7).
-async fn client() -> Result<Client, String> {
-    let mut config = Config::infer()
-        .await
-        .map_err(|e| format!("no cluster: neither a kubeconfig nor a service account could be used: {e}"))?;
-    config.default_retry = false;
-    Client::try_from(config).map_err(|e| format!("no client for the cluster: {e}"))
 }

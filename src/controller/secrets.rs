@@ -12,18 +12,18 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 use kube::Resource;
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::api::metadata::{GROUP, LABEL_SERVICE_USER};
 use crate::domain::secret::{Controller, Existing};
-
-/// `kubectl apply` keeps a copy of the whole Secret in this annotation.
-const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
 /// A whole Secret. Its values never fail to decode, so that kube has no body to log (reference/kube.md §0, fact 5).
 #[derive(Clone, Debug, Deserialize)]
 #[serde(from = "Wire")]
 pub struct WholeSecret {
     metadata: ObjectMeta,
+    /// `kubectl apply` and others keep a copy of the whole Secret in one.
+    annotations: BTreeMap<String, SecretString>,
     data: Arc<BTreeMap<String, SecretSlice<u8>>>,
     kind: String,
     immutable: bool,
@@ -31,7 +31,7 @@ pub struct WholeSecret {
 
 #[derive(Deserialize)]
 struct Wire {
-    metadata: ObjectMeta,
+    metadata: Subset<Option<BTreeMap<String, SecretString>>>,
     data: Option<BTreeMap<String, Option<SecretString>>>,
     #[serde(rename = "type")]
     kind: Option<String>,
@@ -40,11 +40,7 @@ struct Wire {
 
 impl From<Wire> for WholeSecret {
     fn from(wire: Wire) -> Self {
-        let mut metadata = wire.metadata;
-        metadata.managed_fields = None;
-        if let Some(annotations) = &mut metadata.annotations {
-            annotations.remove(LAST_APPLIED);
-        }
+        let (metadata, annotations) = wire.metadata.split();
         let decode = |value: Option<SecretString>| {
             let value = value.unwrap_or_default();
             SecretSlice::from(STANDARD.decode(value.expose_secret()).unwrap_or_default())
@@ -52,6 +48,7 @@ impl From<Wire> for WholeSecret {
         let data = wire.data.unwrap_or_default();
         Self {
             metadata,
+            annotations: annotations.unwrap_or_default(),
             data: Arc::new(data.into_iter().map(|(k, v)| (k, decode(v))).collect()),
             kind: wire.kind.unwrap_or_default(),
             immutable: wire.immutable == Some(true),
@@ -77,7 +74,7 @@ impl WholeSecret {
             uid: meta.uid.unwrap_or_default(),
             resource_version: meta.resource_version.unwrap_or_default(),
             labels: meta.labels.unwrap_or_default(),
-            annotations: meta.annotations.unwrap_or_default(),
+            annotations: self.annotations,
             data: self.data,
             opaque: self.kind == "Opaque",
             immutable: self.immutable,
@@ -106,34 +103,43 @@ pub struct SecretMeta {
 
 #[derive(Deserialize)]
 struct WireMeta {
-    metadata: Subset,
+    /// Of many a Secret, a copy is in an annotation: passed over at decoding.
+    metadata: Subset<IgnoredAny>,
 }
 
+/// Metadata without managed fields, which hold no less than all names; `A` is what becomes of the annotations.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Subset {
+struct Subset<A> {
     name: Option<String>,
     namespace: Option<String>,
     uid: Option<String>,
     resource_version: Option<String>,
     labels: Option<BTreeMap<String, String>>,
     owner_references: Option<Vec<OwnerReference>>,
+    #[serde(default)]
+    annotations: A,
+}
+
+impl<A> Subset<A> {
+    fn split(self) -> (ObjectMeta, A) {
+        let metadata = ObjectMeta {
+            name: self.name,
+            namespace: self.namespace,
+            uid: self.uid,
+            resource_version: self.resource_version,
+            labels: self.labels,
+            owner_references: self.owner_references,
+            ..ObjectMeta::default()
+        };
+        (metadata, self.annotations)
+    }
 }
 
 impl From<WireMeta> for SecretMeta {
     fn from(wire: WireMeta) -> Self {
-        let meta = wire.metadata;
-        Self {
-            metadata: ObjectMeta {
-                name: meta.name,
-                namespace: meta.namespace,
-                uid: meta.uid,
-                resource_version: meta.resource_version,
-                labels: meta.labels,
-                owner_references: meta.owner_references,
-                ..ObjectMeta::default()
-            },
-        }
+        let (metadata, IgnoredAny) = wire.metadata.split();
+        Self { metadata }
     }
 }
 
@@ -198,13 +204,19 @@ is_secret!(SecretMeta, metadata_only: true);
 mod tests {
     use super::*;
 
+    /// As the API server sends it after `kubectl apply`.
+    fn applied() -> serde_json::Value {
+        serde_json::json!({
+            "metadata": {"name": "s", "annotations": {
+                "kubectl.kubernetes.io/last-applied-configuration": "a copy of canary", "a": "b"},
+                "managedFields": [{"manager": "canary"}]},
+            "data": {"token": STANDARD.encode("canary"), "broken": "%%%canary", "null": null}, "type": "Opaque"
+        })
+    }
+
     #[test]
     fn values_are_redacted_and_never_fail_to_decode() {
-        let secret: WholeSecret = serde_json::from_value(serde_json::json!({
-            "metadata": {"name": "s", "annotations": {LAST_APPLIED: "a copy of canary", "a": "b"}, "managedFields": [{"manager": "x"}]},
-            "data": {"token": STANDARD.encode("canary"), "broken": "%%%canary", "null": null}, "type": "Opaque"
-        }))
-        .expect("decodes");
+        let secret: WholeSecret = serde_json::from_value(applied()).expect("decodes");
         let shown = format!("{secret:?}");
         assert!(
             !shown.contains("canary") && !shown.contains(&STANDARD.encode("canary")),
@@ -213,6 +225,15 @@ mod tests {
         let existing = secret.into_existing();
         assert_eq!(existing.token(), Some("canary"));
         assert_eq!(existing.data["broken"].expose_secret(), b"");
+        assert_eq!(existing.annotations["a"].expose_secret(), "b");
         assert!(!format!("{existing:?}").contains("canary"));
+    }
+
+    #[test]
+    fn of_a_watched_secret_neither_annotations_nor_managed_fields_are_kept() {
+        let secret: SecretMeta = serde_json::from_value(applied()).expect("decodes");
+        let meta = secret.meta();
+        assert_eq!((&meta.annotations, &meta.managed_fields), (&None, &None));
+        assert_eq!(meta.name.as_deref(), Some("s"));
     }
 }

@@ -14,6 +14,7 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
+use crate::api::metadata::is_ours;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::queue::Queue;
 use crate::controller::secrets::SecretMeta;
@@ -406,12 +407,23 @@ where
 }
 
 fn decoded<K: Resource<DynamicType = ()>>(guard: DeserializeGuard<K>) -> Readable<K> {
-    guard.0.map_err(|invalid| {
+    guard.0.map(trimmed).map_err(|invalid| {
         let name = invalid.metadata.name.as_deref().unwrap_or_default();
         let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
         tracing::warn!(kind = %K::kind(&()), namespace, name, "an object that does not fit its schema is passed over");
         ObjectRef::new(namespace, name)
     })
+}
+
+/// Without what nobody here reads: other tools' annotations (`kubectl apply` keeps a copy of the whole object in one) and
+/// managed fields are most of an object's memory. A status is written without touching them.
+fn trimmed<K: Resource>(mut object: K) -> K {
+    let meta = object.meta_mut();
+    meta.managed_fields = None;
+    if let Some(annotations) = &mut meta.annotations {
+        annotations.retain(|key, _| is_ours(key));
+    }
+    object
 }
 
 fn each<A, B>(event: Event<A>, map: impl FnOnce(A) -> B) -> Event<B> {
@@ -445,5 +457,25 @@ fn kind(error: &watcher::Error) -> &'static str {
         watcher::Error::WatchError(_) => "the server ended the watch",
         watcher::Error::WatchFailed(_) => "the watch broke off",
         watcher::Error::NoResourceVersion => "the list had no version",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_is_watched_only_our_annotations_are_kept() {
+        let mut metadata = serde_json::json!({"name": "billing", "managedFields": [{"manager": "kubectl"}]});
+        metadata["annotations"] = serde_json::json!({
+            "kubectl.kubernetes.io/last-applied-configuration": "{}", "zitadel-tokens.dev/renew-request": "now"});
+        let spec = serde_json::json!({"issuer": "https://auth.example.com", "access": []});
+        let object = serde_json::json!({
+            "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance", "metadata": metadata, "spec": spec});
+        let guard: DeserializeGuard<ZitadelInstance> = serde_json::from_value(object).expect("decodes");
+        let meta = decoded(guard).expect("an instance").metadata;
+        assert_eq!(meta.managed_fields, None);
+        let kept: Vec<_> = meta.annotations.unwrap_or_default().into_keys().collect();
+        assert_eq!(kept, ["zitadel-tokens.dev/renew-request"]);
     }
 }

@@ -284,7 +284,34 @@ impl<'a> Applied<'a> {
 fn encoded<S: Serializer>(data: &BTreeMap<String, SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(Some(data.len()))?;
     for (key, value) in data {
-        map.serialize_entry(key, &STANDARD.encode(value.expose_secret()))?;
+        let encoded = SecretString::from(STANDARD.encode(value.expose_secret()));
+        map.serialize_entry(key, encoded.expose_secret())?;
     }
     map.end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_over_the_wire_holds_the_token_and_shows_none() {
+        let draft = SecretDraft {
+            namespace: "shop".into(),
+            name: "billing-token".into(),
+            owner: ("billing".into(), "u1".into()),
+            retained: false,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            data: BTreeMap::from([("token".into(), "canary".into())]),
+            seen: Seen::Absent,
+            repair: false,
+        };
+        let applied = Applied::new(&draft);
+        let encoded = STANDARD.encode("canary");
+        let sent = serde_json::to_value(&applied).expect("JSON");
+        assert_eq!(sent["data"]["token"], *encoded);
+        let shown = format!("{applied:?}");
+        assert!(!shown.contains("canary") && !shown.contains(&encoded), "{shown}");
+    }
 }

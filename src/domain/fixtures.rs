@@ -229,7 +229,8 @@ pub fn apply(facts: &mut Facts, draft: &SecretDraft) {
         uid: draft.owner.1.clone(),
     });
     secret.labels.extend(draft.labels.clone());
-    secret.annotations.extend(draft.annotations.clone());
+    let annotations = draft.annotations.iter().map(|(k, v)| (k.clone(), v.as_str().into()));
+    secret.annotations.extend(annotations);
     let written = draft.data.iter().map(|(k, v)| (k.clone(), v.expose_secret().into()));
     edit(secret, |data| data.extend(written));
 }

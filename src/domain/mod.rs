@@ -8,7 +8,7 @@ pub mod clock;
 pub mod facts;
 pub mod failure;
 #[cfg(test)]
-mod fixtures;
+pub(crate) mod fixtures;
 pub mod hash;
 pub mod instance;
 pub mod key;

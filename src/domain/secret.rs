@@ -28,8 +28,8 @@ pub struct Existing {
     pub controller: Option<Controller>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
-    /// Its annotations, without the copies of the whole object that tools keep there.
-    pub annotations: BTreeMap<String, String>,
+    /// Its annotations. Tools keep copies of the whole object there, values and all.
+    pub annotations: BTreeMap<String, SecretString>,
     /// Its data, decoded.
     pub data: Arc<BTreeMap<String, SecretSlice<u8>>>,
     /// Whether its type is `Opaque`.
@@ -106,7 +106,7 @@ impl Existing {
             Some(c) if c.uid != uid && c.kind == OWNER_KIND && c.name == name => Err(Reason::SecretBeingReplaced),
             None if self.opaque
                 && !self.immutable
-                && (self.annotations.get(ANNOTATION_ADOPT).is_some_and(|n| n == name) || self.is_retained_for(uid)) =>
+                && (self.annotation(ANNOTATION_ADOPT) == Some(name) || self.is_retained_for(uid)) =>
             {
                 Ok(())
             }
@@ -122,7 +122,11 @@ impl Existing {
     /// The record, if there is one.
     #[must_use]
     pub fn record(&self) -> Option<Record> {
-        Record::parse(self.annotations.get(ANNOTATION_RECORD)?)
+        Record::parse(self.annotation(ANNOTATION_RECORD)?)
+    }
+
+    fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.get(name).map(ExposeSecret::expose_secret)
     }
 
     /// The token, if there is text in its place.
@@ -134,12 +138,11 @@ impl Existing {
     /// Whether something of `draft` is missing or changed. What others added is theirs.
     #[must_use]
     pub fn differs_from(&self, draft: &SecretDraft) -> bool {
-        let missing = |have: &BTreeMap<String, String>, want: &BTreeMap<String, String>| {
-            want.iter().any(|(key, value)| have.get(key) != Some(value))
-        };
+        let missing = |(key, value): (&String, &String)| self.labels.get(key) != Some(value);
+        let unset = |(key, value): (&String, &String)| self.annotation(key) != Some(value);
         self.controller.is_some() == draft.retained
-            || missing(&self.labels, &draft.labels)
-            || missing(&self.annotations, &draft.annotations)
+            || draft.labels.iter().any(missing)
+            || draft.annotations.iter().any(unset)
             || draft.data.iter().any(|(key, value)| {
                 self.data
                     .get(key)
@@ -338,7 +341,7 @@ mod tests {
                 uid: uid.into(),
             })
         };
-        let adopt = BTreeMap::from([(ANNOTATION_ADOPT.to_owned(), "billing".to_owned())]);
+        let adopt = BTreeMap::from([(ANNOTATION_ADOPT.to_owned(), SecretString::from("billing"))]);
         let none = BTreeMap::new();
         let table = [
             (

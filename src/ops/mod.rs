@@ -1,7 +1,8 @@
-//! Running as a service: logs, health, leadership, shutdown. A leaf: knows nothing of tokens.
+//! Running as a service: logs, health, leadership, shutdown, memory. A leaf: knows nothing of tokens.
 
 pub mod clock;
 pub mod http;
 pub mod lease;
+pub mod memory;
 pub mod shutdown;
 pub mod telemetry;

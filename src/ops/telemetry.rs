@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
@@ -16,19 +16,25 @@ pub enum Format {
     Json,
 }
 
-/// Our own log targets. Those of dependencies are held at WARN whatever `RUST_LOG` says: kube logs whole bodies of
-/// Secrets that it cannot read, HTTP libraries log headers (reference/kube.md §0, fact 5).
+/// The most that libraries log.
+pub type Most = LevelFilter;
+
+/// Our own log targets.
 const OURS: &str = "zitadel_tokens";
 
-/// Starts logging to stderr. `filter` is in `RUST_LOG`'s form.
-pub fn start(format: Format, filter: &str) -> Result<(), String> {
+/// Logs whole bodies of Secrets that it cannot read, at WARN and TRACE (reference/kube.md §0, fact 5).
+const LOGS_BODIES: &str = "kube_client::client";
+
+/// Starts logging to stderr. `filter` is in `RUST_LOG`'s form. Libraries log at `libraries` at most, whatever the filter
+/// says: they know nothing of what is secret here.
+pub fn start(format: Format, filter: &str, libraries: Most) -> Result<(), String> {
     let wanted: EnvFilter = filter
         .parse()
         .map_err(|_| format!("--log-level: {filter:?} is not a filter such as `info` or `zitadel_tokens=debug`"))?;
-    let cap = tracing_subscriber::filter::Targets::new()
+    let cap = Targets::new()
         .with_target(OURS, LevelFilter::TRACE)
-        .with_target("kube_client::client", LevelFilter::OFF)
-        .with_default(LevelFilter::WARN);
+        .with_target(LOGS_BODIES, LevelFilter::OFF)
+        .with_default(libraries);
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = match format {
         Format::Text => lines.with_ansi(false).boxed(),
@@ -44,4 +50,42 @@ pub fn start(format: Format, filter: &str) -> Result<(), String> {
         tracing::error!(at, "panic");
     }));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Set in the process that panics.
+    const CHILD: &str = "ZITADEL_TOKENS_TEST_PANIC";
+
+    /// The hook is the whole process's, so that it is tried in another one: this test once more.
+    #[test]
+    fn a_panic_tells_its_place_and_not_its_message() {
+        if let Ok(message) = std::env::var(CHILD) {
+            start(Format::Text, "trace", LevelFilter::TRACE).expect("started");
+            let panicked = std::thread::spawn(move || panic!("{message}")).join();
+            assert!(panicked.is_err());
+            return;
+        }
+        let output = Command::new(std::env::current_exe().expect("this test"))
+            .args([
+                "--exact",
+                "--nocapture",
+                "ops::telemetry::tests::a_panic_tells_its_place_and_not_its_message",
+            ])
+            .env(CHILD, "canary-in-a-message")
+            .output()
+            .expect("it runs");
+        let shown = format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert!(output.status.success(), "{shown}");
+        assert!(shown.contains("panic at=\"src/ops/telemetry.rs:"), "{shown}");
+        assert!(!shown.contains("canary"), "{shown}");
+    }
 }

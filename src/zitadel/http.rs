@@ -20,6 +20,9 @@ use crate::zitadel::limits::Limits;
 /// No answer that we need is longer: a token is at most 64 KiB, a discovery document about 3 KiB.
 const MAX_BODY: usize = 256 * 1024;
 
+/// Where the server does not tell: a token with many roles has about 4 KiB.
+const USUAL_BODY: usize = 16 * 1024;
+
 /// `Retry-After` is believed up to this.
 const MAX_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
 
@@ -27,13 +30,20 @@ const MAX_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
 const INSTANCE_HOST: HeaderName = HeaderName::from_static("x-zitadel-instance-host");
 
 /// A client of one host.
-#[derive(Debug)]
 pub struct Http {
     client: reqwest::Client,
     origin: String,
     instance_host: Option<String>,
     limits: Arc<Limits>,
     skew: Mutex<Skew>,
+}
+
+impl std::fmt::Debug for Http {
+    /// Without reqwest's client, which shows its proxy.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("Http");
+        shown.field("origin", &self.origin).finish_non_exhaustive()
+    }
 }
 
 /// Looks up one host, whatever name is asked for.
@@ -165,8 +175,12 @@ impl Http {
     }
 }
 
+/// The body, as a rule in one allocation: one that grows leaves copies behind that nobody wipes.
 async fn body(mut response: Response) -> Result<SecretSlice<u8>, Failure> {
-    let mut body = Vec::new();
+    let told = response
+        .content_length()
+        .and_then(|length| usize::try_from(length).ok());
+    let mut body = Vec::with_capacity(told.unwrap_or(USUAL_BODY).min(MAX_BODY));
     while let Some(chunk) = response.chunk().await.map_err(|e| failure(&e))? {
         if body.len() + chunk.len() > MAX_BODY {
             return Err(Failure::Malformed);

@@ -33,19 +33,21 @@ pub async fn exchange(
     Ok((answer, reply))
 }
 
-/// The two fields of an OAuth error (RFC 6749 §5.2), read into a closed set and dropped.
+/// The two fields of an OAuth error (RFC 6749 §5.2), read into a closed set and dropped. They may quote the assertion.
 fn error(body: &[u8]) -> Option<OAuthError> {
     #[derive(Deserialize)]
     struct Body {
-        error: String,
+        error: SecretString,
         #[serde(default)]
-        error_description: String,
+        error_description: SecretString,
     }
     let body: Body = serde_json::from_slice(body).ok()?;
-    Some(match (body.error.as_str(), body.error_description.as_str()) {
-        ("invalid_grant", _) => OAuthError::InvalidGrant,
-        ("server_error", "Errors.Internal") => OAuthError::InternalError,
-        ("invalid_request", "Errors.User.NotActive") => OAuthError::UserNotActive,
-        _ => OAuthError::Other,
-    })
+    Some(
+        match (body.error.expose_secret(), body.error_description.expose_secret()) {
+            ("invalid_grant", _) => OAuthError::InvalidGrant,
+            ("server_error", "Errors.Internal") => OAuthError::InternalError,
+            ("invalid_request", "Errors.User.NotActive") => OAuthError::UserNotActive,
+            _ => OAuthError::Other,
+        },
+    )
 }

@@ -13,5 +13,6 @@ mod instances;
 mod keys;
 mod main_job;
 mod schema;
+mod secrecy;
 mod secrets;
 mod service;

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
 /// A running child. Its stdin stays open as long as this value lives; the testbed's parts end when it closes.
 pub struct Running {
@@ -10,6 +11,7 @@ pub struct Running {
     name: &'static str,
     stdin: Option<ChildStdin>,
     log: Arc<Mutex<Vec<String>>>,
+    reader: Option<JoinHandle<()>>,
 }
 
 /// The folder of each part of the testbed, built if need be.
@@ -37,7 +39,7 @@ impl Running {
             .unwrap_or_else(|e| panic!("{name} does not start: {e}"));
         let log = Arc::new(Mutex::new(Vec::new()));
         let (stderr, kept) = (child.stderr.take().expect("piped"), log.clone());
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 kept.lock().expect("not poisoned").push(line);
             }
@@ -50,6 +52,7 @@ impl Running {
                 name,
                 stdin,
                 log,
+                reader: Some(reader),
             },
             stdout,
         )
@@ -70,6 +73,16 @@ impl Running {
     /// What it wrote to stderr so far.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().expect("not poisoned").clone()
+    }
+}
+
+impl Running {
+    /// All that it wrote to stderr. For one that has ended, or is about to.
+    pub fn whole_log(&mut self) -> Vec<String> {
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("read");
+        }
+        self.log()
     }
 }
 

@@ -1,7 +1,8 @@
 //! The real control plane, one for all tests of a binary.
 
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -64,6 +65,24 @@ impl Cluster {
             cluster
         });
         &SHARED
+    }
+
+    /// Runs the testbed's kubectl, or the one on the PATH; returns whether it agreed, and what it said.
+    pub fn kubectl(&self, arguments: &[&str], input: &str) -> (bool, String) {
+        let mut child = Command::new(self.kubectl.clone().unwrap_or_else(|| "kubectl".into()))
+            .args(arguments)
+            .env("KUBECONFIG", &self.kubeconfig)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kubectl runs");
+        let mut stdin = child.stdin.take().expect("piped");
+        stdin.write_all(input.as_bytes()).expect("kubectl reads");
+        drop(stdin);
+        let output = child.wait_with_output().expect("kubectl ends");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&said).into_owned())
     }
 
     /// A client with full rights. One per test: a client belongs to the runtime that made it.

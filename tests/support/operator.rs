@@ -1,8 +1,10 @@
 //! The operator, always a real child process.
 
 use std::ffi::OsStr;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::child::Running;
@@ -12,6 +14,7 @@ use super::{SOON, cluster::Cluster};
 pub struct Operator {
     running: Running,
     pub pid: u32,
+    stdout: Option<JoinHandle<String>>,
 }
 
 /// The binary under test: cargo's, or the one beside this executable (the demo is an example, which cargo does not tell).
@@ -39,22 +42,33 @@ impl Operator {
         Self::start_in(&cluster.kubeconfig, selector, &[], &clock.environment()).await
     }
 
-    async fn start_in(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
+    /// Starts an operator with these flags, in this environment.
+    pub async fn start_in(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         // setpriv: a test that is killed takes its operator with it.
-        let (running, _stdout) = Running::start(
+        let (running, mut stdout) = Running::start(
             "operator",
             Command::new("setpriv")
                 .args(["--pdeathsig", "KILL"])
                 .arg(binary())
                 .args(["run", "--listen", "127.0.0.1:0", "--instance-selector", selector])
                 .args(flags)
-                .envs(environment.iter().copied())
                 .env("KUBECONFIG", kubeconfig)
                 .env("RUST_LOG", "debug")
-                .env_remove("POD_NAMESPACE"),
+                .env_remove("POD_NAMESPACE")
+                .envs(environment.iter().copied()),
         );
         let pid = running.child.id();
-        let mut operator = Self { running, pid };
+        let stdout = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            // What came until it ended is kept.
+            let _ = stdout.read_to_end(&mut text);
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        let mut operator = Self {
+            running,
+            pid,
+            stdout: Some(stdout),
+        };
         operator.await_line("watching").await;
         operator
     }
@@ -110,7 +124,12 @@ impl Operator {
     }
 
     /// SIGTERM; returns its log when it has ended well.
-    pub async fn terminate(mut self) -> Vec<String> {
+    pub async fn terminate(self) -> Vec<String> {
+        self.terminate_whole().await.0
+    }
+
+    /// SIGTERM; returns its log and what it wrote to stdout.
+    pub async fn terminate_whole(mut self) -> (Vec<String>, String) {
         let killed = Command::new("kill")
             .arg(self.pid.to_string())
             .status()
@@ -120,7 +139,8 @@ impl Operator {
         loop {
             if let Some(status) = self.running.child.try_wait().expect("a child") {
                 assert!(status.success(), "the operator ended with {status}");
-                return self.log();
+                let stdout = self.stdout.take().expect("kept").join().expect("read");
+                return (self.running.whole_log(), stdout);
             }
             assert!(Instant::now() < deadline, "the operator did not end after SIGTERM");
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -1,5 +1,6 @@
-//! A plain-http proxy in front of the API server that can hold a request, or cut all connections: how a crash between
-//! two steps, and a watch that was down, are made without hooks in the product.
+//! A plain-http proxy in front of the API server that can hold a request, cut all connections, or spoil an answer: how a
+//! crash between two steps, a watch that was down, and an object that nobody can decode are made without hooks in the
+//! product.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -28,6 +29,14 @@ struct Shared {
     http: reqwest::Client,
     hold: Mutex<Option<Arc<Hold>>>,
     cut: watch::Sender<bool>,
+    spoiled: Mutex<Vec<Spoiled>>,
+}
+
+/// In answers to requests with this piece of path, a text is replaced.
+struct Spoiled {
+    path: String,
+    text: String,
+    by: String,
 }
 
 /// A request that is held when it comes.
@@ -79,6 +88,7 @@ impl Proxy {
             http,
             hold: Mutex::default(),
             cut: watch::Sender::new(false),
+            spoiled: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -116,9 +126,34 @@ impl Proxy {
         hold
     }
 
+    /// Replaces a text in whole answers (not in watches) to requests with this piece of path.
+    pub fn spoil(&self, path: &str, text: &str, by: &str) {
+        let [path, text, by] = [path, text, by].map(str::to_owned);
+        let mut spoiled = self.shared.spoiled.lock().expect("not poisoned");
+        spoiled.push(Spoiled { path, text, by });
+    }
+
     /// Ends all connections and refuses new ones, or lets them pass again.
     pub fn cut(&self, cut: bool) {
         self.shared.cut.send_replace(cut);
+    }
+}
+
+impl Shared {
+    /// How the answer to a request of this path is spoilt, if it is.
+    fn spoiling(&self, path: &str) -> Option<impl Fn(String) -> String + use<>> {
+        let spoiled = self.spoiled.lock().expect("not poisoned");
+        let these = spoiled
+            .iter()
+            .filter(|s| path.contains(&s.path) && !path.contains("watch=true"));
+        let these: Vec<(String, String)> = these.map(|s| (s.text.clone(), s.by.clone())).collect();
+        let any = !these.is_empty();
+        let spoil = move |body| {
+            these
+                .iter()
+                .fold(body, |body: String, (text, by)| body.replace(text, by))
+        };
+        any.then_some(spoil)
     }
 }
 
@@ -161,6 +196,10 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let mut response = Response::builder().status(answer.status());
     if let Some(kind) = answer.headers().get("content-type") {
         response = response.header("content-type", kind);
+    }
+    if let Some(spoil) = shared.spoiling(&path) {
+        let body = spoil(answer.text().await.unwrap_or_default());
+        return response.body(Body::from(body)).expect("a response");
     }
     let cut = async move {
         // An error means that the proxy is gone.

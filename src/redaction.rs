@@ -1,0 +1,114 @@
+//! Whatever holds a key or a token shows none of it when it is printed. Nobody prints them; one day somebody will.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
+
+use crate::controller::secrets::WholeSecret;
+use crate::domain::answer::{self, Expected, accept, claims};
+use crate::domain::fixtures::{LIFETIME, at, facts, filled, keep_unwritten, key_file, request};
+use crate::domain::plan::{Step, plan};
+use crate::domain::{assertion, key};
+use crate::zitadel::{Exchanged, Hosts, Instance, Rate, Settings};
+
+/// A token, and a proxy's password.
+const MARK: &str = "canary-that-nobody-may-see";
+
+/// As text, in base64, and as the numbers by which `Debug` shows bytes.
+fn marks() -> Vec<String> {
+    let file = key_file();
+    let pem = file["key"].as_str().expect("a PEM");
+    let lines = pem.lines().filter(|line| line.len() > 20 && !line.starts_with('-'));
+    let numbers = |text: &str| format!("{:?}", text.as_bytes()).replace(['[', ']'], "");
+    let each = lines
+        .chain([MARK])
+        .flat_map(|m| [m.to_owned(), STANDARD.encode(m), numbers(m)]);
+    let der = STANDARD.decode(pem.lines().filter(|line| !line.starts_with('-')).collect::<String>());
+    let der = der.expect("base64");
+    each.chain([format!("{:?}", &der[100..200]).replace(['[', ']'], "")])
+        .collect()
+}
+
+#[test]
+fn what_holds_a_secret_shows_none_of_it() {
+    let mut shown: Vec<(&str, String)> = Vec::new();
+    let mut show = |name, value: &dyn Debug| shown.push((name, format!("{value:?} {value:#?}")));
+
+    let file = key_file().to_string();
+    let parsed = key::parse(file.as_bytes()).expect("a key");
+    show("ServiceKey", &parsed);
+    show(
+        "an assertion",
+        &assertion::sign(&parsed, "https://auth.example.com", at(0)),
+    );
+
+    let body = json!({"access_token": MARK, "token_type": "Bearer", "expires_in": LIFETIME}).to_string();
+    let answer = || answer::parse(body.as_bytes()).expect("an answer");
+    show("TokenAnswer", &answer());
+    show(
+        "Exchanged",
+        &Exchanged {
+            answer: answer(),
+            sent: at(0),
+        },
+    );
+    let expected = Expected {
+        issuer: String::new(),
+        user_id: String::new(),
+        audience: ["1".to_owned()].into(),
+        organization_id: None,
+    };
+    show("Minted", &accept(answer(), &expected, at(0)));
+    show("Claims", &claims(MARK));
+
+    let copy = json!({"kubectl.kubernetes.io/last-applied-configuration": file, "kapp.k14s.io/original": MARK});
+    let secret = json!({"type": "Opaque", "metadata": {"name": "s", "annotations": copy},
+        "data": {"token": STANDARD.encode(MARK), "key.json": STANDARD.encode(&file)}});
+    let secret: WholeSecret = serde_json::from_value(secret).expect("a Secret");
+    show("WholeSecret", &secret);
+    show("Existing", &Arc::new(secret.into_existing()));
+
+    let mut waiting = filled(&["invoices"]);
+    keep_unwritten(&mut waiting, 0, MARK, at(0));
+    assert!(waiting.key.is_ok() && !waiting.secrets.is_empty());
+    show("Facts, Unwritten", &waiting);
+    waiting.secrets.clear();
+    let writes = plan(&waiting, at(1));
+    assert!(matches!(writes.steps[0], Step::Write(..)), "{writes:?}");
+    show("Plan, Step, SecretDraft", &writes);
+    show("MintRequest", &request(&mut facts(&["invoices"]), 0));
+
+    let settings = Settings {
+        name: "main".into(),
+        issuer: "https://auth.example.com".into(),
+        endpoint: None,
+        ca: None,
+        tls_server_name: None,
+        proxy: Some(format!("http://me:{MARK}@proxy.example.com:3128")),
+        timeout: Duration::from_secs(10),
+        allow_insecure_http: false,
+        rate: Rate {
+            per_second: 1,
+            burst: 1,
+            concurrent: 1,
+        },
+    };
+    show("Settings", &settings);
+    // Another test may have been first.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    show(
+        "Instance",
+        &Instance::new(settings, &Hosts::default()).expect("prepared"),
+    );
+
+    let marks = marks();
+    for (name, text) in shown {
+        for mark in &marks {
+            assert!(!text.contains(mark.as_str()), "{name} shows {mark}");
+        }
+    }
+}
