@@ -8,6 +8,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
+use crate::domain::clock::shifted;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::SHORTEST_LIFETIME;
 
@@ -97,7 +98,7 @@ pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Resu
         return Err(Reason::MalformedAnswer);
     }
     let by_answer = match answer.expires_in {
-        Some(seconds) if seconds >= 0 => Some(sent + SignedDuration::from_secs(seconds).min(MAX_LIFETIME)),
+        Some(seconds) if seconds >= 0 => Some(shifted(sent, SignedDuration::from_secs(seconds))),
         Some(_) => return Err(Reason::MalformedAnswer),
         None => None,
     };
@@ -113,7 +114,7 @@ pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Resu
         (Some(one), None) | (None, Some(one)) => one,
         (None, None) => return Err(Reason::MalformedAnswer),
     };
-    let expires = expires.min(sent + MAX_LIFETIME);
+    let expires = expires.min(shifted(sent, MAX_LIFETIME));
     if expires.duration_since(sent) < SHORTEST_LIFETIME {
         return Err(Reason::LifetimeTooShort);
     }
@@ -295,6 +296,11 @@ mod tests {
                 outcome,
                 "{token} {expires_in}"
             );
+        }
+        // A clock that lies may say any time.
+        for sent in [Timestamp::MIN, Timestamp::MAX] {
+            let got = answer(opaque, r#","expires_in":9223372036854775807"#).and_then(|a| accept(a, &expected(), sent));
+            assert_eq!(got.is_ok(), sent == Timestamp::MIN);
         }
         assert!(parse(b"<html>").is_err());
         assert!(parse("[".repeat(100_000).as_bytes()).is_err());

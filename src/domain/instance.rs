@@ -35,7 +35,7 @@ pub fn status(
     let last = before
         .conditions
         .iter()
-        .find(|c| c.type_ == "Ready" && c.status == value);
+        .find(|c| c.type_ == "Ready" && c.status == value && c.last_transition_time.0 <= now);
     let insecure = instance.connection().allow_insecure_http == Some(true);
     let name = instance.metadata.name.as_deref().unwrap_or_default();
     let message = match (reason, insecure) {

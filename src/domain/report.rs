@@ -190,12 +190,13 @@ fn conditions(
         .and_then(|o| status.tokens.get(o.token))
         .and_then(|t| t.failing_since.as_ref())
         .map_or(now, |t| t.0);
-    let stalls_at = since + PATIENCE;
+    let stalls_at = shifted(since, PATIENCE);
     let waits = !all_ready && reason.retry() == Retry::Permanent;
     let stalled = waits && stalls_at <= now;
     let mut set = |kind: &str, on: bool, reason: Reason, message: &str| {
         let value = if on { "True" } else { "False" };
-        let last = before.conditions.iter().find(|c| c.type_ == kind && c.status == value);
+        let same = |c: &&Condition| c.type_ == kind && c.status == value && c.last_transition_time.0 <= now;
+        let last = before.conditions.iter().find(same);
         status.conditions.push(Condition {
             type_: kind.to_owned(),
             status: value.to_owned(),
@@ -278,7 +279,8 @@ fn latest_try(held: Held, now: Timestamp) -> Timestamp {
     if held.schedule.renew > now {
         return held.schedule.renew;
     }
-    now + (held.schedule.expires.duration_since(now) / 3).max(SignedDuration::from_secs(1))
+    let third = held.schedule.expires.duration_since(now) / 3;
+    shifted(now, third.max(SignedDuration::from_secs(1)))
 }
 
 fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> Wake {

@@ -11,7 +11,7 @@ use reqwest::redirect::Policy;
 use reqwest::{Certificate, Proxy, RequestBuilder, Response};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
-use crate::domain::clock::{Sample, Skew};
+use crate::domain::clock::{Sample, Skew, shifted};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::zitadel::instance::Settings;
@@ -219,10 +219,10 @@ fn is_tls(error: &(dyn Error + 'static)) -> bool {
 fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let at = match text.parse::<u32>() {
-        Ok(seconds) => now + SignedDuration::from_secs(seconds.into()).min(MAX_RETRY_AFTER),
+        Ok(seconds) => shifted(now, SignedDuration::from_secs(seconds.into())),
         Err(_) => rfc2822::parse(text).ok()?.timestamp(),
     };
-    Some(at.clamp(now, now + MAX_RETRY_AFTER))
+    Some(at.clamp(now, shifted(now, MAX_RETRY_AFTER)))
 }
 
 #[cfg(test)]
@@ -255,6 +255,11 @@ mod tests {
             let headers = HeaderMap::from_iter([(RETRY_AFTER, value.parse().expect("a header"))]);
             let got = retry_after(&headers, now).map(|at| at.as_second() - now.as_second());
             assert_eq!(got, seconds, "{value}");
+        }
+        // A `Date` that lies may put their clock anywhere.
+        for now in [Timestamp::MIN, Timestamp::MAX] {
+            let headers = HeaderMap::from_iter([(RETRY_AFTER, "4294967295".parse().expect("a header"))]);
+            assert!(retry_after(&headers, now).is_some_and(|at| at >= now), "{now}");
         }
     }
 }

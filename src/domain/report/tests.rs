@@ -465,6 +465,26 @@ fn a_good_token_is_looked_at_when_it_is_due() {
     }
 }
 
+/// A server whose clock lies may say any time, and so may who edits the status.
+#[test]
+fn no_time_is_too_odd() {
+    for now in [Timestamp::MIN, at(1), Timestamp::MAX] {
+        for written in [Timestamp::MIN, at(0), Timestamp::MAX] {
+            for reason in Reason::ALL {
+                let mut facts = filled(&["a"]);
+                let outcomes = [outcome(&facts, 0, *reason, LIFETIME)];
+                let mut status = report(&facts, &outcomes, written).status;
+                status.tokens[0].failing_since = Some(time(written));
+                user(&mut facts).status = Some(status);
+                let status = report(&facts, &outcomes, now).status;
+                let since = status.tokens[0].failing_since.iter();
+                let transitions = status.conditions.iter().map(|c| &c.last_transition_time);
+                assert!(transitions.chain(since).all(|at| at.0 <= now), "{reason}: {status:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
     let mut facts = filled(&["a", "b"]);
