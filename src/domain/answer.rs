@@ -148,7 +148,7 @@ impl Claims {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 struct RawClaims {
     iss: Option<String>,
     sub: Option<String>,
@@ -166,15 +166,25 @@ enum Audience {
     Many(BTreeSet<String>),
 }
 
-/// The claims, if `token` is a JWT: three parts, the second a JSON object.
+/// The claims, if `token` is a JWT: three parts, the first or second a JSON object. Of claims that cannot be read there
+/// are none, which is never what was asked for: who would read them otherwise than we do might be let through.
 #[must_use]
 pub fn claims(token: &str) -> Option<Claims> {
     let mut parts = token.split('.');
-    let (Some(_), Some(payload), Some(_), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+    let (Some(header), Some(payload), Some(_), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
         return None;
     };
-    let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
-    let raw: RawClaims = serde_json::from_slice(&payload).ok()?;
+    let json = |part: &str| {
+        let bytes = URL_SAFE_NO_PAD.decode(part).ok();
+        bytes.filter(|b| b.trim_ascii_start().starts_with(b"{"))
+    };
+    let (header, payload) = (json(header), json(payload));
+    if header.is_none() && payload.is_none() {
+        return None;
+    }
+    let raw: RawClaims = payload
+        .and_then(|payload| serde_json::from_slice(&payload).ok())
+        .unwrap_or_default();
     Some(Claims {
         iss: raw.iss,
         sub: raw.sub,
@@ -244,6 +254,13 @@ mod tests {
             claims[key] = value;
             jwt(&claims)
         };
+        let raw = |payload: &str| {
+            format!(
+                "{}.{}.c2ln",
+                URL_SAFE_NO_PAD.encode("{}"),
+                URL_SAFE_NO_PAD.encode(payload)
+            )
+        };
         let cases = [
             (jwt(&good), Ok(100)),
             (
@@ -258,6 +275,42 @@ mod tests {
             ),
             (with("exp", 1_800_000_003.into()), Err(Reason::LifetimeTooShort)),
             (with("exp", serde_json::json!(1_800_000_050.9)), Ok(50)),
+            (with("exp", serde_json::json!(-1e300)), Ok(3600)),
+            (with("exp", serde_json::json!(-1)), Err(Reason::LifetimeTooShort)),
+            // What another reader might take for the right claims, or for none.
+            (with("aud", serde_json::Value::Null), Err(Reason::TokenMismatch)),
+            (with("aud", serde_json::json!({"1": "2"})), Err(Reason::TokenMismatch)),
+            (with("aud", serde_json::json!([["1", "2"]])), Err(Reason::TokenMismatch)),
+            (with("sub", serde_json::Value::Null), Err(Reason::TokenMismatch)),
+            (with("sub", 7.into()), Err(Reason::TokenMismatch)),
+            (
+                with("iss", serde_json::json!(["https://auth.example.com"])),
+                Err(Reason::TokenMismatch),
+            ),
+            (with("exp", "1800000100".into()), Err(Reason::TokenMismatch)),
+            (
+                raw(&format!(r#"{{"sub":"8",{}"#, &good.to_string()[1..])),
+                Err(Reason::TokenMismatch),
+            ),
+            (raw(&format!(" {good}")), Ok(100)),
+            (raw(&format!("[{good}]")), Err(Reason::TokenMismatch)),
+            (
+                raw(&good.to_string().replace("1800000100", "1e999")),
+                Err(Reason::TokenMismatch),
+            ),
+            (raw(&"{\"aud\":".repeat(5_000)), Err(Reason::TokenMismatch)),
+            (
+                format!("{}.+.c2ln", URL_SAFE_NO_PAD.encode("{}")),
+                Err(Reason::TokenMismatch),
+            ),
+            (
+                format!("{}..c2ln", URL_SAFE_NO_PAD.encode("{}")),
+                Err(Reason::TokenMismatch),
+            ),
+            (
+                format!("x.{}.", URL_SAFE_NO_PAD.encode("{}")),
+                Err(Reason::TokenMismatch),
+            ),
         ];
         for (token, outcome) in cases {
             let got = answer(&token, r#","expires_in":3600"#).and_then(|a| accept(a, &expected(), sent));
