@@ -8,11 +8,15 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::domain::answer::{Format, Minted};
+use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
 use crate::domain::schedule::Schedule;
 use crate::domain::secret::{Existing, SecretRef};
+
+/// A renew request up to this many bytes stands in the record as it is: a time, a name, a UUID.
+const LONGEST_REQUEST: usize = 256;
 
 /// Names an object: namespace (empty for cluster-scoped kinds) and name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -163,11 +167,16 @@ impl Facts {
         self.instance.as_deref().map_or("", |i| i.spec.issuer.as_str())
     }
 
-    /// The value of the renew request on the object, if there is one.
+    /// The renew request on the object, if there is one, as a record keeps it: a long one as its hash. A Secret has
+    /// room for 256 KiB of annotations, as the object has, and the record is only one of them.
     #[must_use]
-    pub fn renew_request(&self) -> Option<&String> {
+    pub fn renew_request(&self) -> Option<String> {
         let annotations = self.user.metadata.annotations.as_ref()?;
-        annotations.get(crate::api::metadata::ANNOTATION_RENEW_REQUEST)
+        let request = annotations.get(crate::api::metadata::ANNOTATION_RENEW_REQUEST)?;
+        if request.len() <= LONGEST_REQUEST {
+            return Some(request.clone());
+        }
+        Some(hash::of([request.as_bytes()]))
     }
 
     /// What the record in the token's Secret says, whatever the inputs are today; nothing if record or token was edited.

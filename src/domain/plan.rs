@@ -176,7 +176,7 @@ fn held_back(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> Step {
 fn asked(facts: &Facts, record: &Record) -> bool {
     facts
         .renew_request()
-        .is_some_and(|r| record.request.as_ref() != Some(r))
+        .is_some_and(|request| record.request.as_ref() != Some(&request))
 }
 
 /// The token in the Secret, if it is the one that we wrote for these inputs.

@@ -187,7 +187,7 @@ pub fn record(facts: &Facts, inputs: &str, shape: &str, minted: &Minted) -> Reco
         shape: shape.into(),
         issued_at: minted.issued,
         expires_at: minted.expires,
-        request: facts.renew_request().cloned(),
+        request: facts.renew_request(),
         content: String::new(),
     }
     .sealed(minted.token.expose_secret())

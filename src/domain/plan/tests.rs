@@ -237,9 +237,21 @@ fn a_renew_request_is_served_once() {
         ("served", |f| { ask(f, Some("a")); put_opaque(f); }, FRESH, "keep"),
         ("another", |f| { ask(f, Some("a")); put_opaque(f); ask(f, Some("b")); }, 1, "mint, fallback"),
         ("taken back", |f| { ask(f, Some("a")); put_opaque(f); ask(f, None); }, 1, "keep"),
+        ("long and new", |f| ask(f, Some(&"\0".repeat(200 << 10))), 1, "mint, fallback"),
+        ("long and served", |f| { ask(f, Some(&"\0".repeat(200 << 10))); put_opaque(f); }, FRESH, "keep"),
         ("served, label removed", |f| { ask(f, Some("a")); put_opaque(f); existing(f, 0).labels.clear(); }, 1, "write"),
     ];
     check(one, cases);
+    // Kubernetes takes 256 KiB of annotations on a Secret: however long the request is, the record has room.
+    let mut facts = one();
+    ask(&mut facts, Some(&"\0".repeat(200 << 10)));
+    put_opaque(&mut facts);
+    assert!(
+        existing(&mut facts, 0).annotations[ANNOTATION_RECORD]
+            .expose_secret()
+            .len()
+            < 1024
+    );
 }
 
 #[test]
