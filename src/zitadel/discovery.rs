@@ -110,6 +110,57 @@ mod tests {
             let got = parse(body.as_bytes(), issuer).map(|d| d.token_path);
             assert_eq!(got, expected.map(str::to_owned), "{named} {endpoint}");
         }
-        assert_eq!(parse(b"<html>", issuer), Err(Reason::MalformedAnswer));
+    }
+
+    #[test]
+    fn odd_documents_have_a_reason() {
+        let issuer = "https://auth.example.com";
+        let endpoint = |endpoint: &str| format!(r#"{{"issuer":"{issuer}","token_endpoint":"{endpoint}"}}"#);
+        let below = |path: &str| endpoint(&format!("{issuer}{path}"));
+        let malformed = Err(Reason::MalformedAnswer);
+        let mismatch = Err(Reason::IssuerMismatch);
+        let table = [
+            (below(&format!("/{}", "t".repeat(255))), Ok(256)),
+            (below(&format!("/{}", "t".repeat(256))), mismatch),
+            // Still a path, since nothing is resolved against it.
+            (below("//evil.example/t"), Ok(16)),
+            (below(""), mismatch),
+            (below(":443/t"), mismatch),
+            (below(":x@evil.example/t"), mismatch),
+            (below("/t t"), mismatch),
+            (below("/t\\u0000"), mismatch),
+            (below("/t\\r\\nHost: evil.example"), mismatch),
+            (below("/tö"), mismatch),
+            (endpoint("HTTPS://auth.example.com/t"), mismatch),
+            (endpoint(" https://auth.example.com/t"), mismatch),
+            (endpoint("https://a:b@auth.example.com/t"), mismatch),
+            (endpoint("//auth.example.com/t"), mismatch),
+            (endpoint("/t"), mismatch),
+            (endpoint("javascript:alert(1)"), mismatch),
+            (endpoint(""), mismatch),
+            (
+                r#"{"issuer":null,"token_endpoint":"https://auth.example.com/t"}"#.to_owned(),
+                malformed,
+            ),
+            (r#"{"issuer":"https://auth.example.com"}"#.to_owned(), malformed),
+            (
+                below("/a").replace('}', r#","issuer":"https://evil.example"}"#),
+                malformed,
+            ),
+            (
+                below("/a").replace('}', r#","token_endpoint":"https://evil.example/t"}"#),
+                malformed,
+            ),
+            (below("/a") + &below("/b"), malformed),
+            ("[".repeat(100_000), malformed),
+            ("<html>".to_owned(), malformed),
+            (String::new(), malformed),
+        ];
+        for (body, expected) in table {
+            let got = parse(body.as_bytes(), issuer).map(|d| d.token_path.len());
+            assert_eq!(got, expected, "{body:.200}");
+        }
+        let bytes = [below("/t").as_bytes(), b"\xff"].concat();
+        assert_eq!(parse(&bytes, issuer), Err(Reason::MalformedAnswer));
     }
 }

@@ -149,7 +149,11 @@ impl Http {
         let sent = skew.theirs(sent);
         let status = response.status().as_u16();
         let retry_after = retry_after(response.headers(), sent);
-        let body = body(response).await?;
+        let body = match body(response).await {
+            // What a status says counts without its body, which only an OAuth error explains.
+            Err(Failure::Malformed) if status != 200 => Vec::new().into(),
+            read => read?,
+        };
         Ok(Answer {
             status,
             retry_after,
@@ -199,6 +203,9 @@ fn failure(error: &reqwest::Error) -> Failure {
     while let Some(e) = cause {
         if is_tls(e) {
             return Failure::Tls;
+        }
+        if e.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return Failure::Malformed;
         }
         cause = e.source();
     }

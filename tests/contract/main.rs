@@ -2,7 +2,7 @@
 //! what it makes of the answers. Sections are those of reference/zitadel.md.
 //!
 //! [`any_server`] runs on the stand-in in `make test`, and on a real server in `make test-zitadel`. [`only_stand_in`]
-//! needs a server that can be told to fail, so `make test-zitadel` leaves it out.
+//! and [`hostile`] need a server that can be told to fail, so `make test-zitadel` leaves them out.
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]
@@ -10,5 +10,6 @@ mod support;
 
 mod any_server;
 mod client;
+mod hostile;
 mod only_stand_in;
 mod server;

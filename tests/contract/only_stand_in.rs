@@ -18,25 +18,25 @@ use super::client::{connect, exchange, expected, mint, scope, settings};
 use super::support::issuer::{Issuer, Recorded};
 use super::support::world::{PROJECT, claims};
 
-const DISCOVERY: &str = "/.well-known/openid-configuration";
-const TOKEN: &str = "/oauth/v2/token";
+pub const DISCOVERY: &str = "/.well-known/openid-configuration";
+pub const TOKEN: &str = "/oauth/v2/token";
 
 /// Seconds that a token lives, ZITADEL's default.
 const LIFETIME: i64 = 12 * 3600;
 
 /// A stand-in with one user whose tokens are JWTs, and a connection to it.
-struct World {
-    issuer: Issuer,
-    key: ServiceKey,
-    instance: Instance,
+pub struct World {
+    pub issuer: Issuer,
+    pub key: ServiceKey,
+    pub instance: Instance,
 }
 
 impl World {
-    async fn new() -> Self {
+    pub async fn new() -> Self {
         Self::with(settings).await
     }
 
-    async fn with(settings: impl FnOnce(&str) -> Settings) -> Self {
+    pub async fn with(settings: impl FnOnce(&str) -> Settings) -> Self {
         let issuer = Issuer::start(&[]);
         let key = user(&issuer, "JWT").await;
         let instance = connect(settings(&issuer.url));
@@ -49,7 +49,7 @@ impl World {
     }
 
     /// A token for [`PROJECT`], without a look at the project id before.
-    async fn mint(&self) -> Result<Minted, Reason> {
+    pub async fn mint(&self) -> Result<Minted, Reason> {
         self.mint_by(&self.instance).await
     }
 
@@ -66,19 +66,19 @@ impl World {
     }
 
     /// What becomes of this body of a 200.
-    async fn judge(&self, body: impl Into<String>) -> Result<Minted, Reason> {
+    pub async fn judge(&self, body: impl Into<String>) -> Result<Minted, Reason> {
         self.issuer
             .fault(json!({"path": TOKEN, "times": 1, "status": 200, "body": body.into()}))
             .await;
         self.mint().await
     }
 
-    async fn token_requests(&self) -> Vec<Recorded> {
+    pub async fn token_requests(&self) -> Vec<Recorded> {
         token_requests(&self.issuer).await
     }
 }
 
-async fn user(issuer: &Issuer, kind: &str) -> ServiceKey {
+pub async fn user(issuer: &Issuer, kind: &str) -> ServiceKey {
     let user = issuer.user(json!({"tokenType": kind})).await;
     key::parse(user.key.as_bytes()).expect("a key file")
 }
