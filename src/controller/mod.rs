@@ -1,5 +1,6 @@
 //! The controllers: watches, queues, reads and writes. Decides nothing itself; asks the domain.
 
+pub mod guarded;
 pub mod instance;
 pub mod metrics;
 pub mod queue;

@@ -107,7 +107,8 @@ struct WireMeta {
     metadata: Subset<IgnoredAny>,
 }
 
-/// Metadata without managed fields, which hold no less than all names; `A` is what becomes of the annotations.
+/// Metadata without managed fields, which hold no less than all names, and in which whoever writes a Secret may set
+/// times that no clock of ours can count; `A` is what becomes of the annotations.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Subset<A> {
@@ -209,7 +210,7 @@ mod tests {
         serde_json::json!({
             "metadata": {"name": "s", "annotations": {
                 "kubectl.kubernetes.io/last-applied-configuration": "a copy of canary", "a": "b"},
-                "managedFields": [{"manager": "canary"}]},
+                "managedFields": [{"manager": "canary", "time": "9999-12-31T23:59:59Z"}]},
             "data": {"token": STANDARD.encode("canary"), "broken": "%%%canary", "null": null}, "type": "Opaque"
         })
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Namespace;
-use kube::core::{DeserializeGuard, PartialObjectMeta};
+use kube::core::PartialObjectMeta;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use crate::api::metadata::is_ours;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::controller::guarded::Guarded;
 use crate::controller::queue::Queue;
 use crate::controller::secrets::SecretMeta;
 use crate::domain::facts::ObjectRef;
@@ -170,13 +171,13 @@ impl Triggers {
                 |k| k.instances.keys().cloned().collect()
             ),
             self.follow(
-                plain::<PartialObjectMeta<Namespace>>(&client),
+                guarded::<PartialObjectMeta<Namespace>>(&client, everything()),
                 Self::namespace_applied,
                 Self::namespace_gone,
                 |k| k.namespaces.keys().cloned().collect()
             ),
             self.follow(
-                plain::<SecretMeta>(&client),
+                secrets(&client),
                 |triggers, secret| triggers.secret_applied(&secret),
                 Self::secret_gone,
                 |k| { k.secrets.keys().cloned().collect() }
@@ -387,40 +388,35 @@ fn reference<K: Resource<DynamicType = ()>>(object: &K) -> ObjectRef {
 /// An object, or the name of one that does not fit its type.
 type Readable<K> = Result<K, ObjectRef>;
 
-/// A watch that goes on for ever; its errors are logged by kind and retried with a growing delay.
-fn plain<K>(client: &Client) -> impl Stream<Item = Event<Readable<K>>> + use<K>
-where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-{
-    let events = endless(watcher(Api::<K>::all(client.clone()), watcher::Config::default()));
-    events.map(|event| each(event, Ok))
+/// Secrets have a type of their own, which always decodes.
+fn secrets(client: &Client) -> impl Stream<Item = Event<Readable<SecretMeta>>> + use<> {
+    let all = Api::<SecretMeta>::all(client.clone());
+    endless(watcher(all, watcher::Config::default())).map(|event| each(event, Ok))
 }
 
-/// The same for objects that people write: one that does not decode is logged and passed over, so that it never stops
+/// A watch of objects that people write: one that does not decode is logged and passed over, so that it never stops
 /// the others.
 fn guarded<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Event<Readable<K>>> + use<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let events = endless(watcher(Api::<DeserializeGuard<K>>::all(client.clone()), config));
+    let events = endless(watcher(Api::<Guarded<K>>::all(client.clone()), config));
     events.map(|event| each(event, decoded))
 }
 
-fn decoded<K: Resource<DynamicType = ()>>(guard: DeserializeGuard<K>) -> Readable<K> {
-    guard.0.map(trimmed).map_err(|invalid| {
-        let name = invalid.metadata.name.as_deref().unwrap_or_default();
-        let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
-        tracing::warn!(kind = %K::kind(&()), namespace, name, "an object that does not fit its schema is passed over");
-        ObjectRef::new(namespace, name)
+fn decoded<K: Resource<DynamicType = ()>>(guarded: Guarded<K>) -> Readable<K> {
+    let id = reference(&guarded);
+    guarded.0.map(trimmed).map_err(|_| {
+        tracing::warn!(kind = %K::kind(&()), object = %id, "an object that does not fit its schema is passed over");
+        id
     })
 }
 
-/// Without what nobody here reads: other tools' annotations (`kubectl apply` keeps a copy of the whole object in one) and
-/// managed fields are most of an object's memory. A status is written without touching them.
+/// Without what nobody here reads: other tools' annotations (`kubectl apply` keeps a copy of the whole object in one) are
+/// most of an object's memory, beside the managed fields that [`Guarded`] leaves out. A status is written without
+/// touching them.
 fn trimmed<K: Resource>(mut object: K) -> K {
-    let meta = object.meta_mut();
-    meta.managed_fields = None;
-    if let Some(annotations) = &mut meta.annotations {
+    if let Some(annotations) = &mut object.meta_mut().annotations {
         annotations.retain(|key, _| is_ours(key));
     }
     object
@@ -436,6 +432,7 @@ fn each<A, B>(event: Event<A>, map: impl FnOnce(A) -> B) -> Event<B> {
     }
 }
 
+/// A watch that goes on for ever; its errors are logged by kind and retried with a growing delay.
 fn endless<K>(events: impl Stream<Item = Result<Event<K>, watcher::Error>>) -> impl Stream<Item = Event<K>>
 where
     K: Resource<DynamicType = ()>,
@@ -472,7 +469,7 @@ mod tests {
         let spec = serde_json::json!({"issuer": "https://auth.example.com", "access": []});
         let object = serde_json::json!({
             "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance", "metadata": metadata, "spec": spec});
-        let guard: DeserializeGuard<ZitadelInstance> = serde_json::from_value(object).expect("decodes");
+        let guard: Guarded<ZitadelInstance> = serde_json::from_value(object).expect("decodes");
         let meta = decoded(guard).expect("an instance").metadata;
         assert_eq!(meta.managed_fields, None);
         let kept: Vec<_> = meta.annotations.unwrap_or_default().into_keys().collect();

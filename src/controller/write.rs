@@ -16,6 +16,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::api::metadata::{GROUP, MANAGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::controller::guarded::Guarded;
 use crate::controller::secrets::SecretMeta;
 use crate::domain::facts::ObjectRef;
 use crate::domain::reason::Reason;
@@ -136,16 +137,16 @@ impl Writer {
     /// Replaces the status of a service user: replaced, not applied, so that nothing foreign stays in it
     /// (decision K13). Returns the new version.
     pub async fn replace_user_status(&self, user: &ZitadelServiceUser) -> Result<String, WriteError> {
-        let api: Api<ZitadelServiceUser> = Api::namespaced(self.client.clone(), &user.namespace().unwrap_or_default());
-        self.replace_status(&api, user).await
+        let api = Api::namespaced(self.client.clone(), &user.namespace().unwrap_or_default());
+        self.replace_status(api, user).await
     }
 
     /// Replaces the status of an instance. Returns the new version.
     pub async fn replace_instance_status(&self, instance: &ZitadelInstance) -> Result<String, WriteError> {
-        self.replace_status(&Api::all(self.client.clone()), instance).await
+        self.replace_status(Api::all(self.client.clone()), instance).await
     }
 
-    async fn replace_status<K>(&self, api: &Api<K>, object: &K) -> Result<String, WriteError>
+    async fn replace_status<K>(&self, api: Api<Guarded<K>>, object: &K) -> Result<String, WriteError>
     where
         K: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone + std::fmt::Debug,
     {
@@ -154,7 +155,7 @@ impl Writer {
             ..PostParams::default()
         };
         let written = self
-            .bounded(api.replace_status(&object.name_any(), &params, object))
+            .bounded(api.replace_status(&object.name_any(), &params, &Guarded(Ok(object.clone()))))
             .await?;
         Ok(written.resource_version().unwrap_or_default())
     }

@@ -9,6 +9,7 @@ mod access;
 mod architecture;
 mod clock;
 mod failures;
+mod hostile;
 mod instances;
 mod keys;
 mod main_job;

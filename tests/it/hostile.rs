@@ -1,0 +1,607 @@
+//! Objects that no honest tool writes: each is told or repaired, stops no other, and panics nothing. They are read and
+//! written as plain JSON, since kube's types cannot.
+
+use std::collections::BTreeSet;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{GetParams, ListParams, Patch, PatchParams, PostParams};
+use kube::core::Request;
+use kube::{Api, Client};
+use serde_json::{Value, json};
+use zitadel_tokens::api::crds;
+
+use crate::support::cluster::{Cluster, established};
+use crate::support::eventually;
+use crate::support::issuer::Issuer;
+use crate::support::operator::Operator;
+use crate::support::world::{PROJECT, World, claims, condition, one_token};
+
+/// RFC 3339, so that Kubernetes takes it; past the last moment that jiff can count.
+const NO_MOMENT: &str = "9999-12-31T23:59:59Z";
+
+const TOKEN: &str = "/oauth/v2/token";
+
+/// An object's name, and what is odd about it.
+type Odd = (&'static str, fn(&mut Value));
+
+/// No pass panicked.
+fn assert_calm(operator: &Operator) {
+    let panics: Vec<_> = operator.log().into_iter().filter(|l| l.contains("panic")).collect();
+    assert!(panics.is_empty(), "{panics:?}");
+}
+
+/// A collection of the API, as plain JSON.
+struct Raw {
+    client: Client,
+    path: String,
+}
+
+impl Raw {
+    fn at(world: &World, path: &str) -> Self {
+        Self {
+            client: world.client.clone(),
+            path: path.to_owned(),
+        }
+    }
+
+    /// The service users of the world's namespace.
+    fn users(world: &World) -> Self {
+        let path = format!(
+            "/apis/zitadel-tokens.dev/v1alpha1/namespaces/{}/zitadelserviceusers",
+            world.name
+        );
+        Self::at(world, &path)
+    }
+
+    fn secrets(world: &World) -> Self {
+        Self::at(world, &format!("/api/v1/namespaces/{}/secrets", world.name))
+    }
+
+    fn request(&self) -> Request {
+        Request::new(&self.path)
+    }
+
+    async fn create(&self, object: &Value) -> Value {
+        let request = self.request().create(&PostParams::default(), bytes(object));
+        let created = self.client.request(request.expect("a request")).await;
+        created.expect("created")
+    }
+
+    async fn get(&self, name: &str) -> Value {
+        let request = self.request().get(name, &GetParams::default());
+        self.client.request(request.expect("a request")).await.expect("there")
+    }
+
+    async fn list(&self) -> Value {
+        let request = self.request().list(&ListParams::default());
+        self.client.request(request.expect("a request")).await.expect("listed")
+    }
+
+    async fn patch(&self, name: &str, change: &Value) {
+        let request = self
+            .request()
+            .patch(name, &PatchParams::default(), &Patch::Merge(change));
+        let _: Value = self.client.request(request.expect("a request")).await.expect("patched");
+    }
+
+    async fn patch_status(&self, name: &str, status: &Value) {
+        let change = json!({"status": status});
+        let params = PatchParams::default();
+        let request = self
+            .request()
+            .patch_subresource("status", name, &params, &Patch::Merge(change));
+        let _: Value = self.client.request(request.expect("a request")).await.expect("patched");
+    }
+
+    /// Says of an object's label when it was set, as a restore from a backup does: who writes an object may say so.
+    async fn set_managed_time(&self, name: &str, time: &str) {
+        // First, since what changes a field is noted with the real time.
+        self.patch(name, &json!({"metadata": {"labels": {"a": "b"}}})).await;
+        let mut object = self.get(name).await;
+        object["metadata"]["managedFields"] = json!([{
+            "manager": "restore", "operation": "Update", "apiVersion": object["apiVersion"], "time": time,
+            "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {"f:labels": {"f:a": {}}}},
+        }]);
+        let request = self.request().replace(name, &PostParams::default(), bytes(&object));
+        let stored: Value = self
+            .client
+            .request(request.expect("a request"))
+            .await
+            .expect("replaced");
+        assert!(stored.to_string().contains(time), "{stored}");
+    }
+
+    /// Waits until a service user's condition Ready has this status and reason.
+    async fn ready(&self, name: &str, status: &str, reason: &str) {
+        let what = format!("{name} Ready={status} {reason}");
+        eventually(&what, async || {
+            let object = self.get(name).await;
+            let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            object["status"]["observedGeneration"] == object["metadata"]["generation"]
+                && conditions
+                    .iter()
+                    .any(|c| c["type"] == "Ready" && c["status"] == status && c["reason"] == reason)
+        })
+        .await;
+    }
+}
+
+fn bytes(object: &Value) -> Vec<u8> {
+    serde_json::to_vec(object).expect("JSON")
+}
+
+/// The CRDs without any rule on spec and status, as if an administrator had relaxed them.
+async fn install_relaxed_crds(client: &Client) {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for crd in crds() {
+        let mut crd = serde_json::to_value(crd).expect("JSON");
+        let anything = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
+        let version = &mut crd["spec"]["versions"][0];
+        version["schema"]["openAPIV3Schema"] =
+            json!({"type": "object", "properties": {"spec": anything, "status": anything}});
+        version["selectableFields"] = json!([]);
+        version["additionalPrinterColumns"] = json!([]);
+        let crd: CustomResourceDefinition = serde_json::from_value(crd).expect("a CRD");
+        api.create(&PostParams::default(), &crd).await.expect("a CRD");
+    }
+    established(client).await;
+}
+
+/// A service user whose Secret is `NAME-token`, with one change.
+fn service_user(world: &World, name: &str, change: impl FnOnce(&mut Value)) -> Value {
+    let mut spec = one_token(&format!("{name}-token"));
+    spec["instanceRef"] = json!({"name": world.instance});
+    spec["keySecretRef"] = json!({"name": "shared-key"});
+    change(&mut spec);
+    json!({
+        "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser",
+        "metadata": {"name": name, "labels": {"a": "b"}}, "spec": spec,
+    })
+}
+
+/// A name of this many characters that begins so.
+fn long(beginning: &str, length: usize) -> String {
+    format!("{beginning:n<length$}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_object_that_cannot_be_read_stops_no_other() {
+    // Its end is that of the process.
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start()));
+    install_relaxed_crds(&cluster.client().await).await;
+    let world = World::on(cluster, "unreadable", Issuer::start(&[])).await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("shared-key", &user).await;
+    let users = Raw::users(&world);
+
+    // All this is there before the operator, which must get through its first lists.
+    let unreadable: [Odd; 5] = [
+        ("no-spec", |spec| *spec = json!({})),
+        ("no-list", |spec| spec["tokens"] = json!("main")),
+        ("no-token", |spec| spec["tokens"] = json!([7])),
+        ("no-policy", |spec| {
+            spec["tokens"][0]["secret"]["deletionPolicy"] = json!("Shred");
+        }),
+        ("no-text", |spec| {
+            spec["tokens"][0]["secret"]["template"] = json!({"a": {"b": 1e300}});
+        }),
+    ];
+    for (name, change) in unreadable {
+        users.create(&service_user(&world, name, change)).await;
+    }
+    let instances = Raw::at(&world, "/apis/zitadel-tokens.dev/v1alpha1/zitadelinstances");
+    let odd = format!("{}-odd", world.name);
+    instances
+        .create(&json!({
+            "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance",
+            "metadata": {"name": odd, "labels": {"test": world.instance}}, "spec": {"issuer": 7},
+        }))
+        .await;
+    instances
+        .patch_status(&world.instance, &json!({"conditions": "none"}))
+        .await;
+    world.namespace(&odd).await;
+    let namespaces = Raw::at(&world, "/api/v1/namespaces");
+    for name in [&odd, &world.name] {
+        namespaces.set_managed_time(name, NO_MOMENT).await;
+    }
+    // These cannot be read by who reads too much of them.
+    for name in ["restored", "status"] {
+        users.create(&service_user(&world, name, |_| {})).await;
+    }
+    users.set_managed_time("restored", NO_MOMENT).await;
+    instances.set_managed_time(&world.instance, NO_MOMENT).await;
+    Raw::secrets(&world).set_managed_time("shared-key", NO_MOMENT).await;
+    users
+        .patch_status("status", &json!({"tokens": [[]], "conditions": 7, "expiresAt": "soon"}))
+        .await;
+    // What Kubernetes would refuse as a Secret, or at all under our schema.
+    let invalid: [Odd; 4] = [
+        ("data-key", |template| template["a/b"] = json!("x")),
+        ("data-path", |template| template[".."] = json!("x")),
+        ("data-name", |template| template[&"k".repeat(300)] = json!("x")),
+        ("data-size", |template| {
+            template["a"] = json!("{{ token }}".repeat(64 * 1024 / 11));
+        }),
+    ];
+    for (name, change) in invalid {
+        let object = service_user(&world, name, |spec| {
+            spec["tokens"][0]["secret"]["template"] = json!({});
+            change(&mut spec["tokens"][0]["secret"]["template"]);
+        });
+        users.create(&object).await;
+    }
+
+    let mut operator = world.operator().await;
+    for name in ["restored", "status"] {
+        users.ready(name, "True", "Issued").await;
+    }
+    for (name, _) in invalid {
+        users.ready(name, "False", "InvalidSpec").await;
+    }
+    let passed_over = |name: &str| format!("is passed over kind=ZitadelServiceUser object={}/{name}", world.name);
+    for (name, _) in unreadable {
+        let line = operator.await_line(&passed_over(name)).await;
+        assert!(line.contains("WARN"), "{line}");
+    }
+
+    // One that was served becomes unreadable: it is left alone, and those beside it go on.
+    let secret = |policy: &str| json!({"spec": {"tokens": [{"name": "main", "projectIds": [PROJECT], "secret": {"name": "restored-token", "deletionPolicy": policy}}]}});
+    users.patch("restored", &secret("Shred")).await;
+    operator.await_line(&passed_over("restored")).await;
+    Raw::secrets(&world).set_managed_time("status-token", NO_MOMENT).await;
+    world.sentinel().await;
+    let token = world.token("restored-token").await;
+    // Mended, they are served.
+    users.patch("restored", &secret("Retain")).await;
+    users.ready("restored", "True", "Issued").await;
+    assert_eq!(world.token("restored-token").await, token);
+    let mended = service_user(&world, "no-spec", |_| {});
+    users.patch("no-spec", &json!({"spec": mended["spec"]})).await;
+    users.ready("no-spec", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 3);
+    assert_calm(&operator);
+    let warned = |line: &&String| line.contains("WARN") && line.contains("could not be written");
+    assert_eq!(operator.log().iter().find(warned), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_at_its_limit_is_served() {
+    let base = World::new("limits").await;
+    let pad = 63 - base.name.len() - 1;
+    let world = World::beside(&base, &"n".repeat(pad))
+        .await
+        .with_instance(&long(&format!("{}-", base.name), 63));
+    assert_eq!((world.name.len(), world.instance.len()), (63, 63));
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    let key = long("key", 253);
+    world.key_secret(&key, &user).await;
+
+    let projects = |i: usize| (0..32).map(|j| long(&format!("{i}_{j}_"), 64)).collect::<BTreeSet<_>>();
+    let secret_name = |i: usize| long(&format!("s{i}"), 253);
+    let label = format!("{}/{}", "p".repeat(253), "l".repeat(63));
+    let tokens = (0..16).map(|i| {
+        json!({
+            "name": long(&format!("t{i}"), 63), "projectIds": projects(i), "projectRoles": true,
+            "secret": {"name": secret_name(i), "labels": {&label: "v".repeat(63)}, "annotations": {&label: "v"}},
+        })
+    });
+    let mut tokens: Vec<Value> = tokens.collect();
+    // Four bytes are one character for the schema: a Secret of 450 KiB, of which 128 KiB are annotations.
+    let wide = |count: usize, length: usize| -> Value {
+        let entries = (0..count).map(|i| (format!("e{i}"), json!("𝄞".repeat(length))));
+        Value::Object(entries.collect())
+    };
+    tokens[0]["secret"]["template"] = wide(5, 16 * 1024);
+    tokens[0]["secret"]["annotations"] = wide(32, 1024);
+    let name = long("u", 63);
+    world
+        .service_user(&name, json!({"keySecretRef": {"name": key}, "tokens": tokens}))
+        .await
+        .expect("accepted");
+
+    let users = Raw::users(&world);
+    users.ready(&name, "True", "Issued").await;
+    let status = &users.get(&name).await["status"];
+    assert_eq!(status["tokensReady"], "16/16");
+    for i in 0..16 {
+        let secret = world.secrets().get(&secret_name(i)).await.expect("there");
+        let token = crate::support::world::data(&secret)["token"].clone();
+        let audience: BTreeSet<String> = serde_json::from_value(claims(&token)["aud"].clone()).expect("a list");
+        assert_eq!(audience, projects(i));
+        let labels = secret.metadata.labels.expect("labels");
+        assert_eq!(
+            (labels[&label].len(), &labels["zitadel-tokens.dev/service-user"]),
+            (63, &name)
+        );
+    }
+    assert!(world.events(&name).await.contains("Normal Issued"));
+    assert_eq!(world.issuer.mints().await, 16);
+    assert_calm(&operator);
+}
+
+/// Design §2.2: literal substitution of five names, and nothing else is looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_is_literal_text_whatever_is_in_it() {
+    let world = World::new("templates").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    // T stands for the token.
+    let table = [
+        ("{{ token }}", "T"),
+        ("{{token}}", "T"),
+        ("{{\t token\r\n}}", "T"),
+        ("{{\u{a0}token}}", "T"),
+        ("{{ token }}{{ token }}", "TT"),
+        ("{{ {{ token }} }}", "{{ T }}"),
+        ("{{{ token }}}", "{{{ token }}}"),
+        ("{{{{ token }}}}", "{{T}}"),
+        ("{{ token", "{{ token"),
+        ("{{ token }", "{{ token }"),
+        ("token }}", "token }}"),
+        ("{{ }} {{}} {{", "{{ }} {{}} {{"),
+        ("}}{{", "}}{{"),
+        ("{{ Token }} {{ tok en }}", "{{ Token }} {{ tok en }}"),
+        ("{{ unknown }} {{ token }}", "{{ unknown }} T"),
+        ("{{ token | base64 }}", "{{ token | base64 }}"),
+        ("{{- token -}}", "{{- token -}}"),
+        ("{% token %} ${token} $(token)", "{% token %} ${token} $(token)"),
+        ("{{ .Values.token }}", "{{ .Values.token }}"),
+        ("{{ key }} {{ assertion }}", "{{ key }} {{ assertion }}"),
+        ("\0{{ token }}\0", "\0T\0"),
+        ("\u{feff}ü𝄞{{ token }}\u{202e}", "\u{feff}ü𝄞T\u{202e}"),
+        ("{{ tokeń }}", "{{ tokeń }}"),
+        ("a: {{ token }}\nb: 1\n", "a: T\nb: 1\n"),
+        ("", ""),
+        ("{{ token_type }}", "Bearer"),
+        ("{{ audience }}", PROJECT),
+    ];
+    let template = table
+        .iter()
+        .enumerate()
+        .map(|(i, (text, _))| (format!("k{i}"), json!(text)));
+    let mut spec = one_token("billing-token");
+    spec["tokens"][0]["secret"]["template"] = Value::Object(template.collect());
+    world.service_user("billing", spec).await.expect("accepted");
+    let data = world.secret_until("billing-token", |d| d.contains_key("token")).await;
+    for (i, (text, expected)) in table.iter().enumerate() {
+        let expected = expected.replace('T', "\u{1}").replace("\u{1}oken", "Token");
+        assert_eq!(
+            data[&format!("k{i}")],
+            expected.replace('\u{1}', &data["token"]),
+            "{text}"
+        );
+    }
+    // No line more than the author wrote.
+    for key in ["token", "token_type", "issuer", "expires_at"] {
+        assert!(data[key].bytes().all(|b| b.is_ascii_graphic()), "{key}");
+    }
+    world.ready("billing", "True", "Issued").await;
+    assert_calm(&operator);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_writes_into_status_and_record_is_written_over() {
+    let world = World::new("edits").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+
+    let year = |year: &str| json!({"expiresAt": format!("{year}-12-30T00:00:00Z"), "issuedAt": format!("{year}-01-02T02:00:00Z")});
+    let records = [
+        json!("garbage"),
+        json!(""),
+        json!("{}"),
+        json!("[".repeat(100_000)),
+        json!("x".repeat(200 * 1024)),
+        year("9999"),
+        year("-009999"),
+        year("0000"),
+        json!({"v": u64::MAX}),
+        json!({"content": "\0"}),
+        json!({"owner": "", "expiresAt": "9999-12-31T23:59:59Z"}),
+    ];
+    let secret = |i: usize| format!("billing-{i}");
+    let tokens = (0..records.len())
+        .map(|i| json!({"name": format!("t{i}"), "projectIds": [PROJECT], "secret": {"name": secret(i)}}));
+    let spec = json!({"tokens": tokens.collect::<Vec<_>>()});
+    world.service_user("billing", spec).await.expect("accepted");
+    let good = world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, records.len());
+
+    // Each costs the one mint that an edited record costs.
+    let record = "zitadel-tokens.dev/record";
+    for (i, change) in records.iter().enumerate() {
+        let before = world.secrets().get(&secret(i)).await.expect("there");
+        let old = crate::support::world::data(&before)["token"].clone();
+        let text = match change {
+            Value::String(text) => text.clone(),
+            fields => {
+                let text = &before.metadata.annotations.as_ref().expect("annotations")[record];
+                let mut whole: Value = serde_json::from_str(text).expect("a record");
+                for (name, value) in fields.as_object().expect("fields") {
+                    assert!(!whole[name].is_null(), "the record has {name}");
+                    whole[name] = value.clone();
+                }
+                whole.to_string()
+            }
+        };
+        world
+            .edit_secret(&secret(i), json!({"metadata": {"annotations": {record: text}}}))
+            .await;
+        world.secret_until(&secret(i), |d| d["token"] != old).await;
+    }
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2 * records.len());
+
+    let users = Raw::users(&world);
+    let reference = users.get("billing").await["status"]["tokens"].clone();
+    let statuses = [
+        json!({"expiresAt": NO_MOMENT, "keyExpiresAt": NO_MOMENT}),
+        json!({"tokens": [{"name": "t0", "secretName": "x", "failingSince": NO_MOMENT}]}),
+        json!({"tokens": [{"name": "t0", "secretName": "", "issuedAt": "9999-12-30T21:00:00Z", "renewAt": "0000-01-01T00:00:00Z",
+            "expiresAt": "9999-12-30T22:00:00Z", "failingSince": "9999-12-30T22:00:00Z", "lifetimeSeconds": i64::MIN, "reason": "Odd"}]}),
+        json!({"tokens": [{"name": "\0", "secretName": "\u{202e}", "renewAt": "9999-12-30T22:00:00Z", "expiresAt": "0000-01-01T00:00:00Z"}]}),
+        json!({"conditions": [{"type": "Ready", "status": "True", "reason": "Issued", "message": "", "lastTransitionTime": NO_MOMENT}]}),
+        json!({"conditions": [{"type": "Stalled", "status": "True", "reason": "Odd", "message": "x".repeat(32_768), "lastTransitionTime": "0000-01-01T00:00:00+14:00"}]}),
+        json!({"observedGeneration": i64::MAX, "tokensReady": "x".repeat(100_000), "userId": "", "tokens": null}),
+    ];
+    let repaired = async |what: &Value| {
+        eventually(&format!("repaired: {what:.200}"), async || {
+            let status = &users.get("billing").await["status"];
+            let text = status.to_string();
+            let odd = ["9999-", "0000-", "Odd", "xxx", "Stalled"]
+                .iter()
+                .any(|odd| text.contains(odd));
+            !odd && status["tokens"] == reference
+                && status["observedGeneration"] == 1
+                && status["tokensReady"] == "11/11"
+        })
+        .await;
+    };
+    for status in &statuses {
+        users.patch_status("billing", status).await;
+        repaired(status).await;
+    }
+    let object = world.ready("billing", "True", "Issued").await;
+    let user_id =
+        |object: &zitadel_tokens::api::ZitadelServiceUser| object.status.as_ref().and_then(|s| s.user_id.clone());
+    assert_eq!(user_id(&object), user_id(&good));
+
+    // The same while no operator is there to see it happen.
+    assert_calm(&operator);
+    operator.kill();
+    users.patch_status("billing", &statuses[2]).await;
+    users.patch_status("billing", &statuses[4]).await;
+    let operator = world.operator().await;
+    repaired(&statuses[4]).await;
+    world.sentinel().await;
+    assert_eq!(world.issuer.mints().await, 2 * records.len());
+    assert_calm(&operator);
+}
+
+/// An object has room for 256 KiB of annotations, its Secret too: what is taken over must fit beside all others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renew_request_of_any_length_is_served_once() {
+    let world = World::new("request").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let notes = (0..32).map(|i| (format!("n{i}"), json!("𝄞".repeat(1024))));
+    let mut spec = one_token("billing-token");
+    spec["tokens"][0]["secret"]["annotations"] = Value::Object(notes.collect());
+    world.service_user("billing", spec).await.expect("accepted");
+    let mut token = world.token("billing-token").await;
+    let users = Raw::users(&world);
+    for request in ["", "\0\"\\\n", &"\0".repeat(200 * 1024)] {
+        let change = json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": request}}});
+        users.patch("billing", &change).await;
+        let renewed = world.secret_until("billing-token", |d| d["token"] != token).await;
+        token.clone_from(&renewed["token"]);
+        world.ready("billing", "True", "Issued").await;
+    }
+    world.sentinel().await;
+    assert_eq!(world.issuer.mints().await, 4);
+    assert_calm(&operator);
+}
+
+/// Nothing of an answer is passed on: what a server, or somebody on the way, writes would be read by others.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_word_of_an_answer_is_seen_anywhere() {
+    let world = World::new("words").await;
+    let flags = ["--log-level", "trace"];
+    let operator = Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await;
+    world.instance().await;
+    // The first to be served learns the id of the ZITADEL project.
+    world.simple("first", json!({"tokenType": "JWT"})).await;
+    world.token("first-token").await;
+    let jwt = |claims: Value| {
+        let payload = URL_SAFE_NO_PAD.encode(claims.to_string());
+        let token = format!("{}.{payload}.canary", URL_SAFE_NO_PAD.encode(r#"{"alg":"RS256"}"#));
+        json!({"access_token": token, "token_type": "Bearer", "expires_in": 3600}).to_string()
+    };
+    let refusal = json!({"error": "invalid_grant", "error_description": "canary\r\n\u{1b}[31mcanary"}).to_string();
+    let answers = [
+        ("refused", 400, refusal, "KeyRejected"),
+        (
+            "other-refusal",
+            400,
+            json!({"error": "canary", "error_uri": "canary"}).to_string(),
+            "RequestRefused",
+        ),
+        ("html", 200, "<html>canary</html>".to_owned(), "MalformedAnswer"),
+        (
+            "no-token",
+            200,
+            json!({"access_token": "canary\ncanary", "token_type": "canary"}).to_string(),
+            "MalformedAnswer",
+        ),
+        ("moved", 302, "canary".to_owned(), "MalformedAnswer"),
+        ("quota", 429, "canary".to_owned(), "RateLimited"),
+        ("down", 502, "canary".to_owned(), "ServerError"),
+        (
+            "stranger",
+            200,
+            jwt(json!({"iss": "canary", "sub": "canary", "aud": ["canary"]})),
+            "TokenMismatch",
+        ),
+        ("nobody", 200, jwt(json!({"iss": 7, "aud": "canary"})), "TokenMismatch"),
+    ];
+    for (name, status, body, _) in &answers {
+        let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+        world.key_secret(&format!("{name}-key"), &user).await;
+        let headers = json!({"Location": "http://canary.example/", "X-Canary": "canary", "Server": "canary"});
+        let fault = json!({"path": TOKEN, "userId": user.id, "status": status, "body": body, "headers": headers});
+        world.issuer.fault(fault).await;
+        let spec = one_token(&format!("{name}-token"));
+        world.service_user(name, spec).await.expect("accepted");
+    }
+    for (name, _, _, reason) in &answers {
+        let object = world.ready(name, "False", reason).await;
+        assert!(
+            condition(&object, "Ready").is_some_and(|(_, _, message)| !message.is_empty()),
+            "{name}"
+        );
+    }
+
+    // And a date that makes every moment after it one too many.
+    let headers = json!({"Date": "Thu, 30 Dec 9999 21:59:59 GMT", "Retry-After": "canary"});
+    for path in [TOKEN, "/.well-known/openid-configuration"] {
+        world.issuer.fault(json!({"path": path, "headers": headers})).await;
+    }
+    // Another way to the server has it looked at.
+    let mut spec = world.instance_spec();
+    spec["connection"]["timeout"] = json!("9s");
+    world.apply_instance(spec).await.expect("an instance");
+    world.instance_ready("False", "ClockSkew").await;
+    world.simple("late", json!({"tokenType": "JWT"})).await;
+    world.ready("late", "False", "ClockSkew").await;
+
+    let events = Raw::at(
+        &world,
+        &format!("/apis/events.k8s.io/v1/namespaces/{}/events", world.name),
+    );
+    let (_, metrics) = operator.get("/metrics").await;
+    let places = [
+        ("status", Raw::users(&world).list().await.to_string()),
+        ("Events", events.list().await.to_string()),
+        ("Secrets", Raw::secrets(&world).list().await.to_string()),
+        ("metrics", metrics),
+        ("log", operator.log().join("\n")),
+    ];
+    for (place, text) in places {
+        assert!(!text.to_lowercase().contains("canary"), "an answer is in the {place}");
+    }
+    assert_calm(&operator);
+    world.issuer.clear_faults().await;
+    world.ready("late", "True", "Issued").await;
+}
