@@ -11,6 +11,7 @@ use kube::core::Request;
 use kube::{Api, Client};
 use serde_json::{Value, json};
 use zitadel_tokens::api::crds;
+use zitadel_tokens::controller::guarded::Guarded;
 
 use crate::support::cluster::{Cluster, established};
 use crate::support::eventually;
@@ -69,9 +70,11 @@ impl Raw {
         created.expect("created")
     }
 
+    /// Without its `managedFields`, which may be deeper than can be read.
     async fn get(&self, name: &str) -> Value {
         let request = self.request().get(name, &GetParams::default());
-        self.client.request(request.expect("a request")).await.expect("there")
+        let got: Guarded<Value> = self.client.request(request.expect("a request")).await.expect("there");
+        got.0.expect("JSON")
     }
 
     async fn list(&self) -> Value {
@@ -83,7 +86,8 @@ impl Raw {
         let request = self
             .request()
             .patch(name, &PatchParams::default(), &Patch::Merge(change));
-        let _: Value = self.client.request(request.expect("a request")).await.expect("patched");
+        let patched = self.client.request_text(request.expect("a request")).await;
+        patched.expect("patched");
     }
 
     async fn patch_status(&self, name: &str, status: &Value) {
@@ -92,25 +96,28 @@ impl Raw {
         let request = self
             .request()
             .patch_subresource("status", name, &params, &Patch::Merge(change));
-        let _: Value = self.client.request(request.expect("a request")).await.expect("patched");
+        let patched = self.client.request_text(request.expect("a request")).await;
+        patched.expect("patched");
     }
 
-    /// Says of an object's label when it was set, as a restore from a backup does: who writes an object may say so.
-    async fn set_managed_time(&self, name: &str, time: &str) {
+    /// Says when an object's label was set, as a restore from a backup does: who writes an object may say so. And says
+    /// it as deep as no JSON reader of ours goes.
+    async fn set_managed_fields(&self, name: &str, time: &str, depth: usize) {
         // First, since what changes a field is noted with the real time.
         self.patch(name, &json!({"metadata": {"labels": {"a": "b"}}})).await;
         let mut object = self.get(name).await;
         object["metadata"]["managedFields"] = json!([{
             "manager": "restore", "operation": "Update", "apiVersion": object["apiVersion"], "time": time,
-            "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {"f:labels": {"f:a": {}}}},
+            "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {"f:labels": {"f:a": "deep"}}},
         }]);
-        let request = self.request().replace(name, &PostParams::default(), bytes(&object));
-        let stored: Value = self
-            .client
-            .request(request.expect("a request"))
-            .await
-            .expect("replaced");
-        assert!(stored.to_string().contains(time), "{stored}");
+        let deep = format!("{}{{}}{}", r#"{"f:a":"#.repeat(depth), "}".repeat(depth));
+        let object = object.to_string().replace(r#""deep""#, &deep);
+        let request = self
+            .request()
+            .replace(name, &PostParams::default(), object.into_bytes());
+        let stored = self.client.request_text(request.expect("a request")).await;
+        let stored = stored.expect("replaced");
+        assert!(stored.contains(time) && stored.contains(&deep), "{stored}");
     }
 
     /// Waits until a service user's condition Ready has this status and reason.
@@ -206,15 +213,17 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     world.namespace(&odd).await;
     let namespaces = Raw::at(&world, "/api/v1/namespaces");
     for name in [&odd, &world.name] {
-        namespaces.set_managed_time(name, NO_MOMENT).await;
+        namespaces.set_managed_fields(name, NO_MOMENT, 200).await;
     }
     // These cannot be read by who reads too much of them.
     for name in ["restored", "status"] {
         users.create(&service_user(&world, name, |_| {})).await;
     }
-    users.set_managed_time("restored", NO_MOMENT).await;
-    instances.set_managed_time(&world.instance, NO_MOMENT).await;
-    Raw::secrets(&world).set_managed_time("shared-key", NO_MOMENT).await;
+    users.set_managed_fields("restored", NO_MOMENT, 200).await;
+    instances.set_managed_fields(&world.instance, NO_MOMENT, 200).await;
+    Raw::secrets(&world)
+        .set_managed_fields("shared-key", NO_MOMENT, 200)
+        .await;
     users
         .patch_status("status", &json!({"tokens": [[]], "conditions": 7, "expiresAt": "soon"}))
         .await;
@@ -252,7 +261,9 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     let secret = |policy: &str| json!({"spec": {"tokens": [{"name": "main", "projectIds": [PROJECT], "secret": {"name": "restored-token", "deletionPolicy": policy}}]}});
     users.patch("restored", &secret("Shred")).await;
     operator.await_line(&passed_over("restored")).await;
-    Raw::secrets(&world).set_managed_time("status-token", NO_MOMENT).await;
+    Raw::secrets(&world)
+        .set_managed_fields("status-token", NO_MOMENT, 200)
+        .await;
     world.sentinel().await;
     let token = world.token("restored-token").await;
     // Mended, they are served.
