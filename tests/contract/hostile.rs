@@ -24,7 +24,7 @@ const GOOD_GZIP: &str =
     "H4sIAAAAAAACA6tWSkxOTi0uji/Jz07NU7JSStRL0kvWS9FLVdJRAovFl1QWpAIlnFITi1KLgKKpFQWZRanF8ZlA5WYGtQDe8/J+QgAAAA==";
 
 /// Time for one request. Long enough for a busy machine to send one.
-const TIMEOUT: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(3);
 
 fn impatient(url: &str) -> Settings {
     Settings {
