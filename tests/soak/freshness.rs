@@ -1,24 +1,17 @@
 //! A token Secret never holds an expired token while ZITADEL can be reached, and a token is minted once per lifetime.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 
-use crate::support::world::{World, claims, data, one_token};
+use crate::reduced;
+use crate::sampler::sample;
+use crate::support::world::{World, one_token};
 
 const LIFETIME: u64 = 8;
-const SAMPLE: Duration = Duration::from_millis(100);
-/// A sampler that slept longer than this has seen nothing.
-const GAP: Duration = Duration::from_secs(1);
 
 fn lifetimes() -> u64 {
-    if std::env::var("CI").is_ok_and(|v| v == "true") {
-        5
-    } else {
-        20
-    }
+    if reduced() { 5 } else { 20 }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -46,31 +39,12 @@ async fn no_sample_holds_an_expired_token() {
         world.token(name).await;
     }
 
-    let mut seen: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
-    let (started, mut last, mut widest, mut samples) = (Instant::now(), Instant::now(), Duration::ZERO, 0_u32);
-    let mut margin = f64::MAX;
-    while started.elapsed() < Duration::from_secs(LIFETIME * lifetimes()) {
-        for name in &names {
-            let secret = data(&world.secrets().get(name).await.expect("there"));
-            let now = Timestamp::now();
-            let told: Timestamp = secret["expires_at"].parse().expect("a time");
-            let real = Timestamp::from_second(claims(&secret["token"])["exp"].as_i64().expect("exp")).expect("a time");
-            assert!(told <= real, "{name}: the Secret tells a later end than the token has");
-            assert!(now < told, "{name}: an expired token at {now}, it ended at {told}");
-            margin = margin.min(told.duration_since(now).as_secs_f64());
-            seen.entry(name).or_default().insert(secret["token"].clone());
-            samples += 1;
-        }
-        widest = widest.max(last.elapsed());
-        last = Instant::now();
-        tokio::time::sleep(SAMPLE).await;
-    }
-    assert!(widest < GAP, "not measured: a gap of {widest:?} between samples");
-    let distinct: usize = seen.values().map(BTreeSet::len).sum();
+    let started = Instant::now();
+    let going = || started.elapsed() < Duration::from_secs(LIFETIME * lifetimes());
+    let seen = sample(&world, &names, going).await;
+    let distinct = seen.tokens;
     let mints = world.issuer.mints().await;
-    println!(
-        "{samples} samples, widest gap {widest:?}, least time left {margin:.1} s, {distinct} tokens, {mints} mints"
-    );
+    println!("{seen}, {mints} mints");
     // Those that were minted in the very last moment are not seen any more.
     assert!(
         mints >= distinct && mints <= distinct + names.len(),
@@ -98,4 +72,29 @@ async fn no_sample_holds_an_expired_token() {
         statuses <= writes,
         "{statuses} status writes for {writes} Secret writes"
     );
+}
+
+/// Design §3.8: a stop is like a suspend. The monotonic clock goes on meanwhile, the process does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_that_was_stopped_for_longer_than_a_token_lives_renews_it_at_once() {
+    let (lifetime, stopped) = if reduced() { (12, 15) } else { (60, 150) };
+    let world = World::new("stopped").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": lifetime}))
+        .await;
+    let old = world.token("billing-token").await;
+    world.ready("billing", "True", "Issued").await;
+    operator.signal("STOP");
+    tokio::time::sleep(Duration::from_secs(stopped)).await;
+    let going_on = Instant::now();
+    operator.signal("CONT");
+    world.secret_until("billing-token", |d| d["token"] != old).await;
+    println!(
+        "a fresh token {:.1} s after a stop of {stopped} s",
+        going_on.elapsed().as_secs_f64()
+    );
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
 }

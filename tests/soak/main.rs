@@ -6,4 +6,11 @@ mod support;
 
 mod freshness;
 mod kills;
+mod neighbours;
+mod sampler;
 mod watches;
+
+/// Whether counts and times are reduced.
+fn reduced() -> bool {
+    std::env::var("CI").is_ok_and(|v| v == "true")
+}

@@ -123,6 +123,13 @@ impl Operator {
         self.running.child.wait().expect("waited for");
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, name: &str) {
+        let mut kill = Command::new("kill");
+        let sent = kill.args(["-s", name, &self.pid.to_string()]).status();
+        assert!(sent.expect("kill runs").success());
+    }
+
     /// SIGTERM; returns its log when it has ended well.
     pub async fn terminate(self) -> Vec<String> {
         self.terminate_whole().await.0
@@ -130,11 +137,7 @@ impl Operator {
 
     /// SIGTERM; returns its log and what it wrote to stdout.
     pub async fn terminate_whole(mut self) -> (Vec<String>, String) {
-        let killed = Command::new("kill")
-            .arg(self.pid.to_string())
-            .status()
-            .expect("kill runs");
-        assert!(killed.success());
+        self.signal("TERM");
         let deadline = Instant::now() + SOON;
         loop {
             if let Some(status) = self.running.child.try_wait().expect("a child") {

@@ -184,7 +184,12 @@ impl World {
 
     /// Asks for a renewal of a service user's tokens.
     pub async fn renew(&self, name: &str) {
-        let request = json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": "now"}}});
+        self.annotate(name, "renew-request", "now").await;
+    }
+
+    /// Sets one of our annotations on a service user.
+    pub async fn annotate(&self, name: &str, annotation: &str, value: &str) {
+        let request = json!({"metadata": {"annotations": {format!("zitadel-tokens.dev/{annotation}"): value}}});
         let patch = Patch::Merge(&request);
         self.users()
             .patch(name, &PatchParams::default(), &patch)

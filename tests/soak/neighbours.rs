@@ -1,0 +1,119 @@
+//! One tenant does all that it can to be in the way of another (design §3.5, §3.6).
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::ResourceQuota;
+use kube::Api;
+use kube::api::{DeleteParams, ListParams, PostParams};
+use serde_json::json;
+
+use crate::sampler::sample;
+use crate::support::world::{World, one_token};
+use crate::{reduced, support::eventually};
+
+/// Objects of each kind of trouble.
+const TROUBLE: usize = 30;
+
+/// A namespace with bad keys that look like an outage, users whose requests take long, Secrets that are deleted over and
+/// over, renewals that are asked for all the time, and Secrets that a quota refuses; and a quiet one beside it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_noisy_tenant_costs_a_quiet_one_no_token() {
+    let (lifetime, lifetimes) = if reduced() { (20, 3) } else { (60, 5) };
+    let quiet = World::new("quiet").await;
+    let noisy = World::beside(&quiet, "noisy").await;
+    quiet.issuer.settings(json!({"dialect": "errors_internal"})).await;
+    let operator = quiet.operator().await;
+    let mut spec = quiet.instance_spec();
+    spec["access"][0]["namespaceSelector"] = json!({});
+    quiet.apply_instance(spec).await.expect("an instance");
+
+    let mut names = Vec::new();
+    for name in ["one", "two", "three"] {
+        let fields = json!({"tokenType": "JWT", "lifetimeSeconds": lifetime});
+        quiet.simple(name, fields).await;
+        names.push(format!("{name}-token"));
+    }
+    for name in &names {
+        quiet.token(name).await;
+    }
+    make_trouble(&noisy).await;
+
+    let started = Instant::now();
+    let going = || started.elapsed() < Duration::from_secs(lifetime * lifetimes);
+    let trouble = async {
+        let mut round = 0;
+        while going() {
+            round += 1;
+            for i in 0..TROUBLE {
+                // Gone already, or not there yet: then there is nothing to delete.
+                let secret = format!("deleted-{i}-token");
+                let _ = noisy.secrets().delete(&secret, &DeleteParams::default()).await;
+                noisy
+                    .annotate(&format!("asking-{i}"), "renew-request", &round.to_string())
+                    .await;
+                noisy
+                    .annotate(&format!("bad-{i}"), "renew-request", &round.to_string())
+                    .await;
+            }
+        }
+        round
+    };
+    let (seen, rounds) = tokio::join!(sample(&quiet, &names, going), trouble);
+    println!("{seen}; {rounds} rounds of trouble with {} objects", 5 * TROUBLE);
+    // One for each lifetime and a token at the start; what is minted in the last moment may not be seen.
+    let most = names.len() * usize::try_from(2 * lifetimes + 2).expect("few");
+    assert!(
+        (names.len() * 3..=most).contains(&seen.tokens),
+        "{} tokens",
+        seen.tokens
+    );
+    // A newcomer is served too.
+    quiet.simple("late", json!({"tokenType": "JWT"})).await;
+    quiet.ready("late", "True", "Issued").await;
+    drop(operator);
+}
+
+/// Objects of five kinds that cost something again and again.
+async fn make_trouble(noisy: &World) {
+    let good = noisy.issuer.user(json!({"tokenType": "JWT"})).await;
+    let bad = noisy.issuer.user(json!({"tokenType": "JWT"})).await;
+    noisy.issuer.remove_key(&bad.id, &bad.key_id).await;
+    let slow = noisy.issuer.user(json!({"tokenType": "JWT"})).await;
+    let latency = json!({"path": "/oauth/v2/token", "userId": slow.id, "latencyMillis": 8_000});
+    noisy.issuer.fault(latency).await;
+    for i in 0..TROUBLE {
+        for (kind, user) in [("bad", &bad), ("slow", &slow), ("deleted", &good), ("asking", &good)] {
+            let name = format!("{kind}-{i}");
+            noisy.key_secret(&format!("{name}-key"), user).await;
+            noisy
+                .service_user(&name, one_token(&format!("{name}-token")))
+                .await
+                .expect("accepted");
+        }
+    }
+    noisy.key_secret("refused-key", &good).await;
+    let secrets = async || {
+        noisy
+            .secrets()
+            .list(&ListParams::default())
+            .await
+            .expect("Secrets")
+            .items
+            .len()
+    };
+    // Two for each that is good, and one for each that is not.
+    eventually("the good ones are there", async || secrets().await > 6 * TROUBLE).await;
+    let quota = json!({"metadata": {"name": "none-more"}, "spec": {"hard": {"count/secrets": "1"}}});
+    Api::<ResourceQuota>::namespaced(noisy.client.clone(), &noisy.name)
+        .create(&PostParams::default(), &serde_json::from_value(quota).expect("a quota"))
+        .await
+        .expect("created");
+    for i in 0..TROUBLE {
+        let mut spec = one_token(&format!("refused-{i}-token"));
+        spec["keySecretRef"] = json!({"name": "refused-key"});
+        noisy
+            .service_user(&format!("refused-{i}"), spec)
+            .await
+            .expect("accepted");
+    }
+}
