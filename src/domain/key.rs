@@ -93,14 +93,55 @@ pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
 }
 
 /// The RSA key in a PEM. It is tried here what the signer would only find out with each request.
-fn signing_key(pem: &SecretString) -> Result<EncodingKey, Reason> {
-    let key = EncodingKey::from_rsa_pem(pem.expose_secret().as_bytes()).map_err(|_| Reason::KeyPemInvalid)?;
-    match KeyPair::from_der(key.as_bytes()) {
-        Ok(_) => Ok(key),
+fn signing_key(text: &SecretString) -> Result<EncodingKey, Reason> {
+    let pem = pem::parse(text.expose_secret()).map_err(|_| Reason::KeyPemInvalid)?;
+    let kind = pem.tag().to_owned();
+    let der = SecretSlice::from(pem.into_contents());
+    let pkcs1 = match kind.as_str() {
+        "RSA PRIVATE KEY" => der.expose_secret(),
+        "PRIVATE KEY" => pkcs1_of(der.expose_secret()).ok_or(Reason::KeyPemInvalid)?,
+        _ => return Err(Reason::KeyPemInvalid),
+    };
+    match KeyPair::from_der(pkcs1) {
+        Ok(_) => Ok(EncodingKey::from_rsa_der(pkcs1)),
         // aws-lc signs with 2048 bits and more.
         Err(rejected) if rejected.description_() == "TooSmall" => Err(Reason::KeyTooShort),
         Err(_) => Err(Reason::KeyPemInvalid),
     }
+}
+
+/// DER tags (X.690 §8) of what PKCS#8 is made of.
+const INTEGER: u8 = 0x02;
+const OCTET_STRING: u8 = 0x04;
+const SEQUENCE: u8 = 0x30;
+
+/// The object identifier `rsaEncryption`, as DER (RFC 8017 §A.1).
+const RSA_ENCRYPTION: [u8; 11] = [0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01];
+
+/// The PKCS#1 key in a PKCS#8 one: version, algorithm, key (RFC 5208 §5). No deeper than these levels is looked: a
+/// reader that calls itself for each level would overflow its stack on a key that is nested without end, and that ends
+/// the process, for all tenants.
+fn pkcs1_of(pkcs8: &[u8]) -> Option<&[u8]> {
+    let (whole, _) = element(SEQUENCE, pkcs8)?;
+    let (_, rest) = element(INTEGER, whole)?;
+    let (algorithm, rest) = element(SEQUENCE, rest)?;
+    let (key, _) = element(OCTET_STRING, rest)?;
+    algorithm.starts_with(&RSA_ENCRYPTION).then_some(key)
+}
+
+/// The content of the DER element with this tag at the start of `der`, and what follows it.
+fn element(tag: u8, der: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (&[found, length], rest) = der.split_first_chunk()?;
+    let (length, rest) = match length {
+        ..=0x7f => (length.into(), rest),
+        0x81 => rest.split_first().map(|(&length, rest)| (length.into(), rest))?,
+        // 64 KiB are more than a key file has.
+        0x82 => rest
+            .split_first_chunk()
+            .map(|(&length, rest)| (u16::from_be_bytes(length).into(), rest))?,
+        _ => return None,
+    };
+    rest.split_at_checked(length).filter(|_| found == tag)
 }
 
 /// The date of a key's end. Without one ZITADEL writes `9999-12-31T23:59:59Z` (zitadel.md §1.1), which lies past the
@@ -225,6 +266,29 @@ mod tests {
         for (name, file, reason) in table {
             assert_eq!(parse(file).err(), Some(*reason), "{name}");
             assert!(reason.is_about_the_key(), "{name}");
+        }
+    }
+
+    /// Sequences within sequences, as deep as a key file has room for.
+    fn nested() -> Vec<u8> {
+        let mut der = Vec::new();
+        while der.len() < 40_000 {
+            let length = u16::try_from(der.len()).expect("short").to_be_bytes();
+            // Written backwards: the next sequence goes before what it holds.
+            der.extend([length[1], length[0], 0x82, 0x30]);
+        }
+        der.reverse();
+        der
+    }
+
+    /// jsonwebtoken's own reader of PEM calls itself for each level, and a stack that overflows ends the process: one
+    /// tenant's key would have stopped the operator for all.
+    #[test]
+    fn a_key_nested_without_end_is_refused() {
+        for kind in ["RSA PRIVATE KEY", "PRIVATE KEY"] {
+            let file = file(|f| f["key"] = json!(pem(kind, &nested())));
+            assert!(file.len() <= MAX_BYTES, "{}", file.len());
+            assert_eq!(parse(&file).err(), Some(Reason::KeyPemInvalid), "{kind}");
         }
     }
 
