@@ -125,7 +125,7 @@ pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Resu
 }
 
 /// The claims of a JWT that we judge by. Read, not verified: it came over TLS from the issuer itself.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Claims {
     iss: Option<String>,
     sub: Option<String>,
@@ -165,7 +165,9 @@ enum Audience {
     Many(BTreeSet<String>),
 }
 
-/// The claims, if `token` is a JWT: three parts, the second a JSON object.
+/// The claims, if `token` is a JWT: three parts, the second a JSON object. A JWT that cannot be read, such as one with
+/// a number in its audience or a claim twice, has none and so is nobody's: a consumer may be less strict, and it must
+/// not pass for opaque, which is not looked into.
 #[must_use]
 pub fn claims(token: &str) -> Option<Claims> {
     let mut parts = token.split('.');
@@ -173,7 +175,10 @@ pub fn claims(token: &str) -> Option<Claims> {
         return None;
     };
     let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
-    let raw: RawClaims = serde_json::from_slice(&payload).ok()?;
+    let Ok(raw) = serde_json::from_slice::<RawClaims>(&payload) else {
+        let text = std::str::from_utf8(&payload).ok()?;
+        return text.trim_start().starts_with('{').then(Claims::default);
+    };
     Some(Claims {
         iss: raw.iss,
         sub: raw.sub,
@@ -265,6 +270,41 @@ mod tests {
                 outcome,
                 "{token}"
             );
+        }
+    }
+
+    #[test]
+    fn a_jwt_that_cannot_be_read_does_not_pass_for_opaque() {
+        let sent = Timestamp::from_second(1_800_000_000).expect("in range");
+        let good = r#""iss":"https://auth.example.com","sub":"7","aud":["1","2"],"exp":1800000100"#;
+        let deep = "[".repeat(200) + &"]".repeat(200);
+        let cases = [
+            (format!("{{{good}}}"), None),
+            (
+                format!(r#"{{{good},"aud":["1","2","3"]}}"#),
+                Some(Reason::TokenMismatch),
+            ),
+            (
+                format!(r" {{{}}}", good.replace(r#""2"]"#, r#""2",3]"#)),
+                Some(Reason::TokenMismatch),
+            ),
+            (
+                format!("{{{}}}", good.replace("1800000100", r#""1800000100""#)),
+                Some(Reason::TokenMismatch),
+            ),
+            (format!(r#"{{{good},"x":{deep}}}"#), None),
+            ("no JSON".into(), None),
+        ];
+        for (claims, outcome) in cases {
+            let token = format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(&claims));
+            let got = answer(&token, r#","expires_in":60"#).and_then(|a| accept(a, &expected(), sent));
+            assert_eq!(got.err(), outcome, "{claims}");
+            let format = if claims.contains('{') {
+                Format::Jwt
+            } else {
+                Format::Opaque
+            };
+            assert_eq!(Format::of(&token), format, "{claims}");
         }
     }
 
