@@ -8,8 +8,10 @@ TOOLS := $(CACHE)/tools
 CARGO_DENY_VERSION := 0.20.2
 # Tests are processes and waits more than work; few threads keep two cores from thrashing.
 TEST_THREADS ?= 4
+# For each of the targets in fuzz/targets.rs.
+FUZZ_SECONDS ?= 10
 
-.PHONY: help demo test soak lint fmt build run testbed crds docs bench bench-quick test-zitadel ci
+.PHONY: help demo test fuzz soak lint fmt build run testbed crds docs bench bench-quick test-zitadel ci
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +26,9 @@ demo: ## Show the main job on this machine: a real API server, one token, one re
 test: testbed ## Unit and integration tests against a real API server
 	cd tests/testbed/issuer && go test ./...
 	cargo test -- --test-threads=$(TEST_THREADS)
+
+fuzz: ## Random inputs from outside: keys, answers, templates, records (FUZZ_SECONDS for each)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) cargo test --test fuzz -- --nocapture
 
 soak: testbed ## Endurance, kills and watch faults, in minutes (CI=true: fewer rounds)
 	cargo test --test soak -- --test-threads=1 --nocapture

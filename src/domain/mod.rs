@@ -21,4 +21,6 @@ pub mod report;
 pub mod schedule;
 pub mod scope;
 pub mod secret;
+#[cfg(test)]
+mod simulation;
 pub mod validate;

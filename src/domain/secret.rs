@@ -280,8 +280,10 @@ fn audience(token: &Token) -> String {
     ids.join(",")
 }
 
-/// Literal substitution of `{{ name }}`, one pass from left to right, so that nothing that was put in is read again.
-fn render(text: &str, names: &[(&str, &str)]) -> String {
+/// Literal substitution of `{{ name }}` by its value, one pass from left to right, so that nothing that was put in is
+/// read again.
+#[must_use]
+pub fn render(text: &str, names: &[(&str, &str)]) -> String {
     let mut out = String::with_capacity(text.len() + 64);
     let mut rest = text;
     while let Some(start) = rest.find("{{") {

@@ -1,7 +1,7 @@
 //! HTTP to ZITADEL: discovery, the token exchange, and the limits that protect the server. Knows no Kubernetes and
 //! passes on no word of the server's.
 
-mod discovery;
+pub mod discovery;
 mod http;
 mod instance;
 mod limits;

@@ -1,0 +1,803 @@
+//! A service user's life in a model: random edits, faults, steps of the clock and restarts against the pure parts, as
+//! the controller puts them together. After each pass it is asked what the product promises: no expired token while
+//! all goes well, one mint for each lifetime, `Ready` that is true, a wake in time, and nothing to do twice.
+//!
+//! The model knows what was minted, by itself and not from records, and why another mint may be: its `excuses`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use proptest::prelude::*;
+use secrecy::ExposeSecret;
+use serde_json::json;
+
+use crate::api::metadata::ANNOTATION_RECORD;
+use crate::api::service_user::Token;
+use crate::domain::answer::{self, Format, TokenAnswer};
+use crate::domain::facts::{CONTEST_WINDOW, Facts, Held, Hold, Outcome, Unwritten};
+use crate::domain::fixtures::{self, ask, at, edit, instance, jwt, user};
+use crate::domain::key::ServiceKey;
+use crate::domain::plan::{self, MintRequest, Step, plan};
+use crate::domain::reason::Reason;
+use crate::domain::report::{Failed, Report, report};
+use crate::domain::schedule::{Schedule, backoff};
+use crate::domain::secret::{self, Existing, SecretDraft, SecretRef};
+
+/// The entries that the spec may have.
+const NAMES: [&str; 2] = ["invoices", "reports"];
+
+/// Something that happens; a number picks the token, the value, or the variant.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// Projects of a token: 1, 2 or both; 3 is not allowed.
+    Audience(usize, u8),
+    Rename(usize, u8),
+    Label(usize, u8),
+    Template(usize, u8),
+    RenewBefore(usize, u8),
+    /// How many entries the spec has.
+    Entries(usize),
+    Suspend(bool),
+    Ask(u8),
+    TokenEdited(usize, u8),
+    RecordEdited(usize),
+    MetadataEdited(usize, u8),
+    SecretDeleted(usize),
+    /// An earlier version of a Secret comes back, as from a backup.
+    PutBack(usize, usize),
+    KeyReplaced(u8),
+    KeyThere(bool),
+    Allowed(bool),
+    /// Mints fail, for now or for good.
+    MintsFail(Option<bool>),
+    WritesFail(bool),
+    /// The estimate of the server's clock changes, in seconds.
+    Clock(i64),
+    /// Percent of a lifetime pass.
+    Time(u32),
+    Restart,
+}
+
+/// Events, how often each comes in a row, and whether there is a pass after each.
+fn events() -> impl Strategy<Value = Vec<(Event, usize, bool)>> {
+    use Event::{
+        Allowed, Ask, Audience, Clock, Entries, KeyReplaced, KeyThere, Label, MetadataEdited, MintsFail, PutBack,
+        RecordEdited, Rename, RenewBefore, Restart, SecretDeleted, Suspend, Template, Time, TokenEdited, WritesFail,
+    };
+    let of = 0..2_usize;
+    let event = prop_oneof![
+        2 => (of.clone(), 0..4_u8).prop_map(|(t, n)| Audience(t, n)),
+        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| Rename(t, n)),
+        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| Label(t, n)),
+        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| Template(t, n)),
+        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| RenewBefore(t, n)),
+        1 => (1..3_usize).prop_map(Entries),
+        1 => any::<bool>().prop_map(Suspend),
+        1 => (0..3_u8).prop_map(Ask),
+        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| TokenEdited(t, n)),
+        1 => of.clone().prop_map(RecordEdited),
+        2 => (of.clone(), 0..3_u8).prop_map(|(t, n)| MetadataEdited(t, n)),
+        2 => of.clone().prop_map(SecretDeleted),
+        1 => (of, 0..9_usize).prop_map(|(t, n)| PutBack(t, n)),
+        1 => (0..3_u8).prop_map(KeyReplaced),
+        1 => any::<bool>().prop_map(KeyThere),
+        1 => any::<bool>().prop_map(Allowed),
+        3 => proptest::option::of(any::<bool>()).prop_map(MintsFail),
+        3 => any::<bool>().prop_map(WritesFail),
+        1 => (-120..120_i64).prop_map(Clock),
+        6 => (0..30_u32).prop_map(Time),
+        4 => (0..150_u32).prop_map(Time),
+        2 => Just(Restart),
+    ];
+    let times = prop_oneof![9 => Just(1_usize), 1 => 2..7_usize];
+    proptest::collection::vec((event, times, prop::bool::weighted(0.8)), 1..60)
+}
+
+/// A token that the server gave, as the server knows it.
+#[derive(Clone, Debug)]
+struct Given {
+    audience: BTreeSet<String>,
+    key_id: String,
+    issued: Timestamp,
+    expires: Timestamp,
+}
+
+/// A back-off as the queue keeps it.
+#[derive(Clone, Copy)]
+struct Backoff {
+    failures: u32,
+    hold: Hold,
+    cut_short: bool,
+}
+
+struct World {
+    lifetime: SignedDuration,
+    opaque: bool,
+    /// By the server's clock as it is thought to be; steps with `Clock`.
+    now: Timestamp,
+    /// By a clock that never steps.
+    elapsed: SignedDuration,
+    /// Object, instance, key, and what is kept in memory.
+    facts: Facts,
+    /// All Secrets of the namespace.
+    secrets: BTreeMap<String, Existing>,
+    backups: Vec<(String, Existing)>,
+    key: ServiceKey,
+    key_id: String,
+    key_is_there: bool,
+    mints_fail: Option<Reason>,
+    writes_fail: bool,
+    /// Since when neither fails, and the clock did not step.
+    healthy_since: Timestamp,
+    timer: Option<Timestamp>,
+    dirty: bool,
+    backoffs: BTreeMap<String, Backoff>,
+    forced: Vec<(String, SignedDuration)>,
+    given: BTreeMap<String, Given>,
+    /// The last one given, by name of the entry.
+    last: BTreeMap<String, Given>,
+    /// Entries that may be minted once before they are due, since somebody did something.
+    excuses: BTreeSet<String>,
+    writes: usize,
+    /// Mints before their time that no change of the inputs explains.
+    quarrels: Vec<(String, SignedDuration)>,
+}
+
+fn copy(of: &Existing) -> Existing {
+    Existing {
+        uid: of.uid.clone(),
+        resource_version: of.resource_version.clone(),
+        controller: of.controller.clone(),
+        labels: of.labels.clone(),
+        annotations: of.annotations.clone(),
+        data: of.data.clone(),
+        opaque: of.opaque,
+        immutable: of.immutable,
+    }
+}
+
+impl World {
+    fn new(lifetime: i64, opaque: bool) -> Self {
+        let facts = fixtures::facts(&NAMES);
+        let key = facts.key.clone().expect("a key");
+        Self {
+            lifetime: SignedDuration::from_secs(lifetime),
+            opaque,
+            now: at(0) + SignedDuration::from_millis(300),
+            elapsed: SignedDuration::ZERO,
+            facts,
+            secrets: BTreeMap::new(),
+            backups: Vec::new(),
+            key_id: key.key_id.clone(),
+            key,
+            key_is_there: true,
+            mints_fail: None,
+            writes_fail: false,
+            healthy_since: at(0),
+            timer: None,
+            dirty: true,
+            backoffs: BTreeMap::new(),
+            forced: Vec::new(),
+            given: BTreeMap::new(),
+            last: BTreeMap::new(),
+            excuses: BTreeSet::new(),
+            writes: 0,
+            quarrels: Vec::new(),
+        }
+    }
+
+    /// A token of the spec by number, if the spec has so many.
+    fn spec(&mut self, index: usize) -> Option<&mut Token> {
+        let spec = user(&mut self.facts);
+        spec.metadata.generation = spec.metadata.generation.map(|generation| generation + 1);
+        spec.spec.tokens.get_mut(index)
+    }
+
+    /// A token's Secret, if both are there.
+    fn secret(&mut self, index: usize) -> Option<&mut Existing> {
+        let name = &self.facts.user.spec.tokens.get(index)?.secret.name;
+        let secret = self.secrets.get_mut(name)?;
+        secret.resource_version.push('x');
+        Some(secret)
+    }
+
+    fn excuse(&mut self, index: usize) {
+        self.excuses.extend(NAMES.get(index).map(ToString::to_string));
+    }
+
+    fn happens(&mut self, event: Event) {
+        match event {
+            Event::Audience(index, ids) => {
+                let ids: &[&str] = [&["1"][..], &["2"], &["1", "2"], &["1", "3"]][usize::from(ids)];
+                if let Some(token) = self.spec(index) {
+                    token.project_ids = ids.iter().map(ToString::to_string).collect();
+                }
+                self.excuse(index);
+            }
+            Event::Rename(index, n) => {
+                if let Some(token) = self.spec(index) {
+                    token.secret.name = format!("{}-{n}", token.name);
+                }
+                self.excuse(index);
+            }
+            Event::Label(index, n) => {
+                if let Some(token) = self.spec(index) {
+                    token.secret.labels = (0..n).map(|i| (format!("l{i}"), n.to_string())).collect();
+                }
+            }
+            Event::Template(index, n) => {
+                if let Some(token) = self.spec(index) {
+                    token.secret.template = (0..n)
+                        .map(|i| (format!("t{i}"), format!("{n} {{{{ token }}}}")))
+                        .collect();
+                }
+            }
+            Event::RenewBefore(index, n) => {
+                let seconds = self.lifetime.as_secs();
+                if let Some(token) = self.spec(index) {
+                    token.renew_before =
+                        [None, Some(seconds / 2), Some(seconds * 2)][usize::from(n)].map(|s| format!("{s}s"));
+                }
+            }
+            Event::Entries(count) => {
+                let whole = fixtures::facts(&NAMES);
+                self.spec(0);
+                let tokens = &mut user(&mut self.facts).spec.tokens;
+                let had = tokens.len();
+                tokens.truncate(count);
+                tokens.extend(whole.user.spec.tokens[tokens.len()..count].iter().cloned());
+                (had..count).for_each(|index| self.excuse(index));
+            }
+            Event::Suspend(on) => {
+                self.spec(0);
+                user(&mut self.facts).spec.suspend = Some(on);
+            }
+            Event::Ask(n) => {
+                ask(&mut self.facts, [None, Some("a"), Some("b")][usize::from(n)]);
+                (0..2).for_each(|index| self.excuse(index));
+            }
+            Event::TokenEdited(index, n) => {
+                let other = self.secret(1 - index).and_then(|s| s.token().map(str::to_owned));
+                if let Some(secret) = self.secret(index) {
+                    edit(secret, |data| match (n, other) {
+                        (0, _) => drop(data.remove("token")),
+                        (1, Some(other)) => drop(data.insert("token".into(), other.into())),
+                        _ => drop(data.insert("token".into(), b"x".into())),
+                    });
+                }
+                self.excuse(index);
+            }
+            Event::RecordEdited(index) => {
+                if let Some(record) = self
+                    .secret(index)
+                    .and_then(|s| s.annotations.get_mut(ANNOTATION_RECORD))
+                {
+                    let edited = record
+                        .expose_secret()
+                        .replace("\"expiresAt\":\"20", "\"expiresAt\":\"21");
+                    *record = edited.into();
+                }
+                self.excuse(index);
+            }
+            Event::MetadataEdited(index, n) => {
+                if let Some(secret) = self.secret(index) {
+                    match n {
+                        0 => secret.labels.clear(),
+                        1 => edit(secret, |data| data.retain(|key, _| key == "token")),
+                        _ => drop(secret.annotations.insert("note".into(), "x".into())),
+                    }
+                }
+            }
+            Event::SecretDeleted(index) => {
+                if let Some(token) = self.facts.user.spec.tokens.get(index) {
+                    self.secrets.remove(&token.secret.name);
+                }
+                self.excuse(index);
+            }
+            Event::PutBack(index, n) => {
+                let name = self.facts.user.spec.tokens.get(index).map(|t| t.secret.name.clone());
+                let earlier = self.backups.iter().filter(|(of, _)| Some(of) == name.as_ref());
+                let earlier = earlier
+                    .take(n + 1)
+                    .last()
+                    .map(|(of, secret)| (of.clone(), copy(secret)));
+                self.secrets.extend(earlier);
+                // Under a new version, as any write.
+                self.secret(index);
+                self.excuse(index);
+            }
+            Event::KeyReplaced(n) => {
+                self.key_id = format!("k{n}");
+                (0..2).for_each(|index| self.excuse(index));
+            }
+            Event::KeyThere(there) => self.key_is_there = there,
+            Event::Allowed(on) => {
+                let ids: &[&str] = if on { &["1", "2"] } else { &[] };
+                instance(&mut self.facts).spec.access[0].project_ids = ids.iter().map(ToString::to_string).collect();
+            }
+            Event::MintsFail(how) => {
+                self.mints_fail = how.map(|for_good| {
+                    if for_good {
+                        Reason::KeyRejected
+                    } else {
+                        Reason::ServerError
+                    }
+                });
+                self.healthy_since = self.now;
+                return;
+            }
+            Event::WritesFail(on) => {
+                self.writes_fail = on;
+                self.healthy_since = self.now;
+                return;
+            }
+            Event::Clock(seconds) => {
+                self.now += SignedDuration::from_secs(seconds);
+                self.healthy_since = self.now;
+            }
+            Event::Time(_) => {}
+            Event::Restart => {
+                self.excuses.extend(self.facts.unwritten.keys().cloned());
+                self.facts.unwritten.clear();
+                self.facts.last_mints.clear();
+                self.forced.clear();
+                self.quarrels.clear();
+            }
+        }
+        self.backoffs.clear();
+        // What the watches see wakes the object, and a change begins the back-off anew.
+        self.dirty = true;
+    }
+
+    /// Reads what decides, as `gather` does.
+    fn gather(&mut self) {
+        let facts = &mut self.facts;
+        let tokens = &facts.user.spec.tokens;
+        let (asked_for, rest): (Vec<_>, Vec<_>) = self
+            .secrets
+            .iter()
+            .partition(|(name, _)| tokens.iter().any(|t| t.secret.name == **name));
+        facts.secrets = asked_for
+            .into_iter()
+            .map(|(name, secret)| (name.clone(), copy(secret)))
+            .collect();
+        let leftover = |(name, secret): (&String, &Existing)| SecretRef {
+            name: name.clone(),
+            uid: secret.uid.clone(),
+            resource_version: secret.resource_version.clone(),
+        };
+        facts.leftovers = rest.into_iter().map(leftover).collect();
+        facts
+            .unwritten
+            .retain(|name, u| u.minted.expires > self.now && tokens.iter().any(|t| t.name == *name));
+        facts.key = if self.key_is_there {
+            Ok(ServiceKey {
+                key_id: self.key_id.clone(),
+                ..self.key.clone()
+            })
+        } else {
+            Err(Reason::KeySecretMissing)
+        };
+        facts.held_back = self
+            .backoffs
+            .iter()
+            .map(|(what, backoff)| (what.clone(), backoff.hold))
+            .collect();
+        self.forced.retain(|(_, when)| *when + CONTEST_WINDOW > self.elapsed);
+        facts.forced.clear();
+        for (name, _) in &self.forced {
+            *facts.forced.entry(name.clone()).or_default() += 1;
+        }
+    }
+
+    /// One pass, and what must hold after it.
+    fn pass(&mut self) {
+        self.dirty = false;
+        self.gather();
+        let decided = plan(&self.facts, self.now);
+        let steps = decided.steps.into_iter().enumerate();
+        let outcomes: Vec<Outcome> = steps.map(|(index, step)| self.act(index, step)).collect();
+        let tokens = self.facts.user.spec.tokens.iter().zip(&outcomes);
+        if tokens
+            .into_iter()
+            .all(|(t, o)| o.held.is_some() || self.facts.secrets.contains_key(&t.secret.name))
+        {
+            for leftover in &decided.deletes {
+                self.secrets.remove(&leftover.name);
+            }
+        }
+        let told = report(&self.facts, &outcomes, self.now);
+        user(&mut self.facts).status = Some(told.status.clone());
+        self.wait(&told);
+        self.check(&outcomes, &told);
+        self.check_nothing_is_left();
+    }
+
+    /// One step, as `act` does it.
+    fn act(&mut self, index: usize, step: Step) -> Outcome {
+        let name = self.facts.user.spec.tokens[index].name.clone();
+        match step {
+            Step::Keep(held) => {
+                self.facts.unwritten.remove(&name);
+                Outcome::new(index, Reason::Issued, Some(held))
+            }
+            Step::Refuse(reason, held) => Outcome::new(index, reason, held),
+            Step::Wait(reason, held) => Outcome {
+                held_back: true,
+                ..Outcome::new(index, reason, held)
+            },
+            Step::Write(draft, held, fallback) => self.write(index, &draft, held, fallback),
+            Step::Mint(request) => match self.mint(index, &request) {
+                Err(reason) => Outcome::new(index, reason, request.fallback),
+                Ok((draft, held)) => self.write(index, &draft, held, request.fallback),
+            },
+        }
+    }
+
+    fn mint(&mut self, index: usize, request: &MintRequest) -> Result<(SecretDraft, Held), Reason> {
+        if request.try_write_first && self.writes_fail {
+            return Err(Reason::SecretWriteFailed);
+        }
+        let token = &self.facts.user.spec.tokens[index];
+        let expected = plan::expect(&self.facts, token, "")?;
+        if let Some(reason) = self.mints_fail {
+            return Err(reason);
+        }
+        let given = Given {
+            audience: expected.audience.clone(),
+            key_id: self.key_id.clone(),
+            issued: self.now,
+            expires: self.now + self.lifetime,
+        };
+        self.check_it_is_time(token, &given);
+        let number = self.given.len();
+        let claims = json!({"iss": expected.issuer, "sub": expected.user_id, "aud": expected.audience,
+            "exp": given.expires.as_second(), "jti": number});
+        let value = if self.opaque {
+            format!("opaque-{number}")
+        } else {
+            jwt(&claims)
+        };
+        let answer = TokenAnswer {
+            access_token: value.clone().into(),
+            token_type: "Bearer".into(),
+            expires_in: Some(self.lifetime.as_secs()),
+        };
+        let minted = answer::accept(answer, &expected, self.now)?;
+        let record = secret::record(&self.facts, &request.inputs, &request.shape, &minted);
+        let draft = secret::draft(&self.facts, token, &minted.token, &record);
+        let held = Held {
+            schedule: self.facts.schedule(token, minted.issued, minted.expires),
+            format: Format::of(&value),
+        };
+        let name = token.name.clone();
+        self.facts
+            .last_mints
+            .insert(name.clone(), (request.inputs.clone(), held.schedule.renew));
+        if request.forced {
+            self.forced.push((name.clone(), self.elapsed));
+        }
+        self.facts
+            .unwritten
+            .insert(name.clone(), Arc::new(Unwritten { minted, record }));
+        self.excuses.remove(&name);
+        let same = |last: &Given| last.audience == given.audience && last.key_id == given.key_id;
+        if self
+            .last
+            .get(&name)
+            .is_some_and(|last| same(last) && self.renewal(token, last) > self.now)
+        {
+            self.quarrels.push((name.clone(), self.elapsed));
+        }
+        self.last.insert(name, given.clone());
+        self.given.insert(value, given);
+        Ok((draft, held))
+    }
+
+    /// A token is minted once for each lifetime, and once more when somebody made it necessary.
+    fn check_it_is_time(&self, token: &Token, given: &Given) {
+        let renew = |given: &Given| self.renewal(token, given);
+        let there = self
+            .secrets
+            .get(&token.secret.name)
+            .and_then(Existing::token)
+            .and_then(|value| self.given.get(value));
+        let due = [self.last.get(&token.name), there]
+            .into_iter()
+            .flatten()
+            .any(|last| renew(last) <= self.now);
+        let first = !self.last.contains_key(&token.name);
+        assert!(
+            due || first || self.excuses.contains(&token.name),
+            "{} is minted at {} although nothing asks for it; the last is due at {:?}",
+            token.name,
+            given.issued,
+            self.last.get(&token.name).map(renew)
+        );
+    }
+
+    fn renewal(&self, token: &Token, given: &Given) -> Timestamp {
+        // A JWT's `exp` has whole seconds.
+        let expires = Timestamp::from_second(given.expires.as_second()).expect("in range");
+        let Schedule { renew, .. } = self.facts.schedule(token, given.issued, expires.min(given.expires));
+        renew
+    }
+
+    fn write(&mut self, index: usize, draft: &SecretDraft, held: Held, fallback: Option<Held>) -> Outcome {
+        if self.writes_fail {
+            return Outcome::new(index, Reason::SecretWriteFailed, fallback);
+        }
+        let name = self.facts.user.spec.tokens[index].name.clone();
+        self.facts.unwritten.remove(&name);
+        if draft.repair {
+            self.forced.push((name, self.elapsed));
+        }
+        fixtures::apply(&mut self.facts, draft);
+        let written = &self.facts.secrets[&draft.name];
+        self.secrets.insert(draft.name.clone(), copy(written));
+        self.backups.push((draft.name.clone(), copy(written)));
+        self.writes += 1;
+        Outcome::new(index, Reason::Issued, Some(held))
+    }
+
+    /// Sets timer and back-offs, as the queue does.
+    fn wait(&mut self, told: &Report) {
+        let before = std::mem::take(&mut self.backoffs);
+        for failed in &told.wake.failed {
+            let backoff = self.backoff(failed, before.get(&failed.what));
+            self.backoffs.insert(failed.what.clone(), backoff);
+        }
+        let retries = self.backoffs.values().map(|backoff| backoff.hold.until);
+        self.timer = retries.chain(told.wake.at).min();
+    }
+
+    fn backoff(&self, failed: &Failed, last: Option<&Backoff>) -> Backoff {
+        match last {
+            Some(last) if failed.held_back => *last,
+            _ => {
+                let failures = last.map_or(1, |last| last.failures + u32::from(!last.cut_short));
+                let patient = self.now + backoff(failed.reason.retry(), failures, &failed.what);
+                let until = failed.not_after.map_or(patient, |not_after| patient.min(not_after));
+                Backoff {
+                    failures,
+                    hold: Hold {
+                        reason: failed.reason,
+                        until,
+                    },
+                    cut_short: until < patient,
+                }
+            }
+        }
+    }
+
+    /// What was given of what is in the token's Secret, if that is of the present inputs.
+    fn present(&self, token: &Token) -> Option<&Given> {
+        let given = self.given.get(self.secrets.get(&token.secret.name)?.token()?)?;
+        let audience: BTreeSet<String> = token.project_ids.iter().cloned().collect();
+        (given.audience == audience && given.key_id == self.key_id).then_some(given)
+    }
+
+    /// Whether the token's Secret has what the spec wants around the token.
+    fn is_complete(&self, token: &Token) -> bool {
+        let secret = &self.secrets[&token.secret.name];
+        let value = secret.token().expect("a token");
+        let text = |key: &str| std::str::from_utf8(secret.data.get(key)?.expose_secret()).ok();
+        let rendered =
+            |(key, template): (&String, &String)| text(key) == Some(template.replace("{{ token }}", value).as_str());
+        secret.controller.is_some()
+            && token
+                .secret
+                .labels
+                .iter()
+                .all(|(key, label)| secret.labels.get(key) == Some(label))
+            && token
+                .secret
+                .annotations
+                .iter()
+                .all(|(key, note)| secret.annotations.get(key).is_some_and(|n| n.expose_secret() == note))
+            && token.secret.template.iter().all(rendered)
+            && text("issuer") == Some("https://auth.example.com")
+    }
+
+    fn is_contested(&self, token: &Token) -> bool {
+        self.forced.iter().filter(|(name, _)| *name == token.name).count() > 3
+    }
+
+    fn is_refused(&self, token: &Token) -> bool {
+        let allowed = &self.facts.instance.as_ref().expect("an instance").spec.access[0].project_ids;
+        !self.key_is_there || self.is_suspended() || token.project_ids.iter().any(|id| !allowed.contains(id))
+    }
+
+    fn is_suspended(&self) -> bool {
+        self.facts.user.spec.suspend == Some(true)
+    }
+
+    fn check(&mut self, outcomes: &[Outcome], told: &Report) {
+        let mut all_good = true;
+        for name in NAMES {
+            let recent = |(of, when): &&(String, SignedDuration)| *of == name && *when + CONTEST_WINDOW > self.elapsed;
+            for fight in [&self.forced, &self.quarrels] {
+                assert!(
+                    fight.iter().filter(recent).count() <= 4,
+                    "{name}: {fight:?} at {:?}",
+                    self.elapsed
+                );
+            }
+        }
+        for outcome in outcomes {
+            let token = &self.facts.user.spec.tokens[outcome.token];
+            let good = self.present(token).is_some_and(|given| given.expires > self.now);
+            let refused = self.is_refused(token);
+            all_good &= good && !refused;
+            if outcome.reason == Reason::Issued {
+                assert!(good, "{} is told as issued, and is not", token.name);
+                assert!(
+                    self.is_complete(token),
+                    "{} is told as issued, and what is around it is not",
+                    token.name
+                );
+                let renew = outcome.held.expect("held").schedule.renew;
+                assert!(
+                    self.timer.is_some_and(|timer| timer <= renew),
+                    "the wake comes after {renew}"
+                );
+                self.excuses.remove(&token.name);
+                continue;
+            }
+            let ends = outcome
+                .held
+                .map(|held| held.schedule.expires)
+                .filter(|expires| *expires > self.now);
+            assert!(
+                ends.is_none_or(|ends| self.timer.is_some_and(|timer| timer <= ends)),
+                "its end is told late"
+            );
+            assert!(
+                outcome.reason == Reason::Suspended || self.timer.is_some(),
+                "{outcome:?} is never tried again"
+            );
+            if refused || self.is_contested(token) {
+                continue;
+            }
+            let faults = self.mints_fail.is_some() || self.writes_fail;
+            assert!(faults || outcome.held_back, "{outcome:?} while nothing fails");
+            if let Some(given) = self.present(token).filter(|_| !faults && !good) {
+                let slack = SignedDuration::from_secs(3);
+                assert!(
+                    given.expires < self.healthy_since + slack,
+                    "{} expired at {} though nothing fails since {}",
+                    token.name,
+                    given.expires,
+                    self.healthy_since
+                );
+            }
+        }
+        assert!(
+            self.timer.is_none_or(|timer| timer > self.now),
+            "it looks again at once: {:?}",
+            told.wake
+        );
+        let ready = told
+            .status
+            .conditions
+            .iter()
+            .any(|c| c.type_ == "Ready" && c.status == "True");
+        let tokens = &self.facts.user.spec.tokens;
+        if self.is_suspended() {
+            // Nothing is judged anew: what is there is told as it was.
+            let alive = |t: &Token| {
+                let value = self.secrets.get(&t.secret.name).and_then(Existing::token);
+                value
+                    .and_then(|value| self.given.get(value))
+                    .is_some_and(|given| given.expires > self.now)
+            };
+            assert!(!ready || tokens.iter().all(alive), "suspended and Ready, but expired");
+        } else {
+            assert!(!ready || all_good, "Ready, but {:?}", told.status.tokens);
+            assert!(
+                ready || outcomes.iter().any(|o| o.reason != Reason::Issued),
+                "not Ready, but all are issued"
+            );
+        }
+    }
+
+    /// A second pass at once does nothing and tells nothing.
+    fn check_nothing_is_left(&mut self) {
+        self.gather();
+        let steps = plan(&self.facts, self.now).steps.into_iter().enumerate();
+        let outcomes = steps.map(|(index, step)| match step {
+            Step::Keep(held) => Outcome::new(index, Reason::Issued, Some(held)),
+            Step::Refuse(reason, held) => Outcome::new(index, reason, held),
+            Step::Wait(reason, held) => Outcome::new(index, reason, held),
+            Step::Mint(_) | Step::Write(..) => panic!("there is more to do: {step:?}"),
+        });
+        let told = report(&self.facts, &outcomes.collect::<Vec<_>>(), self.now);
+        assert_eq!(
+            Some(&told.status),
+            self.facts.user.status.as_ref(),
+            "the same state, the same status"
+        );
+        assert_eq!(told.events, [], "nothing new is told");
+    }
+
+    /// Time goes by, with a pass whenever one is due.
+    fn passes(&mut self, by: SignedDuration) {
+        let end = self.now + by;
+        let mut passes = 0;
+        if self.dirty {
+            self.pass();
+        }
+        while let Some(timer) = self.timer.filter(|timer| *timer <= end) {
+            self.elapsed += timer.duration_since(self.now);
+            self.now = timer;
+            self.pass();
+            passes += 1;
+            assert!(passes < 1_000, "it never rests");
+        }
+        self.elapsed += end.duration_since(self.now);
+        self.now = end;
+    }
+
+    fn live(&mut self, events: &[(Event, usize, bool)]) {
+        let each = events
+            .iter()
+            .flat_map(|(event, times, at_once)| std::iter::repeat_n((event, at_once), *times));
+        for (event, at_once) in each {
+            self.happens(*event);
+            match event {
+                Event::Time(percent) => self.passes(self.lifetime * i32::try_from(*percent).expect("small") / 100),
+                _ if *at_once && self.dirty => self.pass(),
+                _ => {}
+            }
+        }
+    }
+
+    /// All is mended; after the longest back-off every token is fresh, and stays so at one mint for each lifetime.
+    fn recovers(&mut self) {
+        let mended = [
+            Event::Suspend(false),
+            Event::Allowed(true),
+            Event::KeyThere(true),
+            Event::MintsFail(None),
+            Event::WritesFail(false),
+            Event::Audience(0, 0),
+            Event::Audience(1, 1),
+        ];
+        self.live(&mended.map(|event| (event, 1, false)));
+        self.passes(SignedDuration::from_mins(25));
+        let tokens = self.facts.user.spec.tokens.clone();
+        let good = |world: &Self| {
+            let status = world.facts.user.status.as_ref().expect("a status");
+            tokens
+                .iter()
+                .all(|t| world.present(t).is_some_and(|given| given.expires > world.now))
+                && status
+                    .conditions
+                    .iter()
+                    .any(|c| c.type_ == "Ready" && c.status == "True" && c.reason == "Issued")
+        };
+        assert!(good(self), "{:?}", self.facts.user.status);
+        let (minted, written) = (self.given.len(), self.writes);
+        self.passes(self.lifetime * 4);
+        assert!(good(self), "{:?}", self.facts.user.status);
+        let (minted, written) = (self.given.len() - minted, self.writes - written);
+        // Each lives at least as long as `renewBefore` of a half with the jitter lets it.
+        assert!(
+            minted <= tokens.len() * 11 && minted >= tokens.len() * 4,
+            "{minted} mints in four lifetimes"
+        );
+        assert_eq!(minted, written, "one write for each");
+    }
+}
+
+proptest! {
+    // Each is hundreds of passes. PROPTEST_CASES raises it.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases / 4))]
+    #[test]
+    fn whatever_happens_what_is_promised_holds(lifetime in prop_oneof![30..900_i64, 900..9_000_i64], opaque: bool, events in events()) {
+        let mut world = World::new(lifetime, opaque);
+        world.live(&events);
+        world.recovers();
+    }
+}
