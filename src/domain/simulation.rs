@@ -450,7 +450,7 @@ impl World {
             issued: self.now,
             expires: self.now + self.lifetime,
         };
-        self.check_it_is_time(token, &given);
+        let due = self.check_it_is_time(token, &given);
         let number = self.given.len();
         let claims = json!({"iss": expected.issuer, "sub": expected.user_id, "aud": expected.audience,
             "exp": given.expires.as_second(), "jti": number});
@@ -483,11 +483,7 @@ impl World {
             .insert(name.clone(), Arc::new(Unwritten { minted, record }));
         self.excuses.remove(&name);
         let same = |last: &Given| last.audience == given.audience && last.key_id == given.key_id;
-        if self
-            .last
-            .get(&name)
-            .is_some_and(|last| same(last) && self.renewal(token, last) > self.now)
-        {
+        if !due && self.last.get(&name).is_some_and(same) {
             self.quarrels.push((name.clone(), self.elapsed));
         }
         self.last.insert(name, given.clone());
@@ -496,7 +492,8 @@ impl World {
     }
 
     /// A token is minted once for each lifetime, and once more when somebody made it necessary.
-    fn check_it_is_time(&self, token: &Token, given: &Given) {
+    /// Whether it is due.
+    fn check_it_is_time(&self, token: &Token, given: &Given) -> bool {
         let renew = |given: &Given| self.renewal(token, given);
         let there = self
             .secrets
@@ -515,6 +512,7 @@ impl World {
             given.issued,
             self.last.get(&token.name).map(renew)
         );
+        due
     }
 
     fn renewal(&self, token: &Token, given: &Given) -> Timestamp {
