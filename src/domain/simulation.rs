@@ -111,6 +111,7 @@ struct Backoff {
     cut_short: bool,
 }
 
+#[allow(clippy::struct_excessive_bools, reason = "each is a fault that may be there or not")]
 struct World {
     lifetime: SignedDuration,
     opaque: bool,
@@ -206,6 +207,7 @@ impl World {
         self.excuses.extend(NAMES.get(index).map(ToString::to_string));
     }
 
+    #[allow(clippy::too_many_lines, reason = "one arm for each event")]
     fn happens(&mut self, event: Event) {
         match event {
             Event::Audience(index, ids) => {
@@ -706,8 +708,7 @@ impl World {
         let steps = plan(&self.facts, self.now).steps.into_iter().enumerate();
         let outcomes = steps.map(|(index, step)| match step {
             Step::Keep(held) => Outcome::new(index, Reason::Issued, Some(held)),
-            Step::Refuse(reason, held) => Outcome::new(index, reason, held),
-            Step::Wait(reason, held) => Outcome::new(index, reason, held),
+            Step::Refuse(reason, held) | Step::Wait(reason, held) => Outcome::new(index, reason, held),
             Step::Mint(_) | Step::Write(..) => panic!("there is more to do: {step:?}"),
         });
         let told = report(&self.facts, &outcomes.collect::<Vec<_>>(), self.now);
