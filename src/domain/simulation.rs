@@ -79,7 +79,7 @@ fn events() -> impl Strategy<Value = Vec<(Event, usize, bool)>> {
         1 => of.clone().prop_map(RecordEdited),
         2 => (of.clone(), 0..3_u8).prop_map(|(t, n)| MetadataEdited(t, n)),
         2 => of.clone().prop_map(SecretDeleted),
-        1 => (of, 0..9_usize).prop_map(|(t, n)| PutBack(t, n)),
+        2 => (of, 0..9_usize).prop_map(|(t, n)| PutBack(t, n)),
         1 => (0..3_u8).prop_map(KeyReplaced),
         1 => any::<bool>().prop_map(KeyThere),
         1 => any::<bool>().prop_map(Allowed),
@@ -90,7 +90,7 @@ fn events() -> impl Strategy<Value = Vec<(Event, usize, bool)>> {
         4 => (0..150_u32).prop_map(Time),
         2 => Just(Restart),
     ];
-    let times = prop_oneof![9 => Just(1_usize), 1 => 2..7_usize];
+    let times = prop_oneof![4 => Just(1_usize), 1 => 2..8_usize];
     proptest::collection::vec((event, times, prop::bool::weighted(0.8)), 1..60)
 }
 
@@ -653,11 +653,18 @@ impl World {
                 ends.is_none_or(|ends| self.timer.is_some_and(|timer| timer <= ends)),
                 "its end is told late"
             );
+            let hold = self.backoffs.get(&token.name).map(|backoff| backoff.hold.until);
+            let last_try = ends.map(|ends| ends.max(self.now + SignedDuration::from_secs(1)));
+            assert!(
+                last_try.is_none() || hold.is_none() || hold <= last_try,
+                "it is not tried again before it ends"
+            );
             assert!(
                 outcome.reason == Reason::Suspended || self.timer.is_some(),
                 "{outcome:?} is never tried again"
             );
-            if refused || self.is_contested(token) {
+            // After a fight it waits longer than the fight counts.
+            if refused || self.is_contested(token) || outcome.reason == Reason::SecretContested {
                 continue;
             }
             let faults = self.mints_fail.is_some() || self.writes_fail;
