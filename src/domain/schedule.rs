@@ -122,6 +122,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn lifetime_third(seconds: i64) -> f64 {
+        (SignedDuration::from_secs(seconds) / 3).as_secs_f64()
+    }
+
     proptest! {
         #[test]
         fn never_after_the_expiry_never_before_a_fifth(
@@ -147,6 +151,46 @@ mod tests {
             let margin = expires.duration_since(s.renew).as_secs_f64();
             prop_assert!(s.renew == s.issued + SHORTEST_WAIT || margin >= 0.05 * lifetime.as_secs_f64() - 1e-6, "{margin}");
             prop_assert_eq!(s, Schedule::new(issued, expires, renewal, &seed));
+        }
+
+        /// Who lives longer is not renewed earlier, and who asks for more margin not later.
+        #[test]
+        fn a_longer_life_and_a_smaller_margin_never_renew_earlier(
+            lifetime in 5_i64..2_678_400,
+            longer in 0_i64..2_678_400,
+            percent in 1..99,
+            margin in 0..98,
+            seed in "[a-z]{0,8}",
+        ) {
+            let renew = |lifetime, renewal| {
+                let expires = Timestamp::UNIX_EPOCH + SignedDuration::from_secs(lifetime);
+                Schedule::new(Timestamp::UNIX_EPOCH, expires, renewal, &seed).renew
+            };
+            for renewal in [Renewal::Default, Renewal::Percentage(percent)] {
+                prop_assert!(renew(lifetime, renewal) <= renew(lifetime + longer, renewal));
+            }
+            // A fixed margin: only among lifetimes that it fits, since one that does not fit is ignored.
+            let before = Renewal::Before(SignedDuration::from_secs(lifetime * i64::from(margin) / 100));
+            prop_assert!(renew(lifetime, before) <= renew(lifetime + longer, before));
+            let smaller = Renewal::Percentage(percent.min(margin).max(1));
+            prop_assert!(renew(lifetime, Renewal::Percentage(percent)) <= renew(lifetime, smaller));
+        }
+
+        /// Tokens that were minted together come back over a tenth of their lifetime, none of its tenths empty.
+        #[test]
+        fn the_jitter_spreads_over_a_tenth_of_the_lifetime(lifetime in 3_600_i64..2_678_400, prefix in "[a-f0-9]{8}") {
+            let issued = Timestamp::UNIX_EPOCH;
+            let expires = issued + SignedDuration::from_secs(lifetime);
+            let mut parts = [0; 10];
+            for n in 0..200 {
+                let s = Schedule::new(issued, expires, Renewal::Default, &format!("{prefix}/{n}"));
+                let early = expires.duration_since(s.renew).as_secs_f64() - lifetime_third(lifetime);
+                let tenths = early / SignedDuration::from_secs(lifetime).as_secs_f64() * 10.0;
+                prop_assert!((-1e-6..1.0 + 1e-6).contains(&tenths), "{tenths}");
+                let part = (0..9).find(|part| tenths * 10.0 < f64::from(*part) + 1.0).unwrap_or(9);
+                parts[usize::try_from(part).expect("small")] += 1;
+            }
+            prop_assert!(parts.iter().all(|count| (1..60).contains(count)), "{parts:?}");
         }
     }
 
