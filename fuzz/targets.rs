@@ -108,9 +108,10 @@ pub fn answer(body: &[u8]) {
         parsed.token_type.clone(),
         parsed.expires_in,
     );
+    let shown = format!("{parsed:?}");
     assert!(
-        !format!("{parsed:?}").contains(&format!("{token:?}")) || token.len() < 12,
-        "the token is in its Debug"
+        shown.starts_with("TokenAnswer { access_token: SecretBox<str>([REDACTED]), "),
+        "{shown}"
     );
     let minted = match answer::accept(parsed, &expected(), sent()) {
         Ok(minted) => minted,
