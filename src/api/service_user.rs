@@ -302,6 +302,12 @@ pub struct TokenStatus {
 }
 
 impl ZitadelServiceUser {
+    /// Whether it names this instance.
+    #[must_use]
+    pub fn is_of(&self, instance: &str) -> bool {
+        self.spec.instance_ref.name == instance
+    }
+
     /// Whether the status names a token that fails.
     #[must_use]
     pub fn is_failing(&self) -> bool {

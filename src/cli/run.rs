@@ -183,10 +183,6 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
 /// away is no longer known.
 fn look_at_all(ctx: &Context) {
     tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
-    for instance in ctx.cache.instances() {
-        ctx.instances.wake(&instance, None);
-    }
-    for user in ctx.cache.users(|_| true) {
-        ctx.users.wake(&user, None);
-    }
+    ctx.instances.wake_all(ctx.cache.instances());
+    ctx.users.wake_all(ctx.cache.users(|_| true));
 }

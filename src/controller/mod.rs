@@ -45,3 +45,11 @@ pub struct Context {
     /// Whether an instance that is not there may be another operator's.
     pub serves_some_instances_only: bool,
 }
+
+impl Context {
+    /// What kept the service users of an instance from their tokens is over.
+    pub fn wake_failing_users_of(&self, instance: &str) {
+        let failing = self.cache.users(|user| user.is_of(instance) && user.is_failing());
+        self.users.wake_all(failing);
+    }
+}

@@ -11,11 +11,11 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use crate::domain::facts::{HeldBack, Hold, ObjectRef};
+use crate::domain::backoff::Backoff;
+use crate::domain::facts::{HeldBack, ObjectRef};
 use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};
-use crate::domain::schedule::backoff;
 use crate::ops::shutdown::Shutdown;
 
 /// How long passes under way may take after a shutdown was asked for: one mint and its write. Kubernetes kills after 30 s.
@@ -55,16 +55,6 @@ struct Entry {
     retrying: bool,
     /// What failed, by name.
     backoffs: BTreeMap<String, Backoff>,
-}
-
-struct Backoff {
-    failures: u32,
-    hold: Hold,
-    /// The server asked for it (`Retry-After`), so that no edit of the object ends it: else whoever edits in a loop would
-    /// ask again each time.
-    asked: bool,
-    /// It is tried before the back-off has run, since a good token is about to expire.
-    cut_short: bool,
 }
 
 /// One pass over one object, to be ended by [`Turn::done`]. Dropped without it (a panic, a timeout), it counts as a
@@ -116,6 +106,13 @@ impl Queue {
         entry.begin_anew();
         state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
+    }
+
+    /// Something that decides about each of these changed.
+    pub fn wake_all(&self, ids: Vec<ObjectRef>) {
+        for id in ids {
+            self.wake(&id, None);
+        }
     }
 
     /// The next object; waits until there is one.
@@ -276,13 +273,16 @@ impl Turn {
             self.queue.changed.notify_one();
             return;
         }
-        let seed = self.id.to_string();
         let before = std::mem::take(&mut entry.backoffs);
         entry.backoffs = done
             .wake
             .failed
             .into_iter()
-            .map(|failed| hold(failed, &before, &seed, now))
+            .map(|failed| {
+                let seed = format!("{}/{}", self.id, failed.what);
+                let backoff = Backoff::after(&failed, before.get(&failed.what), &seed, now);
+                (failed.what, backoff)
+            })
             .collect();
         if done.broken_off {
             for (what, backoff) in before {
@@ -302,42 +302,6 @@ impl Turn {
         }
         self.queue.changed.notify_one();
     }
-}
-
-/// How long something that failed is held back: longer with each failure; as long as before if it was not tried.
-fn hold(failed: Failed, before: &BTreeMap<String, Backoff>, seed: &str, now: Timestamp) -> (String, Backoff) {
-    let last = before.get(&failed.what);
-    let backoff = match last {
-        Some(last) if failed.held_back && failed.not_before.is_none() => Backoff { ..*last },
-        // Nobody was asked, so that it does not count (design §3.5).
-        last if failed.held_back => Backoff {
-            failures: last.map_or(0, |b| b.failures),
-            hold: Hold {
-                reason: failed.reason,
-                until: failed.not_before.unwrap_or(now),
-            },
-            asked: false,
-            cut_short: true,
-        },
-        _ => {
-            // The many tries before an expiry are not held against the object after it.
-            let failures = match last {
-                Some(last) if last.cut_short => last.failures,
-                last => last.map_or(0, |b| b.failures).saturating_add(1),
-            };
-            let patient = now + backoff(failed.reason.retry(), failures, &format!("{seed}/{}", failed.what));
-            let until = failed.not_after.map_or(patient, |not_after| patient.min(not_after));
-            let until = failed.not_before.map_or(until, |not_before| until.max(not_before));
-            let reason = failed.reason;
-            Backoff {
-                failures,
-                hold: Hold { reason, until },
-                asked: failed.not_before.is_some(),
-                cut_short: until < patient,
-            }
-        }
-    };
-    (failed.what, backoff)
 }
 
 impl Drop for Turn {
@@ -368,6 +332,16 @@ mod tests {
 
     fn nothing(queue: &Arc<Queue>) -> bool {
         queue.next().now_or_never().is_none()
+    }
+
+    fn failed(failed: Failed) -> Done {
+        Done {
+            wake: Wake {
+                at: None,
+                failed: vec![failed],
+            },
+            ..Done::default()
+        }
     }
 
     fn wrote(versions: &[&str]) -> Done {
@@ -443,13 +417,7 @@ mod tests {
         {
             queue.wake(&id("a"), None);
             let turn = queue.next().await;
-            turn.done(Done {
-                wake: Wake {
-                    at: None,
-                    failed: vec![failing(not_after, not_before)],
-                },
-                ..Done::default()
-            });
+            turn.done(failed(failing(not_after, not_before)));
             let until = queue.lock().entries[&id("a")].backoffs["t"].hold.until;
             let wait = until.duration_since(Timestamp::now()).as_secs();
             assert!(
@@ -461,13 +429,7 @@ mod tests {
         for (not_before, kept) in [(Some(60), true), (None, false)] {
             queue.wake(&id("d"), None);
             let turn = queue.next().await;
-            turn.done(Done {
-                wake: Wake {
-                    at: None,
-                    failed: vec![failing(None, not_before)],
-                },
-                ..Done::default()
-            });
+            turn.done(failed(failing(None, not_before)));
             queue.wake(&id("d"), None);
             let turn = queue.next().await;
             assert_eq!(turn.held_back.contains_key("t"), kept, "{not_before:?}");
@@ -477,16 +439,10 @@ mod tests {
         queue.wake(&id("c"), None);
         let mut turn = queue.next().await;
         for not_after in [Some(0), Some(0), Some(0), Some(0), None] {
-            turn.done(Done {
-                wake: Wake {
-                    at: None,
-                    failed: vec![Failed {
-                        reason: Reason::ServerError,
-                        ..failing(not_after, None)
-                    }],
-                },
-                ..Done::default()
-            });
+            turn.done(failed(Failed {
+                reason: Reason::ServerError,
+                ..failing(not_after, None)
+            }));
             let wait = queue.lock().entries[&id("c")].backoffs["t"].hold.until;
             assert!(wait.duration_since(Timestamp::now()) < SignedDuration::from_secs(3));
             turn = queue.next().await;
@@ -497,13 +453,7 @@ mod tests {
             queue.wake(&id("b"), None);
             queue.next().await
         };
-        turn.done(Done {
-            wake: Wake {
-                at: None,
-                failed: vec![failing(None, Some(1))],
-            },
-            ..Done::default()
-        });
+        turn.done(failed(failing(None, Some(1))));
         {
             let mut state = queue.lock();
             let state = &mut *state;

@@ -276,14 +276,14 @@ impl Triggers {
         self.instances.wake(&id, version.as_deref());
         // The status of an instance is output: it decides nothing (decision K14).
         if before.is_none_or(|b| b.spec != spec) {
-            self.wake_users(|user| user.spec.instance_ref.name == *id.name);
+            self.wake_users(|user| user.is_of(&id.name));
         }
     }
 
     fn instance_gone(&self, id: &ObjectRef) {
         self.cache.change(|known| known.instances.remove(id));
         self.instances.wake(id, None);
-        self.wake_users(|user| user.spec.instance_ref.name == *id.name);
+        self.wake_users(|user| user.is_of(&id.name));
     }
 
     fn namespace_applied(&self, namespace: PartialObjectMeta<Namespace>) {
@@ -346,9 +346,7 @@ impl Triggers {
     }
 
     fn wake_users(&self, concerned: impl Fn(&ZitadelServiceUser) -> bool) {
-        for id in self.cache.users(concerned) {
-            self.users.wake(&id, None);
-        }
+        self.users.wake_all(self.cache.users(concerned));
     }
 }
 

@@ -47,7 +47,8 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// What the failure of a token request of this user says. None: the host works, whatever it thinks of the request.
+    /// What the failure of a token request of this user says. None: nothing against the host, which
+    /// answered, whatever it thinks of the request; or it was not asked.
     #[must_use]
     pub fn of(failure: Failure, namespace: &str, user: &str) -> Option<Self> {
         let served = || Self::Served {

@@ -3,6 +3,7 @@
 pub mod access;
 pub mod answer;
 pub mod assertion;
+pub mod backoff;
 pub mod circuit;
 pub mod clock;
 pub mod facts;

@@ -16,13 +16,14 @@ use serde_json::json;
 
 use crate::api::service_user::Token;
 use crate::domain::answer::{self, Format, TokenAnswer};
-use crate::domain::facts::{CONTEST_WINDOW, Facts, Held, Hold, Outcome, Unwritten};
+use crate::domain::backoff::Backoff;
+use crate::domain::facts::{CONTEST_WINDOW, Facts, Held, Outcome, Unwritten};
 use crate::domain::fixtures::{self, at, jwt, user};
 use crate::domain::key::ServiceKey;
 use crate::domain::plan::{self, MintRequest, Step, plan};
 use crate::domain::reason::Reason;
-use crate::domain::report::{Failed, Report, report};
-use crate::domain::schedule::{Schedule, backoff};
+use crate::domain::report::{Report, report};
+use crate::domain::schedule::Schedule;
 use crate::domain::secret::{self, Existing, SecretDraft, SecretRef};
 use events::{Event, events};
 
@@ -36,14 +37,6 @@ struct Given {
     key_id: String,
     issued: Timestamp,
     expires: Timestamp,
-}
-
-/// A back-off as the queue keeps it.
-#[derive(Clone, Copy)]
-struct Backoff {
-    failures: u32,
-    hold: Hold,
-    cut_short: bool,
 }
 
 #[allow(clippy::struct_excessive_bools, reason = "a world has many switches")]
@@ -264,8 +257,8 @@ impl World {
         Ok((draft, held))
     }
 
-    /// A token is minted once for each lifetime, and once more when somebody made it necessary.
-    /// Whether it is due.
+    /// A token is minted once for each lifetime, and once more when somebody made it necessary. Returns whether it is
+    /// due.
     fn check_it_is_time(&self, token: &Token, given: &Given) -> bool {
         let renew = |given: &Given| self.renewal(token, given);
         let there = self
@@ -316,30 +309,11 @@ impl World {
     fn wait(&mut self, told: &Report) {
         let before = std::mem::take(&mut self.backoffs);
         for failed in &told.wake.failed {
-            let backoff = self.backoff(failed, before.get(&failed.what));
+            let backoff = Backoff::after(failed, before.get(&failed.what), &failed.what, self.now);
             self.backoffs.insert(failed.what.clone(), backoff);
         }
         let retries = self.backoffs.values().map(|backoff| backoff.hold.until);
         self.timer = retries.chain(told.wake.at).min();
-    }
-
-    fn backoff(&self, failed: &Failed, last: Option<&Backoff>) -> Backoff {
-        match last {
-            Some(last) if failed.held_back => *last,
-            _ => {
-                let failures = last.map_or(1, |last| last.failures + u32::from(!last.cut_short));
-                let patient = self.now + backoff(failed.reason.retry(), failures, &failed.what);
-                let until = failed.not_after.map_or(patient, |not_after| patient.min(not_after));
-                Backoff {
-                    failures,
-                    hold: Hold {
-                        reason: failed.reason,
-                        until,
-                    },
-                    cut_short: until < patient,
-                }
-            }
-        }
     }
 
     /// What was given of what is in the token's Secret, if that is of the present inputs.

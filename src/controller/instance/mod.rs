@@ -8,7 +8,6 @@ use k8s_openapi::jiff::Timestamp;
 
 pub use connect::{Connections, connect};
 
-use crate::api::ZitadelServiceUser;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::domain::circuit::Fault;
@@ -49,9 +48,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         .map(|d| d.token_path)
         .map_err(|failure| classify(failure, false));
     if ctx.connections.look(&id.name) {
-        for user in ctx.cache.users(|u| u.spec.instance_ref.name == *id.name) {
-            ctx.users.wake(&user, None);
-        }
+        ctx.users.wake_all(ctx.cache.users(|user| user.is_of(&id.name)));
     }
     if discovered == Err(Reason::TlsFailure) {
         ctx.connections.doubt_certificates(&id.name);
@@ -74,10 +71,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
                 done.written.push(version);
                 if wanted.is_ready() && !instance.is_ready() {
                     // They back off, maybe for longer than their tokens last.
-                    let failing = |u: &ZitadelServiceUser| u.spec.instance_ref.name == *id.name && u.is_failing();
-                    for user in ctx.cache.users(failing) {
-                        ctx.users.wake(&user, None);
-                    }
+                    ctx.wake_failing_users_of(&id.name);
                 }
             }
             Err(error) => {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::ExposeSecret;
 
+use crate::api::ZitadelInstance;
 use crate::api::service_user::Token;
-use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::instance::connect;
 use crate::domain::answer::{Expected, Format, Minted, accept};
@@ -32,25 +32,6 @@ pub struct Acted {
     pub written: Vec<String>,
     /// What failed besides the tokens.
     pub failed: Vec<Failed>,
-}
-
-/// Why there is no token.
-struct Refusal {
-    reason: Reason,
-    /// Not to be tried before.
-    not_before: Option<Timestamp>,
-    /// It was not even asked for.
-    held_back: bool,
-}
-
-impl From<Reason> for Refusal {
-    fn from(reason: Reason) -> Self {
-        Self {
-            reason,
-            not_before: None,
-            held_back: false,
-        }
-    }
 }
 
 /// One token of one object.
@@ -107,28 +88,18 @@ impl Job<'_> {
             }
             Step::Write(draft, held, fallback) => self.write(&draft, held, fallback).await,
             Step::Mint(request) => {
-                let minted = self.mint(&request).await;
-                match minted {
+                match self.mint(&request).await {
                     Ok(minted) => {
                         self.ctx.metrics.minted(Reason::Issued.name());
                         self.write_minted(*request, minted).await
                     }
-                    Err(Refusal {
-                        reason,
-                        not_before,
-                        held_back,
-                    }) => {
-                        if !held_back {
-                            self.ctx.metrics.minted(reason.name());
+                    Err(refused) => {
+                        if !refused.held_back {
+                            self.ctx.metrics.minted(refused.reason.name());
                         }
                         // A token that is not allowed is not told as good, though it stays to its expiry.
-                        let held = request.fallback.filter(|_| reason != Reason::AccessDenied);
-                        let outcome = Outcome {
-                            not_before,
-                            held_back,
-                            ..self.ended(reason, held)
-                        };
-                        (outcome, None)
+                        let held = request.fallback.filter(|_| refused.reason != Reason::AccessDenied);
+                        (Outcome { held, ..refused }, None)
                     }
                 }
             }
@@ -139,43 +110,43 @@ impl Job<'_> {
         Outcome::new(self.index, reason, held)
     }
 
-    async fn mint(&self, request: &MintRequest) -> Result<Minted, Refusal> {
+    /// The token, or an outcome that knows nothing of an older one.
+    async fn mint(&self, request: &MintRequest) -> Result<Minted, Outcome> {
         let (ctx, facts) = (self.ctx, self.facts);
-        let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
+        let refused = |reason| self.ended(reason, None);
+        let instance = facts.instance.as_deref();
+        let instance = instance.ok_or_else(|| refused(Reason::InstanceMissing))?;
         let connection = match connect(ctx, instance).await {
             Ok(connection) => connection,
             Err(failure) => return Err(self.refused(instance, classify(failure, false))),
         };
         let needed = connection.settings().timeout + TIME_TO_WRITE;
         if !ctx.writer.remaining().is_ok_and(|remaining| remaining >= needed) {
-            return Err(Reason::NotLeading.into());
+            return Err(refused(Reason::NotLeading));
         }
         if request.try_write_first {
             let draft = secret::placeholder(facts, self.token, &request.inputs, &request.shape);
             let tried = ctx.writer.try_secret(&draft).await;
-            tried.map_err(|error| error.reason())?;
+            tried.map_err(|error| refused(error.reason()))?;
         }
-        connection.limits().may_ask().map_err(|refused| {
-            let wait = SignedDuration::try_from(refused.retry_in).unwrap_or(SignedDuration::MAX);
-            Refusal {
-                reason: refused.reason,
+        connection.limits().may_ask().map_err(|closed| {
+            let wait = SignedDuration::try_from(closed.retry_in).unwrap_or(SignedDuration::MAX);
+            Outcome {
                 not_before: Some(shifted(connection.skew().theirs(Timestamp::now()), wait)),
                 held_back: true,
+                ..refused(closed.reason)
             }
         })?;
         let learned_before = connection.known_project_id().is_some();
         let minted = match self.ask(&connection, &request.scope).await {
             Ok((got, expected)) => {
-                if connection.limits().worked() {
-                    self.wake_who_waits();
-                }
+                self.worked(&connection);
                 accept(got.answer, &expected, got.sent).map_err(|reason| self.refused(instance, reason))
             }
             Err(failure) => {
                 let reason = self.judge(&connection, failure).await;
-                let not_before = failure.retry_after();
-                Err(Refusal {
-                    not_before,
+                Err(Outcome {
+                    not_before: failure.retry_after(),
                     ..self.refused(instance, reason)
                 })
             }
@@ -197,7 +168,7 @@ impl Job<'_> {
     }
 
     /// An instance that is called Ready is looked at again, since it is not asked while all goes well.
-    fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> Refusal {
+    fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> Outcome {
         if reason == Reason::TlsFailure {
             let name = instance.metadata.name.as_deref().unwrap_or_default();
             self.ctx.connections.doubt_certificates(name);
@@ -205,7 +176,7 @@ impl Job<'_> {
         if concerns_the_instance(reason) && instance.is_ready() {
             look_at(self.ctx, instance);
         }
-        reason.into()
+        self.ended(reason, None)
     }
 
     /// The reason of a failure, and what it says of the host. Up to v4.13 a refused assertion and an outage are the same
@@ -224,18 +195,15 @@ impl Job<'_> {
             _ if matches!(failure, Failure::Known(_)) => limits.gave_up(),
             Some(fault) => limits.failed(reason, fault),
             // It works, whatever it thinks of this user.
-            None if limits.worked() => self.wake_who_waits(),
-            None => {}
+            None => self.worked(connection),
         }
         reason
     }
 
-    /// The circuit has closed.
-    fn wake_who_waits(&self) {
-        let instance = &self.facts.user.spec.instance_ref.name;
-        let waits = |u: &ZitadelServiceUser| u.spec.instance_ref.name == *instance && u.is_failing();
-        for user in self.ctx.cache.users(waits) {
-            self.ctx.users.wake(&user, None);
+    /// The host answered. If its circuit was open, those who were refused may come.
+    fn worked(&self, connection: &Instance) {
+        if connection.limits().worked() {
+            self.ctx.wake_failing_users_of(&self.facts.user.spec.instance_ref.name);
         }
     }
 
