@@ -76,10 +76,7 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
         // A sandbox may forbid it; tokens are needed all the same.
         tracing::warn!(error = %error.kind(), "core dumps could not be turned off");
     }
-    // One crypto backend for kube, reqwest and signing (reference/kube.md §0, facts 1 and 2).
-    rustls::crypto::aws_lc_rs::default_provider()
-        .install_default()
-        .map_err(|_| "a TLS backend was chosen twice")?;
+    super::choose_tls()?;
     jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER
         .install_default()
         .map_err(|_| "a signing backend was chosen twice")?;
