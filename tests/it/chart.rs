@@ -194,24 +194,26 @@ async fn everything_that_it_does(world: &World, home: &str) {
     world.token("moved-token").await;
     world.secret_gone("billing-token").await;
 
-    // One that is to outlive its object has no owner, and one that is handed over has another one before.
-    let mut retained = one_token("moved-token");
-    retained["tokens"][0]["secret"]["deletionPolicy"] = json!("Retain");
-    retained["tokens"][0]["projectRoles"] = json!(true);
-    world.service_user("billing", retained.clone()).await.expect("accepted");
-    let without_owner = |s: &Secret| s.metadata.owner_references.is_none();
-    until(world.secrets(), "moved-token", SOON, without_owner).await;
-    retained["tokens"][0]["secret"]["name"] = json!("born-without");
-    world.service_user("billing", retained).await.expect("accepted");
-    world.token("born-without").await;
-    world.secret("handed-over", json!({"token": "old"})).await;
-    let hand_over = json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "billing"}}});
-    world.edit_secret("handed-over", hand_over).await;
-    world
-        .service_user("billing", one_token("handed-over"))
-        .await
-        .expect("accepted");
-    world.ready("billing", "True", "Issued").await;
+    // One that is to outlive its object has no owner, from the start or later.
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("retained-key", &user).await;
+    let policy = async |policy: &str| {
+        let mut spec = one_token("retained-token");
+        spec["tokens"][0]["secret"]["deletionPolicy"] = json!(policy);
+        world.service_user("retained", spec).await.expect("accepted");
+        let owned = |s: &Secret| s.metadata.owner_references.is_some() == (policy == "Delete");
+        until(world.secrets(), "retained-token", SOON, owned).await;
+    };
+    policy("Retain").await;
+    policy("Delete").await;
+    policy("Retain").await;
+
+    // One that is handed over belonged to nobody.
+    world.secret("adopted-token", json!({"token": "old"})).await;
+    let hand_over = json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "adopted"}}});
+    world.edit_secret("adopted-token", hand_over).await;
+    world.simple("adopted", json!({"tokenType": "JWT"})).await;
+    world.ready("adopted", "True", "Issued").await;
 }
 
 /// One verb on one resource in one place.
