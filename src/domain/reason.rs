@@ -82,7 +82,7 @@ reasons! {
     AccessDenied: Permanent,
         "No access rule of the ZitadelInstance lets this namespace have all audiences of the token.",
         "Ask the platform team for a rule in spec.access, or drop the audience.";
-    SecretsForbidden: Permanent,
+    SecretsForbidden: Transient,
         "The operator may not read Secrets in this namespace.",
         "Give the operator's service account the rights of docs/install.md in the namespace.";
     KeySecretMissing: Permanent,

@@ -53,6 +53,13 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     };
     match published {
         Ok(version) => written.extend(version),
+        Err(WriteError::Gone) => {
+            tracing::info!(object = %id, "the object is gone");
+            ctx.cache.forget_user(&facts.user);
+            ctx.unwritten.drop_object(&id);
+            ctx.forced.drop_object(&id);
+            return Done::forget();
+        }
         Err(error) => {
             error.log(&id, "the status");
             report.wake.failed.push(Failed::now("", Reason::Internal));
