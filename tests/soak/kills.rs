@@ -1,7 +1,7 @@
 //! kill -9 at each step of a refresh: no expired token, at most the mint in flight lost.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;

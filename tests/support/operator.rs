@@ -42,8 +42,15 @@ impl Operator {
         Self::start_in(&cluster.kubeconfig, selector, &[], &clock.environment()).await
     }
 
-    /// Starts an operator with these flags, in this environment.
+    /// Starts an operator with these flags, in this environment, and waits until it watches.
     pub async fn start_in(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
+        let mut operator = Self::spawn(kubeconfig, selector, flags, environment);
+        operator.await_line("watching").await;
+        operator
+    }
+
+    /// Starts an operator, and waits for nothing.
+    pub fn spawn(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         // setpriv: a test that is killed takes its operator with it.
         let (running, mut stdout) = Running::start(
             "operator",
@@ -64,13 +71,11 @@ impl Operator {
             let _ = stdout.read_to_end(&mut text);
             String::from_utf8_lossy(&text).into_owned()
         });
-        let mut operator = Self {
+        Self {
             running,
             pid,
             stdout: Some(stdout),
-        };
-        operator.await_line("watching").await;
-        operator
+        }
     }
 
     /// Waits for a log line that contains `text`.

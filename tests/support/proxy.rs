@@ -3,6 +3,7 @@
 //! object that nobody can decode are made without hooks in the product.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -32,6 +33,7 @@ struct Shared {
     way: watch::Sender<Way>,
     errors: Mutex<Vec<Answered>>,
     spoiled: Mutex<Vec<Spoiled>>,
+    count: AtomicUsize,
 }
 
 /// Whether requests come through.
@@ -120,6 +122,7 @@ impl Proxy {
             way: watch::Sender::new(Way::Open),
             errors: Mutex::default(),
             spoiled: Mutex::default(),
+            count: AtomicUsize::new(0),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -162,6 +165,21 @@ impl Proxy {
         let [path, text, by] = [path, text, by].map(str::to_owned);
         let mut spoiled = self.shared.spoiled.lock().expect("not poisoned");
         spoiled.push(Spoiled { path, text, by });
+    }
+
+    /// How many requests came so far.
+    pub fn count(&self) -> usize {
+        self.shared.count.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the API server behind it is ready.
+    pub async fn reached(&self) {
+        super::eventually("the API server is ready", async || {
+            let asked = self.shared.http.get(format!("{}/readyz", self.shared.server));
+            let answer = asked.bearer_auth(&self.shared.token).send().await;
+            answer.is_ok_and(|a| a.status().is_success())
+        })
+        .await;
     }
 
     /// Refuses requests with this piece of path, all if it is empty, and ends the streams that are open.
@@ -239,6 +257,7 @@ impl Shared {
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
+    shared.count.fetch_add(1, Ordering::Relaxed);
     shared.heard().await;
     if shared.way.borrow().is_refused(&path) {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
