@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kube::config::{KubeConfigOptions, KubeconfigError};
 use kube::{Client, Config};
+use secrecy::ExposeSecret;
 
 /// The API server says something on every watch once in about a minute (bookmarks); who is silent for longer is gone. kube
 /// alone would notice after five minutes, and a list never (reference/kube.md §0, fact 7).
@@ -21,6 +22,11 @@ pub async fn client() -> Result<Client, String> {
             format!("no cluster: there is no usable service account, and {why}")
         })?,
     };
+    // kube panics on a token with a line break.
+    let token = config.auth_info.token.as_ref().map(ExposeSecret::expose_secret);
+    if token.is_some_and(|token| !token.chars().all(|c| c.is_ascii_graphic())) {
+        return Err("the kubeconfig's token has a character that no token has".into());
+    }
     config.default_retry = false;
     config.read_timeout = Some(LONGEST_SILENCE);
     config.write_timeout = Some(LONGEST_SILENCE);
