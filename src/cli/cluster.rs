@@ -1,7 +1,14 @@
 //! The way to the cluster: a kubeconfig, else the pod's service account.
 
+use std::time::Duration;
+
 use kube::config::{KubeConfigOptions, KubeconfigError};
 use kube::{Client, Config};
+use secrecy::ExposeSecret;
+
+/// The API server says something on every watch once in about a minute (bookmarks); who is silent for longer is gone. kube
+/// alone would notice after five minutes, and a list never (reference/kube.md §0, fact 7).
+const LONGEST_SILENCE: Duration = Duration::from_secs(90);
 
 /// A client without kube's own retries, which would hold a pass for minutes (reference/kube.md §0, fact 7). Errors are
 /// in our own words: kube's quote the kubeconfig's lines with tokens in them, a proxy's password, what a credential
@@ -15,7 +22,16 @@ pub async fn client() -> Result<Client, String> {
             format!("no cluster: there is no usable service account, and {why}")
         })?,
     };
+    // kube panics on a token with a line break.
+    let token = config.auth_info.token.as_ref().map(ExposeSecret::expose_secret);
+    if token.is_some_and(|token| !token.chars().all(|c| c.is_ascii_graphic())) {
+        return Err("the kubeconfig's token has a character that no token has".into());
+    }
     config.default_retry = false;
+    config.read_timeout = Some(LONGEST_SILENCE);
+    config.write_timeout = Some(LONGEST_SILENCE);
+    // The silence of a connection that nobody used is no silence.
+    config.reset_reader_on_write = true;
     Client::try_from(config).map_err(|error| format!("no client for the cluster: {}", wrong(&error)))
 }
 

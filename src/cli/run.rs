@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use clap::Args;
 use k8s_openapi::jiff::Timestamp;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
 use crate::cli::cluster;
 use crate::controller::instance::Connections;
-use crate::controller::metrics::Metrics;
+use crate::controller::metrics::{Metrics, Queues};
 use crate::controller::queue::Queue;
-use crate::controller::service_user::{Forced, UnwrittenTokens};
+use crate::controller::service_user::{Forced, TIME_TO_WRITE, UnwrittenTokens};
 use crate::controller::triggers::{Cache, Triggers};
 use crate::controller::write::Writer;
 use crate::controller::{Context, instance, service_user};
@@ -71,7 +72,13 @@ pub struct Arguments {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(arguments: Arguments) -> Result<(), String> {
-    telemetry::start(arguments.log_format, &arguments.log_level, arguments.log_libraries)?;
+    let panics = Counter::default();
+    telemetry::start(
+        arguments.log_format,
+        &arguments.log_level,
+        arguments.log_libraries,
+        panics.clone(),
+    )?;
     if let Err(error) = memory::protect() {
         // A sandbox may forbid it; tokens are needed all the same.
         tracing::warn!(error = %error.kind(), "core dumps could not be turned off");
@@ -81,14 +88,14 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
         .install_default()
         .map_err(|_| "a signing backend was chosen twice")?;
     let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("no runtime: {e}"))?;
-    runtime.block_on(serve(arguments))
+    runtime.block_on(serve(arguments, panics))
 }
 
-async fn serve(arguments: Arguments) -> Result<(), String> {
+async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
     let client = cluster::client().await?;
     let mut registry = Registry::default();
-    let metrics = Metrics::register(&mut registry);
+    let metrics = Metrics::register(&mut registry, panics);
     let listener = TcpListener::bind(arguments.listen)
         .await
         .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
@@ -118,10 +125,14 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         per_instance: 1,
     };
     let instances = Arc::new(Queue::new(few, Box::new(|id| (Urgency::Newcomer, id.name.clone()))));
+    registry.register_collector(Box::new(Queues(vec![
+        ("ZitadelServiceUser", users.clone()),
+        ("ZitadelInstance", instances.clone()),
+    ])));
     let within = within(arguments.watch_namespaces);
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
     let context = Arc::new(Context {
-        writer: Writer::new(client.clone(), Fence::always_ours()),
+        writer: Writer::new(client.clone(), Fence::always_ours(shutdown.clone())),
         client: client.clone(),
         cache,
         connections,
@@ -169,13 +180,14 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         let context = context.clone();
         async move { clock::watch(|| look_at_all(&context)).await }
     });
-    let (for_users, for_instances) = (context.clone(), context);
+    // The request that is under way, and the write of what it brings.
+    let drain = || context.connections.longest_timeout() + TIME_TO_WRITE;
     tokio::join!(
-        users.work(LONGEST_PASS, shutdown.clone(), move |id, held_back| {
-            service_user::reconcile(for_users.clone(), id, held_back)
+        users.work(LONGEST_PASS, shutdown.clone(), drain, |id, held_back| {
+            service_user::reconcile(context.clone(), id, held_back)
         }),
-        instances.work(LONGEST_PASS, shutdown, move |id, _| {
-            instance::reconcile(for_instances.clone(), id)
+        instances.work(LONGEST_PASS, shutdown, drain, |id, _| {
+            instance::reconcile(context.clone(), id)
         }),
     );
     watches.abort();

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use k8s_openapi::jiff::Timestamp;
@@ -17,9 +17,6 @@ use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};
 use crate::ops::shutdown::Shutdown;
-
-/// How long passes under way may take after a shutdown was asked for: one mint and its write. Kubernetes kills after 30 s.
-const DRAIN: Duration = Duration::from_secs(20);
 
 /// Timers are looked at again after this at the latest: the monotonic clock stops while a machine sleeps and the wall
 /// clock jumps, so that no sleep is trusted for long (decision K18).
@@ -46,6 +43,8 @@ struct State {
 #[derive(Default)]
 struct Entry {
     running: bool,
+    /// Since when it waits for its pass, or for the end of it.
+    since: Option<Instant>,
     /// Versions of what changed while a pass ran; without a version: something that has none.
     dirty: Vec<Option<String>>,
     /// Versions that our own last pass wrote and whose echo has not come yet.
@@ -104,6 +103,7 @@ impl Queue {
             return;
         }
         entry.begin_anew();
+        entry.since.get_or_insert_with(Instant::now);
         state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
     }
@@ -134,10 +134,32 @@ impl Queue {
         }
     }
 
-    /// Runs passes until shutdown, then waits for those under way. A pass that panics or takes longer than `limit`
-    /// ends alone (reference/kube.md §0, fact 4).
-    pub async fn work<F, P>(self: Arc<Self>, limit: Duration, mut shutdown: Shutdown, pass: P)
-    where
+    /// How much there is to do. It is counted when it is asked for.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        let (now, clock) = (Instant::now(), Timestamp::now());
+        let state = self.lock();
+        let entries = state.entries.values();
+        let since = entries.filter_map(|e| Some(now.duration_since(e.since?))).max();
+        // One that is due and was not even noticed: nobody takes.
+        let due = state.timers.first().map(|(at, _)| clock.duration_since(*at));
+        let due = due.and_then(|due| Duration::try_from(due).ok());
+        Load {
+            waiting: state.waiting.len(),
+            running: state.waiting.running(),
+            oldest: since.max(due).unwrap_or_default(),
+        }
+    }
+
+    /// Runs passes until shutdown, then waits for those under way as long as `drain` says then. A pass that panics or
+    /// takes longer than `limit` ends alone (reference/kube.md §0, fact 4).
+    pub async fn work<F, P>(
+        self: Arc<Self>,
+        limit: Duration,
+        mut shutdown: Shutdown,
+        drain: impl Fn() -> Duration,
+        pass: P,
+    ) where
         P: Fn(ObjectRef, HeldBack) -> F,
         F: Future<Output = Done> + Send + 'static,
     {
@@ -163,7 +185,7 @@ impl Queue {
                 }
             });
         }
-        let _ = tokio::time::timeout(DRAIN, async { while running.join_next().await.is_some() {} }).await;
+        let _ = tokio::time::timeout(drain(), async { while running.join_next().await.is_some() {} }).await;
     }
 
     fn take(&self, now: Timestamp) -> Result<(ObjectRef, HeldBack), Duration> {
@@ -180,6 +202,7 @@ impl Queue {
                 let last = entry.retrying && !matches!(urgency, Urgency::Refresh(_));
                 let urgency = if last { Urgency::Retry } else { urgency };
                 if !entry.running {
+                    entry.since.get_or_insert_with(Instant::now);
                     state.waiting.push(&id, urgency, &instance);
                 }
             }
@@ -207,6 +230,17 @@ impl Queue {
     }
 }
 
+/// What a queue has to do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Load {
+    /// Objects that are due and wait for a pass.
+    pub waiting: usize,
+    /// Passes under way.
+    pub running: usize,
+    /// For how long the one that is due longest waits for its pass, or for the end of it.
+    pub oldest: Duration,
+}
+
 /// How a pass ended.
 #[derive(Debug, Default)]
 pub struct Done {
@@ -214,6 +248,8 @@ pub struct Done {
     pub wake: Wake,
     /// Versions that the pass wrote.
     pub written: Vec<String>,
+    /// How many tokens it asked for.
+    pub mints: usize,
     /// The object is gone or not ours: nothing is to be remembered of it.
     pub forget: bool,
     /// The pass did not get far enough to say what became of what failed before.
@@ -256,11 +292,12 @@ impl Turn {
         let (urgency, instance) = (self.queue.rank)(&self.id);
         let mut state = self.queue.lock();
         let state = &mut *state;
-        state.waiting.finished(&self.id);
+        state.waiting.finished(&self.id, done.mints);
         let Some(entry) = state.entries.get_mut(&self.id) else {
             return;
         };
         entry.running = false;
+        entry.since = None;
         // Echoes that came while the pass ran are no news; those that have not come yet are waited for.
         let dirty = std::mem::take(&mut entry.dirty);
         let (echoes, news): (Vec<_>, Vec<_>) = dirty
@@ -298,6 +335,7 @@ impl Turn {
             }
         } else {
             entry.begin_anew();
+            entry.since = Some(Instant::now());
             state.waiting.push(&self.id, urgency, &instance);
         }
         self.queue.changed.notify_one();
@@ -378,6 +416,72 @@ mod tests {
         let turn = queue.next().await;
         turn.done(Done::default());
         assert!(nothing(&queue));
+    }
+
+    #[tokio::test]
+    async fn a_pass_that_panics_or_hangs_ends_alone() {
+        let queue = queue();
+        let (sender, mut ended) = tokio::sync::mpsc::unbounded_channel();
+        let shutdown = Shutdown::on_signal().expect("signals");
+        let limit = Duration::from_millis(50);
+        for name in ["panics", "hangs", "works"] {
+            queue.wake(&id(name), None);
+        }
+        let pass = move |id: ObjectRef, _| {
+            let sender = sender.clone();
+            async move {
+                match &*id.name {
+                    "panics" => panic!("as it should"),
+                    "hangs" => std::future::pending().await,
+                    _ => sender.send(()).expect("received"),
+                }
+                Done::default()
+            }
+        };
+        let work = tokio::spawn(queue.clone().work(limit, shutdown, Duration::default, pass));
+        ended.recv().await.expect("the one that works");
+        while queue.load().running > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        queue.wake(&id("works"), None);
+        ended.recv().await.expect("once more");
+        let failed = |name: &str| queue.lock().entries[&id(name)].backoffs[""].failures;
+        assert_eq!((failed("panics"), failed("hangs")), (1, 1));
+        work.abort();
+    }
+
+    #[tokio::test]
+    async fn what_is_due_and_not_done_is_told() {
+        let queue = queue();
+        assert_eq!(queue.load().oldest, Duration::ZERO);
+        for name in ["a", "b", "c", "d"] {
+            queue.wake(&id(name), None);
+        }
+        // One namespace has three of the four slots.
+        let turn = queue.next().await;
+        let busy = [queue.next().await, queue.next().await];
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let load = queue.load();
+        assert_eq!((load.waiting, load.running), (1, 3));
+        assert!(load.oldest >= Duration::from_millis(30));
+        // News during a pass is due from its end on.
+        queue.wake(&turn.id.clone(), None);
+        turn.done(Done::default());
+        for turn in busy {
+            turn.done(Done::default());
+        }
+        let load = queue.load();
+        assert_eq!((load.waiting, load.running), (2, 0));
+        for _ in 0..2 {
+            queue.next().await.done(Done::default());
+        }
+        assert_eq!(queue.load().oldest, Duration::ZERO);
+        // A timer that nobody looks at.
+        queue.wake(&id("a"), None);
+        let mut done = Done::default();
+        done.wake.at = Some(Timestamp::now() - SignedDuration::from_secs(7));
+        queue.next().await.done(done);
+        assert!(queue.load().oldest >= Duration::from_secs(7));
     }
 
     #[tokio::test]

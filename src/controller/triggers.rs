@@ -33,8 +33,15 @@ pub struct Cache {
 struct Known {
     users: HashMap<ObjectRef, Arc<ZitadelServiceUser>>,
     instances: HashMap<ObjectRef, Arc<ZitadelInstance>>,
-    namespaces: HashMap<ObjectRef, Arc<BTreeMap<String, String>>>,
+    namespaces: HashMap<ObjectRef, KnownNamespace>,
     secrets: HashMap<ObjectRef, Tracked>,
+}
+
+#[derive(Clone, PartialEq)]
+struct KnownNamespace {
+    labels: Arc<BTreeMap<String, String>>,
+    /// It is being deleted: nothing can be created in it any more.
+    ending: bool,
 }
 
 /// A Secret that somebody of ours cares for.
@@ -72,7 +79,28 @@ impl Cache {
     /// The labels of a namespace.
     #[must_use]
     pub fn namespace_labels(&self, name: &str) -> Option<Arc<BTreeMap<String, String>>> {
-        self.read().namespaces.get(&ObjectRef::new("", name)).cloned()
+        let known = self.read();
+        let namespace = known.namespaces.get(&ObjectRef::new("", name))?;
+        Some(namespace.labels.clone())
+    }
+
+    /// Whether a namespace is being deleted.
+    #[must_use]
+    pub fn is_ending(&self, namespace: &str) -> bool {
+        let known = self.read();
+        let namespace = known.namespaces.get(&ObjectRef::new("", namespace));
+        namespace.is_some_and(|n| n.ending)
+    }
+
+    /// A write found that a service user is gone, and the watch has not told it, maybe because it is broken: its Secrets
+    /// must not be made again. If it is there after all, the watch's next list has it.
+    pub fn forget_user(&self, user: &ZitadelServiceUser) {
+        let id = reference(user);
+        self.change(|known| {
+            if known.users.get(&id).is_some_and(|u| u.uid() == user.uid()) {
+                known.remove_user(&id);
+            }
+        });
     }
 
     /// Secrets that `user` controls and no longer names.
@@ -279,11 +307,7 @@ impl Triggers {
     }
 
     fn user_gone(&self, id: &ObjectRef) {
-        self.cache.change(|known| {
-            if let Some(user) = known.users.remove(id) {
-                known.unname(id, named_secrets(&user).iter());
-            }
-        });
+        self.cache.change(|known| known.remove_user(id));
         // Its pass finds nothing and clears what is remembered of it.
         self.users.wake(id, None);
     }
@@ -313,11 +337,14 @@ impl Triggers {
 
     fn namespace_applied(&self, namespace: PartialObjectMeta<Namespace>) {
         let id = reference(&namespace);
-        let labels = Arc::new(namespace.metadata.labels.unwrap_or_default());
+        let now = KnownNamespace {
+            labels: Arc::new(namespace.metadata.labels.unwrap_or_default()),
+            ending: namespace.metadata.deletion_timestamp.is_some(),
+        };
         let before = self
             .cache
-            .change(|known| known.namespaces.insert(id.clone(), labels.clone()));
-        if before.is_none_or(|b| b != labels) {
+            .change(|known| known.namespaces.insert(id.clone(), now.clone()));
+        if before.is_none_or(|b| b != now) {
             self.wake_users(|user| user.metadata.namespace.as_deref() == Some(&*id.name));
         }
     }
@@ -376,6 +403,12 @@ impl Triggers {
 }
 
 impl Known {
+    fn remove_user(&mut self, id: &ObjectRef) {
+        if let Some(user) = self.users.remove(id) {
+            self.unname(id, named_secrets(&user).iter());
+        }
+    }
+
     /// `user` names these Secrets no more.
     fn unname<'a>(&mut self, user: &ObjectRef, secrets: impl Iterator<Item = &'a ObjectRef>) {
         for secret in secrets {
@@ -495,8 +528,15 @@ fn is_forbidden(error: &watcher::Error) -> bool {
 
 /// What failed, without the server's words.
 fn kind(error: &watcher::Error) -> &'static str {
+    let code = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => status.code,
+        _ => 0,
+    };
     match error {
-        _ if is_forbidden(error) => "no permission to list",
+        _ if code == 404 => "the API server does not know this kind: is its CustomResourceDefinition installed?",
+        _ if matches!(code, 401 | 403) => "the operator may not list and watch this kind: does its role allow it?",
         watcher::Error::InitialListFailed(_) => "list failed",
         watcher::Error::WatchStartFailed(_) => "watch could not start",
         watcher::Error::WatchError(status) if status.code == 410 => "the history is gone: 410",

@@ -91,9 +91,10 @@ impl Writer {
         }
     }
 
-    /// How long this process may still write.
-    pub fn remaining(&self) -> Result<Duration, NotLeading> {
-        self.fence.remaining()
+    /// Whether something may begin that needs so long until its last write.
+    #[must_use]
+    pub fn may_begin(&self, needed: Duration) -> bool {
+        self.fence.may_begin(needed)
     }
 
     /// Writes a token Secret by server-side apply, over exactly what was seen (decision K5: without the guard an

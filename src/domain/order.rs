@@ -61,9 +61,37 @@ pub struct Waiting {
     by_instance: HashMap<Arc<str>, usize>,
     retries: HashMap<Arc<str>, usize>,
     by_lane: HashMap<Lane, usize>,
-    last_turns: HashMap<Arc<str>, u64>,
+    turns: Turns,
     arrivals: u64,
-    turns: u64,
+}
+
+/// Whose turn it is among the namespaces: the one that had least since it began to wait. A pass costs one, and one more
+/// for each further mint, so that objects with many tokens get no more than those with one. Who comes begins with the
+/// least of those who wait (start-time fair queueing), so that nobody saves up turns.
+#[derive(Debug, Default)]
+struct Turns {
+    /// What the namespace that went last had before it went.
+    level: u64,
+    had: HashMap<Arc<str>, u64>,
+}
+
+impl Turns {
+    fn had(&self, namespace: &Arc<str>) -> u64 {
+        self.had.get(namespace).copied().unwrap_or(0).max(self.level)
+    }
+
+    fn take(&mut self, namespace: &Arc<str>) {
+        let had = self.had(namespace);
+        self.level = had;
+        self.had.insert(namespace.clone(), had + 1);
+    }
+
+    fn charge(&mut self, namespace: &Arc<str>, more: u64) {
+        let had = self.had(namespace);
+        self.had.insert(namespace.clone(), had + more);
+        // Who is not ahead is as one who comes.
+        self.had.retain(|_, had| *had > self.level);
+    }
 }
 
 /// Objects of one namespace and one instance.
@@ -96,8 +124,26 @@ impl Waiting {
             .insert((urgency, arrival, id.clone()));
     }
 
+    /// How many wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nobody waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// How many passes run.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
     /// Takes the next object: an urgent refresh, then a newcomer, then a refresh, then a retry; in each class the
-    /// namespace whose last turn is longest ago.
+    /// namespace that had least.
     pub fn pop(&mut self, now: Timestamp, slots: Slots) -> Option<ObjectRef> {
         if self.running.len() >= slots.all {
             return None;
@@ -124,14 +170,12 @@ impl Waiting {
                 if rank == RETRY && count(&self.retries, &lane.instance) >= (slots.per_instance / 4).max(1) {
                     return None;
                 }
-                let turn = self.last_turns.get(&lane.namespace).copied().unwrap_or(0);
-                Some((rank, turn, entry, lane))
+                Some((rank, self.turns.had(&lane.namespace), entry, lane))
             });
         let (rank, _, (_, _, id), lane) = ranked.min_by(|a, b| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))?;
         let (id, lane) = (id.clone(), lane.clone());
         self.remove(&id);
-        self.turns += 1;
-        self.last_turns.insert(lane.namespace.clone(), self.turns);
+        self.turns.take(&lane.namespace);
         *self.by_namespace.entry(lane.namespace.clone()).or_default() += 1;
         *self.by_instance.entry(lane.instance.clone()).or_default() += 1;
         *self.by_lane.entry(lane.clone()).or_default() += 1;
@@ -142,8 +186,8 @@ impl Waiting {
         Some(id)
     }
 
-    /// The object's pass has ended.
-    pub fn finished(&mut self, id: &ObjectRef) {
+    /// The object's pass has ended, and asked for so many tokens.
+    pub fn finished(&mut self, id: &ObjectRef, mints: usize) {
         let Some((lane, retry)) = self.running.remove(id) else {
             return;
         };
@@ -153,9 +197,10 @@ impl Waiting {
         leave(&mut self.by_namespace, &lane.namespace);
         leave(&mut self.by_instance, &lane.instance);
         leave(&mut self.by_lane, &lane);
-        let idle = !self.by_namespace.contains_key(&lane.namespace);
-        if idle && !self.lanes.keys().any(|l| l.namespace == lane.namespace) {
-            self.last_turns.remove(&lane.namespace);
+        let further = u64::try_from(mints).unwrap_or(u64::MAX).saturating_sub(1);
+        self.turns.charge(&lane.namespace, further);
+        if self.running.is_empty() && self.lanes.is_empty() {
+            self.turns = Turns::default();
         }
     }
 
@@ -233,7 +278,7 @@ mod tests {
     fn drain(waiting: &mut Waiting, now: Timestamp) -> Vec<String> {
         let mut order = Vec::new();
         while let Some(id) = waiting.pop(now, MANY) {
-            waiting.finished(&id);
+            waiting.finished(&id, 1);
             order.push(id.to_string());
         }
         order
@@ -289,7 +334,7 @@ mod tests {
         assert_eq!(taken.len(), 6);
         for id in &taken {
             let name = id.split('/').nth(1).expect("a name");
-            waiting.finished(&ObjectRef::new("noisy", name));
+            waiting.finished(&ObjectRef::new("noisy", name), 1);
             push(&mut waiting, "noisy", name, Urgency::Newcomer, "main");
         }
         for i in 0..3 {
@@ -300,6 +345,27 @@ mod tests {
             per_instance: 4,
         };
         assert_eq!(take(&mut waiting, slots), ["noisy/6", "noisy/7", "quiet/0", "quiet/1"]);
+    }
+
+    #[test]
+    fn mints_count_and_not_passes() {
+        let mut waiting = Waiting::default();
+        let (mut heavy, mut light) = (0, 0);
+        for i in 0..1_000 {
+            push(&mut waiting, "heavy", &i.to_string(), Urgency::Newcomer, "main");
+            push(&mut waiting, "light", &i.to_string(), Urgency::Newcomer, "main");
+        }
+        for _ in 0..170 {
+            let id = waiting.pop(at(0), MANY).expect("one waits");
+            let mints = if &*id.namespace == "heavy" { 16 } else { 1 };
+            *(if mints == 16 { &mut heavy } else { &mut light }) += mints;
+            waiting.finished(&id, mints);
+        }
+        assert!(heavy <= light + 16 && light <= heavy + 16, "{heavy} and {light}");
+        // Who was away has saved up nothing, and has to wait for nobody who had much.
+        push(&mut waiting, "late", "x", Urgency::Newcomer, "main");
+        let next = [(); 2].map(|()| waiting.pop(at(0), MANY).expect("one waits").namespace);
+        assert!(next.contains(&"late".into()), "{next:?}");
     }
 
     #[test]
@@ -314,7 +380,7 @@ mod tests {
             per_instance: 3,
         };
         assert_eq!(take(&mut waiting, slots), ["a/slow-0", "a/slow-1", "a/fast"]);
-        waiting.finished(&ObjectRef::new("a", "slow-0"));
+        waiting.finished(&ObjectRef::new("a", "slow-0"), 1);
         assert_eq!(take(&mut waiting, slots), ["a/slow-2"]);
     }
 
@@ -332,7 +398,7 @@ mod tests {
         assert_eq!(take(&mut waiting, slots).len(), 3);
         push(&mut waiting, "e", "new", Urgency::Newcomer, "main");
         assert_eq!(take(&mut waiting, slots), ["e/new"]);
-        waiting.finished(&ObjectRef::new("b", "failing"));
+        waiting.finished(&ObjectRef::new("b", "failing"), 1);
         assert_eq!(take(&mut waiting, slots).len(), 1);
     }
 
@@ -352,7 +418,7 @@ mod tests {
         waiting.remove(&ObjectRef::new("a", "x"));
         assert!(drain(&mut waiting, at(0)).is_empty());
         assert!(
-            waiting.lanes.is_empty() && waiting.last_turns.is_empty(),
+            waiting.lanes.is_empty() && waiting.turns.had.is_empty(),
             "nothing is kept for who is gone"
         );
     }

@@ -10,6 +10,9 @@ pub enum Retry {
     Permanent,
     /// Grows from a second to five minutes.
     Transient,
+    /// Grows from a second to ten: nobody is asked but the cluster's own API server, and a token that was due while it
+    /// was away has not long to wait.
+    Soon,
 }
 
 macro_rules! reasons {
@@ -82,7 +85,7 @@ reasons! {
     AccessDenied: Permanent,
         "No access rule of the ZitadelInstance lets this namespace have all audiences of the token.",
         "Ask the platform team for a rule in spec.access, or drop the audience.";
-    SecretsForbidden: Permanent,
+    SecretsForbidden: Transient,
         "The operator may not read Secrets in this namespace.",
         "Give the operator's service account the rights of docs/install.md in the namespace.";
     KeySecretMissing: Permanent,
@@ -184,9 +187,9 @@ reasons! {
     NotLeading: Transient,
         "Another replica took over.",
         "Nothing is to be done.";
-    Internal: Transient,
-        "The operator failed in a way that it should not.",
-        "Report it, with the operator's log.";
+    Internal: Soon,
+        "The Kubernetes API server was not reached, or the operator failed in a way that it should not.",
+        "Nothing is to be done while the API server is away; else report it, with the operator's log.";
 }
 
 impl Reason {
@@ -235,6 +238,7 @@ pub fn markdown() -> String {
             Retry::No => "none",
             Retry::Permanent => "on a change, and slowly",
             Retry::Transient => "1 s to 5 min",
+            Retry::Soon => "1 s to 10 s",
         };
         // Writing to a String cannot fail.
         let _ = writeln!(

@@ -79,11 +79,15 @@ pub fn backoff(retry: Retry, failures: u32, seed: &str) -> SignedDuration {
     let base = match retry {
         Retry::No => return SignedDuration::ZERO,
         Retry::Permanent => SignedDuration::from_mins(10),
-        Retry::Transient => {
-            SignedDuration::from_secs(1_i64 << failures.saturating_sub(1).min(9)).min(SignedDuration::from_mins(5))
-        }
+        Retry::Transient => growing(failures).min(SignedDuration::from_mins(5)),
+        Retry::Soon => growing(failures).min(SignedDuration::from_secs(10)),
     };
     scale(base, 0.8 + 0.4 * hash::fraction(&format!("{seed}/{failures}")))
+}
+
+/// A second, and twice as much with each further failure.
+fn growing(failures: u32) -> SignedDuration {
+    SignedDuration::from_secs(1_i64 << failures.saturating_sub(1).min(9))
 }
 
 /// Reads a duration of the spec, such as `1h30m`: what the schema's pattern lets through, and what CEL's `duration()`
@@ -247,6 +251,7 @@ mod tests {
             assert!(got >= 0.8 * base && got <= 1.2 * base, "{failures}: {got}");
         }
         assert!(wait(Retry::Permanent, 1) >= 480.0);
+        assert!(wait(Retry::Soon, 1) <= 1.2 && (8.0..=12.0).contains(&wait(Retry::Soon, 99)));
         assert_ne!(backoff(Retry::Transient, 5, "a"), backoff(Retry::Transient, 5, "b"));
     }
 

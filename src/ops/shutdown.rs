@@ -25,6 +25,12 @@ impl Shutdown {
         Ok(Self(receiver))
     }
 
+    /// Whether the process was asked to end.
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        *self.0.borrow()
+    }
+
     /// Completes when the process is asked to end.
     pub async fn requested(&mut self) {
         // An error means that the sender is gone, which it is only after the signal.

@@ -1,6 +1,7 @@
 //! Logs.
 
 use clap::ValueEnum;
+use prometheus_client::metrics::counter::Counter;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
@@ -26,8 +27,8 @@ const OURS: &str = "zitadel_tokens";
 const LOGS_BODIES: &str = "kube_client::client";
 
 /// Starts logging to stderr. `filter` is in `RUST_LOG`'s form. Libraries log at `libraries` at most, whatever the filter
-/// says: they know nothing of what is secret here.
-pub fn start(format: Format, filter: &str, libraries: Most) -> Result<(), String> {
+/// says: they know nothing of what is secret here. Each panic is counted.
+pub fn start(format: Format, filter: &str, libraries: Most, panics: Counter) -> Result<(), String> {
     let wanted: EnvFilter = filter
         .parse()
         .map_err(|_| format!("--log-level: {filter:?} is not a filter such as `info` or `zitadel_tokens=debug`"))?;
@@ -45,7 +46,8 @@ pub fn start(format: Format, filter: &str, libraries: Most) -> Result<(), String
         .try_init()
         .map_err(|_| "logging was started twice".to_owned())?;
     // The message of a panic may hold a value; where it happened is enough to find it.
-    std::panic::set_hook(Box::new(|panic| {
+    std::panic::set_hook(Box::new(move |panic| {
+        panics.inc();
         let at = panic.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(at, "panic");
     }));
@@ -65,9 +67,11 @@ mod tests {
     #[test]
     fn a_panic_tells_its_place_and_not_its_message() {
         if let Ok(message) = std::env::var(CHILD) {
-            start(Format::Text, "trace", LevelFilter::TRACE).expect("started");
+            let panics = Counter::default();
+            start(Format::Text, "trace", LevelFilter::TRACE, panics.clone()).expect("started");
             let panicked = std::thread::spawn(move || panic!("{message}")).join();
             assert!(panicked.is_err());
+            assert_eq!(panics.get(), 1);
             return;
         }
         let output = Command::new(std::env::current_exe().expect("this test"))

@@ -101,3 +101,37 @@ fn one_file_writes_to_kubernetes() {
         }
     }
 }
+
+/// A row of docs/faults.md is only worth what shows it.
+#[test]
+fn every_fault_in_the_docs_is_shown_by_a_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let code: String = [sources(&root.join("tests")), sources(&source())]
+        .concat()
+        .into_iter()
+        .map(|(_, text)| text)
+        .collect();
+    let page = std::fs::read_to_string(root.join("docs/faults.md")).expect("readable");
+    let reasons: Vec<_> = zitadel_tokens::domain::reason::Reason::ALL
+        .iter()
+        .map(|r| r.name())
+        .collect();
+    let quoted = |cell: &str| -> Vec<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let rows = page
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| fault "));
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').collect();
+        assert_eq!(cells.len(), 6, "{row}");
+        let tests = quoted(cells[5]);
+        assert!(!tests.is_empty(), "nothing shows: {row}");
+        for test in tests {
+            assert!(code.contains(&format!("fn {test}()")), "no test is called {test}");
+        }
+        for reason in quoted(cells[1]) {
+            let named =
+                reason.chars().all(char::is_alphabetic) && reason.chars().filter(|c| c.is_uppercase()).count() > 1;
+            assert!(!named || reasons.contains(&&*reason), "no reason is called {reason}");
+        }
+    }
+}

@@ -6,6 +6,7 @@
 mod support;
 
 mod access;
+mod api_server;
 mod architecture;
 mod chart;
 mod clock;

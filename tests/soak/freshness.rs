@@ -6,6 +6,8 @@ use serde_json::json;
 
 use crate::reduced;
 use crate::sampler::sample;
+use crate::support::operator::Operator;
+use crate::support::proxy::Proxy;
 use crate::support::world::{World, one_token};
 
 const LIFETIME: u64 = 8;
@@ -97,4 +99,27 @@ async fn an_operator_that_was_stopped_for_longer_than_a_token_lives_renews_it_at
     );
     world.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 2);
+}
+
+/// While no token is due, only the watches are opened anew, once in five minutes each (kube's own time for a watch); they
+/// do not end for want of events.
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_costs_nothing() {
+    let world = World::new("idle").await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "True", "Issued").await;
+    world.instance_ready("True", "InstanceReady").await;
+    world.sentinel().await;
+    let requests = async || world.issuer.requests().await.len();
+    let before = (proxy.count(), requests().await);
+    let time = Duration::from_secs(if reduced() { 110 } else { 600 });
+    tokio::time::sleep(time).await;
+    let after = (proxy.count() - before.0, requests().await - before.1);
+    println!("{after:?} requests to the API server and to ZITADEL in {time:?}");
+    let watches = u64::try_from(after.0).expect("few");
+    assert!(watches <= 4 * (1 + time.as_secs() / 290), "{after:?}");
+    assert_eq!(after.1, 0);
 }

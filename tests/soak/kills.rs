@@ -1,15 +1,15 @@
 //! kill -9 at each step of a refresh: no expired token, at most the mint in flight lost.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 
-use crate::support::eventually;
 use crate::support::operator::Operator;
 use crate::support::proxy::{Hold, Proxy};
 use crate::support::world::World;
+use crate::support::{eventually, next_second};
 
 /// At least four times what a restart takes, so that no token expires for the test's own slowness.
 const LIFETIME: u64 = 60;
@@ -58,7 +58,7 @@ async fn a_kill_at_any_step_costs_at_most_the_mint_in_flight() {
         let old = world.secret_until("billing-token", |d| d.contains_key("token")).await;
         world.ready("billing", "True", "Issued").await;
         let expires: Timestamp = old["expires_at"].parse().expect("a time");
-        tick().await;
+        next_second().await;
 
         let hold = find(&proxy);
         world.renew("billing").await;
@@ -151,12 +151,4 @@ async fn an_object_that_is_deleted_during_its_mint_leaves_nothing_and_comes_back
         "{:?}",
         operator.log()
     );
-}
-
-/// Waits for another second: status tells whole ones, so that a renewal within one would be no news.
-async fn tick() {
-    let second = Timestamp::now().as_second();
-    while Timestamp::now().as_second() <= second + 1 {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }

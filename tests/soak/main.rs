@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod api_server;
 mod freshness;
 mod kills;
 mod neighbours;

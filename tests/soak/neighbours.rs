@@ -2,14 +2,18 @@
 
 use std::time::{Duration, Instant};
 
+use futures::{StreamExt, stream};
 use k8s_openapi::api::core::v1::ResourceQuota;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use serde_json::json;
 
+use crate::reduced;
 use crate::sampler::sample;
+use crate::support::issuer::Issuer;
+use crate::support::operator::Operator;
 use crate::support::world::{World, one_token};
-use crate::{reduced, support::eventually};
+use crate::support::{EVENTUALLY, eventually};
 
 /// Objects of each kind of trouble.
 const TROUBLE: usize = 30;
@@ -71,6 +75,69 @@ async fn a_noisy_tenant_costs_a_quiet_one_no_token() {
     quiet.simple("late", json!({"tokenType": "JWT"})).await;
     quiet.ready("late", "True", "Issued").await;
     drop(operator);
+}
+
+/// A server that is down costs its host few calls, and the tokens of another instance nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_objects_on_a_dead_instance_are_quiet() {
+    let (objects, time, lifetime) = if reduced() { (200, 30, 12) } else { (1_000, 120, 20) };
+    let alive = World::new("alive").await;
+    let dead = World::with_issuer("dead", Issuer::start(&[])).await;
+    let selector = format!("test in ({}, {})", alive.instance, dead.instance);
+    let _operator = Operator::start(alive.cluster, &selector).await;
+    alive.instance().await;
+    dead.instance().await;
+    dead.instance_ready("True", "InstanceReady").await;
+    let mut names = Vec::new();
+    for name in ["one", "two", "three"] {
+        let fields = json!({"tokenType": "JWT", "lifetimeSeconds": lifetime});
+        alive.simple(name, fields).await;
+        names.push(format!("{name}-token"));
+    }
+    for name in &names {
+        alive.token(name).await;
+    }
+    for path in ["/oauth/v2/token", "/.well-known/openid-configuration"] {
+        dead.issuer.fault(json!({"path": path, "reset": true})).await;
+    }
+    let user = dead.issuer.user(json!({"tokenType": "JWT"})).await;
+    dead.key_secret("key", &user).await;
+
+    let before = dead.issuer.requests().await.len();
+    let mints = alive.issuer.mints().await;
+    let started = Instant::now();
+    let going = || started.elapsed() < Duration::from_secs(time);
+    let arrive = stream::iter(0..objects).for_each_concurrent(8, async |i| {
+        let mut spec = one_token(&format!("user-{i}-token"));
+        spec["keySecretRef"] = json!({"name": "key"});
+        dead.service_user(&format!("user-{i}"), spec).await.expect("accepted");
+    });
+    let (seen, ()) = tokio::join!(sample(&alive, &names, going), arrive);
+    let calls = dead.issuer.requests().await.len() - before;
+    println!("{objects} objects on a dead instance for {time} s: {calls} calls; beside it {seen}");
+    // One attempt at a time, each of which may ask discovery too, and the looks at the instance itself.
+    assert!(calls < 60, "{calls} calls");
+    let mints = alive.issuer.mints().await - mints;
+    assert!(
+        mints <= names.len() * usize::try_from(2 * time / lifetime + 1).expect("few"),
+        "{mints} mints"
+    );
+
+    dead.issuer.clear_faults().await;
+    let back = Instant::now();
+    let last = async |i: u32| dead.token(&format!("user-{i}-token")).await;
+    tokio::time::timeout(EVENTUALLY, async {
+        for i in 0..objects {
+            last(i).await;
+        }
+    })
+    .await
+    .expect("all have their token");
+    println!(
+        "all of them have a token {:.1} s after it is back",
+        back.elapsed().as_secs_f64()
+    );
+    assert_eq!(dead.issuer.mints().await, usize::try_from(objects).expect("few"));
 }
 
 /// Objects of five kinds that cost something again and again.

@@ -22,12 +22,22 @@ pub mod world;
 
 use std::time::Duration;
 
+use k8s_openapi::jiff::Timestamp;
+
 /// Polls until `done` holds; for what no watch tells.
 pub async fn eventually(what: &str, done: impl AsyncFn() -> bool) {
     let deadline = std::time::Instant::now() + SOON;
     while !done().await {
         assert!(std::time::Instant::now() < deadline, "not in time: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Waits for another second: status tells whole ones, so that a renewal within one would be no news.
+pub async fn next_second() {
+    let second = Timestamp::now().as_second();
+    while Timestamp::now().as_second() <= second + 1 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

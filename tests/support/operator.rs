@@ -42,19 +42,28 @@ impl Operator {
         Self::start_in(&cluster.kubeconfig, selector, &[], &clock.environment()).await
     }
 
-    /// Starts an operator with these flags, in this environment.
+    /// Starts an operator with these flags, in this environment, and waits until it watches.
     pub async fn start_in(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
+        let mut operator = Self::spawn(kubeconfig, selector, flags, environment);
+        operator.await_line("watching").await;
+        operator
+    }
+
+    /// Starts an operator that knows only what is in this environment, and waits until it watches.
+    pub async fn start_as_told(kubeconfig: &Path, environment: &[(&str, &OsStr)]) -> Self {
+        let mut operator = Self::launch(kubeconfig, &[], environment);
+        operator.await_line("watching").await;
+        operator
+    }
+
+    /// Starts an operator, and waits for nothing.
+    pub fn spawn(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         let flags = [&["--instance-selector", selector], flags].concat();
         let environment = [&[("RUST_LOG", OsStr::new("debug"))], environment].concat();
-        Self::spawn(kubeconfig, &flags, &environment).await
+        Self::launch(kubeconfig, &flags, &environment)
     }
 
-    /// Starts an operator that knows only what is in this environment.
-    pub async fn start_as_told(kubeconfig: &Path, environment: &[(&str, &OsStr)]) -> Self {
-        Self::spawn(kubeconfig, &[], environment).await
-    }
-
-    async fn spawn(kubeconfig: &Path, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
+    fn launch(kubeconfig: &Path, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         // setpriv: a test that is killed takes its operator with it.
         let (running, mut stdout) = Running::start(
             "operator",
@@ -74,13 +83,11 @@ impl Operator {
             let _ = stdout.read_to_end(&mut text);
             String::from_utf8_lossy(&text).into_owned()
         });
-        let mut operator = Self {
+        Self {
             running,
             pid,
             stdout: Some(stdout),
-        };
-        operator.await_line("watching").await;
-        operator
+        }
     }
 
     /// Waits for a log line that contains `text`.

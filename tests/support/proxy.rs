@@ -1,8 +1,9 @@
-//! A plain-http proxy in front of the API server that can hold a request, cut all connections, or spoil an answer: how a
-//! crash between two steps, a watch that was down, and an object that nobody can decode are made without hooks in the
-//! product.
+//! A plain-http proxy in front of the API server that can hold a request, refuse or silence all or some, answer with an
+//! error, or spoil an answer: how a crash between two steps, a watch that was down, an API server in trouble and an
+//! object that nobody can decode are made without hooks in the product.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -13,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use kube::config::Kubeconfig;
 use secrecy::ExposeSecret;
+use serde_json::json;
 use tokio::sync::{Notify, watch};
 
 use super::cluster::Cluster;
@@ -28,8 +30,33 @@ struct Shared {
     token: String,
     http: reqwest::Client,
     hold: Mutex<Option<Arc<Hold>>>,
-    cut: watch::Sender<bool>,
+    way: watch::Sender<Way>,
+    errors: Mutex<Vec<Answered>>,
     spoiled: Mutex<Vec<Spoiled>>,
+    count: AtomicUsize,
+}
+
+/// Whether requests come through.
+enum Way {
+    Open,
+    /// Those with this piece of path are refused, and streams of theirs end.
+    Refused(String),
+    /// Nothing is heard any more, and nothing ends.
+    Silent,
+}
+
+impl Way {
+    fn is_refused(&self, path: &str) -> bool {
+        matches!(self, Self::Refused(piece) if path.contains(piece))
+    }
+}
+
+/// The next so many requests with this method and piece of path are answered so, and not forwarded.
+struct Answered {
+    method: &'static str,
+    path: String,
+    status: u16,
+    times: usize,
 }
 
 /// In answers to requests with this piece of path, a text is replaced.
@@ -65,6 +92,11 @@ impl Hold {
 
 impl Proxy {
     pub async fn start(cluster: &Cluster, name: &str) -> Self {
+        Self::before(cluster, &cluster.server, name).await
+    }
+
+    /// Before another API server of the cluster.
+    pub async fn before(cluster: &Cluster, server: &str, name: &str) -> Self {
         let real = Kubeconfig::read_from(&cluster.kubeconfig).expect("a kubeconfig");
         let token = real.auth_infos[0]
             .auth_info
@@ -83,12 +115,14 @@ impl Proxy {
             .build()
             .expect("a client");
         let shared = Arc::new(Shared {
-            server: cluster.server.clone(),
+            server: server.to_owned(),
             token: token.expose_secret().to_owned(),
             http,
             hold: Mutex::default(),
-            cut: watch::Sender::new(false),
+            way: watch::Sender::new(Way::Open),
+            errors: Mutex::default(),
             spoiled: Mutex::default(),
+            count: AtomicUsize::new(0),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -133,13 +167,76 @@ impl Proxy {
         spoiled.push(Spoiled { path, text, by });
     }
 
-    /// Ends all connections and refuses new ones, or lets them pass again.
-    pub fn cut(&self, cut: bool) {
-        self.shared.cut.send_replace(cut);
+    /// How many requests came so far.
+    pub fn count(&self) -> usize {
+        self.shared.count.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the API server behind it is ready.
+    pub async fn reached(&self) {
+        super::eventually("the API server is ready", async || {
+            let asked = self.shared.http.get(format!("{}/readyz", self.shared.server));
+            let answer = asked.bearer_auth(&self.shared.token).send().await;
+            answer.is_ok_and(|a| a.status().is_success())
+        })
+        .await;
+    }
+
+    /// Refuses requests with this piece of path, all if it is empty, and ends the streams that are open.
+    pub fn refuse(&self, path: &str) {
+        self.shared.way.send_replace(Way::Refused(path.to_owned()));
+    }
+
+    /// As when packets are dropped on the way: no answer, no event, and no connection ends.
+    pub fn silence(&self) {
+        self.shared.way.send_replace(Way::Silent);
+    }
+
+    /// Lets everything pass again.
+    pub fn open(&self) {
+        self.shared.way.send_replace(Way::Open);
+    }
+
+    /// Answers the next `times` requests with this method and piece of path by this status.
+    pub fn answer(&self, method: &'static str, path: &str, status: u16, times: usize) {
+        let path = path.to_owned();
+        let mut errors = self.shared.errors.lock().expect("not poisoned");
+        errors.push(Answered {
+            method,
+            path,
+            status,
+            times,
+        });
+    }
+
+    /// Whether all answers of [`Proxy::answer`] were given.
+    pub fn answered(&self) -> bool {
+        self.shared.errors.lock().expect("not poisoned").is_empty()
     }
 }
 
 impl Shared {
+    /// The error that this request is answered with, if it is.
+    fn error(&self, method: &str, path: &str) -> Option<Response> {
+        let mut errors = self.errors.lock().expect("not poisoned");
+        let this = errors
+            .iter_mut()
+            .find(|e| e.method == method && path.contains(&e.path))?;
+        this.times -= 1;
+        let code = this.status;
+        errors.retain(|e| e.times > 0);
+        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": "Made", "message": "made by a test"});
+        let code = StatusCode::from_u16(code).expect("a status");
+        Some((code, [("content-type", "application/json")], status.to_string()).into_response())
+    }
+
+    /// Waits while nothing is heard.
+    async fn heard(&self) {
+        let mut way = self.way.subscribe();
+        // The sender is ours.
+        let _ = way.wait_for(|way| !matches!(way, Way::Silent)).await;
+    }
+
     /// How the answer to a request of this path is spoilt, if it is.
     fn spoiling(&self, path: &str) -> Option<impl Fn(String) -> String + use<>> {
         let spoiled = self.spoiled.lock().expect("not poisoned");
@@ -158,12 +255,16 @@ impl Shared {
 }
 
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    let mut cut = shared.cut.subscribe();
-    if *cut.borrow() {
-        return StatusCode::SERVICE_UNAVAILABLE.into_response();
-    }
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
+    shared.count.fetch_add(1, Ordering::Relaxed);
+    shared.heard().await;
+    if shared.way.borrow().is_refused(&path) {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
+    if let Some(error) = shared.error(parts.method.as_str(), &path) {
+        return error;
+    }
     let hold = {
         let mut next = shared.hold.lock().expect("not poisoned");
         let this = next
@@ -190,6 +291,7 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
         .send()
         .await;
     wait(true).await;
+    shared.heard().await;
     let Ok(answer) = sent else {
         return StatusCode::BAD_GATEWAY.into_response();
     };
@@ -201,10 +303,18 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
         let body = spoil(answer.text().await.unwrap_or_default());
         return response.body(Body::from(body)).expect("a response");
     }
-    let cut = async move {
+    let mut way = shared.way.subscribe();
+    let refused = async move {
         // An error means that the proxy is gone.
-        let _ = cut.wait_for(|cut| *cut).await;
+        let _ = way.wait_for(|way| way.is_refused(&path)).await;
     };
-    let stream = answer.bytes_stream().take_until(Box::pin(cut));
+    let heard = answer.bytes_stream().then(move |chunk| {
+        let shared = shared.clone();
+        async move {
+            shared.heard().await;
+            chunk
+        }
+    });
+    let stream = heard.take_until(Box::pin(refused));
     response.body(Body::from_stream(stream)).expect("a response")
 }

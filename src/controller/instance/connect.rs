@@ -104,6 +104,14 @@ impl Connections {
         recovered.then_some(News::ForFailing)
     }
 
+    /// The longest that a request may take, of all instances.
+    #[must_use]
+    pub fn longest_timeout(&self) -> Duration {
+        let open = lock(&self.open);
+        let timeouts = open.values().map(|open| open.instance.settings().timeout);
+        timeouts.max().unwrap_or_default()
+    }
+
     /// TLS failed: the certificates may have been renewed since they were read.
     pub fn doubt_certificates(&self, name: &str) {
         if let Some(open) = lock(&self.open).get_mut(name) {

@@ -20,8 +20,9 @@ use crate::domain::report::Failed;
 use crate::domain::secret::{self, SecretDraft};
 use crate::zitadel::{Exchanged, Instance};
 
-/// A mint starts only if we lead for the time of the exchange and this: the write must still be ours.
-const TIME_TO_WRITE: Duration = Duration::from_secs(5);
+/// A mint starts only if we lead for the time of the exchange and this: the write must still be ours. A shutdown waits as
+/// long.
+pub const TIME_TO_WRITE: Duration = Duration::from_secs(5);
 
 /// What came of a plan.
 #[derive(Default)]
@@ -30,6 +31,8 @@ pub struct Acted {
     pub outcomes: Vec<Outcome>,
     /// Versions that were written.
     pub written: Vec<String>,
+    /// How many tokens were asked for.
+    pub mints: usize,
     /// What failed besides the tokens.
     pub failed: Vec<Failed>,
 }
@@ -54,7 +57,9 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
             index,
             token,
         };
+        let mints = matches!(step, Step::Mint(_));
         let (outcome, version) = job.carry_out(step).await;
+        acted.mints += usize::from(mints && !outcome.held_back);
         acted.outcomes.push(outcome);
         acted.written.extend(version);
     }
@@ -121,7 +126,7 @@ impl Job<'_> {
             Err(failure) => return Err(self.refused(instance, classify(failure, false))),
         };
         let needed = connection.settings().timeout + TIME_TO_WRITE;
-        if !ctx.writer.remaining().is_ok_and(|remaining| remaining >= needed) {
+        if !ctx.writer.may_begin(needed) {
             return Err(refused(Reason::NotLeading));
         }
         if request.try_write_first {

@@ -126,10 +126,12 @@ impl ForcedState {
     }
 }
 
-/// Reads what decides about `id`. None: the object is gone, going, not ours to serve, or
-/// its instance was not looked at yet.
+/// Reads what decides about `id`. None: the object or its namespace is gone or going, it is not ours to serve, or its
+/// instance was not looked at yet.
 pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Result<Option<Facts>, ReadError> {
     let user = ctx.cache.user(id).filter(|u| u.metadata.deletion_timestamp.is_none());
+    // Where nothing can be created a mint would be lost.
+    let user = user.filter(|_| !ctx.cache.is_ending(&id.namespace));
     let Some(user) = user else {
         ctx.unwritten.drop_object(id);
         ctx.forced.drop_object(id);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 
+pub use act::TIME_TO_WRITE;
 pub use gather::{Forced, UnwrittenTokens};
 
 use crate::controller::Context;
@@ -43,8 +44,22 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     let mut report = report(&facts, &acted.outcomes, shifted(Timestamp::now(), skew));
     report.wake.failed.extend(acted.failed);
     let mut written = acted.written;
-    match publish(&ctx, &facts, &mut report).await {
+    // Who leads now, or after the restart, tells how it is.
+    let ours = acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
+    let published = if ours {
+        publish(&ctx, &facts, &mut report).await
+    } else {
+        Ok(None)
+    };
+    match published {
         Ok(version) => written.extend(version),
+        Err(WriteError::Gone) => {
+            tracing::info!(object = %id, "the object is gone");
+            ctx.cache.forget_user(&facts.user);
+            ctx.unwritten.drop_object(&id);
+            ctx.forced.drop_object(&id);
+            return Done::forget();
+        }
         Err(error) => {
             error.log(&id, "the status");
             report.wake.failed.push(Failed::now("", Reason::Internal));
@@ -54,6 +69,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
         // The queue goes by our own clock.
         wake: report.wake.shifted(-skew),
         written,
+        mints: acted.mints,
         ..Done::default()
     }
 }

@@ -1,0 +1,238 @@
+//! What goes wrong between the operator and the API server costs no token and no mint.
+
+use std::process::Command;
+
+use k8s_openapi::api::authentication::v1::TokenRequest;
+use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, RoleBinding};
+use kube::api::{DeleteParams, PostParams};
+use kube::config::Kubeconfig;
+use kube::runtime::wait::await_condition;
+use kube::{Api, Resource};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::support::cluster::Cluster;
+use crate::support::operator::Operator;
+use crate::support::proxy::Proxy;
+use crate::support::world::{World, data, one_token};
+use crate::support::{EVENTUALLY, eventually, next_second};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_of_the_api_server_cost_time_and_no_mint() {
+    let world = World::new("errors").await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    world.instance().await;
+    let trouble = [
+        ("GET", "/secrets/{}-token", 500, 2),
+        ("GET", "/secrets/{}-key", 429, 2),
+        ("PATCH", "/secrets/{}-token", 500, 2),
+        ("PATCH", "/secrets/{}-token", 429, 1),
+        ("PATCH", "/secrets/{}-token", 409, 1),
+        ("PUT", "/zitadelserviceusers/{}/status", 500, 2),
+        ("PUT", "/zitadelserviceusers/{}/status", 409, 1),
+        ("POST", "/events", 500, 3),
+    ];
+    for (i, (method, path, code, times)) in trouble.into_iter().enumerate() {
+        let name = format!("user-{i}");
+        proxy.answer(method, &path.replace("{}", &name), code, times);
+        world.simple(&name, json!({"tokenType": "JWT"})).await;
+    }
+    for (i, trouble) in trouble.iter().enumerate() {
+        let user = world.ready(&format!("user-{i}"), "True", "Issued").await;
+        let told = user.status.and_then(|s| s.expires_at).expect("an expiry").0.to_string();
+        let secret = world.secrets().get(&format!("user-{i}-token")).await.expect("a Secret");
+        assert_eq!(data(&secret)["expires_at"], told, "{trouble:?}");
+    }
+    assert!(proxy.answered());
+    assert_eq!(world.issuer.mints().await, trouble.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_whose_secrets_are_forbidden_stops_no_other() {
+    let world = World::new("forbidden").await;
+    let other = World::beside(&world, "other").await;
+    let kubeconfig = account(&world, &[&world.name]).await;
+    let _operator = Operator::start_with(&kubeconfig, &world.selector(), &[]).await;
+    let mut spec = world.instance_spec();
+    spec["access"][0]["namespaceSelector"] = json!({});
+    world.apply_instance(spec).await.expect("an instance");
+    other.simple("billing", json!({"tokenType": "JWT"})).await;
+    other.ready("billing", "False", "SecretsForbidden").await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "True", "Issued").await;
+
+    // Nobody tells the operator that it may now; it asks again.
+    bind(&other, &world.name).await;
+    other.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_is_being_deleted_gets_no_mint() {
+    let world = World::new("ending").await;
+    let operator = world.operator().await;
+    let mut spec = world.instance_spec();
+    spec["access"][0]["namespaceSelector"] = json!({});
+    world.apply_instance(spec).await.expect("an instance");
+    let ending = World::beside(&world, "ending").await;
+    ending.simple("billing", json!({"tokenType": "JWT"})).await;
+    ending.ready("billing", "True", "Issued").await;
+    let namespaces: Api<Namespace> = Api::all(world.client.clone());
+    {
+        // Which of a namespace's objects goes first is chance; here the Secret does, and the service user stays.
+        let _stopped = Stopped::new(world.cluster, "kube-controller-manager");
+        let deleted = namespaces.delete(&ending.name, &DeleteParams::default()).await;
+        deleted.expect("is being deleted");
+        let deleted = ending.secrets().delete("billing-token", &DeleteParams::default()).await;
+        deleted.expect("deleted");
+        world.sentinel().await;
+        assert_eq!(world.issuer.mints().await, 1);
+    }
+    let gone = await_condition(namespaces, &ending.name, |n: Option<&Namespace>| n.is_none());
+    let gone = tokio::time::timeout(EVENTUALLY, gone).await;
+    gone.expect("gone in time").expect("watched");
+    world.sentinel().await;
+    assert_eq!(world.issuer.mints().await, 1);
+    let log = operator.log();
+    assert!(log.iter().all(|l| !l.contains("panic")), "{log:?}");
+}
+
+/// A part of the control plane that is stopped as long as this lives.
+struct Stopped(String);
+
+impl Stopped {
+    fn new(cluster: &Cluster, part: &str) -> Self {
+        let stopped = Self(cluster.ready["pids"][part].to_string());
+        stopped.signal("STOP");
+        stopped
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args(["-s", name, &self.0]).status();
+        assert!(sent.expect("kill runs").success());
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.signal("CONT");
+    }
+}
+
+/// The watch of Secrets tells that garbage collection took the token Secret; that its object is gone nobody tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_object_whose_watch_is_down_is_minted_for_at_most_once() {
+    let world = World::new("deaf").await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let mut operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    world.instance().await;
+    for name in ["billing", "witness"] {
+        world.simple(name, json!({"tokenType": "JWT"})).await;
+        world.ready(name, "True", "Issued").await;
+    }
+    next_second().await;
+    proxy.refuse("/v1alpha1/zitadelserviceusers?");
+    let deleted = world.users().delete("billing", &DeleteParams::default()).await;
+    deleted.expect("deleted");
+    // As garbage collection does, in its time; it may have been faster.
+    let _ = world.secrets().delete("billing-token", &DeleteParams::default()).await;
+    operator
+        .await_line("INFO zitadel_tokens::controller::service_user: the object is gone")
+        .await;
+    let mints = world.issuer.mints().await;
+    assert!(mints <= 3, "{mints}");
+    let _ = world.secrets().delete("billing-token", &DeleteParams::default()).await;
+    // The second repair of another begins long after what the deletion would have brought.
+    for _ in 0..2 {
+        world
+            .edit_secret("witness-token", json!({"stringData": {"token": "edited"}}))
+            .await;
+        world.secret_until("witness-token", |d| d["token"] != "edited").await;
+    }
+    assert_eq!(world.issuer.mints().await, mints + 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_waits_for_the_mint_under_way_and_begins_no_other() {
+    let world = World::new("drain").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let late =
+        json!({"path": "/oauth/v2/token", "scopeContains": "openid", "afterHandling": true, "latencyMillis": 3000});
+    world.issuer.fault(late).await;
+    let mut spec = one_token("first-token");
+    let second = json!({"name": "second", "projectIds": ["2"], "secret": {"name": "second-token"}});
+    spec["tokens"].as_array_mut().expect("a list").push(second);
+    world.service_user("billing", spec).await.expect("accepted");
+    eventually("the first mint is under way", async || world.issuer.mints().await == 1).await;
+    operator.terminate().await;
+    world.token("first-token").await;
+    assert_eq!(world.issuer.mints().await, 1);
+
+    world.issuer.clear_faults().await;
+    let _operator = world.operator().await;
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+/// A kubeconfig of a service account that may do all that the operator needs, with Secrets in these namespaces only.
+async fn account(world: &World, namespaces: &[&str]) -> std::path::PathBuf {
+    let name = &world.name;
+    let may = |group: &str, resources: Value, verbs: Value| json!({"apiGroups": [group], "resources": resources, "verbs": verbs});
+    let ours = "zitadel-tokens.dev";
+    let everywhere = json!({"metadata": {"name": name}, "rules": [
+        may(ours, json!(["zitadelinstances", "zitadelserviceusers"]), json!(["get", "list", "watch"])),
+        may(ours, json!(["zitadelinstances/status", "zitadelserviceusers/status"]), json!(["update"])),
+        may("", json!(["namespaces", "secrets"]), json!(["list", "watch"])),
+        may("events.k8s.io", json!(["events"]), json!(["create", "patch"])),
+    ]});
+    let here = json!({"metadata": {"name": format!("{name}-secrets")}, "rules": [
+        may("", json!(["secrets"]), json!(["get", "create", "patch", "delete"])),
+    ]});
+    create::<ClusterRole>(Api::all(world.client.clone()), everywhere).await;
+    create::<ClusterRole>(Api::all(world.client.clone()), here).await;
+    let subject = json!([{"kind": "ServiceAccount", "name": name, "namespace": name}]);
+    let role = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name});
+    let binding = json!({"metadata": {"name": name}, "subjects": subject, "roleRef": role});
+    create::<ClusterRoleBinding>(Api::all(world.client.clone()), binding).await;
+    for namespace in namespaces {
+        assert_eq!(*namespace, world.name);
+        bind(world, name).await;
+    }
+    let accounts: Api<ServiceAccount> = Api::namespaced(world.client.clone(), name);
+    create(accounts.clone(), json!({"metadata": {"name": name}})).await;
+    let request: TokenRequest = serde_json::from_value(json!({"spec": {"audiences": []}})).expect("a request");
+    let token = accounts
+        .create_token_request(name, &PostParams::default(), &request)
+        .await
+        .expect("a token");
+    let mut config = Kubeconfig::read_from(&world.cluster.kubeconfig).expect("a kubeconfig");
+    let info = config.auth_infos[0].auth_info.as_mut().expect("a user");
+    info.token = Some(token.status.expect("a status").token.into());
+    let path = std::path::Path::new(world.cluster.ready["dir"].as_str().expect("a folder"))
+        .join(format!("{name}.account.kubeconfig"));
+    std::fs::write(&path, serde_json::to_string(&config).expect("JSON")).expect("written");
+    path
+}
+
+/// Lets the account read and write Secrets in this world's namespace.
+async fn bind(world: &World, account: &str) {
+    let subject = json!([{"kind": "ServiceAccount", "name": account, "namespace": account}]);
+    let role =
+        json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": format!("{account}-secrets")});
+    let binding = json!({"metadata": {"name": "operator"}, "subjects": subject, "roleRef": role});
+    create::<RoleBinding>(Api::namespaced(world.client.clone(), &world.name), binding).await;
+}
+
+async fn create<K>(api: Api<K>, object: Value) -> K
+where
+    K: Resource + Clone + std::fmt::Debug + Serialize + DeserializeOwned,
+{
+    let object = serde_json::from_value(object).expect("an object");
+    api.create(&PostParams::default(), &object).await.expect("created")
+}

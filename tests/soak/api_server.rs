@@ -1,0 +1,210 @@
+//! The API server restarts, is away, falls silent, or does not know our kinds yet.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::Api;
+use kube::api::DeleteParams;
+use kube::runtime::wait::await_condition;
+use serde_json::json;
+
+use crate::reduced;
+use crate::sampler::sample;
+use crate::support::cluster::{Cluster, install_crds};
+use crate::support::issuer::Issuer;
+use crate::support::operator::Operator;
+use crate::support::proxy::Proxy;
+use crate::support::world::World;
+use crate::support::{EVENTUALLY, eventually};
+
+/// Service users whose tokens are all due while the API server is away.
+const USERS: usize = 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_due_while_the_api_server_was_away_is_renewed_once_and_in_time() {
+    for silent in [false, true] {
+        let (lifetime, away) = if reduced() { (60, 12) } else { (300, 60) };
+        let world = World::new("away").await;
+        let proxy = Proxy::start(world.cluster, &world.name).await;
+        let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+        world.instance().await;
+        let started = Instant::now();
+        let mut names = Vec::new();
+        for i in 0..USERS {
+            let name = format!("user-{i}");
+            let fields = json!({"tokenType": "JWT", "lifetimeSeconds": lifetime});
+            world.simple(&name, fields).await;
+            names.push(format!("{name}-token"));
+        }
+        for i in 0..USERS {
+            world.ready(&format!("user-{i}"), "True", "Issued").await;
+        }
+        assert_eq!(world.issuer.mints().await, USERS);
+        // Due at two thirds, or up to a tenth earlier: from 56 % of the lifetime on.
+        let leaves = Duration::from_secs(lifetime * 55 / 100);
+        let comes_back = leaves + Duration::from_secs(away);
+        let outage = async {
+            tokio::time::sleep(leaves.saturating_sub(started.elapsed())).await;
+            if silent {
+                proxy.silence();
+            } else {
+                proxy.refuse("");
+            }
+            tokio::time::sleep(comes_back.saturating_sub(started.elapsed())).await;
+            assert_eq!(world.issuer.mints().await, USERS, "nobody could have written more");
+            proxy.open();
+            let back = Instant::now();
+            eventually("all are renewed", async || world.issuer.mints().await == 2 * USERS).await;
+            back.elapsed()
+        };
+        let going = || started.elapsed() < Duration::from_secs(lifetime);
+        let (seen, took) = tokio::join!(sample(&world, &names, going), outage);
+        println!(
+            "{} for {away} s, tokens of {lifetime} s: {USERS} due tokens renewed {:.1} s after it was back; {seen}",
+            if silent { "silent" } else { "away" },
+            took.as_secs_f64()
+        );
+        world.sentinel().await;
+        assert_eq!(world.issuer.mints().await, 2 * USERS);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_server_that_is_killed_and_comes_back_costs_no_token() {
+    let (lifetime, restarts) = if reduced() { (30, 3) } else { (60, 15) };
+    let world = World::new("restart").await;
+    let mut server = Server::new(world.cluster);
+    server.start();
+    let proxy = Proxy::before(world.cluster, &server.url, &world.name).await;
+    proxy.reached().await;
+    let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    world.instance().await;
+    let mut names = Vec::new();
+    for i in 0..USERS {
+        let name = format!("user-{i}");
+        let fields = json!({"tokenType": "JWT", "lifetimeSeconds": lifetime});
+        world.simple(&name, fields).await;
+        names.push(format!("{name}-token"));
+    }
+    for name in &names {
+        world.token(name).await;
+    }
+    let restarting = AtomicBool::new(true);
+    let restart = async {
+        for _ in 0..restarts {
+            tokio::time::sleep(Duration::from_secs(lifetime / 2)).await;
+            server.kill();
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            server.start();
+            proxy.reached().await;
+        }
+        restarting.store(false, Ordering::Relaxed);
+    };
+    let (seen, ()) = tokio::join!(sample(&world, &names, || restarting.load(Ordering::Relaxed)), restart);
+    let mints = world.issuer.mints().await;
+    println!("{restarts} restarts, {mints} mints; {seen}");
+    // Those that were minted in the very last moment are not seen any more.
+    assert!(
+        (seen.tokens..=seen.tokens + names.len()).contains(&mints),
+        "{mints} mints"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_kinds_the_operator_waits() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start()));
+    let world = World::on(cluster, "kinds", Issuer::start(&[])).await;
+    let mut operator = Operator::spawn(&cluster.kubeconfig, &world.selector(), &[], &[]);
+    let unknown = "kind=ZitadelServiceUser error=\"the API server does not know this kind";
+    operator.await_line(unknown).await;
+    let health = async || (operator.get("/livez").await.0, operator.get("/readyz").await.0);
+    assert_eq!(health().await, (200, 503));
+    install_crds(&world.client).await;
+    eventually("it watches", async || health().await == (200, 200)).await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "True", "Issued").await;
+
+    // The CRDs go, and all objects with them; and they come back.
+    let crds: Api<CustomResourceDefinition> = Api::all(world.client.clone());
+    for crd in zitadel_tokens::api::crds() {
+        let name = crd.metadata.name.expect("a name");
+        crds.delete(&name, &DeleteParams::default()).await.expect("deleted");
+        let gone = await_condition(crds.clone(), &name, |crd: Option<&CustomResourceDefinition>| {
+            crd.is_none()
+        });
+        let gone = tokio::time::timeout(EVENTUALLY, gone).await;
+        gone.expect("gone in time").expect("watched");
+    }
+    let lines = operator.log().iter().filter(|l| l.contains(unknown)).count();
+    eventually("its watch has failed", async || {
+        operator.log().iter().filter(|l| l.contains(unknown)).count() > lines
+    })
+    .await;
+    assert_eq!(health().await, (200, 200));
+    install_crds(&world.client).await;
+    world.instance().await;
+    world.simple("again", json!({"tokenType": "JWT"})).await;
+    let told = |u: &zitadel_tokens::api::ZitadelServiceUser| {
+        crate::support::world::condition(u, "Ready").is_some_and(|(_, reason, _)| reason == "Issued")
+    };
+    crate::support::world::until(world.users(), "again", EVENTUALLY, told).await;
+    let log = operator.log();
+    assert!(log.iter().all(|l| !l.contains("panic")), "{log:?}");
+}
+
+/// Another API server of a cluster, which can be killed: the same command on another port.
+struct Server {
+    command: Command,
+    running: Option<Child>,
+    url: String,
+}
+
+impl Server {
+    fn new(cluster: &Cluster) -> Self {
+        let pid = &cluster.ready["pids"]["kube-apiserver"];
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("it runs");
+        let port = TcpListener::bind("127.0.0.1:0")
+            .expect("a port")
+            .local_addr()
+            .expect("an address")
+            .port();
+        let flags: Vec<&str> = line.split('\0').filter(|flag| !flag.is_empty()).collect();
+        // Of a flag that is given twice the last counts. Its own audit log: two writers would spoil the other.
+        let audit = format!("{}/audit-{port}.log", cluster.ready["dir"].as_str().expect("a folder"));
+        let own = [format!("--secure-port={port}"), format!("--audit-log-path={audit}")];
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL"])
+            .args(&flags)
+            .args(own)
+            .current_dir(format!("/proc/{pid}/cwd"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self {
+            command,
+            running: None,
+            url: format!("https://127.0.0.1:{port}"),
+        }
+    }
+
+    fn start(&mut self) {
+        self.running = Some(self.command.spawn().expect("it starts"));
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut running) = self.running.take() {
+            running.kill().expect("killed");
+            running.wait().expect("waited for");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
