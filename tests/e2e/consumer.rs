@@ -1,0 +1,108 @@
+//! A workload as people write it: it reads the token from a file whenever it needs it. This one needs it each second, and
+//! its log tells what it read and when, so that nothing between is missed while the test is busy elsewhere.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::{LogParams, PostParams};
+use serde_json::json;
+
+use crate::support::world::{World, claims, until};
+
+/// A reading later than this after the one before has not seen what was between.
+const GAP: i64 = 4;
+
+pub struct Consumer {
+    pods: Api<Pod>,
+    /// How long the node may take for a pod, and to bring a change into its files.
+    patience: Duration,
+}
+
+pub struct Reading {
+    at: i64,
+    pub token: String,
+}
+
+impl Consumer {
+    /// Starts a pod that mounts this Secret, and waits until it runs.
+    pub async fn start(world: &World, image: &str, secret: &str, patience: Duration) -> Self {
+        let script = r#"while :; do echo "$(date +%s) $(cat /token/token)"; sleep 1; done"#;
+        let pod = json!({
+            "metadata": {"name": "consumer"},
+            "spec": {
+                "terminationGracePeriodSeconds": 0,
+                "containers": [{
+                    "name": "consumer", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["sh", "-c", script],
+                    "volumeMounts": [{"name": "token", "mountPath": "/token", "readOnly": true}],
+                }],
+                "volumes": [{"name": "token", "secret": {"secretName": secret}}],
+            },
+        });
+        let pods: Api<Pod> = Api::namespaced(world.client.clone(), &world.name);
+        let pod = serde_json::from_value(pod).expect("a pod");
+        pods.create(&PostParams::default(), &pod).await.expect("created");
+        until(pods.clone(), "consumer", patience, |pod: &Pod| {
+            let status = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+            status == Some("Running")
+        })
+        .await;
+        Self { pods, patience }
+    }
+
+    /// All that it read so far.
+    pub async fn readings(&self) -> Vec<Reading> {
+        let log = self.pods.logs("consumer", &LogParams::default()).await.expect("a log");
+        // The last line may be on its way.
+        let whole = log.rfind('\n').map_or("", |end| &log[..end]);
+        whole.lines().map(Reading::parse).collect()
+    }
+
+    /// Waits until it has read another token than `old`; returns that.
+    pub async fn reads_other_than(&self, old: &str) -> String {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            if let Some(last) = self.readings().await.pop().filter(|r| r.token != old) {
+                return last.token;
+            }
+            assert!(Instant::now() < deadline, "no new token in the file in {:?}", self.patience);
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Fails if it ever read a token that had expired; says what was seen.
+    pub async fn never_read_an_expired_token(&self) -> String {
+        let readings = self.readings().await;
+        let mut margin = i64::MAX;
+        let mut widest = 0;
+        let mut last = readings.first().expect("a reading").at;
+        let mut tokens = BTreeSet::new();
+        for reading in &readings {
+            let left = claims(&reading.token)["exp"].as_i64().expect("exp") - reading.at;
+            let at = Timestamp::from_second(reading.at).expect("a time");
+            assert!(left > 0, "at {at} the file held a token that had expired {} s before", -left);
+            margin = margin.min(left);
+            widest = widest.max(reading.at - last);
+            last = reading.at;
+            tokens.insert(&reading.token);
+        }
+        assert!(widest <= GAP, "not measured: {widest} s between two readings");
+        format!(
+            "{} readings, widest gap {widest} s, least time left {margin} s, {} tokens",
+            readings.len(),
+            tokens.len()
+        )
+    }
+}
+
+impl Reading {
+    fn parse(line: &str) -> Self {
+        let (at, token) = line.split_once(' ').unwrap_or_else(|| panic!("no reading: {line:?}"));
+        Self {
+            at: at.parse().expect("seconds"),
+            token: token.to_owned(),
+        }
+    }
+}
