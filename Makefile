@@ -8,10 +8,16 @@ TOOLS := $(CACHE)/tools
 CARGO_DENY_VERSION := 0.20.2
 # Tests are processes and waits more than work; few threads keep two cores from thrashing.
 TEST_THREADS ?= 4
+# Where an image is to be made of another build than `make build`'s.
+BINARY ?=
+IMAGE_ARCHIVE ?= target/image/zitadel-tokens.tar
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+GO_TOOL := go -C tests/testbed/tools tool
+CHART := $(CURDIR)/charts/zitadel-tokens
 # For each of the targets in fuzz/targets.rs.
 FUZZ_SECONDS ?= 10
 
-.PHONY: help demo test fuzz soak lint fmt build run testbed crds docs bench bench-quick test-zitadel ci
+.PHONY: help demo test fuzz soak lint chart fmt build image run testbed crds docs bench bench-quick test-zitadel ci
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +47,8 @@ lint: ## Format, clippy, licences, generated files
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --test soak -- -D warnings # not among all targets, since `cargo test` leaves it out
 	$(MAKE) --no-print-directory deny
-	$(MAKE) --no-print-directory crds docs
-	@git diff --exit-code --stat -- crds docs/reasons.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
+	$(MAKE) --no-print-directory chart crds docs
+	@git diff --exit-code --stat -- crds charts docs/reasons.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
 
 .PHONY: deny
 deny: $(TOOLS)/bin/cargo-deny
@@ -51,6 +57,11 @@ deny: $(TOOLS)/bin/cargo-deny
 $(TOOLS)/bin/cargo-deny:
 	cargo install --quiet cargo-deny --locked --version $(CARGO_DENY_VERSION) --root $(TOOLS)
 
+chart: ## Lint the chart and the workflows, and run the chart's unit tests
+	@$(GO_TOOL) helm lint --strict --quiet $(CHART)
+	@$(GO_TOOL) helm-unittest --strict $(CHART)
+	@$(GO_TOOL) actionlint -shellcheck= -pyflakes= $(wildcard $(CURDIR)/.github/workflows/*.yaml)
+
 fmt: ## Format Rust and Go
 	cargo fmt
 	gofmt -w tests/testbed
@@ -58,17 +69,26 @@ fmt: ## Format Rust and Go
 build: ## Build the operator
 	cargo build --release --locked
 
+image: ## Write the image as an OCI archive; BINARY= takes another binary than that of `make build`
+	@[ -n "$(BINARY)" ] || $(MAKE) --no-print-directory build
+	image/build "$(or $(BINARY),target/release/zitadel-tokens)" "$(IMAGE_ARCHIVE)" \
+		--label org.opencontainers.image.version=$(VERSION) \
+		--label org.opencontainers.image.source=https://github.com/zitadel-tokens/zitadel-tokens \
+		--label org.opencontainers.image.licenses=Apache-2.0
+
 run: ## Run the operator against the current kubeconfig context
 	cargo run --bin zitadel-tokens -- run --listen 127.0.0.1:8080
 
 testbed: ## Build the control plane and the ZITADEL stand-in (cold: about 10 minutes)
 	@tests/testbed/build
 
-crds: ## Write crds/ from the types
+crds: ## Write the CRDs from the types, for kubectl and for the chart
 	cargo run --quiet --bin zitadel-tokens -- crds > crds/zitadel-tokens.yaml
+	cp crds/zitadel-tokens.yaml $(CHART)/files/crds.yaml
 
-docs: ## Write the generated tables of docs/
+docs: ## Write the generated tables of docs/ and of the chart
 	cargo run --quiet --bin zitadel-tokens -- reasons > docs/reasons.md
+	@$(GO_TOOL) helm-docs --log-level warning --chart-search-root $(CHART) --sort-values-order file
 
 bench-quick: testbed ## Burst, newcomer and restart beside a floor: a table in about five minutes
 	cargo bench --bench fleet -- quick

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod crds;
+mod probe;
 mod reasons;
 mod run;
 
@@ -23,6 +24,8 @@ enum Command {
     Run(run::Arguments),
     /// Print the custom resource definitions as YAML, for `kubectl apply --server-side -f -`.
     Crds,
+    /// Ask an operator's /readyz or /livez; fails if it is not well.
+    Probe(probe::Arguments),
     /// Print the reasons that status and Events show, with meaning and mend, as Markdown.
     Reasons,
 }
@@ -33,6 +36,7 @@ pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Run(arguments) => run::run(arguments),
         Command::Crds => crds::print(),
+        Command::Probe(arguments) => probe::probe(arguments),
         Command::Reasons => {
             reasons::print();
             Ok(())
@@ -45,4 +49,11 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// One crypto backend for kube and reqwest (reference/kube.md §0, facts 1 and 2).
+fn choose_tls() -> Result<(), String> {
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| "a TLS backend was chosen twice".to_owned())
 }

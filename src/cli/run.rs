@@ -35,6 +35,14 @@ pub struct Arguments {
     #[arg(long, env, default_value = "")]
     instance_selector: String,
 
+    /// Watch service users and Secrets in these namespaces only, such as `shop,billing`; everywhere if there is none.
+    #[arg(long, env, value_delimiter = ',')]
+    watch_namespaces: Vec<String>,
+
+    /// Whether to write the status of instances. Of several operators that serve the same ones, one should.
+    #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
+    write_instance_status: bool,
+
     /// Where /livez, /readyz and /metrics are served.
     #[arg(long, env, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
@@ -68,10 +76,7 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
         // A sandbox may forbid it; tokens are needed all the same.
         tracing::warn!(error = %error.kind(), "core dumps could not be turned off");
     }
-    // One crypto backend for kube, reqwest and signing (reference/kube.md §0, facts 1 and 2).
-    rustls::crypto::aws_lc_rs::default_provider()
-        .install_default()
-        .map_err(|_| "a TLS backend was chosen twice")?;
+    super::choose_tls()?;
     jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER
         .install_default()
         .map_err(|_| "a signing backend was chosen twice")?;
@@ -113,7 +118,17 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         per_instance: 1,
     };
     let instances = Arc::new(Queue::new(few, Box::new(|id| (Urgency::Newcomer, id.name.clone()))));
-    let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone()));
+    let mut namespaces = arguments.watch_namespaces;
+    // An empty variable is one empty name.
+    namespaces.retain(|name| !name.is_empty());
+    namespaces.sort();
+    namespaces.dedup();
+    let triggers = Arc::new(Triggers::new(
+        cache.clone(),
+        users.clone(),
+        instances.clone(),
+        namespaces,
+    ));
     let context = Arc::new(Context {
         writer: Writer::new(client.clone(), Fence::always_ours()),
         client: client.clone(),
@@ -126,6 +141,7 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         metrics,
         operator_namespace: arguments.namespace,
         serves_some_instances_only: !arguments.instance_selector.is_empty(),
+        writes_instance_status: arguments.write_instance_status,
     });
 
     let ready = Arc::new(AtomicBool::new(false));

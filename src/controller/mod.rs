@@ -44,6 +44,8 @@ pub struct Context {
     pub operator_namespace: Option<String>,
     /// Whether an instance that is not there may be another operator's.
     pub serves_some_instances_only: bool,
+    /// Whether the status of instances is ours to write; several operators may serve one instance.
+    pub writes_instance_status: bool,
 }
 
 impl Context {

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Debug;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use futures::future::join_all;
 use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Namespace;
-use kube::core::PartialObjectMeta;
+use kube::core::{NamespaceResourceScope, PartialObjectMeta};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -21,9 +22,6 @@ use crate::controller::queue::Queue;
 use crate::controller::secrets::SecretMeta;
 use crate::domain::facts::ObjectRef;
 use crate::domain::secret::SecretRef;
-
-/// How many watches must have had their first list before anything is decided (decision K14).
-const WATCHES: usize = 4;
 
 /// What exists, as the watches last said.
 #[derive(Default)]
@@ -129,27 +127,38 @@ pub struct Triggers {
     cache: Arc<Cache>,
     users: Arc<Queue>,
     instances: Arc<Queue>,
+    /// Where service users and Secrets are watched; None is everywhere.
+    within: Vec<Option<String>>,
+    /// How many watches have had their first list.
     listed: watch::Sender<usize>,
 }
 
 impl Triggers {
-    /// Watches that fill `cache` and wake the two queues.
+    /// Watches that fill `cache` and wake the two queues. Service users and Secrets are watched in `namespaces` only,
+    /// one by one, since a Role gives rights in one namespace; in all of the cluster if none is named.
     #[must_use]
-    pub fn new(cache: Arc<Cache>, users: Arc<Queue>, instances: Arc<Queue>) -> Self {
+    pub fn new(cache: Arc<Cache>, users: Arc<Queue>, instances: Arc<Queue>, namespaces: Vec<String>) -> Self {
+        let within = if namespaces.is_empty() {
+            vec![None]
+        } else {
+            namespaces.into_iter().map(Some).collect()
+        };
         Self {
             cache,
             users,
             instances,
+            within,
             listed: watch::Sender::new(0),
         }
     }
 
-    /// Completes when every watch has had its first list.
+    /// Completes when every watch has had its first list: nothing is decided before (decision K14).
     pub fn first_lists(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut listed = self.listed.subscribe();
+        let watches = 2 + 2 * self.within.len();
         async move {
             // The sender lives as long as the watches.
-            let _ = listed.wait_for(|count| *count >= WATCHES).await;
+            let _ = listed.wait_for(|count| *count >= watches).await;
         }
     }
 
@@ -159,37 +168,54 @@ impl Triggers {
         let instances = everything().labels(instance_selector);
         tokio::join!(
             self.follow(
-                guarded(&client, everything()),
-                Self::user_applied,
-                Self::user_gone,
-                |k| k.users.keys().cloned().collect()
-            ),
-            self.follow(
-                guarded(&client, instances),
+                None,
+                guarded(Api::all(client.clone()), instances),
                 Self::instance_applied,
                 Self::instance_gone,
                 |k| k.instances.keys().cloned().collect()
             ),
             self.follow(
-                guarded::<PartialObjectMeta<Namespace>>(&client, everything()),
+                None,
+                guarded::<PartialObjectMeta<Namespace>>(Api::all(client.clone()), everything()),
                 Self::namespace_applied,
                 Self::namespace_gone,
                 |k| k.namespaces.keys().cloned().collect()
             ),
-            self.follow(
-                secrets(&client),
-                |triggers, secret| triggers.secret_applied(&secret),
-                Self::secret_gone,
-                |k| { k.secrets.keys().cloned().collect() }
-            ),
+            join_all(self.within.iter().map(Option::as_deref).map(|within| {
+                let (client, seen) = (&client, move |id: &&ObjectRef| {
+                    within.is_none_or(|n| n == &*id.namespace)
+                });
+                async move {
+                    tokio::join!(
+                        self.follow(
+                            within,
+                            guarded(api(client, within), everything()),
+                            Self::user_applied,
+                            Self::user_gone,
+                            |k| k.users.keys().filter(seen).cloned().collect()
+                        ),
+                        self.follow(
+                            within,
+                            secrets(api(client, within)),
+                            |triggers, secret| triggers.secret_applied(&secret),
+                            Self::secret_gone,
+                            |k| k.secrets.keys().filter(seen).cloned().collect()
+                        ),
+                    )
+                }
+            })),
         );
     }
 
     /// Follows one watch. After a relist, what is known and was not listed is gone: kube's own stores would not tell
     /// (decision K6).
+    ///
+    /// A named namespace that may not be listed counts as listed: it was deleted, and its Role with it. The others must
+    /// not wait for it, and nothing of it is known, so that nothing is decided about it.
     async fn follow<K>(
         &self,
-        events: impl Stream<Item = Event<Readable<K>>>,
+        within: Option<&str>,
+        events: impl Stream<Item = Result<Event<Readable<K>>, Forbidden>>,
         applied: impl Fn(&Self, K),
         gone: impl Fn(&Self, &ObjectRef),
         known: impl Fn(&Known) -> HashSet<ObjectRef>,
@@ -201,14 +227,14 @@ impl Triggers {
         let mut first = true;
         while let Some(event) = events.next().await {
             match event {
-                Event::Init => unseen = known(&self.cache.read()),
-                Event::InitApply(Ok(object)) => {
+                Ok(Event::Init) => unseen = known(&self.cache.read()),
+                Ok(Event::InitApply(Ok(object))) => {
                     unseen.remove(&reference(&object));
                     applied(self, object);
                 }
                 // It is there, if not as it should be: what is known of it stays.
-                Event::InitApply(Err(id)) => drop(unseen.remove(&id)),
-                Event::InitDone => {
+                Ok(Event::InitApply(Err(id))) => drop(unseen.remove(&id)),
+                Ok(Event::InitDone) => {
                     for id in std::mem::take(&mut unseen) {
                         gone(self, &id);
                     }
@@ -216,10 +242,15 @@ impl Triggers {
                         self.listed.send_modify(|count| *count += 1);
                     }
                 }
-                Event::Apply(Ok(object)) => applied(self, object),
-                Event::Apply(Err(_)) => {}
-                Event::Delete(Ok(object)) => gone(self, &reference(&object)),
-                Event::Delete(Err(id)) => gone(self, &id),
+                Ok(Event::Apply(Ok(object))) => applied(self, object),
+                Ok(Event::Apply(Err(_))) => {}
+                Ok(Event::Delete(Ok(object))) => gone(self, &reference(&object)),
+                Ok(Event::Delete(Err(id))) => gone(self, &id),
+                Err(Forbidden) => {
+                    if within.is_some() && std::mem::take(&mut first) {
+                        self.listed.send_modify(|count| *count += 1);
+                    }
+                }
             }
         }
     }
@@ -386,20 +417,34 @@ fn reference<K: Resource<DynamicType = ()>>(object: &K) -> ObjectRef {
 /// An object, or the name of one that does not fit its type.
 type Readable<K> = Result<K, ObjectRef>;
 
+/// The watch may not list.
+struct Forbidden;
+
+fn api<K>(client: &Client, within: Option<&str>) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    match within {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
 /// Secrets have a type of their own, which always decodes.
-fn secrets(client: &Client) -> impl Stream<Item = Event<Readable<SecretMeta>>> + use<> {
-    let all = Api::<SecretMeta>::all(client.clone());
-    endless(watcher(all, watcher::Config::default())).map(|event| each(event, Ok))
+fn secrets(api: Api<SecretMeta>) -> impl Stream<Item = Result<Event<Readable<SecretMeta>>, Forbidden>> {
+    endless(watcher(api, watcher::Config::default())).map(|event| event.map(|event| each(event, Ok)))
 }
 
 /// A watch of objects that people write: one that does not decode is logged and passed over, so that it never stops
 /// the others.
-fn guarded<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Event<Readable<K>>> + use<K>
+fn guarded<K>(
+    api: Api<Guarded<K>>,
+    config: watcher::Config,
+) -> impl Stream<Item = Result<Event<Readable<K>>, Forbidden>>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let events = endless(watcher(Api::<Guarded<K>>::all(client.clone()), config));
-    events.map(|event| each(event, decoded))
+    endless(watcher(api, config)).map(|event| event.map(|event| each(event, decoded)))
 }
 
 fn decoded<K: Resource<DynamicType = ()>>(guarded: Guarded<K>) -> Readable<K> {
@@ -431,7 +476,9 @@ fn each<A, B>(event: Event<A>, map: impl FnOnce(A) -> B) -> Event<B> {
 }
 
 /// A watch that goes on for ever; its errors are logged by kind and retried with a growing delay.
-fn endless<K>(events: impl Stream<Item = Result<Event<K>, watcher::Error>>) -> impl Stream<Item = Event<K>>
+fn endless<K>(
+    events: impl Stream<Item = Result<Event<K>, watcher::Error>>,
+) -> impl Stream<Item = Result<Event<K>, Forbidden>>
 where
     K: Resource<DynamicType = ()>,
 {
@@ -440,12 +487,22 @@ where
             |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"),
         )
         .default_backoff()
-        .filter_map(|event| std::future::ready(event.ok()))
+        .filter_map(|event| {
+            std::future::ready(match event {
+                Ok(event) => Some(Ok(event)),
+                Err(error) => is_forbidden(&error).then_some(Err(Forbidden)),
+            })
+        })
+}
+
+fn is_forbidden(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.is_forbidden())
 }
 
 /// What failed, without the server's words.
 fn kind(error: &watcher::Error) -> &'static str {
     match error {
+        _ if is_forbidden(error) => "no permission to list",
         watcher::Error::InitialListFailed(_) => "list failed",
         watcher::Error::WatchStartFailed(_) => "watch could not start",
         watcher::Error::WatchError(status) if status.code == 410 => "the history is gone: 410",

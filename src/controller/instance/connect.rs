@@ -30,8 +30,25 @@ const DEADLINE: Duration = Duration::from_secs(15);
 pub struct Connections {
     hosts: Hosts,
     open: Mutex<HashMap<String, Open>>,
-    /// The instances that were looked at since we started, and by which skew their service users reckon.
-    looked_at: Mutex<HashMap<String, SignedDuration>>,
+    /// The instances that were looked at since we started.
+    looked_at: Mutex<HashMap<String, Look>>,
+}
+
+/// What the last look at an instance showed. Kept here and not read from its status, which is output, and which another
+/// operator may write.
+struct Look {
+    /// By which skew its service users reckon.
+    skew: SignedDuration,
+    ready: bool,
+}
+
+/// What a look at an instance means for its service users.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News {
+    /// They waited for it, or reckoned by another clock: all have to be looked at.
+    ForAll,
+    /// It works again: those that failed may come.
+    ForFailing,
 }
 
 struct Open {
@@ -64,16 +81,27 @@ impl Connections {
         lock(&self.looked_at).contains_key(name)
     }
 
-    /// Notes a look at the instance. True if its service users have to be looked at too: they waited for this, or
-    /// reckoned by another clock.
-    pub fn look(&self, name: &str) -> bool {
+    /// Whether the last look found it well.
+    #[must_use]
+    pub fn is_ready(&self, name: &str) -> bool {
+        lock(&self.looked_at).get(name).is_some_and(|look| look.ready)
+    }
+
+    /// Notes a look at the instance.
+    pub fn look(&self, name: &str, ready: bool) -> Option<News> {
         let skew = self.skew(name);
         let mut all = lock(&self.looked_at);
-        let news = all.get(name).is_none_or(|before| is_news(*before, skew));
-        if news {
-            all.insert(name.to_owned(), skew);
+        let Some(before) = all.get_mut(name) else {
+            all.insert(name.to_owned(), Look { skew, ready });
+            return Some(News::ForAll);
+        };
+        let recovered = ready && !before.ready;
+        before.ready = ready;
+        if is_news(before.skew, skew) {
+            before.skew = skew;
+            return Some(News::ForAll);
         }
-        news
+        recovered.then_some(News::ForFailing)
     }
 
     /// TLS failed: the certificates may have been renewed since they were read.

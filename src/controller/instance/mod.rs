@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
 
-pub use connect::{Connections, connect};
+pub use connect::{Connections, News, connect};
 
 use crate::controller::Context;
 use crate::controller::queue::Done;
@@ -47,14 +47,24 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     let discovered = discovered
         .map(|d| d.token_path)
         .map_err(|failure| classify(failure, false));
-    if ctx.connections.look(&id.name) {
-        ctx.users.wake_all(ctx.cache.users(|user| user.is_of(&id.name)));
-    }
     if discovered == Err(Reason::TlsFailure) {
         ctx.connections.doubt_certificates(&id.name);
     }
     let project_id = ctx.connections.known_project_id(&instance);
-    let status = status(&instance, &discovered, project_id.as_deref(), skew, Timestamp::now());
+    let mut wanted = (*instance).clone();
+    wanted.status = Some(status(
+        &instance,
+        &discovered,
+        project_id.as_deref(),
+        skew,
+        Timestamp::now(),
+    ));
+    match ctx.connections.look(&id.name, wanted.is_ready()) {
+        Some(News::ForAll) => ctx.users.wake_all(ctx.cache.users(|user| user.is_of(&id.name))),
+        // They back off, maybe for longer than their tokens last.
+        Some(News::ForFailing) => ctx.wake_failing_users_of(&id.name),
+        None => {}
+    }
     let failed = discovered.err().map(|reason| Failed::now("", reason));
     let mut done = Done {
         wake: Wake {
@@ -63,17 +73,9 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         },
         ..Done::default()
     };
-    if instance.status.as_ref() != Some(&status) {
-        let mut wanted = (*instance).clone();
-        wanted.status = Some(status);
+    if ctx.writes_instance_status && instance.status != wanted.status {
         match ctx.writer.replace_instance_status(&wanted).await {
-            Ok(version) => {
-                done.written.push(version);
-                if wanted.is_ready() && !instance.is_ready() {
-                    // They back off, maybe for longer than their tokens last.
-                    ctx.wake_failing_users_of(&id.name);
-                }
-            }
+            Ok(version) => done.written.push(version),
             Err(error) => {
                 error.log(&id, "the status");
                 done.wake.failed.push(Failed::now("", Reason::Internal));

@@ -169,11 +169,11 @@ impl Job<'_> {
 
     /// An instance that is called Ready is looked at again, since it is not asked while all goes well.
     fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> Outcome {
+        let name = instance.metadata.name.as_deref().unwrap_or_default();
         if reason == Reason::TlsFailure {
-            let name = instance.metadata.name.as_deref().unwrap_or_default();
             self.ctx.connections.doubt_certificates(name);
         }
-        if concerns_the_instance(reason) && instance.is_ready() {
+        if concerns_the_instance(reason) && self.ctx.connections.is_ready(name) {
             look_at(self.ctx, instance);
         }
         self.ended(reason, None)
