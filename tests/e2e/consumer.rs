@@ -23,7 +23,7 @@ pub struct Consumer {
 
 pub struct Reading {
     at: i64,
-    pub token: String,
+    token: String,
 }
 
 impl Consumer {
@@ -60,14 +60,16 @@ impl Consumer {
         whole.lines().map(Reading::parse).collect()
     }
 
-    /// Waits until it has read another token than `old`; returns that.
-    pub async fn reads_other_than(&self, old: &str) -> String {
+    /// Waits until it has read this token, or a later one.
+    pub async fn reads(&self, token: &str) {
+        let issued = |token: &str| claims(token)["iat"].as_i64().expect("iat");
         let deadline = Instant::now() + self.patience;
-        loop {
-            if let Some(last) = self.readings().await.pop().filter(|r| r.token != old) {
-                return last.token;
-            }
-            assert!(Instant::now() < deadline, "no new token in the file in {:?}", self.patience);
+        while !self.readings().await.iter().any(|r| issued(&r.token) >= issued(token)) {
+            assert!(
+                Instant::now() < deadline,
+                "no new token in the file in {:?}",
+                self.patience
+            );
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
@@ -82,7 +84,11 @@ impl Consumer {
         for reading in &readings {
             let left = claims(&reading.token)["exp"].as_i64().expect("exp") - reading.at;
             let at = Timestamp::from_second(reading.at).expect("a time");
-            assert!(left > 0, "at {at} the file held a token that had expired {} s before", -left);
+            assert!(
+                left > 0,
+                "at {at} the file held a token that had expired {} s before",
+                -left
+            );
             margin = margin.min(left);
             widest = widest.max(reading.at - last);
             last = reading.at;

@@ -1,41 +1,189 @@
-//! `make e2e`: the operator as people get it, on a real node.
+//! `make e2e`: the operator as people get it, image and chart, on a real node, from installing to removing.
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]
 mod support;
 
 mod consumer;
+mod place;
 
-use std::time::{Duration, Instant};
+use std::fmt::Debug;
+use std::time::Instant;
 
 use consumer::Consumer;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, ListParams};
+use kube::runtime::wait::{await_condition, conditions::is_deleted};
+use kube::{Api, Client, ResourceExt};
+use place::Place;
+use serde::de::DeserializeOwned;
 use serde_json::json;
-use support::cluster::{Cluster, install_crds};
-use support::issuer::Issuer;
-use support::world::World;
+use support::EVENTUALLY;
+use support::world::{World, one_token, until};
+use zitadel_tokens::api::ZitadelInstance;
 
+/// Of the operator and its Lease.
+const NAMESPACE: &str = "zitadel-tokens";
+const TOKEN: &str = "billing-token";
+
+/// One story, since each part needs what the one before has left.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod() {
-    let t = Instant::now();
-    let issuer = Issuer::start(&["--tls"]);
-    let port = issuer.url.rsplit(':').next().unwrap().parse().unwrap();
-    let cluster = Box::leak(Box::new(Cluster::start_with_node(&[], &[port])));
-    println!("node {:?}", t.elapsed());
-    install_crds(&cluster.client().await).await;
-    let world = World::on(cluster, "e2e", issuer).await;
-    let _operator = world.operator().await;
+async fn a_release_is_installed_used_upgraded_and_removed() {
+    let mut clock = Clock::start();
+    let (place, issuer) = Place::find();
+    let client = place.cluster.client().await;
+    let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let there = crds.list(&ListParams::default()).await.expect("listed");
+    assert!(
+        !there.iter().any(|crd| crd.name_any().ends_with(".zitadel-tokens.dev")),
+        "this cluster has zitadel-tokens already; this test wants one without, and removes it in the end"
+    );
+    clock.tell("a cluster with a node");
+
+    place.release("install", NAMESPACE, &[]);
+    clock.tell("installed, both pods ready");
+
+    let world = World::on(place.cluster, "e2e", issuer).await;
     let mut spec = world.instance_spec();
-    spec["connection"] = json!({"caBundle": world.issuer.ca});
-    world.apply_instance(spec).await.unwrap();
-    world.simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 30})).await;
-    let first = world.token("billing-token").await;
-    println!("token {:?}", t.elapsed());
-    let consumer = Consumer::start(&world, "busybox:testbed", "billing-token", Duration::from_secs(60)).await;
-    println!("consumer {:?}", t.elapsed());
-    println!("{}", cluster.kubectl(&["get", "pods,nodes", "-A", "-o", "wide"], "").1);
-    let second = consumer.reads_other_than(&first).await;
-    println!("refresh {:?}", t.elapsed());
-    assert_ne!(first, second);
-    println!("{}", consumer.never_read_an_expired_token().await);
-    println!("{}", cluster.kubectl(&["-n", &world.name, "exec", "consumer", "--", "ls", "-la", "/token"], "").1);
+    spec["connection"] = json!({"endpoint": place.endpoint, "tlsServerName": "localhost", "caBundle": world.issuer.ca});
+    world.apply_instance(spec).await.expect("an instance");
+    let fields = json!({"tokenType": "JWT", "lifetimeSeconds": place.lifetime});
+    world.key_secret("billing-key", &world.issuer.user(fields).await).await;
+    world.service_user("billing", one_token(TOKEN)).await.expect("accepted");
+    let first = world.token(TOKEN).await;
+    clock.tell("a token in its Secret");
+    let consumer = Consumer::start(&world, &place.shell_image, TOKEN, place.patience).await;
+    clock.tell("a pod that reads it");
+
+    world.renew("billing").await;
+    let second = world.secret_until(TOKEN, |d| d["token"] != first).await["token"].clone();
+    clock.tell("a refresh");
+    consumer.reads(&second).await;
+    clock.tell("the running pod reads the new token");
+
+    another_replica_takes_over(&client, &mut clock).await;
+    world
+        .annotate("billing", "renew-request", "after the leader's death")
+        .await;
+    let third = world.secret_until(TOKEN, |d| d["token"] != second).await["token"].clone();
+    consumer.reads(&third).await;
+    clock.tell("it has minted, and the running pod reads it");
+
+    let before = pods(&client).await;
+    place.release("upgrade", NAMESPACE, &["log.level=debug"]);
+    let after = pods(&client).await;
+    assert!(
+        !after.iter().any(|pod| before.contains(pod)),
+        "not upgraded: {before:?}, {after:?}"
+    );
+    clock.tell("upgraded, both pods ready");
+    world.annotate("billing", "renew-request", "after the upgrade").await;
+    let fourth = world.secret_until(TOKEN, |d| d["token"] != third).await["token"].clone();
+    consumer.reads(&fourth).await;
+    println!("    {}", consumer.never_read_an_expired_token().await);
+    clock.tell("the new pods have minted, and the running pod never read an expired token");
+
+    place.helm(&["uninstall", "zitadel-tokens", "--namespace", NAMESPACE, "--wait"]);
+    gone::<Deployment>(Api::namespaced(client.clone(), NAMESPACE), "zitadel-tokens").await;
+    assert!(
+        world
+            .users()
+            .get_opt("billing")
+            .await
+            .expect("the CRDs are left")
+            .is_some()
+    );
+    assert!(world.secrets().get_opt(TOKEN).await.expect("readable").is_some());
+    clock.tell("uninstalled; the service user and its token are left");
+
+    Api::<Namespace>::all(client.clone())
+        .delete(&world.name, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    gone::<Namespace>(Api::all(client.clone()), &world.name).await;
+    Api::<ZitadelInstance>::all(client.clone())
+        .delete(&world.instance, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    for crd in zitadel_tokens::api::crds() {
+        let deleted = crds.delete(&crd.name_any(), &DeleteParams::default()).await;
+        deleted.expect("deleted");
+    }
+    Api::<Namespace>::all(client)
+        .delete(NAMESPACE, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    clock.tell("all is removed");
+}
+
+/// Deletes the pod that leads, and waits until the one that stood by does.
+async fn another_replica_takes_over(client: &Client, clock: &mut Clock) {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), NAMESPACE);
+    let all = pods(client).await;
+    let holder = |lease: &Lease| {
+        let identity = lease.spec.as_ref()?.holder_identity.clone()?;
+        all.iter().find(|pod| identity.starts_with(pod.as_str())).cloned()
+    };
+    let lease = until(leases.clone(), "zitadel-tokens", EVENTUALLY, |l| holder(l).is_some()).await;
+    let leader = holder(&lease).expect("a leader");
+    let api: Api<Pod> = Api::namespaced(client.clone(), NAMESPACE);
+    let asked = Instant::now();
+    api.delete(&leader, &DeleteParams::default()).await.expect("deleted");
+    // A pod that is new since then is not in the list, so is no holder.
+    until(leases, "zitadel-tokens", EVENTUALLY, |l| {
+        holder(l).is_some_and(|other| other != leader)
+    })
+    .await;
+    println!("    the other one leads {:?} after the deletion", asked.elapsed());
+    gone(api, &leader).await;
+    clock.tell("the leader's pod is deleted, the other one leads");
+}
+
+/// The names of the operator's pods that are not on their way out.
+async fn pods(client: &Client) -> Vec<String> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), NAMESPACE);
+    let of_release = ListParams::default().labels("app.kubernetes.io/name=zitadel-tokens");
+    let all = api.list(&of_release).await.expect("listed");
+    let living = all.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+    living.map(ResourceExt::name_any).collect()
+}
+
+async fn gone<K>(api: Api<K>, name: &str)
+where
+    K: kube::Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let Some(object) = api.get_opt(name).await.expect("readable") else {
+        return;
+    };
+    let uid = object.meta().uid.clone().expect("a UID");
+    tokio::time::timeout(EVENTUALLY, await_condition(api, name, is_deleted(&uid)))
+        .await
+        .expect("gone in time")
+        .expect("watched");
+}
+
+/// Tells how long each part took.
+struct Clock {
+    start: Instant,
+    last: Instant,
+}
+
+impl Clock {
+    fn start() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now }
+    }
+
+    fn tell(&mut self, what: &str) {
+        let (all, this) = (self.start.elapsed(), self.last.elapsed());
+        println!(
+            "==> {what}: {:.1} s (at {:.1} s)",
+            this.as_secs_f64(),
+            all.as_secs_f64()
+        );
+        self.last = Instant::now();
+    }
 }

@@ -34,11 +34,15 @@ impl Cluster {
         Self::up(&[], flags)
     }
 
-    /// Starts one with a node, which has the images of these archives, and whose pods reach these ports of 127.0.0.1 at
-    /// [`Cluster::node`].
-    pub fn start_with_node(images: &[&Path], reach: &[u16]) -> Self {
+    /// Starts one with a node, which has these images (name and archive), and whose pods reach these ports of 127.0.0.1
+    /// at [`Cluster::node`].
+    pub fn start_with_node(images: &[(&str, &Path)], reach: &[&str]) -> Self {
         let mut options = vec!["--node".to_owned()];
-        options.extend(images.iter().map(|image| format!("--image={}", image.display())));
+        options.extend(
+            images
+                .iter()
+                .map(|(name, file)| format!("--image={name}={}", file.display())),
+        );
         options.extend(reach.iter().map(|port| format!("--reach={port}")));
         Self::up(&options, &[])
     }

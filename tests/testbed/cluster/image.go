@@ -86,7 +86,6 @@ func writeBusyboxImage(file, busybox string) error {
 		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
 		"config": config, "layers": []object{layers},
 	}))
-	manifest["annotations"] = object{"io.containerd.image.name": busyboxImage}
 	image, err := archive(func(out *tar.Writer) error {
 		if err := add(out, "oci-layout", 0o644, document(object{"imageLayoutVersion": "1.0.0"})); err != nil {
 			return err

@@ -4,7 +4,7 @@
 // relink the control plane (reference/testbed.md §1).
 //
 //	cluster up --bin DIR [FLAG...]    further flags go to kube-apiserver; DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager
-//	cluster up --bin DIR --node [--image FILE]... [--reach PORT]... [FLAG...]    with a node that has these images, whose pods reach these ports of 127.0.0.1 at the node's address
+//	cluster up --bin DIR --node [--image NAME=FILE]... [--reach PORT]... [FLAG...]    with a node that has these images from OCI archives, whose pods reach these ports of 127.0.0.1 at the node's address
 //	cluster lacks                     prints what this machine lacks for a node; nothing, if it can run one
 package main
 
@@ -57,8 +57,8 @@ func run(args []string) error {
 	bin := flags.String("bin", "", "folder with etcd, kube-apiserver and kube-controller-manager")
 	withNode := flags.Bool("node", false, "start a node too")
 	var wanted node
-	flags.Func("image", "archive with an image for the node", func(file string) error {
-		wanted.images = append(wanted.images, file)
+	flags.Func("image", "name of an image and archive that holds it, NAME=FILE", func(image string) error {
+		wanted.images = append(wanted.images, image)
 		return nil
 	})
 	flags.Func("reach", "port of 127.0.0.1 that pods shall reach", func(port string) error {

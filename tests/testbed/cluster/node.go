@@ -25,10 +25,10 @@ const (
 	nodeName = "localhost"
 )
 
-// enter makes the namespaces' own view of the machine. containerd, runc and CNI plugins keep state in /run, kubelet in
-// /var/log, whatever they are told.
+// enter makes the namespaces' own view of the machine. containerd, runc, CNI plugins and kubelet keep state in some of
+// these folders, whatever they are told.
 const enter = `mount --make-rprivate / && mount --make-rshared / && mount -t proc proc /proc
-mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/log
+for folder in /run /var/log /var/lib/kubelet /var/lib/cni; do mkdir -p $folder && mount -t tmpfs tmpfs $folder; done
 ip link set lo up && ip address add ` + nodeAddress + `/32 dev lo
 `
 
@@ -84,7 +84,7 @@ func cniFolder() string {
 
 // node is what a control plane is to get a node with.
 type node struct {
-	images []string // archives
+	images []string // NAME=FILE, archives
 	reach  []string // ports on this machine's loopback address that pods reach at nodeAddress
 }
 
@@ -137,11 +137,12 @@ func (n *node) start(p *plane, bin, dir string, keys *keys, end chan string) err
 	if err := relay(ours, "127.0.0.1"+kubelet, inside, nodeAddress+kubelet); err != nil {
 		return err
 	}
-	for _, archive := range append([]string{at("busybox.tar")}, n.images...) {
+	for _, image := range append([]string{busyboxImage + "=" + at("busybox.tar")}, n.images...) {
+		name, archive, _ := strings.Cut(image, "=")
 		ctr := exec.Command("ctr", "--address", at("containerd.sock"), "--namespace", "k8s.io",
-			"images", "import", "--snapshotter", "native", archive)
+			"images", "import", "--snapshotter", "native", "--index-name", name, archive)
 		if said, err := ctr.CombinedOutput(); err != nil {
-			return fmt.Errorf("image %s: %w: %s", archive, err, said)
+			return fmt.Errorf("image %s: %w: %s", image, err, said)
 		}
 	}
 	if err := p.launch("kubelet", dir, end, exec.Command("nsenter",
