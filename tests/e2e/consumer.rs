@@ -74,13 +74,11 @@ impl Consumer {
         }
     }
 
-    /// Fails if it ever read a token that had expired; says what was seen.
-    pub async fn never_read_an_expired_token(&self) -> String {
+    /// What it has seen; fails if it ever read a token that had expired.
+    pub async fn seen(&self) -> Seen {
         let readings = self.readings().await;
-        let mut margin = i64::MAX;
-        let mut widest = 0;
+        let (mut margin, mut widest, mut tokens) = (i64::MAX, 0, BTreeSet::new());
         let mut last = readings.first().expect("a reading").at;
-        let mut tokens = BTreeSet::new();
         for reading in &readings {
             let left = claims(&reading.token)["exp"].as_i64().expect("exp") - reading.at;
             let at = Timestamp::from_second(reading.at).expect("a time");
@@ -95,10 +93,35 @@ impl Consumer {
             tokens.insert(&reading.token);
         }
         assert!(widest <= GAP, "not measured: {widest} s between two readings");
-        format!(
-            "{} readings, widest gap {widest} s, least time left {margin} s, {} tokens",
-            readings.len(),
-            tokens.len()
+        Seen {
+            readings: readings.len(),
+            widest,
+            margin,
+            tokens: tokens.len(),
+        }
+    }
+}
+
+/// What was seen.
+pub struct Seen {
+    readings: usize,
+    widest: i64,
+    margin: i64,
+    /// Different tokens.
+    pub tokens: usize,
+}
+
+impl std::fmt::Display for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            readings,
+            widest,
+            margin,
+            tokens,
+        } = self;
+        write!(
+            f,
+            "{readings} readings, widest gap {widest} s, least time left {margin} s, {tokens} tokens"
         )
     }
 }

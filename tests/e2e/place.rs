@@ -55,8 +55,8 @@ impl Place {
 
     /// A kubelet looks after a pod's files once a minute, if it is not told otherwise, hence the patience.
     fn existing(kubeconfig: &Path) -> (Self, Issuer) {
-        let host = env::var("E2E_HOST").expect("E2E_HOST: the address at which pods reach this machine");
-        let issuer = Issuer::start(&["--tls", "--listen", &format!("{host}:0")]);
+        let listen = env::var("E2E_LISTEN").expect("E2E_LISTEN: address and port of this machine that pods reach");
+        let issuer = Issuer::start(&["--tls", "--listen", &listen]);
         let (name, tag) = env::var("E2E_IMAGE").map_or_else(
             |_| (None, None),
             |image| {
@@ -118,7 +118,8 @@ impl Drop for Place {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for look in [
-                "get pods,leases,events -A -o wide",
+                "get pods,leases -A -o wide",
+                "events -A --types Warning",
                 "get zsu,zitadelinstances -A -o wide",
                 "-n zitadel-tokens logs --prefix --tail 30 -l app.kubernetes.io/name=zitadel-tokens",
             ] {
