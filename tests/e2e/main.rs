@@ -65,8 +65,7 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     clock.tell("the running pod reads the new token");
 
     another_replica_takes_over(&client, &mut clock).await;
-    let third = refreshed(&place, &world, &second).await;
-    consumer.reads(&third).await;
+    refreshed(&place, &world, &consumer).await;
     clock.tell("it has minted when it was time, and the running pod reads it");
 
     let before = pods(&client).await;
@@ -77,8 +76,7 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
         "not upgraded: {before:?}, {after:?}"
     );
     clock.tell("upgraded, both pods ready");
-    let fourth = refreshed(&place, &world, &third).await;
-    consumer.reads(&fourth).await;
+    refreshed(&place, &world, &consumer).await;
     let seen = consumer.seen().await;
     println!("    {seen}");
     assert_eq!(world.issuer.mints().await, seen.tokens, "a token was minted in vain");
@@ -91,43 +89,22 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     );
     place.helm(&["uninstall", "zitadel-tokens", "--namespace", NAMESPACE, "--wait"]);
     gone::<Deployment>(Api::namespaced(client.clone(), NAMESPACE), "zitadel-tokens").await;
-    assert!(
-        world
-            .users()
-            .get_opt("billing")
-            .await
-            .expect("the CRDs are left")
-            .is_some()
-    );
-    assert!(world.secrets().get_opt(TOKEN).await.expect("readable").is_some());
+    world.users().get("billing").await.expect("left, as the CRDs are");
+    world.secrets().get(TOKEN).await.expect("left");
     clock.tell("uninstalled; the service user and its token are left");
 
-    Api::<Namespace>::all(client.clone())
-        .delete(&world.name, &DeleteParams::default())
-        .await
-        .expect("deleted");
-    gone::<Namespace>(Api::all(client.clone()), &world.name).await;
-    Api::<ZitadelInstance>::all(client.clone())
-        .delete(&world.instance, &DeleteParams::default())
-        .await
-        .expect("deleted");
-    for crd in zitadel_tokens::api::crds() {
-        let deleted = crds.delete(&crd.name_any(), &DeleteParams::default()).await;
-        deleted.expect("deleted");
-    }
-    Api::<Namespace>::all(client)
-        .delete(NAMESPACE, &DeleteParams::default())
-        .await
-        .expect("deleted");
+    remove(&client, &world).await;
     clock.tell("all is removed");
 }
 
-/// Waits for the refresh that is due; asks for one where that would take too long.
-async fn refreshed(place: &Place, world: &World, old: &str) -> String {
+/// Waits for the refresh that is due next, and until it is in the pod; asks for one where that would take too long.
+async fn refreshed(place: &Place, world: &World, consumer: &Consumer) {
+    let old = world.token(TOKEN).await;
     if Duration::from_secs(place.lifetime) > SOON {
         world.annotate("billing", "renew-request", &old[old.len() - 16..]).await;
     }
-    world.secret_until(TOKEN, |d| d["token"] != old).await["token"].clone()
+    let new = world.secret_until(TOKEN, |d| d["token"] != old).await;
+    consumer.reads(&new["token"]).await;
 }
 
 /// Deletes the pod that leads, and waits until the one that stood by does.
@@ -151,6 +128,22 @@ async fn another_replica_takes_over(client: &Client, clock: &mut Clock) {
     println!("    the other one leads {:?} after the deletion", asked.elapsed());
     gone(api, &leader).await;
     clock.tell("the leader's pod is deleted, the other one leads");
+}
+
+/// Leaves the cluster as it was before.
+async fn remove(client: &Client, world: &World) {
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    let params = DeleteParams::default();
+    namespaces.delete(&world.name, &params).await.expect("deleted");
+    gone(namespaces.clone(), &world.name).await;
+    let instances: Api<ZitadelInstance> = Api::all(client.clone());
+    instances.delete(&world.instance, &params).await.expect("deleted");
+    let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for crd in zitadel_tokens::api::crds() {
+        crds.delete(&crd.name_any(), &params).await.expect("deleted");
+    }
+    namespaces.delete(NAMESPACE, &params).await.expect("deleted");
+    gone(namespaces, NAMESPACE).await;
 }
 
 /// The operator's pods that are not on their way out.
