@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::support::world::{World, claims, until};
 
 /// A reading later than this after the one before has not seen what was between.
-const GAP: i64 = 4;
+const GAP: i64 = 5;
 
 pub struct Consumer {
     pods: Api<Pod>,

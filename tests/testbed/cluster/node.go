@@ -128,14 +128,17 @@ func (n *node) start(p *plane, bin, dir string, keys *keys, end chan string) err
 	}
 	first := containerd.Process.Pid
 	inside := network{fmt.Sprintf("/proc/%d/ns/net", first)}
-	kubelet := fmt.Sprint(":", ports["kubelet"])
-	for _, way := range append([][2]string{{"443", fmt.Sprint(ports["kube-apiserver"])}}, pairs(n.reach)...) {
-		if err := relay(inside, nodeAddress+":"+way[0], ours, "127.0.0.1:"+way[1]); err != nil {
+	kubelet := fmt.Sprint(ports["kubelet"])
+	if err := p.relay(ours, "127.0.0.1:"+kubelet, inside, nodeAddress+":"+kubelet); err != nil {
+		return err
+	}
+	if err := p.relay(inside, nodeAddress+":443", ours, fmt.Sprintf("127.0.0.1:%d", ports["kube-apiserver"])); err != nil {
+		return err
+	}
+	for _, port := range n.reach {
+		if err := p.relay(inside, nodeAddress+":"+port, ours, "127.0.0.1:"+port); err != nil {
 			return err
 		}
-	}
-	if err := relay(ours, "127.0.0.1"+kubelet, inside, nodeAddress+kubelet); err != nil {
-		return err
 	}
 	for _, image := range append([]string{busyboxImage + "=" + at("busybox.tar")}, n.images...) {
 		name, archive, _ := strings.Cut(image, "=")
@@ -182,12 +185,12 @@ func (n *node) start(p *plane, bin, dir string, keys *keys, end chan string) err
 	})
 }
 
-func pairs(ports []string) [][2]string {
-	var all [][2]string
-	for _, port := range ports {
-		all = append(all, [2]string{port, port})
+func (p *plane) relay(from network, listen string, to network, dial string) error {
+	relay, err := relay(from, listen, to, dial)
+	if err == nil {
+		p.cleanup = append(p.cleanup, func() { relay.Close() })
 	}
-	return all
+	return err
 }
 
 // containerdConfig: snapshots are copies ("native"), since overlayfs does not go on top of itself and this machine may be a

@@ -39,14 +39,14 @@ func (n network) inside(f func() error) error {
 }
 
 // relay carries each connection to an address in one network on to an address in another, so that neither needs a link
-// to the other, nor a server more than its loopback address. It ends with the process.
-func relay(from network, listen string, to network, dial string) error {
+// to the other, nor a server more than its loopback address. It takes no more of them once it is closed.
+func relay(from network, listen string, to network, dial string) (io.Closer, error) {
 	var listener net.Listener
 	if err := from.inside(func() (err error) {
 		listener, err = net.Listen("tcp", listen)
 		return err
 	}); err != nil {
-		return err
+		return nil, err
 	}
 	go func() {
 		for {
@@ -59,7 +59,7 @@ func relay(from network, listen string, to network, dial string) error {
 			}
 		}
 	}()
-	return nil
+	return listener, nil
 }
 
 func carry(here net.Conn, to network, dial string) {
