@@ -12,7 +12,10 @@ pub struct Audit {
 /// One request, completed.
 #[derive(Debug, Clone)]
 pub struct Request {
+    pub user: String,
     pub verb: String,
+    /// API group, empty for the core's.
+    pub group: String,
     pub resource: String,
     pub namespace: String,
     pub name: String,
@@ -23,6 +26,7 @@ pub struct Request {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Line {
+    user: User,
     verb: String,
     #[serde(default)]
     user_agent: String,
@@ -30,9 +34,16 @@ struct Line {
     response_status: Option<Status>,
 }
 
+#[derive(Deserialize)]
+struct User {
+    #[serde(default)]
+    username: String,
+}
+
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
 struct Object {
+    api_group: String,
     resource: String,
     subresource: String,
     namespace: String,
@@ -51,16 +62,32 @@ impl Audit {
 
     /// All requests that concern `namespace`, with `resource/subresource` as resource.
     pub fn requests(&self, namespace: &str) -> Vec<Request> {
+        let mut all = self.read(namespace);
+        all.retain(|request| request.namespace == namespace);
+        all
+    }
+
+    /// All requests of a user.
+    pub fn requests_of(&self, user: &str) -> Vec<Request> {
+        let mut all = self.read(user);
+        all.retain(|request| request.user == user);
+        all
+    }
+
+    /// The requests whose line contains `text`.
+    fn read(&self, text: &str) -> Vec<Request> {
         let file = std::fs::File::open(&self.path).expect("an audit log");
         BufReader::new(file)
             .lines()
             .map_while(Result::ok)
-            .filter(|line| line.contains(namespace))
+            .filter(|line| line.contains(text))
             .filter_map(|line| serde_json::from_str::<Line>(&line).ok())
             .filter_map(|line| {
                 let object = line.object_ref?;
-                (object.namespace == namespace).then(|| Request {
+                Some(Request {
+                    user: line.user.username,
                     verb: line.verb,
+                    group: object.api_group,
                     resource: if object.subresource.is_empty() {
                         object.resource
                     } else {

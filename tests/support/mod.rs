@@ -14,6 +14,7 @@ pub mod audit;
 pub mod child;
 pub mod clock;
 pub mod cluster;
+pub mod helm;
 pub mod issuer;
 pub mod operator;
 pub mod proxy;

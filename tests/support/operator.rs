@@ -44,16 +44,26 @@ impl Operator {
 
     /// Starts an operator with these flags, in this environment.
     pub async fn start_in(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
+        let flags = [&["--instance-selector", selector], flags].concat();
+        let environment = [&[("RUST_LOG", OsStr::new("debug"))], environment].concat();
+        Self::spawn(kubeconfig, &flags, &environment).await
+    }
+
+    /// Starts an operator that knows only what is in this environment.
+    pub async fn start_as_told(kubeconfig: &Path, environment: &[(&str, &OsStr)]) -> Self {
+        Self::spawn(kubeconfig, &[], environment).await
+    }
+
+    async fn spawn(kubeconfig: &Path, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         // setpriv: a test that is killed takes its operator with it.
         let (running, mut stdout) = Running::start(
             "operator",
             Command::new("setpriv")
                 .args(["--pdeathsig", "KILL"])
                 .arg(binary())
-                .args(["run", "--listen", "127.0.0.1:0", "--instance-selector", selector])
+                .args(["run", "--listen", "127.0.0.1:0"])
                 .args(flags)
                 .env("KUBECONFIG", kubeconfig)
-                .env("RUST_LOG", "debug")
                 .env_remove("POD_NAMESPACE")
                 .envs(environment.iter().copied()),
         );

@@ -1,0 +1,148 @@
+//! Releases of our chart, by the real Helm, and operators that run as a release would let them.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::process::Command;
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::authentication::v1::TokenRequest;
+use k8s_openapi::api::core::v1::ServiceAccount;
+use kube::api::PostParams;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use serde_json::{Value, json};
+
+use super::child::parts;
+use super::cluster::Cluster;
+use super::operator::Operator;
+
+/// Name of each release, and of what the chart makes in its namespace.
+pub const NAME: &str = "zitadel-tokens";
+
+pub fn chart() -> PathBuf {
+    concat!(env!("CARGO_MANIFEST_DIR"), "/charts/zitadel-tokens").into()
+}
+
+/// A release in a namespace of its own.
+pub struct Release {
+    cluster: &'static Cluster,
+    pub namespace: String,
+}
+
+impl Release {
+    /// Installs the chart with these values.
+    pub fn install(cluster: &'static Cluster, namespace: &str, values: &Value) -> Self {
+        let release = Self {
+            cluster,
+            namespace: namespace.to_owned(),
+        };
+        release.apply(values);
+        release
+    }
+
+    /// Installs or upgrades to these values.
+    pub fn apply(&self, values: &Value) {
+        let chart = chart();
+        let set = format!("--set-json={}", flat(values));
+        let mut arguments: Vec<&OsStr> = ["upgrade", "--install", "--create-namespace", NAME]
+            .map(OsStr::new)
+            .into();
+        arguments.push(chart.as_os_str());
+        if set != "--set-json=" {
+            arguments.push(OsStr::new(&set));
+        }
+        self.helm(&arguments);
+    }
+
+    pub fn uninstall(&self) {
+        self.helm(&["uninstall", NAME].map(OsStr::new));
+    }
+
+    fn helm(&self, arguments: &[&OsStr]) {
+        let helm = PathBuf::from(parts()["helm"].as_str().expect("a folder")).join("helm");
+        // Helm's own files, beside the kubeconfig: they end with the cluster.
+        let home = self.cluster.kubeconfig.with_file_name("helm");
+        let output = Command::new(helm)
+            .args(arguments)
+            .args(["--namespace", &self.namespace])
+            .env("KUBECONFIG", &self.cluster.kubeconfig)
+            .env("HELM_CACHE_HOME", &home)
+            .env("HELM_CONFIG_HOME", &home)
+            .env("HELM_DATA_HOME", &home)
+            .output()
+            .expect("helm runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "helm {arguments:?}: {said}");
+    }
+
+    /// The user name of the release's service account.
+    pub fn user(&self) -> String {
+        format!("system:serviceaccount:{}:{NAME}", self.namespace)
+    }
+
+    pub async fn deployment(&self) -> Deployment {
+        let api: Api<Deployment> = Api::namespaced(self.cluster.client().await, &self.namespace);
+        api.get(NAME).await.expect("a Deployment")
+    }
+
+    /// A kubeconfig with a token of the release's service account.
+    async fn kubeconfig(&self) -> PathBuf {
+        let api: Api<ServiceAccount> = Api::namespaced(self.cluster.client().await, &self.namespace);
+        let request = TokenRequest::default();
+        let params = PostParams::default();
+        let answer = api.create_token_request(NAME, &params, &request).await;
+        let token = answer.expect("a token").status.expect("a status").token;
+        let admin = std::fs::read_to_string(&self.cluster.kubeconfig).expect("a kubeconfig");
+        let ours: String = admin
+            .lines()
+            .map(|line| match line.split_once("user: {token:") {
+                Some((before, _)) => format!("{before}user: {{token: \"{token}\"}}\n"),
+                None => format!("{line}\n"),
+            })
+            .collect();
+        let path = self
+            .cluster
+            .kubeconfig
+            .with_file_name(format!("{}.kubeconfig", self.namespace));
+        std::fs::write(&path, ours).expect("written");
+        path
+    }
+
+    /// A client that is the operator to the API server.
+    pub async fn client(&self) -> Client {
+        let kubeconfig = Kubeconfig::read_from(self.kubeconfig().await).expect("a kubeconfig");
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+        Client::try_from(config.expect("a config")).expect("a client")
+    }
+
+    /// Runs the operator as the Deployment says: with its arguments and environment, and as its service account.
+    pub async fn operator(&self) -> Operator {
+        let deployment = serde_json::to_value(self.deployment().await).expect("JSON");
+        let container = &deployment["spec"]["template"]["spec"]["containers"][0];
+        assert_eq!(container["args"], json!(["run"]));
+        let environment: Vec<(&str, OsString)> = container["env"]
+            .as_array()
+            .expect("an environment")
+            .iter()
+            .map(|variable| {
+                let value = match variable["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
+                    Some("metadata.namespace") => &self.namespace,
+                    Some("metadata.name") => "zitadel-tokens-0",
+                    Some(other) => panic!("{other} is not known here"),
+                    // An empty value is left out by the API server.
+                    None => variable["value"].as_str().unwrap_or_default(),
+                };
+                (variable["name"].as_str().expect("a name"), value.into())
+            })
+            .collect();
+        let environment: Vec<(&str, &OsStr)> = environment.iter().map(|(name, value)| (*name, &**value)).collect();
+        Operator::start_as_told(&self.kubeconfig().await, &environment).await
+    }
+}
+
+/// Values as `--set-json` takes them.
+fn flat(values: &Value) -> String {
+    let values = values.as_object().expect("an object");
+    let all: Vec<String> = values.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    all.join(",")
+}
