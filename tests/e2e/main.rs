@@ -21,6 +21,7 @@ use kube::{Api, Client, ResourceExt};
 use place::Place;
 use serde::de::DeserializeOwned;
 use serde_json::json;
+use support::helm;
 use support::world::{World, one_token, until};
 use support::{EVENTUALLY, SOON};
 use zitadel_tokens::api::ZitadelInstance;
@@ -87,8 +88,8 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
         0,
         "an operator was started anew by the kubelet"
     );
-    place.helm(&["uninstall", "zitadel-tokens", "--namespace", NAMESPACE, "--wait"]);
-    gone::<Deployment>(Api::namespaced(client.clone(), NAMESPACE), "zitadel-tokens").await;
+    place.uninstall(NAMESPACE);
+    gone::<Deployment>(Api::namespaced(client.clone(), NAMESPACE), helm::NAME).await;
     world.users().get("billing").await.expect("left, as the CRDs are");
     world.secrets().get(TOKEN).await.expect("left");
     clock.tell("uninstalled; the service user and its token are left");

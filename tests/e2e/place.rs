@@ -1,12 +1,12 @@
 //! Where it takes place: on a node of our own, or on a cluster that exists. What differs between them is here.
 
 use std::env;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use crate::support::child::parts;
 use crate::support::cluster::Cluster;
+use crate::support::helm::{NAME, chart, helm};
 use crate::support::issuer::Issuer;
 
 /// What the chart of this version installs if nothing else is said.
@@ -80,37 +80,20 @@ impl Place {
         (place, issuer)
     }
 
-    /// Runs helm, `ACTION RELEASE CHART` with these values, and waits for what it did.
+    /// Runs Helm, `ACTION RELEASE CHART` with these values, and waits until all is ready.
     pub fn release(&self, action: &str, namespace: &str, values: &[&str]) {
-        let chart = format!("{ROOT}/charts/zitadel-tokens");
-        let mut arguments = vec![
-            action,
-            "zitadel-tokens",
-            &chart,
-            "--namespace",
-            namespace,
-            "--create-namespace",
-        ];
-        arguments.extend(["--wait", "--timeout", "3m"]);
+        let chart = chart();
+        let mut arguments = vec![OsStr::new(action), OsStr::new(NAME), chart.as_os_str()];
+        arguments.extend(["--create-namespace", "--wait", "--timeout", "3m"].map(OsStr::new));
         for value in self.image.iter().map(String::as_str).chain(values.iter().copied()) {
-            arguments.extend(["--set", value]);
+            arguments.extend(["--set", value].map(OsStr::new));
         }
-        self.helm(&arguments);
+        helm(self.cluster, namespace, &arguments);
     }
 
-    pub fn helm(&self, arguments: &[&str]) {
-        let helm = PathBuf::from(parts()["helm"].as_str().expect("a folder")).join("helm");
-        let output = Command::new(helm)
-            .args(arguments)
-            .env("KUBECONFIG", &self.cluster.kubeconfig)
-            .output()
-            .expect("helm runs");
-        assert!(
-            output.status.success(),
-            "helm {}: {}",
-            arguments.join(" "),
-            String::from_utf8_lossy(&output.stderr)
-        );
+    pub fn uninstall(&self, namespace: &str) {
+        let arguments = ["uninstall", NAME, "--wait", "--timeout", "3m"].map(OsStr::new);
+        helm(self.cluster, namespace, &arguments);
     }
 }
 
