@@ -85,7 +85,10 @@ impl Place {
         let chart = chart();
         let mut arguments = vec![OsStr::new(action), OsStr::new(NAME), chart.as_os_str()];
         arguments.extend(["--create-namespace", "--wait", "--timeout", "3m"].map(OsStr::new));
-        for value in self.image.iter().map(String::as_str).chain(values.iter().copied()) {
+        for value in &self.image {
+            arguments.extend(["--set-string", value].map(OsStr::new));
+        }
+        for value in values {
             arguments.extend(["--set", value].map(OsStr::new));
         }
         helm(self.cluster, namespace, &arguments);
