@@ -118,17 +118,8 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
         per_instance: 1,
     };
     let instances = Arc::new(Queue::new(few, Box::new(|id| (Urgency::Newcomer, id.name.clone()))));
-    let mut namespaces = arguments.watch_namespaces;
-    // An empty variable is one empty name.
-    namespaces.retain(|name| !name.is_empty());
-    namespaces.sort();
-    namespaces.dedup();
-    let triggers = Arc::new(Triggers::new(
-        cache.clone(),
-        users.clone(),
-        instances.clone(),
-        namespaces,
-    ));
+    let within = within(arguments.watch_namespaces);
+    let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
     let context = Arc::new(Context {
         writer: Writer::new(client.clone(), Fence::always_ours()),
         client: client.clone(),
@@ -193,6 +184,17 @@ async fn serve(arguments: Arguments) -> Result<(), String> {
     health.abort();
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Where to watch, each place once; None is everywhere. An empty variable of the environment is one empty name.
+fn within(mut namespaces: Vec<String>) -> Vec<Option<String>> {
+    namespaces.retain(|name| !name.is_empty());
+    if namespaces.is_empty() {
+        return vec![None];
+    }
+    namespaces.sort();
+    namespaces.dedup();
+    namespaces.into_iter().map(Some).collect()
 }
 
 /// The clock was set, or the machine slept: timers mean another moment than they did, and how far the servers' clocks are

@@ -127,22 +127,16 @@ pub struct Triggers {
     cache: Arc<Cache>,
     users: Arc<Queue>,
     instances: Arc<Queue>,
-    /// Where service users and Secrets are watched; None is everywhere.
     within: Vec<Option<String>>,
     /// How many watches have had their first list.
     listed: watch::Sender<usize>,
 }
 
 impl Triggers {
-    /// Watches that fill `cache` and wake the two queues. Service users and Secrets are watched in `namespaces` only,
-    /// one by one, since a Role gives rights in one namespace; in all of the cluster if none is named.
+    /// Watches that fill `cache` and wake the two queues. Service users and Secrets are watched `within` these
+    /// namespaces, one by one, since a Role gives rights in one; None is everywhere.
     #[must_use]
-    pub fn new(cache: Arc<Cache>, users: Arc<Queue>, instances: Arc<Queue>, namespaces: Vec<String>) -> Self {
-        let within = if namespaces.is_empty() {
-            vec![None]
-        } else {
-            namespaces.into_iter().map(Some).collect()
-        };
+    pub fn new(cache: Arc<Cache>, users: Arc<Queue>, instances: Arc<Queue>, within: Vec<Option<String>>) -> Self {
         Self {
             cache,
             users,

@@ -1,0 +1,328 @@
+//! The rights that the chart gives: the operator can do its work with them, they are no more than it uses, and a stolen
+//! pod can do little with them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, PolicyRule, Role, RoleBinding, RoleRef, Subject};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+
+use super::values;
+use crate::support::audit::Request;
+use crate::support::helm::{NAME, Release};
+use crate::support::issuer::Issuer;
+use crate::support::world::{World, one_token, until};
+use crate::support::{SOON, eventually};
+
+/// What the operator may do and was not seen to do here, with the reason.
+const NOT_SEEN: &[(&str, &str)] = &[
+    // The Lease `zitadel-tokens` is taken by an operator that has the flag --leader-elect.
+    ("the release's namespace", "coordination.k8s.io/leases"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_has_the_rights_that_it_uses_and_no_others() {
+    let world = World::with_issuer("rights", Issuer::start(&["--tls"])).await;
+    let home = format!("{}-home", world.name);
+    let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
+    policy_is_in_force(&release, &world.name).await;
+    let operator = release.operator().await;
+    everything_that_it_does(&world, &home).await;
+    operator.terminate().await;
+
+    let requests = world.cluster.audit.requests_of(&release.user());
+    let refused: Vec<_> = requests.iter().filter(|r| r.code == 403).collect();
+    assert!(refused.is_empty(), "used and not granted: {refused:#?}");
+    let granted = granted(&world.client, &home).await;
+    let unused: Vec<_> = granted
+        .iter()
+        .filter(|grant| !requests.iter().any(|r| grant.is_used_by(r, &home)))
+        .filter(|grant| !NOT_SEEN.contains(&(grant.place, &grant.resource)))
+        .collect();
+    assert!(unused.is_empty(), "granted and not used: {unused:#?}");
+    the_page_lists(&granted);
+}
+
+/// Drives what needs the operator's rights: each verb that the chart gives is here for one of these.
+async fn everything_that_it_does(world: &World, home: &str) {
+    let apply = PatchParams::apply("tests").force();
+    let connect = async |connection: Value| {
+        let mut spec = world.instance_spec();
+        spec["connection"] = connection;
+        world.apply_instance(spec).await.expect("an instance");
+        world.instance_ready("True", "InstanceReady").await;
+    };
+    let config_map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "ca"}, "data": {"ca.crt": world.issuer.ca}});
+    let config_maps: Api<ConfigMap> = Api::namespaced(world.client.clone(), home);
+    config_maps
+        .patch("ca", &apply, &Patch::Apply(&config_map))
+        .await
+        .expect("written");
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ca"}, "stringData": {"ca.crt": world.issuer.ca}});
+    let secrets: Api<Secret> = Api::namespaced(world.client.clone(), home);
+    secrets
+        .patch("ca", &apply, &Patch::Apply(&secret))
+        .await
+        .expect("written");
+    connect(json!({"caConfigMapRef": {"name": "ca"}})).await;
+    connect(json!({"caSecretRef": {"name": "ca"}})).await;
+
+    let user = world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "True", "Issued").await;
+    let ours = "zitadel-tokens.dev/service-user";
+    let theirs = json!({"metadata": {"labels": {ours: "theirs"}}});
+    world.edit_secret("billing-token", theirs).await;
+    let repaired = |s: &Secret| s.metadata.labels.as_ref().is_some_and(|l| l[ours] == "billing");
+    until(world.secrets(), "billing-token", SOON, repaired).await;
+
+    // The same outcome twice is one Event that is patched.
+    for reason in ["KeySecretMissing", "Issued", "KeySecretMissing", "Issued"] {
+        if reason == "Issued" {
+            world.key_secret("billing-key", &user).await;
+        } else {
+            let delete = DeleteParams::default();
+            world.secrets().delete("billing-key", &delete).await.expect("deleted");
+        }
+        let ready = if reason == "Issued" { "True" } else { "False" };
+        world.ready("billing", ready, reason).await;
+    }
+
+    // Its Secret gets another name; the old one is a leftover.
+    world
+        .service_user("billing", one_token("moved-token"))
+        .await
+        .expect("accepted");
+    world.token("moved-token").await;
+    world.secret_gone("billing-token").await;
+
+    // One that is to outlive its object has no owner, from the start or later.
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("retained-key", &user).await;
+    let policy = async |policy: &str| {
+        let mut spec = one_token("retained-token");
+        spec["tokens"][0]["secret"]["deletionPolicy"] = json!(policy);
+        world.service_user("retained", spec).await.expect("accepted");
+        let owned = |s: &Secret| s.metadata.owner_references.is_some() == (policy == "Delete");
+        until(world.secrets(), "retained-token", SOON, owned).await;
+    };
+    policy("Retain").await;
+    policy("Delete").await;
+    policy("Retain").await;
+
+    // One that is handed over belonged to nobody.
+    world.secret("adopted-token", json!({"token": "old"})).await;
+    let hand_over = json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "adopted"}}});
+    world.edit_secret("adopted-token", hand_over).await;
+    world.simple("adopted", json!({"tokenType": "JWT"})).await;
+    world.ready("adopted", "True", "Issued").await;
+}
+
+/// One verb on one resource in one place.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Grant {
+    place: &'static str,
+    /// With the group before it, unless that is the core's.
+    resource: String,
+    verb: String,
+}
+
+impl Grant {
+    fn is_used_by(&self, request: &Request, home: &str) -> bool {
+        let resource = match request.group.as_str() {
+            "" => request.resource.clone(),
+            group => format!("{group}/{}", request.resource),
+        };
+        // A create by apply is a patch to the audit log; the API server checks both verbs.
+        let created = self.verb == "create" && request.verb == "patch" && request.code == 201;
+        resource == self.resource
+            && (request.verb == self.verb || created)
+            && request.code < 300
+            && (self.place == "cluster" || request.namespace == home)
+    }
+}
+
+/// All that the release's service account may do by roles of its own.
+async fn granted(client: &Client, home: &str) -> BTreeSet<Grant> {
+    let is_it = |subjects: &Option<Vec<Subject>>| {
+        let mut subjects = subjects.iter().flatten();
+        subjects.any(|s| s.kind == "ServiceAccount" && s.name == NAME && s.namespace.as_deref() == Some(home))
+    };
+    let mut all = BTreeSet::new();
+    let mut add = |place: &'static str, rules: Option<Vec<PolicyRule>>| {
+        for rule in rules.into_iter().flatten() {
+            let groups = rule.api_groups.unwrap_or_default();
+            let [group] = &groups[..] else { panic!("{groups:?}") };
+            for resource in rule.resources.into_iter().flatten() {
+                for verb in &rule.verbs {
+                    assert!(resource != "*" && verb != "*", "a wildcard");
+                    let resource = if group.is_empty() {
+                        resource.clone()
+                    } else {
+                        format!("{group}/{resource}")
+                    };
+                    let verb = verb.clone();
+                    all.insert(Grant { place, resource, verb });
+                }
+            }
+        }
+    };
+    let everything = ListParams::default();
+    let cluster_roles: Api<ClusterRole> = Api::all(client.clone());
+    let rules_of = async |role: RoleRef| cluster_roles.get(&role.name).await.expect("a role").rules;
+    let bindings: Api<ClusterRoleBinding> = Api::all(client.clone());
+    for binding in bindings.list(&everything).await.expect("listed") {
+        if is_it(&binding.subjects) {
+            add("cluster", rules_of(binding.role_ref).await);
+        }
+    }
+    let bindings: Api<RoleBinding> = Api::all(client.clone());
+    for binding in bindings.list(&everything).await.expect("listed") {
+        if is_it(&binding.subjects) {
+            let namespace = binding.metadata.namespace.as_deref().unwrap_or_default();
+            assert_eq!((namespace, &*binding.role_ref.kind), (home, "Role"));
+            let roles: Api<Role> = Api::namespaced(client.clone(), namespace);
+            let role = roles.get(&binding.role_ref.name).await.expect("a role");
+            add("the release's namespace", role.rules);
+        }
+    }
+    all
+}
+
+/// docs/install.md has a row for each resource, with exactly these verbs.
+fn the_page_lists(granted: &BTreeSet<Grant>) {
+    let mut rows: BTreeMap<(&str, &str), BTreeSet<&str>> = BTreeMap::new();
+    for grant in granted {
+        rows.entry((grant.place, &grant.resource))
+            .or_default()
+            .insert(&grant.verb);
+    }
+    let expected: BTreeSet<String> = rows
+        .into_iter()
+        .map(|((place, resource), verbs)| {
+            let verbs: Vec<&str> = verbs.into_iter().collect();
+            format!("| {place} | `{resource}` | {} |", verbs.join(", "))
+        })
+        .collect();
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/install.md");
+    let page = std::fs::read_to_string(page).expect("a page");
+    let mut parts = page.split("| where | resource | verbs |");
+    let table = parts.nth(1).expect("a table of rights in docs/install.md");
+    let table = table.split("\n\n").next().unwrap_or_default();
+    let written: BTreeSet<String> = table
+        .lines()
+        .filter(|line| line.contains('`'))
+        .map(|line| line.split_inclusive('|').take(4).collect())
+        .collect();
+    let lines = |rows: &BTreeSet<String>| rows.iter().cloned().collect::<Vec<_>>().join("\n");
+    assert_eq!(
+        lines(&written),
+        lines(&expected),
+        "docs/install.md and the chart differ"
+    );
+}
+
+/// Waits until the chart's policy is obeyed: the API server takes it up a moment after it was written.
+async fn policy_is_in_force(release: &Release, namespace: &str) {
+    let secrets: Api<Secret> = Api::namespaced(release.client().await, namespace);
+    eventually("the policy is in force", async || {
+        let refused = create(&secrets, json!({"metadata": {"name": "early"}})).await;
+        refused.is_err_and(|message| message.contains("ValidatingAdmissionPolicy"))
+    })
+    .await;
+}
+
+/// What the API server says to a new Secret, without making it.
+async fn create(secrets: &Api<Secret>, secret: Value) -> Result<(), String> {
+    let params = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    let secret = serde_json::from_value(secret).expect("a Secret");
+    let created = secrets.create(&params, &secret).await;
+    created.map(drop).map_err(|e| e.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stolen_pod_can_write_token_secrets_and_no_others() {
+    let world = World::new("stolen").await;
+    let home = format!("{}-home", world.name);
+    let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
+    policy_is_in_force(&release, &world.name).await;
+    let thief = release.client().await;
+    let theirs: Api<Secret> = Api::namespaced(thief.clone(), &world.name);
+
+    let owners = json!([{"apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "name": "billing",
+        "uid": "6d0c5b1e-0000-4000-8000-000000000000", "controller": true}]);
+    let record = json!({"zitadel-tokens.dev/record": "{}"});
+    let label = json!({"zitadel-tokens.dev/service-user": "billing"});
+    let owned = json!({"metadata": {"name": "s", "ownerReferences": owners}, "type": "Opaque"});
+    let retained = json!({"metadata": {"name": "s", "labels": label, "annotations": record}, "type": "Opaque"});
+    assert_eq!(create(&theirs, owned.clone()).await, Ok(()));
+    assert_eq!(create(&theirs, retained.clone()).await, Ok(()));
+
+    let with = |object: &Value, pointer: &str, value: Value| {
+        let mut object = object.clone();
+        *object.pointer_mut(pointer).expect("there") = value;
+        object
+    };
+    let account = json!({"kubernetes.io/service-account.name": "default", "zitadel-tokens.dev/record": "{}"});
+    let token = with(&retained, "/metadata/annotations", account);
+    let token = with(&token, "/type", json!("kubernetes.io/service-account-token"));
+    let another_kind = with(&owned, "/metadata/ownerReferences/0/kind", json!("ConfigMap"));
+    let another_group = with(&owned, "/metadata/ownerReferences/0/apiVersion", json!("v1"));
+    let no_controller = with(&owned, "/metadata/ownerReferences/0/controller", json!(false));
+    let no_record = with(&retained, "/metadata/annotations", json!({}));
+    for (what, secret, said) in [
+        ("a token of a service account", token, "only Secrets of type Opaque"),
+        (
+            "another type",
+            with(&owned, "/type", json!("example.com/other")),
+            "only Secrets of type Opaque",
+        ),
+        (
+            "nobody's",
+            json!({"metadata": {"name": "s"}}),
+            "belongs to a ZitadelServiceUser",
+        ),
+        ("another kind's", another_kind, "belongs to a ZitadelServiceUser"),
+        ("another group's", another_group, "belongs to a ZitadelServiceUser"),
+        (
+            "an owner that does not control",
+            no_controller,
+            "belongs to a ZitadelServiceUser",
+        ),
+        ("a label without a record", no_record, "belongs to a ZitadelServiceUser"),
+    ] {
+        let refused = create(&theirs, secret).await.expect_err(what);
+        assert!(refused.contains(said), "{what}: {refused}");
+    }
+    for namespace in ["kube-system", &home] {
+        let secrets: Api<Secret> = Api::namespaced(thief.clone(), namespace);
+        let refused = create(&secrets, owned.clone()).await.expect_err(namespace);
+        assert!(refused.contains("kube-system or in its own namespace"), "{refused}");
+    }
+
+    // Somebody else's Secret is neither changed, nor taken over, nor deleted.
+    world.secret("foreign", json!({"password": "theirs"})).await;
+    let take_over = json!({"metadata": {"ownerReferences": owners, "labels": label, "annotations": record}});
+    let adopt = json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "billing"}}});
+    for change in [take_over, adopt, json!({"stringData": {"password": "mine"}})] {
+        let patch = Patch::Merge(&change);
+        let refused = theirs.patch("foreign", &PatchParams::default(), &patch).await;
+        let refused = refused.expect_err("refused").to_string();
+        assert!(refused.contains("ZitadelServiceUser"), "{refused}");
+    }
+    let refused = theirs.delete("foreign", &DeleteParams::default()).await;
+    let refused = refused.expect_err("refused").to_string();
+    assert!(refused.contains("touches only Secrets that belong"), "{refused}");
+    // Nor by way of another verb or kind.
+    let (one, all) = (DeleteParams::default(), ListParams::default());
+    let refused = theirs.delete_collection(&one, &all).await;
+    let refused = refused.expect_err("refused").to_string();
+    assert!(refused.contains("cannot deletecollection"), "{refused}");
+    // Others are not bound by it.
+    world.secret("foreign", json!({"password": "changed"})).await;
+}
