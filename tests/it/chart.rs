@@ -34,6 +34,7 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
     let client = ALONE.client().await;
     let release = Release::install(&ALONE, "platform", &json!({}));
     established(&client).await;
+    the_crds_are_ours(&client).await;
     assert_eq!(release.deployment().await.spec.expect("a spec").replicas, Some(2));
     service_user(&client).await;
 
@@ -94,6 +95,18 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
             .await
             .expect("gone")
             .expect("watched");
+    }
+}
+
+/// What went through the templates is what `zitadel-tokens crds` prints: to apply that changes nothing.
+async fn the_crds_are_ours(client: &Client) {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for crd in zitadel_tokens::api::crds() {
+        let name = crd.metadata.name.clone().expect("a name");
+        let installed = api.get(&name).await.expect("there").metadata.generation;
+        let apply = PatchParams::apply("tests").force().dry_run();
+        let applied = api.patch(&name, &apply, &Patch::Apply(&crd)).await.expect("accepted");
+        assert_eq!(applied.metadata.generation, installed, "{name}");
     }
 }
 
