@@ -78,22 +78,25 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     );
     clock.tell("upgraded, both pods ready");
     refreshed(&place, &world, &consumer).await;
-    let seen = consumer.seen().await;
-    println!("    {seen}");
-    assert_eq!(world.issuer.mints().await, seen.tokens, "a token was minted in vain");
-    clock.tell("the new pods have minted when it was time, and the running pod never read an expired token");
+    clock.tell("the new pods have minted when it was time, and the running pod reads it");
+    assert_eq!(restarts(&client).await, 0, "the kubelet had to start an operator anew");
 
-    assert_eq!(
-        restarts(&client).await,
-        0,
-        "an operator was started anew by the kubelet"
-    );
     place.uninstall(NAMESPACE);
     gone::<Deployment>(Api::namespaced(client.clone(), NAMESPACE), helm::NAME).await;
     world.users().get("billing").await.expect("left, as the CRDs are");
-    world.secrets().get(TOKEN).await.expect("left");
+    let left = world.token(TOKEN).await;
     clock.tell("uninstalled; the service user and its token are left");
 
+    place.release("install", NAMESPACE, &[]);
+    world.annotate("billing", "renew-request", "of the new release").await;
+    let new = world.secret_until(TOKEN, |d| d["token"] != left).await;
+    consumer.reads(&new["token"]).await;
+    clock.tell("installed anew, it goes on, and the running pod reads a new token");
+
+    let seen = consumer.seen().await;
+    println!("    the pod: {seen}");
+    assert_eq!(world.issuer.mints().await, seen.tokens, "a token was minted in vain");
+    place.uninstall(NAMESPACE);
     remove(&client, &world).await;
     clock.tell("all is removed");
 }
