@@ -67,7 +67,7 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
 
     another_replica_takes_over(&client, &mut clock).await;
     refreshed(&place, &world, &consumer).await;
-    clock.tell("it has minted when it was time, and the running pod reads it");
+    clock.tell("it has minted, and the running pod reads it");
 
     let before = pods(&client).await;
     place.release("upgrade", NAMESPACE, &["log.level=debug"]);
@@ -78,7 +78,7 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     );
     clock.tell("upgraded, both pods ready");
     refreshed(&place, &world, &consumer).await;
-    clock.tell("the new pods have minted when it was time, and the running pod reads it");
+    clock.tell("one of the new pods has minted, and the running pod reads it");
     assert_eq!(restarts(&client).await, 0, "the kubelet had to start an operator anew");
 
     place.uninstall(NAMESPACE);
