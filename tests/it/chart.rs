@@ -15,6 +15,7 @@ use zitadel_tokens::api::ZitadelServiceUser;
 
 use crate::support::cluster::{Cluster, established};
 use crate::support::helm::{Release, chart};
+use crate::support::issuer::Issuer;
 use crate::support::operator::binary;
 use crate::support::world::{World, one_token, until};
 use crate::support::{EVENTUALLY, SOON};
@@ -126,12 +127,13 @@ async fn service_user(client: &Client) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
-    let shop = World::new("scoped").await;
+    let shop = World::with_issuer("scoped", Issuer::start(&["--tls"])).await;
     let bank = World::beside(&shop, "bank").await;
     let gone = format!("{}-gone", shop.name);
     shop.namespace(&gone).await;
     let mut spec = shop.instance_spec();
     spec["access"][0]["namespaceSelector"] = json!({"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": [shop.name, bank.name]}]});
+    spec["connection"] = json!({"caSecretRef": {"name": "zitadel-ca"}});
     shop.apply_instance(spec).await.expect("an instance");
     let install = |world: &World, writes: bool, namespaces: &[&str]| {
         let home = format!("{}-home", world.name);
@@ -140,6 +142,17 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
     };
     let for_shop = install(&shop, true, &[&shop.name, &gone]);
     let for_bank = install(&bank, false, &[&bank.name]);
+
+    // Each reads the instance's certificates in its own namespace.
+    let ca = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "zitadel-ca"}, "stringData": {"ca.crt": shop.issuer.ca}});
+    for release in [&for_shop, &for_bank] {
+        let secrets: Api<Secret> = Api::namespaced(shop.client.clone(), &release.namespace);
+        let apply = PatchParams::apply("tests");
+        secrets
+            .patch("zitadel-ca", &apply, &Patch::Apply(&ca))
+            .await
+            .expect("written");
+    }
 
     // A tenant that goes, and its Role with it, does not keep the others from being served after a restart.
     let namespaces: Api<Namespace> = Api::all(shop.client.clone());
@@ -191,7 +204,7 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
             .filter(|r| ["secrets", "zitadelserviceusers", "events"].contains(&r.resource.as_str()))
             .map(|r| r.namespace.as_str())
             .collect();
-        let mut may: BTreeSet<_> = [own.name.as_str()].into();
+        let mut may: BTreeSet<_> = [own.name.as_str(), &release.namespace].into();
         if own.name == shop.name {
             may.insert(&gone);
         }
