@@ -1,11 +1,15 @@
 // Command cluster starts a real Kubernetes control plane on loopback and ends it when its stdin closes.
 //
-// It prints one JSON line when the API server is ready. It imports nothing of Kubernetes, so that a change here does not
-// relink the control plane (reference/testbed.md §1).
+// It prints one JSON line when the API server is ready. It imports nothing of Kubernetes, so that a change here does
+// not relink the control plane (reference/testbed.md §1).
 //
-//	cluster up --bin DIR [FLAG...]    further flags go to kube-apiserver; DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager
-//	cluster up --bin DIR --node [--image NAME=FILE]... [--reach PORT]... [FLAG...]    with a node that has these images from OCI archives, whose pods reach these ports of 127.0.0.1 at the node's address
-//	cluster lacks                     prints what this machine lacks for a node; nothing, if it can run one
+//	cluster up --bin DIR [--node [--image NAME=FILE]... [--reach PORT]...] [FLAG...]
+//	cluster lacks
+//
+// DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager; further flags go to
+// kube-apiserver. With --node there is a node, which has these images from OCI archives, and whose pods reach these
+// ports of 127.0.0.1 at the node's address. `lacks` prints what this machine lacks for a node: nothing, if it can run
+// one.
 package main
 
 import (

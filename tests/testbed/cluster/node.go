@@ -14,8 +14,8 @@ import (
 
 // A node: kubelet, containerd and pods, in a mount, a PID and a network namespace of their own. containerd is the first
 // process of the PID namespace, so that the kernel ends shims and pods with it, and their mounts with the last of them
-// (pid_namespaces(7)), however this process ends. The network namespace has no link to the machine's networks: relays are
-// the only way out, and servers on the machine need no address but loopback.
+// (pid_namespaces(7)), however this process ends. The network namespace has no link to the machine's networks: relays
+// are the only way out, and servers on the machine need no address but loopback.
 
 const (
 	// nodeAddress is the node in its own network, and the machine as pods see it. It is the first address of the
@@ -27,9 +27,15 @@ const (
 
 // enter makes the namespaces' own view of the machine. containerd, runc, CNI plugins and kubelet keep state in some of
 // these folders, whatever they are told.
-const enter = `mount --make-rprivate / && mount --make-rshared / && mount -t proc proc /proc
-for folder in /run /var/log /var/lib/kubelet /var/lib/cni; do mkdir -p $folder && mount -t tmpfs tmpfs $folder; done
-ip link set lo up && ip address add ` + nodeAddress + `/32 dev lo
+const enter = `mount --make-rprivate /
+mount --make-rshared /
+mount -t proc proc /proc
+for folder in /run /var/log /var/lib/kubelet /var/lib/cni; do
+	mkdir -p $folder
+	mount -t tmpfs tmpfs $folder
+done
+ip link set lo up
+ip address add ` + nodeAddress + `/32 dev lo
 `
 
 // cniFolders are where distributions and upstream's releases put the plugins.
@@ -117,12 +123,17 @@ func (n *node) start(p *plane, bin, dir string, keys *keys, end chan string) err
 		}
 	}
 
+	// Its own deadline is for what does not answer; it takes part of a second.
+	ctr := func(args ...string) *exec.Cmd {
+		options := []string{"--address", at("containerd.sock"), "--namespace", "k8s.io", "--timeout", "30s"}
+		return exec.Command("ctr", append(options, args...)...)
+	}
 	containerd := isolated(enter+`exec containerd --config "$0"`, at("containerd.toml"))
 	if err := p.launch("containerd", dir, end, containerd); err != nil {
 		return err
 	}
 	if err := p.await("containerd", dir, end, func() error {
-		return exec.Command("ctr", "--address", at("containerd.sock"), "version").Run()
+		return ctr("version").Run()
 	}); err != nil {
 		return err
 	}
@@ -142,9 +153,8 @@ func (n *node) start(p *plane, bin, dir string, keys *keys, end chan string) err
 	}
 	for _, image := range append([]string{busyboxImage + "=" + at("busybox.tar")}, n.images...) {
 		name, archive, _ := strings.Cut(image, "=")
-		ctr := exec.Command("ctr", "--address", at("containerd.sock"), "--namespace", "k8s.io",
-			"images", "import", "--snapshotter", "native", "--index-name", name, archive)
-		if said, err := ctr.CombinedOutput(); err != nil {
+		load := ctr("images", "import", "--snapshotter", "native", "--index-name", name, archive)
+		if said, err := load.CombinedOutput(); err != nil {
 			return fmt.Errorf("image %s: %w: %s", image, err, said)
 		}
 	}
@@ -193,8 +203,9 @@ func (p *plane) relay(from network, listen string, to network, dial string) erro
 	return err
 }
 
-// containerdConfig: snapshots are copies ("native"), since overlayfs does not go on top of itself and this machine may be a
-// container; without restrict_oom_score_adj no sandbox starts where CAP_SYS_RESOURCE is missing (reference/testbed.md §2).
+// containerdConfig: snapshots are copies ("native"), since overlayfs does not go on top of itself and this machine may
+// be a container; without restrict_oom_score_adj no sandbox starts where CAP_SYS_RESOURCE is missing
+// (reference/testbed.md §2).
 func containerdConfig(dir string) string {
 	return fmt.Sprintf(`version = 2
 root = "%[1]s/containerd"

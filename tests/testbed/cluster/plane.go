@@ -24,8 +24,8 @@ type plane struct {
 	cleanup []func() // once all parts have ended
 }
 
-// start brings up etcd, kube-apiserver and, if it is there, kube-controller-manager; then a node, if one is wanted. Ports
-// are free when chosen and may be taken a moment later, hence the tries.
+// start brings up etcd, kube-apiserver and, if it is there, kube-controller-manager; then a node, if one is wanted.
+// Ports are free when chosen and may be taken a moment later, hence the tries.
 func start(bin, dir string, flags []string, node *node, end chan string) (*plane, error) {
 	var err error
 	for range 3 {
