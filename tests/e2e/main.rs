@@ -79,6 +79,9 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     clock.tell("upgraded, both pods ready");
     refreshed(&place, &world, &consumer).await;
     clock.tell("one of the new pods has minted, and the running pod reads it");
+    let seen = consumer.seen().await;
+    println!("    the pod: {seen}");
+    assert_eq!(world.issuer.mints().await, seen.tokens, "a token was minted in vain");
     assert_eq!(restarts(&client).await, 0, "the kubelet had to start an operator anew");
 
     place.uninstall(NAMESPACE);
@@ -93,9 +96,6 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     consumer.reads(&new["token"]).await;
     clock.tell("installed anew, it goes on, and the running pod reads a new token");
 
-    let seen = consumer.seen().await;
-    println!("    the pod: {seen}");
-    assert_eq!(world.issuer.mints().await, seen.tokens, "a token was minted in vain");
     place.uninstall(NAMESPACE);
     remove(&client, &world).await;
     clock.tell("all is removed");
