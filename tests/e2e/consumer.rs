@@ -64,7 +64,8 @@ impl Consumer {
     pub async fn reads(&self, token: &str) {
         let issued = |token: &str| claims(token)["iat"].as_i64().expect("iat");
         let deadline = Instant::now() + self.patience;
-        while !self.readings().await.iter().any(|r| issued(&r.token) >= issued(token)) {
+        let late_enough = |r: &Reading| r.token == token || issued(&r.token) > issued(token);
+        while !self.readings().await.iter().any(late_enough) {
             assert!(
                 Instant::now() < deadline,
                 "no new token in the file in {:?}",
