@@ -17,7 +17,7 @@ CHART := $(CURDIR)/charts/zitadel-tokens
 # For each of the targets in fuzz/targets.rs.
 FUZZ_SECONDS ?= 10
 
-.PHONY: help demo test fuzz soak lint chart fmt build image run testbed crds docs bench bench-quick test-zitadel ci
+.PHONY: help demo test fuzz soak e2e lint chart fmt build image run testbed crds docs bench bench-quick test-zitadel ci
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +39,16 @@ fuzz: ## Random inputs from outside: keys, answers, templates, records (FUZZ_SEC
 soak: testbed ## Endurance, kills and watch faults, in minutes (CI=true: fewer rounds)
 	cargo test --test soak -- --test-threads=1 --nocapture
 
+e2e: ## Image and chart on a real node; E2E_KUBECONFIG takes a cluster of yours, BINARY another build
+	@BINARY=$(BINARY) IMAGE_ARCHIVE=$(IMAGE_ARCHIVE) tests/e2e/run
+
 lint: ## Format, clippy, licences, generated files
 	cargo fmt --check
 	@unformatted=$$(gofmt -l tests/testbed); [ -z "$$unformatted" ] || { echo "gofmt: $$unformatted"; exit 1; }
 	cd tests/testbed/issuer && go vet ./...
 	cd tests/testbed/cluster && go vet .
 	cargo clippy --all-targets -- -D warnings
-	cargo clippy --test soak -- -D warnings # not among all targets, since `cargo test` leaves it out
+	cargo clippy --test soak --test e2e -- -D warnings # not among all targets, since `cargo test` leaves them out
 	$(MAKE) --no-print-directory deny
 	$(MAKE) --no-print-directory chart crds docs
 	@git diff --exit-code --stat -- crds charts docs/reasons.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }

@@ -1,7 +1,7 @@
 //! The real control plane, one for all tests of a binary.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
@@ -14,7 +14,8 @@ use super::child::{Running, parts};
 use super::{EVENTUALLY, audit::Audit};
 
 pub struct Cluster {
-    running: Running,
+    /// What keeps it up; nothing, if it is somebody else's.
+    running: Option<Running>,
     pub kubeconfig: PathBuf,
     pub kubectl: Option<PathBuf>,
     pub server: String,
@@ -30,6 +31,36 @@ impl Cluster {
 
     /// Starts one whose API server has these flags too.
     pub fn start_with(flags: &[&str]) -> Self {
+        Self::up(&[], flags)
+    }
+
+    /// Starts one with a node, which has these images (name and archive), and whose pods reach these ports of 127.0.0.1
+    /// at [`Cluster::node`].
+    pub fn start_with_node(images: &[(&str, &Path)], reach: &[&str]) -> Self {
+        let mut options = vec!["--node".to_owned()];
+        options.extend(
+            images
+                .iter()
+                .map(|(name, file)| format!("--image={name}={}", file.display())),
+        );
+        options.extend(reach.iter().map(|port| format!("--reach={port}")));
+        Self::up(&options, &[])
+    }
+
+    /// One that runs already. Nobody here reads its audit log.
+    pub fn existing(kubeconfig: &Path) -> Self {
+        let kubectl = PathBuf::from(parts()["controlplane"].as_str().expect("a folder")).join("kubectl");
+        Self {
+            running: None,
+            kubeconfig: kubeconfig.to_owned(),
+            kubectl: kubectl.exists().then_some(kubectl),
+            server: String::new(),
+            audit: Audit::new(PathBuf::new()),
+            ready: serde_json::Value::Null,
+        }
+    }
+
+    fn up(options: &[String], flags: &[&str]) -> Self {
         let parts = parts();
         let path = |part: &str| PathBuf::from(parts[part].as_str().expect("a folder"));
         let (running, ready) = Running::announced(
@@ -37,12 +68,13 @@ impl Cluster {
             Command::new(path("cluster").join("cluster"))
                 .args(["up", "--bin"])
                 .arg(path("controlplane"))
+                .args(options)
                 .arg("--")
                 .args(flags),
         );
         let text = |key: &str| ready[key].as_str().map(PathBuf::from);
         Self {
-            running,
+            running: Some(running),
             kubeconfig: text("kubeconfig").expect("a kubeconfig"),
             kubectl: text("kubectl"),
             server: ready["server"].as_str().expect("an address").to_owned(),
@@ -65,6 +97,11 @@ impl Cluster {
             cluster
         });
         &SHARED
+    }
+
+    /// The address at which pods of its node reach this machine.
+    pub fn node(&self) -> Option<&str> {
+        self.ready["node"].as_str()
     }
 
     /// Runs the testbed's kubectl, or the one on the PATH; returns whether it agreed, and what it said.

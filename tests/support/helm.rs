@@ -59,20 +59,7 @@ impl Release {
     }
 
     fn helm(&self, arguments: &[&OsStr]) {
-        let helm = PathBuf::from(parts()["helm"].as_str().expect("a folder")).join("helm");
-        // Helm's own files, beside the kubeconfig: they end with the cluster.
-        let home = self.cluster.kubeconfig.with_file_name("helm");
-        let output = Command::new(helm)
-            .args(arguments)
-            .args(["--namespace", &self.namespace])
-            .env("KUBECONFIG", &self.cluster.kubeconfig)
-            .env("HELM_CACHE_HOME", &home)
-            .env("HELM_CONFIG_HOME", &home)
-            .env("HELM_DATA_HOME", &home)
-            .output()
-            .expect("helm runs");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "helm {arguments:?}: {said}");
+        helm(self.cluster, &self.namespace, arguments);
     }
 
     /// The user name of the release's service account.
@@ -138,6 +125,24 @@ impl Release {
         let environment: Vec<(&str, &OsStr)> = environment.iter().map(|(name, value)| (*name, &**value)).collect();
         Operator::start_as_told(&self.kubeconfig().await, &environment).await
     }
+}
+
+/// Runs Helm in a namespace.
+pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) {
+    let mut command = Command::new(PathBuf::from(parts()["helm"].as_str().expect("a folder")).join("helm"));
+    command
+        .args(arguments)
+        .args(["--namespace", namespace])
+        .env("KUBECONFIG", &cluster.kubeconfig);
+    if let Some(dir) = cluster.ready["dir"].as_str() {
+        // Helm's own files: they end with the cluster.
+        for home in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+            command.env(home, format!("{dir}/helm"));
+        }
+    }
+    let output = command.output().expect("helm runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "helm {arguments:?}: {said}");
 }
 
 /// Values as `--set-json` takes them.

@@ -57,8 +57,19 @@ func writeKeys(dir string) (*keys, error) {
 	server.KeyUsage = x509.KeyUsageDigitalSignature
 	server.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 	server.DNSNames = []string{"localhost", "kubernetes.default.svc"}
-	server.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)}
+	server.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1), net.ParseIP(nodeAddress)}
 	serverDER, err := x509.CreateCertificate(rand.Reader, server, ca, serverKey.Public(), caKey)
+	if err != nil {
+		return nil, err
+	}
+	clientKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	client := template(3, "kube-apiserver")
+	client.KeyUsage = x509.KeyUsageDigitalSignature
+	client.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	clientDER, err := x509.CreateCertificate(rand.Reader, client, ca, clientKey.Public(), caKey)
 	if err != nil {
 		return nil, err
 	}
@@ -67,9 +78,11 @@ func writeKeys(dir string) (*keys, error) {
 		return nil, err
 	}
 	for name, block := range map[string]func() (string, []byte, error){
-		"ca.crt":              func() (string, []byte, error) { return "CERTIFICATE", caDER, nil },
-		"server.crt":          func() (string, []byte, error) { return "CERTIFICATE", serverDER, nil },
+		"ca.crt":              certificate(caDER),
+		"server.crt":          certificate(serverDER),
 		"server.key":          private(serverKey),
+		"kubelet-client.crt":  certificate(clientDER),
+		"kubelet-client.key":  private(clientKey),
 		"service-account.key": private(accountKey),
 	} {
 		kind, der, err := block()
@@ -82,6 +95,10 @@ func writeKeys(dir string) (*keys, error) {
 		}
 	}
 	return &keys{ca: ca, token: hex.EncodeToString(random)}, nil
+}
+
+func certificate(der []byte) func() (string, []byte, error) {
+	return func() (string, []byte, error) { return "CERTIFICATE", der, nil }
 }
 
 func private(key *ecdsa.PrivateKey) func() (string, []byte, error) {

@@ -1,9 +1,15 @@
 // Command cluster starts a real Kubernetes control plane on loopback and ends it when its stdin closes.
 //
-// It prints one JSON line when the API server is ready. It needs only the standard library, so that a change here
-// does not relink the control plane (reference/testbed.md §1).
+// It prints one JSON line when the API server is ready. It imports nothing of Kubernetes, so that a change here does
+// not relink the control plane (reference/testbed.md §1).
 //
-//	cluster up --bin DIR [FLAG...]    further flags go to kube-apiserver; DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager
+//	cluster up --bin DIR [--node [--image NAME=FILE]... [--reach PORT]...] [FLAG...]
+//	cluster lacks
+//
+// DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager; further flags go to
+// kube-apiserver. With --node there is a node, which has these images from OCI archives, and whose pods reach these
+// ports of 127.0.0.1 at the node's address. `lacks` prints what this machine lacks for a node: nothing, if it can run
+// one.
 package main
 
 import (
@@ -18,6 +24,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 )
 
@@ -37,18 +44,39 @@ type ready struct {
 	Server     string         `json:"server"`
 	AuditLog   string         `json:"auditLog"`
 	Dir        string         `json:"dir"`
+	Node       string         `json:"node,omitempty"` // its address, as pods see it
 	Ports      map[string]int `json:"ports"`
 	Pids       map[string]int `json:"pids"`
 }
 
 func run(args []string) error {
+	if len(args) == 1 && args[0] == "lacks" {
+		fmt.Print(strings.Join(lacks(), ", "))
+		return nil
+	}
 	if len(args) == 0 || args[0] != "up" {
-		return errors.New("usage: cluster up --bin DIR [FLAG...]")
+		return errors.New("usage: cluster up --bin DIR [--node] [FLAG...] | cluster lacks")
 	}
 	flags := flag.NewFlagSet("up", flag.ContinueOnError)
 	bin := flags.String("bin", "", "folder with etcd, kube-apiserver and kube-controller-manager")
+	withNode := flags.Bool("node", false, "start a node too")
+	var wanted node
+	flags.Func("image", "name of an image and archive that holds it, NAME=FILE", func(image string) error {
+		wanted.images = append(wanted.images, image)
+		return nil
+	})
+	flags.Func("reach", "port of 127.0.0.1 that pods shall reach", func(port string) error {
+		wanted.reach = append(wanted.reach, port)
+		return nil
+	})
 	if err := flags.Parse(args[1:]); err != nil {
 		return err
+	}
+	node := &wanted
+	if !*withNode {
+		node = nil
+	} else if missing := lacks(); len(missing) > 0 {
+		return errors.New("no node on this machine, which lacks " + strings.Join(missing, ", "))
 	}
 	dir, err := os.MkdirTemp("", "zitadel-tokens-testbed-")
 	if err != nil {
@@ -56,7 +84,7 @@ func run(args []string) error {
 	}
 	defer os.RemoveAll(dir)
 
-	end := make(chan string, 4)
+	end := make(chan string, 16) // more than there are senders: nobody waits to tell that it ends
 	go func() {
 		// The parent's death closes the pipe, even after kill -9.
 		_, _ = io.Copy(io.Discard, os.Stdin)
@@ -66,7 +94,7 @@ func run(args []string) error {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	go func() { <-signals; end <- "" }()
 
-	plane, err := start(*bin, dir, flags.Args(), end)
+	plane, err := start(*bin, dir, flags.Args(), node, end)
 	if plane != nil {
 		defer plane.stop()
 	}
@@ -90,15 +118,17 @@ type part struct {
 }
 
 // launch starts a part; its death is told to end.
-func launch(bin, dir, name string, end chan<- string, args ...string) (*part, error) {
+func launch(name, dir string, end chan<- string, cmd *exec.Cmd) (*part, error) {
 	log, err := os.Create(filepath.Join(dir, name+".log"))
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
-	cmd := exec.Command(filepath.Join(bin, name), args...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}

@@ -5,10 +5,13 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -16,17 +19,18 @@ import (
 const patience = 90 * time.Second
 
 type plane struct {
-	ready ready
-	parts []*part
+	ready   ready
+	parts   []*part
+	cleanup []func() // once all parts have ended
 }
 
-// start brings up etcd, kube-apiserver and, if it is there, kube-controller-manager. Ports are free when chosen and
-// may be taken a moment later, hence the tries.
-func start(bin, dir string, flags []string, end chan string) (*plane, error) {
+// start brings up etcd, kube-apiserver and, if it is there, kube-controller-manager; then a node, if one is wanted.
+// Ports are free when chosen and may be taken a moment later, hence the tries.
+func start(bin, dir string, flags []string, node *node, end chan string) (*plane, error) {
 	var err error
 	for range 3 {
 		var p *plane
-		if p, err = try(bin, dir, flags, end); err == nil {
+		if p, err = try(bin, dir, flags, node, end); err == nil {
 			return p, nil
 		}
 		p.stop()
@@ -45,9 +49,9 @@ func start(bin, dir string, flags []string, end chan string) (*plane, error) {
 	return nil, err
 }
 
-func try(bin, dir string, flags []string, end chan string) (*plane, error) {
+func try(bin, dir string, flags []string, node *node, end chan string) (*plane, error) {
 	p := &plane{}
-	ports, err := freePorts("etcd", "etcd-peer", "kube-apiserver", "kube-controller-manager")
+	ports, err := freePorts("etcd", "etcd-peer", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet")
 	if err != nil {
 		return p, err
 	}
@@ -82,7 +86,22 @@ func try(bin, dir string, flags []string, end chan string) (*plane, error) {
 		p.ready.Kubectl = kubectl
 	}
 
-	if err := p.launch(bin, dir, "etcd", end,
+	controllers := "garbage-collector-controller,namespace-controller,serviceaccount-controller," +
+		"serviceaccount-token-controller,resourcequota-controller,root-ca-certificate-publisher-controller,clusterrole-aggregation-controller"
+	if node != nil {
+		controllers += ",node-lifecycle-controller,deployment-controller,replicaset-controller,disruption-controller"
+		flags = append([]string{
+			"--kubelet-client-certificate", at("kubelet-client.crt"), "--kubelet-client-key", at("kubelet-client.key"),
+			"--kubelet-preferred-address-types", "Hostname",
+		}, flags...)
+	}
+	part := func(name string, args ...string) error {
+		return p.launch(name, dir, end, exec.Command(filepath.Join(bin, name), args...))
+	}
+	answers := func(url string) func() error {
+		return func() error { _, err := p.get(url, keys); return err }
+	}
+	if err := part("etcd",
 		"--data-dir", at("etcd"), "--unsafe-no-fsync",
 		"--listen-client-urls", url("http", "etcd"), "--advertise-client-urls", url("http", "etcd"),
 		"--listen-peer-urls", url("http", "etcd-peer"), "--initial-advertise-peer-urls", url("http", "etcd-peer"),
@@ -90,7 +109,7 @@ func try(bin, dir string, flags []string, end chan string) (*plane, error) {
 	); err != nil {
 		return p, err
 	}
-	if err := p.launch(bin, dir, "kube-apiserver", end, append([]string{
+	if err := part("kube-apiserver", append([]string{
 		"--etcd-servers", url("http", "etcd"),
 		"--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(ports["kube-apiserver"]),
 		// A loopback address is refused here; nobody dials this one.
@@ -105,29 +124,33 @@ func try(bin, dir string, flags []string, end chan string) (*plane, error) {
 	}, flags...)...); err != nil {
 		return p, err
 	}
-	if err := p.await(dir, url("https", "kube-apiserver")+"/readyz", keys, end); err != nil {
+	if err := p.await("kube-apiserver", dir, end, answers(url("https", "kube-apiserver")+"/readyz")); err != nil {
 		return p, err
 	}
 	if exists(filepath.Join(bin, "kube-controller-manager")) {
-		if err := p.launch(bin, dir, "kube-controller-manager", end,
+		if err := part("kube-controller-manager",
 			"--kubeconfig", at("kubeconfig"),
 			"--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(ports["kube-controller-manager"]),
-			"--controllers", "garbage-collector-controller,namespace-controller,serviceaccount-controller,"+
-				"serviceaccount-token-controller,resourcequota-controller,root-ca-certificate-publisher-controller,clusterrole-aggregation-controller",
+			"--controllers", controllers,
 			"--service-account-private-key-file", at("service-account.key"), "--root-ca-file", at("ca.crt"),
 			"--use-service-account-credentials", "--leader-elect=false",
 		); err != nil {
 			return p, err
 		}
-		if err := p.await(dir, url("https", "kube-controller-manager")+"/healthz", keys, end); err != nil {
+		if err := p.await("kube-controller-manager", dir, end, answers(url("https", "kube-controller-manager")+"/healthz")); err != nil {
+			return p, err
+		}
+	}
+	if node != nil {
+		if err := node.start(p, bin, dir, keys, end); err != nil {
 			return p, err
 		}
 	}
 	return p, nil
 }
 
-func (p *plane) launch(bin, dir, name string, end chan string, args ...string) error {
-	part, err := launch(bin, dir, name, end, args...)
+func (p *plane) launch(name, dir string, end chan string, cmd *exec.Cmd) error {
+	part, err := launch(name, dir, end, cmd)
 	if err != nil {
 		return err
 	}
@@ -136,28 +159,41 @@ func (p *plane) launch(bin, dir, name string, end chan string, args ...string) e
 	return nil
 }
 
-// await polls an endpoint until it answers 200; the death of a part ends the wait at once.
-func (p *plane) await(dir, url string, keys *keys, end chan string) error {
-	// The controller manager serves a certificate of its own; nothing secret goes there.
+// get returns what a part answers, if it answers 200.
+func (p *plane) get(url string, keys *keys) ([]byte, error) {
+	request, err := http.NewRequest(http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
 	pool := x509.NewCertPool()
 	pool.AddCert(keys.ca)
+	// The controller manager serves a certificate of its own; nothing secret goes there.
+	own := !strings.HasPrefix(url, p.ready.Server)
+	if !own {
+		request.Header.Set("Authorization", "Bearer "+keys.token)
+	}
 	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: pool, InsecureSkipVerify: url[len(url)-8:] == "/healthz"},
+		DisableKeepAlives: true,
+		TLSClientConfig:   &tls.Config{RootCAs: pool, InsecureSkipVerify: own},
 	}}
+	answer, err := client.Do(request)
+	if err != nil {
+		return nil, err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		return nil, errors.New(answer.Status)
+	}
+	return io.ReadAll(answer.Body)
+}
+
+// await asks until a part is ready; the death of any ends the wait at once.
+func (p *plane) await(name, dir string, end chan string, ready func() error) error {
 	deadline := time.After(patience)
 	for {
-		request, err := http.NewRequest(http.MethodGet, url, nil)
-		if err != nil {
-			return err
-		}
-		if !client.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify {
-			request.Header.Set("Authorization", "Bearer "+keys.token)
-		}
-		if answer, err := client.Do(request); err == nil {
-			answer.Body.Close()
-			if answer.StatusCode == http.StatusOK {
-				return nil
-			}
+		err := ready()
+		if err == nil {
+			return nil
 		}
 		select {
 		case failed := <-end:
@@ -167,8 +203,7 @@ func (p *plane) await(dir, url string, keys *keys, end chan string) error {
 			}
 			return fmt.Errorf("%s did not start; its log says:\n%s", failed, tail(filepath.Join(dir, failed+".log"), 20))
 		case <-deadline:
-			last := p.parts[len(p.parts)-1].name
-			return fmt.Errorf("%s is not ready after %s; its log says:\n%s", url, patience, tail(filepath.Join(dir, last+".log"), 20))
+			return fmt.Errorf("%s is not ready after %s (%w); its log says:\n%s", name, patience, err, tail(filepath.Join(dir, name+".log"), 20))
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -182,6 +217,9 @@ func (p *plane) stop() {
 	for i := len(p.parts) - 1; i >= 0; i-- {
 		_ = p.parts[i].cmd.Process.Kill()
 		<-p.parts[i].done
+	}
+	for _, clean := range p.cleanup {
+		clean()
 	}
 }
 

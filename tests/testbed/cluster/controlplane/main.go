@@ -1,9 +1,9 @@
-// Command controlplane is etcd, kube-apiserver, kube-controller-manager and kubectl in one binary: what it is
-// depends on the name that it is called by, since four binaries would link the same 100 MB four times
-// (reference/testbed.md §1).
+// Command controlplane is etcd, Kubernetes' control plane, kubelet and kubectl in one binary: what it is depends on the
+// name that it is called by, since separate binaries would each link the same 100 MB (reference/testbed.md §1).
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,6 +17,8 @@ import (
 	kubectlutil "k8s.io/kubectl/pkg/cmd/util"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
+	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
+	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
 )
 
 func main() {
@@ -27,12 +29,16 @@ func main() {
 		os.Exit(cli.Run(apiserver.NewAPIServerCommand()))
 	case "kube-controller-manager":
 		os.Exit(cli.Run(controllermanager.NewControllerManagerCommand()))
+	case "kube-scheduler":
+		os.Exit(cli.Run(scheduler.NewSchedulerCommand()))
+	case "kubelet":
+		os.Exit(cli.Run(kubelet.NewKubeletCommand(context.Background())))
 	case "kubectl":
 		if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
 			kubectlutil.CheckErr(err)
 		}
 	default:
-		fmt.Fprintf(os.Stderr, "controlplane: %q is none of etcd, kube-apiserver, kube-controller-manager, kubectl\n", name)
+		fmt.Fprintf(os.Stderr, "controlplane: %q is none of its parts; see tests/testbed/build\n", name)
 		os.Exit(2)
 	}
 }

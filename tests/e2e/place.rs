@@ -1,0 +1,117 @@
+//! Where it takes place: on a node of our own, or on a cluster that exists. What differs between them is here.
+
+use std::env;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::support::cluster::Cluster;
+use crate::support::helm::{NAME, chart, helm};
+use crate::support::issuer::Issuer;
+
+/// What the chart of this version installs if nothing else is said.
+const IMAGE: &str = concat!("ghcr.io/zitadel-tokens/zitadel-tokens:", env!("CARGO_PKG_VERSION"));
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+pub struct Place {
+    pub cluster: &'static Cluster,
+    /// Where pods reach the issuer. Its certificate is for `localhost`.
+    pub endpoint: String,
+    /// An image with a shell.
+    pub shell_image: String,
+    /// How long a token lives: the last third of it must be longer than `patience`, unless that is never used up.
+    pub lifetime: u64,
+    /// How long a pod, or a change in a pod's file, may take.
+    pub patience: Duration,
+    /// How the chart is told to use another image.
+    image: Vec<String>,
+}
+
+impl Place {
+    /// The place, and an issuer there.
+    pub fn find() -> (Self, Issuer) {
+        match env::var_os("E2E_KUBECONFIG") {
+            None => Self::own(),
+            Some(kubeconfig) => Self::existing(&PathBuf::from(kubeconfig)),
+        }
+    }
+
+    fn own() -> (Self, Issuer) {
+        let issuer = Issuer::start(&["--tls"]);
+        let archive = env::var_os("IMAGE_ARCHIVE").unwrap_or_else(|| "target/image/zitadel-tokens.tar".into());
+        let archive = Path::new(ROOT).join(archive);
+        let port = issuer.url.rsplit(':').next().expect("a port");
+        let cluster = Cluster::start_with_node(&[(IMAGE, &archive)], &[port]);
+        let place = Self {
+            endpoint: format!("https://{}:{port}", cluster.node().expect("a node")),
+            cluster: Box::leak(Box::new(cluster)),
+            shell_image: "busybox:testbed".to_owned(),
+            lifetime: 30,
+            patience: Duration::from_mins(1),
+            image: Vec::new(),
+        };
+        (place, issuer)
+    }
+
+    /// A kubelet looks after a pod's files once a minute, if it is not told otherwise, hence the patience.
+    fn existing(kubeconfig: &Path) -> (Self, Issuer) {
+        let listen = env::var("E2E_LISTEN").expect("E2E_LISTEN: address and port of this machine that pods reach");
+        let issuer = Issuer::start(&["--tls", "--listen", &listen]);
+        let (name, tag) = env::var("E2E_IMAGE").map_or_else(
+            |_| (None, None),
+            |image| {
+                let (name, tag) = image.rsplit_once(':').expect("E2E_IMAGE: NAME:TAG");
+                (Some(name.to_owned()), Some(tag.to_owned()))
+            },
+        );
+        let values = [
+            name.as_ref().map(|_| "image.registry=".to_owned()),
+            name.map(|name| format!("image.repository={name}")),
+            tag.map(|tag| format!("image.tag={tag}")),
+        ];
+        let place = Self {
+            cluster: Box::leak(Box::new(Cluster::existing(kubeconfig))),
+            endpoint: issuer.url.clone(),
+            shell_image: env::var("E2E_SHELL_IMAGE").unwrap_or_else(|_| "busybox:stable".to_owned()),
+            lifetime: 600,
+            patience: Duration::from_mins(3),
+            image: values.into_iter().flatten().collect(),
+        };
+        (place, issuer)
+    }
+
+    /// Runs Helm, `ACTION RELEASE CHART` with these values, and waits until all is ready.
+    pub fn release(&self, action: &str, namespace: &str, values: &[&str]) {
+        let chart = chart();
+        let mut arguments = vec![OsStr::new(action), OsStr::new(NAME), chart.as_os_str()];
+        arguments.extend(["--create-namespace", "--wait", "--timeout", "3m"].map(OsStr::new));
+        for value in &self.image {
+            arguments.extend(["--set-string", value].map(OsStr::new));
+        }
+        for value in values {
+            arguments.extend(["--set", value].map(OsStr::new));
+        }
+        helm(self.cluster, namespace, &arguments);
+    }
+
+    pub fn uninstall(&self, namespace: &str) {
+        let arguments = ["uninstall", NAME, "--wait", "--timeout", "3m"].map(OsStr::new);
+        helm(self.cluster, namespace, &arguments);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for look in [
+                "get pods,leases -A -o wide",
+                "events -A --types Warning",
+                "get zsu,zitadelinstances -A -o wide",
+                "-n zitadel-tokens logs --prefix --tail 30 -l app.kubernetes.io/name=zitadel-tokens",
+            ] {
+                let words: Vec<&str> = look.split(' ').collect();
+                eprintln!("--- kubectl {look} ---\n{}", self.cluster.kubectl(&words, "").1);
+            }
+        }
+    }
+}
