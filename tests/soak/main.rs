@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod failover;
 mod freshness;
 mod kills;
 mod neighbours;

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 
+use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 
 pub struct Audit {
@@ -18,12 +19,22 @@ pub struct Request {
     pub name: String,
     pub agent: String,
     pub code: u16,
+    /// When it came to the API server.
+    pub at: Timestamp,
+}
+
+impl Request {
+    /// Whether it came to change something.
+    pub fn writes(&self) -> bool {
+        !["get", "list", "watch"].contains(&&*self.verb)
+    }
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Line {
     verb: String,
+    request_received_timestamp: Timestamp,
     #[serde(default)]
     user_agent: String,
     object_ref: Option<Object>,
@@ -70,6 +81,7 @@ impl Audit {
                     name: object.name,
                     agent: line.user_agent,
                     code: line.response_status.map_or(0, |s| s.code),
+                    at: line.request_received_timestamp,
                 })
             })
             .collect()

@@ -17,6 +17,7 @@ pub mod cluster;
 pub mod issuer;
 pub mod operator;
 pub mod proxy;
+pub mod replicas;
 pub mod world;
 
 use std::time::Duration;

@@ -1,6 +1,6 @@
-//! A plain-http proxy in front of the API server that can hold a request, cut all connections, or spoil an answer: how a
-//! crash between two steps, a watch that was down, and an object that nobody can decode are made without hooks in the
-//! product.
+//! A plain-http proxy in front of the API server that can hold or lose a request, cut all connections, or spoil an answer:
+//! how a crash between two steps, a network that swallows, a watch that was down, and an object that nobody can decode are
+//! made without hooks in the product.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use kube::config::Kubeconfig;
@@ -16,6 +16,9 @@ use secrecy::ExposeSecret;
 use tokio::sync::{Notify, watch};
 
 use super::cluster::Cluster;
+
+/// The agent of whoever comes through a proxy, in the audit log.
+pub const AGENT: HeaderValue = HeaderValue::from_static("proxied");
 
 pub struct Proxy {
     shared: Arc<Shared>,
@@ -29,6 +32,7 @@ struct Shared {
     http: reqwest::Client,
     hold: Mutex<Option<Arc<Hold>>>,
     cut: watch::Sender<bool>,
+    lost: watch::Sender<Vec<(&'static str, String)>>,
     spoiled: Mutex<Vec<Spoiled>>,
 }
 
@@ -88,6 +92,7 @@ impl Proxy {
             http,
             hold: Mutex::default(),
             cut: watch::Sender::new(false),
+            lost: watch::Sender::default(),
             spoiled: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -133,6 +138,18 @@ impl Proxy {
         spoiled.push(Spoiled { path, text, by });
     }
 
+    /// Loses all requests with this method and piece of path: they get no answer, and the API server never sees them.
+    pub fn lose(&self, method: &'static str, path: &str) {
+        self.shared
+            .lost
+            .send_modify(|lost| lost.push((method, path.to_owned())));
+    }
+
+    /// Loses nothing more.
+    pub fn find(&self) {
+        self.shared.lost.send_replace(Vec::new());
+    }
+
     /// Ends all connections and refuses new ones, or lets them pass again.
     pub fn cut(&self, cut: bool) {
         self.shared.cut.send_replace(cut);
@@ -164,6 +181,15 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     }
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
+    let mut lost = shared.lost.subscribe();
+    let is_lost = lost
+        .borrow_and_update()
+        .iter()
+        .any(|(method, piece)| *method == parts.method.as_str() && path.contains(piece));
+    if is_lost {
+        let _ = lost.changed().await;
+        return StatusCode::GATEWAY_TIMEOUT.into_response();
+    }
     let hold = {
         let mut next = shared.hold.lock().expect("not poisoned");
         let this = next
@@ -181,6 +207,8 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let body = to_bytes(body, 16 << 20).await.expect("a body");
     let mut headers = parts.headers;
     headers.remove("host");
+    // So that the audit log tells who came this way.
+    headers.insert("user-agent", AGENT);
     let sent = shared
         .http
         .request(parts.method, format!("{}{path}", shared.server))
