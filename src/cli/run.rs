@@ -191,7 +191,10 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let work = work(context.clone(), fence, shutdown);
     match election {
         // Given back last, when nothing of ours is under way any more.
-        Some(election) => election.during(work, || take_over(&context)).await,
+        Some(election) => {
+            let (can, begin) = (|| triggers.are_current(), || take_over(&context));
+            election.during(work, can, begin).await;
+        }
         None => work.await,
     }
     watches.abort();

@@ -129,7 +129,8 @@ pub struct Triggers {
     cache: Arc<Cache>,
     users: Arc<Queue>,
     instances: Arc<Queue>,
-    listed: watch::Sender<usize>,
+    /// How many watches know what exists.
+    current: watch::Sender<usize>,
 }
 
 impl Triggers {
@@ -140,17 +141,24 @@ impl Triggers {
             cache,
             users,
             instances,
-            listed: watch::Sender::new(0),
+            current: watch::Sender::new(0),
         }
     }
 
     /// Completes when every watch has had its first list.
     pub fn first_lists(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut listed = self.listed.subscribe();
+        let mut current = self.current.subscribe();
         async move {
             // The sender lives as long as the watches.
-            let _ = listed.wait_for(|count| *count >= WATCHES).await;
+            let _ = current.wait_for(|count| *count >= WATCHES).await;
         }
+    }
+
+    /// Whether all watches know what exists: none has failed since its last list. Who does not know is not to take over,
+    /// since what another did meanwhile would look as if somebody else had done it.
+    #[must_use]
+    pub fn are_current(&self) -> bool {
+        *self.current.borrow() >= WATCHES
     }
 
     /// Runs the watches; never ends while they live. `instance_selector` limits the instances that are served.
@@ -189,7 +197,7 @@ impl Triggers {
     /// (decision K6).
     async fn follow<K>(
         &self,
-        events: impl Stream<Item = Event<Readable<K>>>,
+        events: impl Stream<Item = Option<Event<Readable<K>>>>,
         applied: impl Fn(&Self, K),
         gone: impl Fn(&Self, &ObjectRef),
         known: impl Fn(&Known) -> HashSet<ObjectRef>,
@@ -198,8 +206,14 @@ impl Triggers {
     {
         let mut events = std::pin::pin!(events);
         let mut unseen = HashSet::new();
-        let mut first = true;
+        let mut current = false;
         while let Some(event) = events.next().await {
+            let Some(event) = event else {
+                if std::mem::take(&mut current) {
+                    self.current.send_modify(|count| *count -= 1);
+                }
+                continue;
+            };
             match event {
                 Event::Init => unseen = known(&self.cache.read()),
                 Event::InitApply(Ok(object)) => {
@@ -212,8 +226,8 @@ impl Triggers {
                     for id in std::mem::take(&mut unseen) {
                         gone(self, &id);
                     }
-                    if std::mem::take(&mut first) {
-                        self.listed.send_modify(|count| *count += 1);
+                    if !std::mem::replace(&mut current, true) {
+                        self.current.send_modify(|count| *count += 1);
                     }
                 }
                 Event::Apply(Ok(object)) => applied(self, object),
@@ -387,19 +401,21 @@ fn reference<K: Resource<DynamicType = ()>>(object: &K) -> ObjectRef {
 type Readable<K> = Result<K, ObjectRef>;
 
 /// Secrets have a type of their own, which always decodes.
-fn secrets(client: &Client) -> impl Stream<Item = Event<Readable<SecretMeta>>> + use<> {
+fn secrets(client: &Client) -> impl Stream<Item = Option<Event<Readable<SecretMeta>>>> + use<> {
     let all = Api::<SecretMeta>::all(client.clone());
-    endless(watcher(all, watcher::Config::default())).map(|event| each(event, Ok))
+    let events = endless(move || watcher(all.clone(), watcher::Config::default()));
+    events.map(|event| Some(each(event?, Ok)))
 }
 
 /// A watch of objects that people write: one that does not decode is logged and passed over, so that it never stops
 /// the others.
-fn guarded<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Event<Readable<K>>> + use<K>
+fn guarded<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Option<Event<Readable<K>>>> + use<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let events = endless(watcher(Api::<Guarded<K>>::all(client.clone()), config));
-    events.map(|event| each(event, decoded))
+    let all = Api::<Guarded<K>>::all(client.clone());
+    let events = endless(move || watcher(all.clone(), config.clone()));
+    events.map(|event| Some(each(event?, decoded)))
 }
 
 fn decoded<K: Resource<DynamicType = ()>>(guarded: Guarded<K>) -> Readable<K> {
@@ -430,17 +446,28 @@ fn each<A, B>(event: Event<A>, map: impl FnOnce(A) -> B) -> Event<B> {
     }
 }
 
-/// A watch that goes on for ever; its errors are logged by kind and retried with a growing delay.
-fn endless<K>(events: impl Stream<Item = Result<Event<K>, watcher::Error>>) -> impl Stream<Item = Event<K>>
+/// A watch that goes on for ever. Its errors are logged by kind, and told by nothing; after one it begins with a list
+/// again, after a growing delay: kube's goes on from where it was and does not tell when it has caught up.
+fn endless<K, S>(watch: impl Fn() -> S) -> impl Stream<Item = Option<Event<K>>>
 where
     K: Resource<DynamicType = ()>,
+    S: Stream<Item = Result<Event<K>, watcher::Error>>,
 {
-    events
+    let up_to_an_error = |events: S| {
+        events.scan(false, |failed, event| {
+            let event = (!*failed).then_some(event);
+            *failed = event.as_ref().is_some_and(Result::is_err);
+            std::future::ready(event)
+        })
+    };
+    futures::stream::repeat_with(watch)
+        .map(up_to_an_error)
+        .flatten()
         .inspect_err(
             |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"),
         )
         .default_backoff()
-        .filter_map(|event| std::future::ready(event.ok()))
+        .map(Result::ok)
 }
 
 /// What failed, without the server's words.

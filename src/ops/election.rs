@@ -58,13 +58,13 @@ impl Election {
         Ok((election, fence))
     }
 
-    /// Stands while `work` goes on, and gives the lease back when it has ended. `begin` is called each time, before the
-    /// first thing that is done as leader.
-    pub async fn during<T>(mut self, work: impl Future<Output = T>, begin: impl Fn()) -> T {
+    /// Stands while `work` goes on, and gives the lease back when it has ended. It takes the lease only while it `can`;
+    /// `begin` is called each time, before the first thing that is done as leader.
+    pub async fn during<T>(mut self, work: impl Future<Output = T>, can: impl Fn() -> bool, begin: impl Fn()) -> T {
         let done = tokio::select! {
             biased;
             done = work => done,
-            never = self.stand(begin) => match never {},
+            never = self.stand(can, begin) => match never {},
         };
         self.gate.close();
         if tokio::time::timeout(LONGEST_RELEASE, self.release()).await.is_err() {
@@ -73,7 +73,7 @@ impl Election {
         done
     }
 
-    async fn stand(&mut self, begin: impl Fn()) -> Infallible {
+    async fn stand(&mut self, can: impl Fn() -> bool, begin: impl Fn()) -> Infallible {
         tracing::info!(lease = self.name, candidate = self.me, "standing for election");
         self.look().await;
         let mut led = false;
@@ -86,6 +86,7 @@ impl Election {
             led = leading;
             let wait = match evaluate(self.sight.as_ref(), &self.me, lease::now()) {
                 Step::Wait(left) => left,
+                Step::Acquire if !can() => RETRY,
                 Step::Acquire | Step::Renew => match self.claim().await {
                     Some(sent) => {
                         if !self.fence.is_leading() {
