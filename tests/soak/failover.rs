@@ -175,7 +175,12 @@ async fn a_leader_whose_renewals_are_lost_has_stopped_before_the_other_begins() 
         }
         round.to_string()
     };
+    // The answer to the last renewal is late: what counts is when it was asked for.
+    let late = proxy.hold_after("PUT", "/leases/");
+    late.reached().await;
     proxy.lose("PUT", "/leases/");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    late.release();
     let (round, _) = tokio::join!(edits, replicas.led_by("new"));
     old.await_line("not leading any more").await;
     until_labelled(&world, &round).await;
@@ -230,21 +235,35 @@ async fn a_leader_that_was_stopped_during_a_mint_writes_nothing_when_it_goes_on(
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let mut old = replicas.start_behind(&proxy, "old").await;
-    world.instance().await;
-    world.simple("billing", json!({"tokenType": "JWT"})).await;
-    let first = world.token("billing-token").await;
-    world.ready("billing", "True", "Issued").await;
+    let mut spec = world.instance_spec();
+    spec["connection"]["maxConcurrentRequests"] = json!(1);
+    world.apply_instance(spec).await.expect("an instance");
+    let mut first = Vec::new();
+    for name in ["billing", "orders"] {
+        world.simple(name, json!({"tokenType": "JWT"})).await;
+        world.ready(name, "True", "Issued").await;
+        first.push(world.token(&format!("{name}-token")).await);
+    }
     let new = replicas.start("new").await;
 
-    let slow = json!({"path": "/oauth/v2/token", "times": 1, "latencyMillis": 2_000});
+    // One is asked for, and the other waits for its place.
+    let slow = json!({"path": "/oauth/v2/token", "times": 1, "latencyMillis": 3_000});
     world.issuer.fault(slow).await;
     let before = world.issuer.requests().await.len();
     world.renew("billing").await;
     eventually("asked", async || world.issuer.requests().await.len() > before).await;
+    let reads = world.cluster.audit.count(&world.name, "get", "secrets");
+    world.renew("orders").await;
+    eventually("waiting", async || {
+        world.cluster.audit.count(&world.name, "get", "secrets") >= reads + 2
+    })
+    .await;
     old.signal("STOP");
     replicas.led_by("new").await;
-    let second = world.secret_until("billing-token", |d| d["token"] != first).await;
+    let second = world.secret_until("billing-token", |d| d["token"] != first[0]).await;
+    world.secret_until("orders-token", |d| d["token"] != first[1]).await;
     world.ready("billing", "True", "Issued").await;
+    world.ready("orders", "True", "Issued").await;
     let going_on = Timestamp::now();
     old.signal("CONT");
     old.await_line("not leading any more").await;
@@ -252,8 +271,8 @@ async fn a_leader_that_was_stopped_during_a_mint_writes_nothing_when_it_goes_on(
 
     assert_eq!(world.token("billing-token").await, second["token"]);
     assert!(written(&world, true).iter().all(|r| r.at < going_on));
-    // The one in flight when it was stopped, and that of the new leader.
-    assert_eq!(world.issuer.mints().await, 3);
+    // The first two, the one in flight when it was stopped, and those of the new leader.
+    assert_eq!(world.issuer.mints().await, 5);
     assert!(new.passes().await > 0);
 }
 
@@ -402,4 +421,35 @@ async fn clocks_that_are_minutes_apart_make_no_second_leader() {
         since.elapsed().as_secs_f64()
     );
     assert!(since.elapsed() < TAKEN_OVER);
+}
+
+/// Who leads again does not reckon by what it knew of the server's clock when it led before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_clock_that_was_set_while_another_led_costs_no_mint() {
+    let world = World::new("reset").await;
+    let replicas = Replicas::of(&world).await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let mut old = replicas.start_behind(&proxy, "old").await;
+    world.instance().await;
+    let user = json!({"tokenType": "JWT", "lifetimeSeconds": 240});
+    world.simple("billing", user).await;
+    world.ready("billing", "True", "Issued").await;
+    let new = replicas.start("new").await;
+    proxy.cut(true);
+    replicas.led_by("new").await;
+    old.await_line("not leading any more").await;
+    proxy.cut(false);
+    // By the clock as it was, each token of this server is expired when it is minted.
+    world.issuer.settings(json!({"clockOffsetMillis": -280_000})).await;
+    let mut spec = world.instance_spec();
+    spec["connection"]["timeout"] = json!("9s");
+    world.apply_instance(spec).await.expect("looked at again");
+    world.instance_ready("True", "InstanceReady").await;
+    renewed(&world, 1, Instant::now()).await;
+    world.ready("billing", "True", "Issued").await;
+    let mints = world.issuer.mints().await;
+    new.terminate().await;
+    replicas.led_by_within("old", EVENTUALLY).await;
+    world.sentinel().await;
+    assert_eq!(world.issuer.mints().await, mints);
 }
