@@ -453,3 +453,36 @@ async fn a_server_clock_that_was_set_while_another_led_costs_no_mint() {
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, mints);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pass_that_outlives_the_lease_writes_nothing_until_it_is_renewed() {
+    let world = World::new("outlives").await;
+    let replicas = Replicas::of(&world).await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let mut leader = replicas.start_behind(&proxy, "leader").await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.ready("billing", "True", "Issued").await;
+
+    // What it reads comes when the lease has run out: it is all that a write needs.
+    let hold = proxy.hold_before("GET", "/secrets/billing-token");
+    let mut spec = one_token("billing-token");
+    spec["tokens"][0]["secret"]["labels"] = json!({"round": "1"});
+    world.service_user("billing", spec).await.expect("accepted");
+    hold.reached().await;
+    proxy.lose("PUT", "/leases/");
+    leader.await_line("not leading any more").await;
+    hold.release();
+    leader.await_line("Secret billing-token could not be written").await;
+    let back = Timestamp::now();
+    proxy.find();
+    until_labelled(&world, "1").await;
+    let writes = written(&world, true);
+    let last = writes.iter().rfind(|r| r.resource == "secrets").expect("written").at;
+    assert!(
+        last > back,
+        "written at {last}, before the lease was renewed after {back}"
+    );
+    world.sentinel().await;
+    assert_eq!(world.issuer.mints().await, 1);
+}
