@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use k8s_openapi::jiff::Timestamp;
+use kube::Client;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -20,6 +21,7 @@ use crate::controller::triggers::{Cache, Triggers};
 use crate::controller::write::Writer;
 use crate::controller::{Context, instance, service_user};
 use crate::domain::order::{Slots, Urgency, urgency};
+use crate::ops::election::Election;
 use crate::ops::http::Probe;
 use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
@@ -55,6 +57,18 @@ pub struct Arguments {
     /// The operator's own namespace; service users in it are refused.
     #[arg(long, env = "POD_NAMESPACE")]
     namespace: Option<String>,
+
+    /// Work only while this process holds a Lease in --namespace, so that several can stand by for each other.
+    #[arg(long, env)]
+    leader_elect: bool,
+
+    /// Name of the Lease. Operators that stand by for each other share it; those that serve other instances do not.
+    #[arg(long, env, default_value = "zitadel-tokens")]
+    lease_name: String,
+
+    /// Who holds the Lease, for people who look; by default the name of the machine.
+    #[arg(long, env)]
+    pod_name: Option<String>,
 
     /// What is logged: `error`, `warn`, `info`, `debug`, `trace`. Libraries are held at --log-libraries.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
@@ -101,6 +115,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
 
+    let (election, fence) = candidate(&arguments, &client, &shutdown)?;
     let cache = Arc::new(Cache::default());
     let all = usize::from(arguments.concurrent);
     let slots = Slots {
@@ -132,7 +147,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let within = within(arguments.watch_namespaces);
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
     let context = Arc::new(Context {
-        writer: Writer::new(client.clone(), Fence::always_ours(shutdown.clone())),
+        writer: Writer::new(client.clone(), fence.clone()),
         client: client.clone(),
         cache,
         connections,
@@ -178,18 +193,17 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     }
     let jumps = tokio::spawn({
         let context = context.clone();
-        async move { clock::watch(|| look_at_all(&context)).await }
+        async move { clock::watch(|| after_a_jump(&context)).await }
     });
-    // The request that is under way, and the write of what it brings.
-    let drain = || context.connections.longest_timeout() + TIME_TO_WRITE;
-    tokio::join!(
-        users.work(LONGEST_PASS, shutdown.clone(), drain, |id, held_back| {
-            service_user::reconcile(context.clone(), id, held_back)
-        }),
-        instances.work(LONGEST_PASS, shutdown, drain, |id, _| {
-            instance::reconcile(context.clone(), id)
-        }),
-    );
+    let work = work(context.clone(), fence, shutdown);
+    match election {
+        // Given back last, when nothing of ours is under way any more.
+        Some(election) => {
+            let (can, begin) = (|| triggers.are_current(), || take_over(&context));
+            election.during(work, can, begin).await;
+        }
+        None => work.await,
+    }
     watches.abort();
     jumps.abort();
     // A client that keeps its connection open must not keep the process.
@@ -209,10 +223,48 @@ fn within(mut namespaces: Vec<String>) -> Vec<Option<String>> {
     namespaces.into_iter().map(Some).collect()
 }
 
+/// Who stands for election, if anybody is to, and the fence of this process.
+fn candidate(arguments: &Arguments, client: &Client, shutdown: &Shutdown) -> Result<(Option<Election>, Fence), String> {
+    if !arguments.leader_elect {
+        return Ok((None, Fence::always_ours(shutdown.clone())));
+    }
+    let namespace = arguments.namespace.as_deref().filter(|name| !name.is_empty());
+    let namespace = namespace.ok_or("--leader-elect needs --namespace, where its Lease is")?;
+    let (lease, pod) = (&arguments.lease_name, arguments.pod_name.clone());
+    let (election, fence) = Election::new(client.clone(), namespace, lease, pod, shutdown.clone())?;
+    Ok((Some(election), fence))
+}
+
+/// Runs the passes of both kinds until shutdown.
+async fn work(ctx: Arc<Context>, fence: Fence, shutdown: Shutdown) {
+    // The request that is under way, and the write of what it brings.
+    let drain = || ctx.connections.longest_timeout() + TIME_TO_WRITE;
+    let (users, instances) = (ctx.users.clone(), ctx.instances.clone());
+    tokio::join!(
+        users.work(LONGEST_PASS, fence.clone(), shutdown.clone(), drain, |id, held_back| {
+            service_user::reconcile(ctx.clone(), id, held_back)
+        }),
+        instances.work(LONGEST_PASS, fence, shutdown, drain, |id, _| {
+            instance::reconcile(ctx.clone(), id)
+        }),
+    );
+}
+
+/// This process leads from now on. Whoever led before may have died in the middle of anything. Tokens of ours that are
+/// not written yet are still there.
+fn take_over(ctx: &Context) {
+    ctx.connections.forget_looks();
+    look_at_all(ctx);
+}
+
 /// The clock was set, or the machine slept: timers mean another moment than they did, and how far the servers' clocks are
 /// away is no longer known.
-fn look_at_all(ctx: &Context) {
+fn after_a_jump(ctx: &Context) {
     tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
+    look_at_all(ctx);
+}
+
+fn look_at_all(ctx: &Context) {
     ctx.instances.wake_all(ctx.cache.instances());
     ctx.users.wake_all(ctx.cache.users(|_| true));
 }

@@ -16,6 +16,7 @@ use crate::domain::facts::{HeldBack, ObjectRef};
 use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};
+use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
 
 /// Timers are looked at again after this at the latest: the monotonic clock stops while a machine sleeps and the wall
@@ -38,6 +39,10 @@ struct State {
     waiting: Waiting,
     entries: HashMap<ObjectRef, Entry>,
     timers: BTreeSet<(Timestamp, ObjectRef)>,
+    /// Another replica does the work that is due: it is not late.
+    standing_by: bool,
+    /// When it ceased to.
+    took_over: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -144,18 +149,37 @@ impl Queue {
         // One that is due and was not even noticed: nobody takes.
         let due = state.timers.first().map(|(at, _)| clock.duration_since(*at));
         let due = due.and_then(|due| Duration::try_from(due).ok());
+        let ours = state.took_over.map_or(Duration::MAX, |at| now.duration_since(at));
+        let ours = if state.standing_by { Duration::ZERO } else { ours };
         Load {
             waiting: state.waiting.len(),
             running: state.waiting.running(),
-            oldest: since.max(due).unwrap_or_default(),
+            oldest: since.max(due).unwrap_or_default().min(ours),
         }
     }
 
-    /// Runs passes until shutdown, then waits for those under way as long as `drain` says then. A pass that panics or
+    /// The next object; waits until there is one, and until this process leads.
+    async fn next_as_leader(self: &Arc<Self>, fence: &Fence) -> Turn {
+        loop {
+            if !fence.is_leading() {
+                self.lock().standing_by = true;
+                fence.leading().await;
+                let mut state = self.lock();
+                state.standing_by = false;
+                state.took_over = Some(Instant::now());
+            }
+            if let Ok(turn) = fence.while_leading(self.next()).await {
+                return turn;
+            }
+        }
+    }
+
+    /// Runs passes while this process leads and until shutdown, then waits for those under way as long as `drain` says then. A pass that panics or
     /// takes longer than `limit` ends alone (reference/kube.md §0, fact 4).
     pub async fn work<F, P>(
         self: Arc<Self>,
         limit: Duration,
+        fence: Fence,
         mut shutdown: Shutdown,
         drain: impl Fn() -> Duration,
         pass: P,
@@ -169,7 +193,7 @@ impl Queue {
             let turn = tokio::select! {
                 biased;
                 () = shutdown.requested() => break,
-                turn = self.next() => turn,
+                turn = self.next_as_leader(&fence) => turn,
             };
             let pass = AssertUnwindSafe(tokio::time::timeout(
                 limit,
@@ -438,7 +462,8 @@ mod tests {
                 Done::default()
             }
         };
-        let work = tokio::spawn(queue.clone().work(limit, shutdown, Duration::default, pass));
+        let fence = Fence::always_ours(shutdown.clone());
+        let work = tokio::spawn(queue.clone().work(limit, fence, shutdown, Duration::default, pass));
         ended.recv().await.expect("the one that works");
         while queue.load().running > 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;

@@ -156,8 +156,8 @@ pub struct Triggers {
     users: Arc<Queue>,
     instances: Arc<Queue>,
     within: Vec<Option<String>>,
-    /// How many watches have had their first list.
-    listed: watch::Sender<usize>,
+    /// How many watches know what exists.
+    current: watch::Sender<usize>,
 }
 
 impl Triggers {
@@ -170,18 +170,25 @@ impl Triggers {
             users,
             instances,
             within,
-            listed: watch::Sender::new(0),
+            current: watch::Sender::new(0),
         }
     }
 
     /// Completes when every watch has had its first list: nothing is decided before (decision K14).
     pub fn first_lists(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut listed = self.listed.subscribe();
-        let watches = 2 + 2 * self.within.len();
+        let mut current = self.current.subscribe();
+        let watches = self.watches();
         async move {
             // The sender lives as long as the watches.
-            let _ = listed.wait_for(|count| *count >= watches).await;
+            let _ = current.wait_for(|count| *count >= watches).await;
         }
+    }
+
+    /// Whether all watches know what exists: none has failed since its last list. Who does not know is not to take over,
+    /// since what another did meanwhile would look as if somebody else had done it.
+    #[must_use]
+    pub fn are_current(&self) -> bool {
+        *self.current.borrow() >= self.watches()
     }
 
     /// Runs the watches; never ends while they live. `instance_selector` limits the instances that are served.
@@ -237,7 +244,7 @@ impl Triggers {
     async fn follow<K>(
         &self,
         within: Option<&str>,
-        events: impl Stream<Item = Result<Event<Readable<K>>, Forbidden>>,
+        events: impl Stream<Item = Result<Event<Readable<K>>, Lost>>,
         applied: impl Fn(&Self, K),
         gone: impl Fn(&Self, &ObjectRef),
         known: impl Fn(&Known) -> HashSet<ObjectRef>,
@@ -246,7 +253,7 @@ impl Triggers {
     {
         let mut events = std::pin::pin!(events);
         let mut unseen = HashSet::new();
-        let mut first = true;
+        let mut current = false;
         while let Some(event) = events.next().await {
             match event {
                 Ok(Event::Init) => unseen = known(&self.cache.read()),
@@ -260,20 +267,28 @@ impl Triggers {
                     for id in std::mem::take(&mut unseen) {
                         gone(self, &id);
                     }
-                    if std::mem::take(&mut first) {
-                        self.listed.send_modify(|count| *count += 1);
-                    }
+                    self.count(&mut current, true);
                 }
                 Ok(Event::Apply(Ok(object))) => applied(self, object),
                 Ok(Event::Apply(Err(_))) => {}
                 Ok(Event::Delete(Ok(object))) => gone(self, &reference(&object)),
                 Ok(Event::Delete(Err(id))) => gone(self, &id),
-                Err(Forbidden) => {
-                    if within.is_some() && std::mem::take(&mut first) {
-                        self.listed.send_modify(|count| *count += 1);
-                    }
-                }
+                Err(lost) => self.count(&mut current, lost.forbidden && within.is_some()),
             }
+        }
+    }
+
+    /// Those of instances and namespaces, and two for each place.
+    fn watches(&self) -> usize {
+        2 + 2 * self.within.len()
+    }
+
+    /// Counts a watch among those that know what exists, or no more.
+    fn count(&self, before: &mut bool, now: bool) {
+        match (std::mem::replace(before, now), now) {
+            (false, true) => self.current.send_modify(|count| *count += 1),
+            (true, false) => self.current.send_modify(|count| *count -= 1),
+            _ => {}
         }
     }
 
@@ -444,8 +459,11 @@ fn reference<K: Resource<DynamicType = ()>>(object: &K) -> ObjectRef {
 /// An object, or the name of one that does not fit its type.
 type Readable<K> = Result<K, ObjectRef>;
 
-/// The watch may not list.
-struct Forbidden;
+/// A watch broke off. What happens until its next list is not seen.
+struct Lost {
+    /// It may not list.
+    forbidden: bool,
+}
 
 fn api<K>(client: &Client, within: Option<&str>) -> Api<K>
 where
@@ -458,20 +476,19 @@ where
 }
 
 /// Secrets have a type of their own, which always decodes.
-fn secrets(api: Api<SecretMeta>) -> impl Stream<Item = Result<Event<Readable<SecretMeta>>, Forbidden>> {
-    endless(watcher(api, watcher::Config::default())).map(|event| event.map(|event| each(event, Ok)))
+fn secrets(api: Api<SecretMeta>) -> impl Stream<Item = Result<Event<Readable<SecretMeta>>, Lost>> {
+    let events = endless(move || watcher(api.clone(), watcher::Config::default()));
+    events.map(|event| event.map(|event| each(event, Ok)))
 }
 
 /// A watch of objects that people write: one that does not decode is logged and passed over, so that it never stops
 /// the others.
-fn guarded<K>(
-    api: Api<Guarded<K>>,
-    config: watcher::Config,
-) -> impl Stream<Item = Result<Event<Readable<K>>, Forbidden>>
+fn guarded<K>(api: Api<Guarded<K>>, config: watcher::Config) -> impl Stream<Item = Result<Event<Readable<K>>, Lost>>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    endless(watcher(api, config)).map(|event| event.map(|event| each(event, decoded)))
+    let events = endless(move || watcher(api.clone(), config.clone()));
+    events.map(|event| event.map(|event| each(event, decoded)))
 }
 
 fn decoded<K: Resource<DynamicType = ()>>(guarded: Guarded<K>) -> Readable<K> {
@@ -502,22 +519,30 @@ fn each<A, B>(event: Event<A>, map: impl FnOnce(A) -> B) -> Event<B> {
     }
 }
 
-/// A watch that goes on for ever; its errors are logged by kind and retried with a growing delay.
-fn endless<K>(
-    events: impl Stream<Item = Result<Event<K>, watcher::Error>>,
-) -> impl Stream<Item = Result<Event<K>, Forbidden>>
+/// A watch that goes on for ever. Its errors are logged by kind; after one it begins with a list again, after a growing
+/// delay: kube's goes on from where it was and does not tell when it has caught up.
+fn endless<K, S>(watch: impl Fn() -> S) -> impl Stream<Item = Result<Event<K>, Lost>>
 where
     K: Resource<DynamicType = ()>,
+    S: Stream<Item = Result<Event<K>, watcher::Error>>,
 {
-    events
+    let up_to_an_error = |events: S| {
+        events.scan(false, |failed, event| {
+            let event = (!*failed).then_some(event);
+            *failed = event.as_ref().is_some_and(Result::is_err);
+            std::future::ready(event)
+        })
+    };
+    futures::stream::repeat_with(watch)
+        .map(up_to_an_error)
+        .flatten()
         .inspect_err(
             |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"),
         )
         .default_backoff()
-        .filter_map(|event| {
-            std::future::ready(match event {
-                Ok(event) => Some(Ok(event)),
-                Err(error) => is_forbidden(&error).then_some(Err(Forbidden)),
+        .map(|event| {
+            event.map_err(|error| Lost {
+                forbidden: is_forbidden(&error),
             })
         })
 }

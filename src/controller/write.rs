@@ -1,4 +1,4 @@
-//! The one file that writes to Kubernetes. Every write is guarded by what was seen, bounded in time, and made only
+//! The one file that writes to Kubernetes, but for the Lease (`ops/election.rs`). Every write is guarded by what was seen, bounded in time, and made only
 //! while this process leads.
 
 use std::collections::BTreeMap;
@@ -91,10 +91,10 @@ impl Writer {
         }
     }
 
-    /// Whether something may begin that needs so long until its last write.
+    /// What holds back each write, and is to hold back what leads to one.
     #[must_use]
-    pub fn may_begin(&self, needed: Duration) -> bool {
-        self.fence.may_begin(needed)
+    pub fn fence(&self) -> &Fence {
+        &self.fence
     }
 
     /// Writes a token Secret by server-side apply, over exactly what was seen (decision K5: without the guard an
@@ -184,8 +184,7 @@ impl Writer {
     }
 
     async fn bounded<T>(&self, write: impl Future<Output = Result<T, kube::Error>>) -> Result<T, WriteError> {
-        let limit = self.fence.remaining()?.min(DEADLINE);
-        match tokio::time::timeout(limit, write).await {
+        match self.fence.while_leading(tokio::time::timeout(DEADLINE, write)).await? {
             Ok(done) => Ok(done?),
             Err(_) => Err(WriteError::Unavailable),
         }

@@ -14,6 +14,7 @@ mod failures;
 mod hostile;
 mod instances;
 mod keys;
+mod leadership;
 mod main_job;
 mod schema;
 mod secrecy;

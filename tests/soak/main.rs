@@ -5,6 +5,7 @@
 mod support;
 
 mod api_server;
+mod failover;
 mod freshness;
 mod kills;
 mod neighbours;

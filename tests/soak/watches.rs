@@ -12,8 +12,8 @@ use crate::support::world::{World, data, one_token, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changed_while_the_watch_was_down_is_repaired_after_the_relist() {
-    // Without the API server's own cache, whose memory reaches further back, a compaction makes a real 410.
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start_with(&["--watch-cache=false"])));
+    // Without the API server's cache of Secrets, whose memory reaches further back, a compaction makes a real 410.
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start_with(&["--watch-cache-sizes=secrets#0"])));
     install_crds(&cluster.client().await).await;
     let world = World::on(cluster, "relist", Issuer::start(&[])).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -36,7 +36,14 @@ async fn what_changed_while_the_watch_was_down_is_repaired_after_the_relist() {
         .metadata
         .resource_version;
 
+    // It lists, and the watch that is to follow is on its way when all happens.
     proxy.refuse("");
+    let watch = proxy.hold_before("GET", "/api/v1/secrets?&watch=true");
+    operator
+        .await_line("a watch failed and is tried again kind=Secret")
+        .await;
+    proxy.open();
+    watch.reached().await;
     world
         .secrets()
         .delete("deleted-token", &DeleteParams::default())
@@ -47,12 +54,10 @@ async fn what_changed_while_the_watch_was_down_is_repaired_after_the_relist() {
         .await;
     world.edit_secret("labelled-token", json!({"metadata": {"labels": {"zitadel-tokens.dev/service-user": null}}, "stringData": {"issuer": "other"}})).await;
     compact(&world).await;
-    proxy.open();
-    for kind in ["Secret", "Namespace", "ZitadelServiceUser", "ZitadelInstance"] {
-        operator
-            .await_line(&format!("kind={kind} error=\"the history is gone: 410\""))
-            .await;
-    }
+    watch.release();
+    operator
+        .await_line("kind=Secret error=\"the history is gone: 410\"")
+        .await;
 
     let deleted = until(world.secrets(), "deleted-token", EVENTUALLY, |s| {
         data(s).contains_key("token")

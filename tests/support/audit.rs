@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 
+use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 
 pub struct Audit {
@@ -21,6 +22,15 @@ pub struct Request {
     pub name: String,
     pub agent: String,
     pub code: u16,
+    /// When it came to the API server.
+    pub at: Timestamp,
+}
+
+impl Request {
+    /// Whether it came to change something.
+    pub fn writes(&self) -> bool {
+        !["get", "list", "watch"].contains(&&*self.verb)
+    }
 }
 
 #[derive(Deserialize)]
@@ -28,6 +38,7 @@ pub struct Request {
 struct Line {
     user: User,
     verb: String,
+    request_received_timestamp: Timestamp,
     #[serde(default)]
     user_agent: String,
     object_ref: Option<Object>,
@@ -97,6 +108,7 @@ impl Audit {
                     name: object.name,
                     agent: line.user_agent,
                     code: line.response_status.map_or(0, |s| s.code),
+                    at: line.request_received_timestamp,
                 })
             })
             .collect()

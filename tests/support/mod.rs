@@ -18,6 +18,7 @@ pub mod helm;
 pub mod issuer;
 pub mod operator;
 pub mod proxy;
+pub mod replicas;
 pub mod world;
 
 use std::time::Duration;

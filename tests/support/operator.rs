@@ -134,6 +134,18 @@ impl Operator {
         (answer.status().as_u16(), answer.text().await.expect("a body"))
     }
 
+    /// How many passes it made, by its own count.
+    pub async fn passes(&self) -> u64 {
+        let metrics = self.get("/metrics").await.1;
+        let counts = metrics
+            .lines()
+            .filter(|l| l.starts_with("zitadel_tokens_passes_total{"));
+        counts
+            .filter_map(|l| l.rsplit(' ').next())
+            .map(|count| count.parse::<u64>().expect("a count"))
+            .sum()
+    }
+
     /// kill -9.
     pub fn kill(mut self) {
         self.running.child.kill().expect("killed");

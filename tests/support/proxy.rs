@@ -1,6 +1,6 @@
-//! A plain-http proxy in front of the API server that can hold a request, refuse or silence all or some, answer with an
-//! error, or spoil an answer: how a crash between two steps, a watch that was down, an API server in trouble and an
-//! object that nobody can decode are made without hooks in the product.
+//! A plain-http proxy in front of the API server that can hold or lose a request, refuse or silence all or some, answer
+//! with an error, or spoil an answer: how a crash between two steps, a network that swallows, a watch that was down, an
+//! API server in trouble and an object that nobody can decode are made without hooks in the product.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use kube::config::Kubeconfig;
@@ -18,6 +18,9 @@ use serde_json::json;
 use tokio::sync::{Notify, watch};
 
 use super::cluster::Cluster;
+
+/// The agent of whoever comes through a proxy, in the audit log.
+pub const AGENT: HeaderValue = HeaderValue::from_static("proxied");
 
 pub struct Proxy {
     shared: Arc<Shared>,
@@ -31,6 +34,7 @@ struct Shared {
     http: reqwest::Client,
     hold: Mutex<Option<Arc<Hold>>>,
     way: watch::Sender<Way>,
+    lost: watch::Sender<Vec<(&'static str, String)>>,
     errors: Mutex<Vec<Answered>>,
     spoiled: Mutex<Vec<Spoiled>>,
     count: AtomicUsize,
@@ -120,6 +124,7 @@ impl Proxy {
             http,
             hold: Mutex::default(),
             way: watch::Sender::new(Way::Open),
+            lost: watch::Sender::default(),
             errors: Mutex::default(),
             spoiled: Mutex::default(),
             count: AtomicUsize::new(0),
@@ -213,6 +218,18 @@ impl Proxy {
     pub fn answered(&self) -> bool {
         self.shared.errors.lock().expect("not poisoned").is_empty()
     }
+
+    /// Loses all requests with this method and piece of path: they get no answer, and the API server never sees them.
+    pub fn lose(&self, method: &'static str, path: &str) {
+        self.shared
+            .lost
+            .send_modify(|lost| lost.push((method, path.to_owned())));
+    }
+
+    /// Loses nothing more.
+    pub fn find(&self) {
+        self.shared.lost.send_replace(Vec::new());
+    }
 }
 
 impl Shared {
@@ -265,6 +282,15 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     if let Some(error) = shared.error(parts.method.as_str(), &path) {
         return error;
     }
+    let mut lost = shared.lost.subscribe();
+    let is_lost = lost
+        .borrow_and_update()
+        .iter()
+        .any(|(method, piece)| *method == parts.method.as_str() && path.contains(piece));
+    if is_lost {
+        let _ = lost.changed().await;
+        return StatusCode::GATEWAY_TIMEOUT.into_response();
+    }
     let hold = {
         let mut next = shared.hold.lock().expect("not poisoned");
         let this = next
@@ -282,6 +308,8 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let body = to_bytes(body, 16 << 20).await.expect("a body");
     let mut headers = parts.headers;
     headers.remove("host");
+    // So that the audit log tells who came this way.
+    headers.insert("user-agent", AGENT);
     let sent = shared
         .http
         .request(parts.method, format!("{}{path}", shared.server))

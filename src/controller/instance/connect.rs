@@ -104,6 +104,11 @@ impl Connections {
         recovered.then_some(News::ForFailing)
     }
 
+    /// What was known may be of long ago: each instance is to be looked at again before its service users are.
+    pub fn forget_looks(&self) {
+        lock(&self.looked_at).clear();
+    }
+
     /// The longest that a request may take, of all instances.
     #[must_use]
     pub fn longest_timeout(&self) -> Duration {

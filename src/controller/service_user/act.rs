@@ -20,8 +20,8 @@ use crate::domain::report::Failed;
 use crate::domain::secret::{self, SecretDraft};
 use crate::zitadel::{Exchanged, Instance};
 
-/// A mint starts only if we lead for the time of the exchange and this: the write must still be ours. A shutdown waits as
-/// long.
+/// A mint begins only if we lead for the time of the exchange and this, as far as a lease lasts (`Fence::may_begin`): the
+/// write must still be ours. A shutdown waits as long.
 pub const TIME_TO_WRITE: Duration = Duration::from_secs(5);
 
 /// What came of a plan.
@@ -126,7 +126,7 @@ impl Job<'_> {
             Err(failure) => return Err(self.refused(instance, classify(failure, false))),
         };
         let needed = connection.settings().timeout + TIME_TO_WRITE;
-        if !ctx.writer.may_begin(needed) {
+        if !ctx.writer.fence().may_begin(needed) {
             return Err(refused(Reason::NotLeading));
         }
         if request.try_write_first {
@@ -143,7 +143,12 @@ impl Job<'_> {
             }
         })?;
         let learned_before = connection.known_project_id().is_some();
-        let minted = match self.ask(&connection, &request.scope).await {
+        let asked = ctx.writer.fence().while_leading(self.ask(&connection, &request.scope));
+        let Ok(asked) = asked.await else {
+            connection.limits().gave_up();
+            return Err(refused(Reason::NotLeading));
+        };
+        let minted = match asked {
             Ok((got, expected)) => {
                 self.worked(&connection);
                 accept(got.answer, &expected, got.sent).map_err(|reason| self.refused(instance, reason))

@@ -1,0 +1,240 @@
+use super::*;
+
+const ME: &str = "pod-a_1";
+const OTHER: &str = "pod-b_1";
+
+fn at(seconds: u64) -> Duration {
+    Duration::from_secs(1_000 + seconds)
+}
+
+fn clock(seconds: i64) -> Timestamp {
+    Timestamp::from_second(1_764_000_000 + seconds).expect("a time")
+}
+
+/// As the API server would show it.
+fn stored(mut lease: Lease, version: &str) -> Lease {
+    lease.metadata.resource_version = Some(version.into());
+    lease
+}
+
+/// A Lease that `holder` took by its own clock, seen at `since`.
+fn held(holder: &str, by_its_clock: i64, since: Duration) -> Sight {
+    let lease = stored(claimed(None, "l", holder, clock(by_its_clock)), "1");
+    Sight::next(None, Some(lease), since).expect("a Lease")
+}
+
+fn change(mut sight: Sight, change: impl FnOnce(&mut LeaseSpec)) -> Sight {
+    change(sight.lease.spec.as_mut().expect("a spec"));
+    sight
+}
+
+#[test]
+fn what_a_candidate_does() {
+    let fresh = || held(OTHER, 0, at(0));
+    let left = |seconds| Step::Wait(Duration::from_secs(seconds));
+    let later = |sight: Sight, lease: Option<Lease>, seconds| Sight::next(Some(sight), lease, at(seconds));
+    let labelled = |sight: &Sight| {
+        let mut lease = stored(sight.lease.clone(), "2");
+        lease.metadata.labels = Some([("a".to_owned(), "b".to_owned())].into());
+        lease
+    };
+    let renewed = |sight: &Sight| stored(claimed(Some(sight), "l", OTHER, clock(5)), "2");
+    let table = [
+        ("nothing there", None, 0, Step::Acquire),
+        ("mine", Some(held(ME, 0, at(0))), 1, Step::Renew),
+        ("mine and long expired", Some(held(ME, 0, at(0))), 900, Step::Renew),
+        ("mine and deleted", later(held(ME, 0, at(0)), None, 1), 1, Step::Renew),
+        ("another's", Some(fresh()), 0, left(14)),
+        ("another's, almost over", Some(fresh()), 13, left(1)),
+        ("another's, over", Some(fresh()), 14, Step::Acquire),
+        (
+            "its clock a day ahead",
+            Some(held(OTHER, 86_400, at(0))),
+            14,
+            Step::Acquire,
+        ),
+        ("its clock a day behind", Some(held(OTHER, -86_400, at(0))), 13, left(1)),
+        ("renewed", later(fresh(), Some(renewed(&fresh())), 10), 14, left(10)),
+        (
+            "seen again and not renewed",
+            later(fresh(), Some(fresh().lease), 10),
+            14,
+            Step::Acquire,
+        ),
+        (
+            "only labelled",
+            later(fresh(), Some(labelled(&fresh())), 10),
+            14,
+            Step::Acquire,
+        ),
+        ("deleted: the holder may not know", later(fresh(), None, 1), 13, left(1)),
+        ("deleted and over", later(fresh(), None, 1), 14, Step::Acquire),
+        (
+            "given back",
+            later(fresh(), Some(stored(fresh().released(), "2")), 1),
+            1,
+            Step::Acquire,
+        ),
+        (
+            "no holder, as others write it",
+            Some(change(fresh(), |s| s.holder_identity = Some(String::new()))),
+            0,
+            Step::Acquire,
+        ),
+        (
+            "a longer term",
+            Some(change(fresh(), |s| s.lease_duration_seconds = Some(30))),
+            14,
+            left(16),
+        ),
+        (
+            "a term for ever",
+            Some(change(fresh(), |s| s.lease_duration_seconds = Some(i32::MAX))),
+            14,
+            left(46),
+        ),
+        (
+            "no term",
+            Some(change(fresh(), |s| s.lease_duration_seconds = None)),
+            13,
+            left(1),
+        ),
+        (
+            "a term that is none",
+            Some(change(fresh(), |s| s.lease_duration_seconds = Some(-1))),
+            13,
+            left(1),
+        ),
+        (
+            "no spec",
+            Some(Sight {
+                lease: Lease::default(),
+                since: at(0),
+            }),
+            0,
+            Step::Acquire,
+        ),
+    ];
+    for (name, sight, seconds, expected) in table {
+        assert_eq!(evaluate(sight.as_ref(), ME, at(seconds)), expected, "{name}");
+    }
+}
+
+#[test]
+fn what_is_written_goes_over_what_was_seen() {
+    let spec = |lease: &Lease| lease.spec.clone().expect("a spec");
+    let seen = held(OTHER, 0, at(0));
+    let first = claimed(None, "l", OTHER, clock(0));
+    assert_eq!(
+        (first.metadata.name.as_deref(), first.metadata.resource_version),
+        (Some("l"), None)
+    );
+    assert_eq!(spec(&seen.lease).lease_transitions, Some(0));
+
+    let renewed = claimed(Some(&seen), "l", OTHER, clock(3));
+    assert_eq!(renewed.metadata.resource_version.as_deref(), Some("1"));
+    assert_eq!(spec(&renewed).acquire_time, Some(MicroTime(clock(0))));
+    assert_eq!(spec(&renewed).renew_time, Some(MicroTime(clock(3))));
+    assert_eq!(spec(&renewed).lease_transitions, Some(0));
+
+    let taken = claimed(Some(&seen), "l", ME, clock(20));
+    assert_eq!(taken.metadata.resource_version.as_deref(), Some("1"));
+    assert_eq!(spec(&taken).holder_identity.as_deref(), Some(ME));
+    assert_eq!(spec(&taken).acquire_time, Some(MicroTime(clock(20))));
+    assert_eq!(spec(&taken).lease_transitions, Some(1));
+
+    let released = seen.released();
+    assert_eq!(released.metadata.resource_version.as_deref(), Some("1"));
+    assert_eq!(spec(&released).holder_identity, None);
+    let again = Sight::next(None, Some(stored(released, "2")), at(1));
+    assert_eq!(
+        spec(&claimed(again.as_ref(), "l", ME, clock(1))).lease_transitions,
+        Some(1)
+    );
+
+    // One that was deleted is made anew.
+    let deleted = Sight::next(Some(seen), None, at(1)).expect("remembered");
+    assert!(!deleted.exists());
+    let anew = claimed(Some(&deleted), "l", OTHER, clock(4));
+    assert_eq!(
+        (anew.metadata.name.as_deref(), anew.metadata.resource_version),
+        (Some("l"), None)
+    );
+}
+
+#[tokio::test]
+async fn the_fence_closes_by_itself_and_before_anybody_else_may_begin() {
+    let shutdown = Shutdown::on_signal().expect("signals");
+    let (gate, fence) = Fence::new(shutdown.clone());
+    assert!(!fence.is_leading() && !fence.may_begin(Duration::ZERO));
+
+    let sent = now();
+    gate.renewed(sent);
+    let left = fence.remaining().expect("leading");
+    assert!(left <= OURS && left > Duration::from_secs(11), "{left:?}");
+    // The default timeout and the longest are longer than a lease lasts.
+    for needed in [1, 15, 65] {
+        assert!(fence.may_begin(Duration::from_secs(needed)), "{needed}");
+    }
+    // A renewal is late once; then twice.
+    gate.renewed(sent.saturating_sub(Duration::from_millis(5_500)));
+    assert!(fence.may_begin(Duration::from_secs(65)));
+    gate.renewed(sent.saturating_sub(Duration::from_millis(6_500)));
+    assert!(fence.is_leading() && !fence.may_begin(Duration::from_secs(65)));
+    assert!(fence.may_begin(Duration::from_secs(5)));
+
+    gate.renewed(sent.saturating_sub(OURS));
+    assert!(!fence.is_leading() && !fence.may_begin(Duration::ZERO));
+    gate.renewed(sent);
+    gate.close();
+    assert_eq!(fence.remaining(), Err(NotLeading));
+    assert!(Fence::always_ours(shutdown).may_begin(Duration::from_secs(65)));
+}
+
+#[tokio::test]
+async fn work_goes_on_over_renewals_and_ends_with_the_lease() {
+    let (gate, fence) = Fence::new(Shutdown::on_signal().expect("signals"));
+    let short = |millis| now().saturating_sub(OURS) + Duration::from_millis(millis);
+    let never = std::future::pending::<()>;
+    assert_eq!(fence.while_leading(std::future::ready(7)).await, Err(NotLeading));
+
+    gate.renewed(now());
+    fence.leading().await;
+    assert_eq!(fence.while_leading(std::future::ready(7)).await, Ok(7));
+    // Closed by what was seen, and by time.
+    let closing = async {
+        tokio::task::yield_now().await;
+        gate.close();
+    };
+    assert_eq!(tokio::join!(fence.while_leading(never()), closing).0, Err(NotLeading));
+    gate.renewed(short(30));
+    assert_eq!(fence.while_leading(never()).await, Err(NotLeading));
+
+    gate.renewed(short(200));
+    let renewing = async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        gate.renewed(now());
+    };
+    let work = tokio::time::sleep(Duration::from_millis(400));
+    assert_eq!(tokio::join!(fence.while_leading(work), renewing).0, Ok(()));
+
+    // Who was stopped past the end does not take another step, though no timer has fired yet.
+    gate.renewed(short(30));
+    let mut steps = 0;
+    let stopped = std::future::poll_fn(|cx| {
+        steps += 1;
+        std::thread::sleep(Duration::from_millis(60));
+        cx.waker().wake_by_ref();
+        Poll::<()>::Pending
+    });
+    assert_eq!(fence.while_leading(stopped).await, Err(NotLeading));
+    assert_eq!(steps, 1);
+
+    // Whoever waits is told.
+    let opening = async {
+        tokio::task::yield_now().await;
+        gate.renewed(now());
+    };
+    tokio::join!(fence.leading(), opening);
+    assert!(fence.is_leading());
+}
