@@ -562,9 +562,9 @@ fn kind(error: &watcher::Error) -> &'static str {
     match error {
         _ if code == 404 => "the API server does not know this kind: is its CustomResourceDefinition installed?",
         _ if matches!(code, 401 | 403) => "the operator may not list and watch this kind: does its role allow it?",
+        _ if code == 410 => "the history is gone: 410",
         watcher::Error::InitialListFailed(_) => "list failed",
         watcher::Error::WatchStartFailed(_) => "watch could not start",
-        watcher::Error::WatchError(status) if status.code == 410 => "the history is gone: 410",
         watcher::Error::WatchError(_) => "the server ended the watch",
         watcher::Error::WatchFailed(_) => "the watch broke off",
         watcher::Error::NoResourceVersion => "the list had no version",
