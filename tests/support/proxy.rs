@@ -150,6 +150,11 @@ impl Proxy {
         self.shared.lost.send_replace(Vec::new());
     }
 
+    /// Ends all answers that are under way, as an API server does with a watch after a while.
+    pub fn hang_up(&self) {
+        self.shared.cut.send_replace(false);
+    }
+
     /// Ends all connections and refuses new ones, or lets them pass again.
     pub fn cut(&self, cut: bool) {
         self.shared.cut.send_replace(cut);
@@ -176,7 +181,7 @@ impl Shared {
 
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let mut cut = shared.cut.subscribe();
-    if *cut.borrow() {
+    if *cut.borrow_and_update() {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     }
     let (parts, body) = request.into_parts();
@@ -231,7 +236,7 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     }
     let cut = async move {
         // An error means that the proxy is gone.
-        let _ = cut.wait_for(|cut| *cut).await;
+        let _ = cut.changed().await;
     };
     let stream = answer.bytes_stream().take_until(Box::pin(cut));
     response.body(Body::from_stream(stream)).expect("a response")
