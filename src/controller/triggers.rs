@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Debug;
+use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use futures::future::join_all;
@@ -520,31 +521,29 @@ fn each<A, B>(event: Event<A>, map: impl FnOnce(A) -> B) -> Event<B> {
 }
 
 /// A watch that goes on for ever. Its errors are logged by kind; after one it begins with a list again, after a growing
-/// delay: kube's goes on from where it was and does not tell when it has caught up.
+/// delay: kube's goes on from where it was and does not tell when it has caught up. The one that failed is not asked
+/// again, since it would wait for an event.
 fn endless<K, S>(watch: impl Fn() -> S) -> impl Stream<Item = Result<Event<K>, Lost>>
 where
     K: Resource<DynamicType = ()>,
     S: Stream<Item = Result<Event<K>, watcher::Error>>,
 {
-    let up_to_an_error = |events: S| {
-        events.scan(false, |failed, event| {
-            let event = (!*failed).then_some(event);
-            *failed = event.as_ref().is_some_and(Result::is_err);
-            std::future::ready(event)
+    let first: Option<Pin<Box<S>>> = None;
+    futures::stream::unfold(first, move |running| {
+        let mut events = running.unwrap_or_else(|| Box::pin(watch()));
+        async move {
+            let event = events.next().await?;
+            let running = event.is_ok().then_some(events);
+            Some((event, running))
+        }
+    })
+    .inspect_err(|error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"))
+    .default_backoff()
+    .map(|event| {
+        event.map_err(|error| Lost {
+            forbidden: is_forbidden(&error),
         })
-    };
-    futures::stream::repeat_with(watch)
-        .map(up_to_an_error)
-        .flatten()
-        .inspect_err(
-            |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"),
-        )
-        .default_backoff()
-        .map(|event| {
-            event.map_err(|error| Lost {
-                forbidden: is_forbidden(&error),
-            })
-        })
+    })
 }
 
 fn is_forbidden(error: &watcher::Error) -> bool {

@@ -15,7 +15,7 @@ use kube::{Api, Client};
 use crate::ops::lease::{self, Fence, Gate, RENEW_EVERY, Sight, Step, evaluate};
 use crate::ops::shutdown::Shutdown;
 
-/// After this a request is given up. A leader has time for three before its fence closes.
+/// After this a request is given up. The fence of a leader outlasts two in a row that nobody answers.
 const LONGEST_REQUEST: Duration = Duration::from_secs(3);
 
 /// After this one that failed is tried again.

@@ -454,6 +454,14 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
     assert_eq!(world.issuer.mints().await, 2 * records.len());
 
     let users = Raw::users(&world);
+    // The status of the last one comes after its Secret.
+    let last = secret(records.len() - 1);
+    let last = world.secret_until(&last, |_| true).await["expires_at"].clone();
+    eventually("told", async || {
+        let status = &users.get("billing").await["status"];
+        status["tokens"][records.len() - 1]["expiresAt"] == last
+    })
+    .await;
     let reference = users.get("billing").await["status"]["tokens"].clone();
     let statuses = [
         json!({"expiresAt": NO_MOMENT, "keyExpiresAt": NO_MOMENT}),

@@ -448,6 +448,9 @@ async fn a_server_clock_that_was_set_while_another_led_costs_no_mint() {
     renewed(&world, 1, Instant::now()).await;
     world.ready("billing", "True", "Issued").await;
     let mints = world.issuer.mints().await;
+    // Its clock is not known for a second.
+    let slow = json!({"path": "/.well-known/openid-configuration", "latencyMillis": 1_000});
+    world.issuer.fault(slow).await;
     new.terminate().await;
     replicas.led_by_within("old", EVENTUALLY).await;
     world.sentinel().await;

@@ -34,6 +34,7 @@ struct Shared {
     http: reqwest::Client,
     hold: Mutex<Option<Arc<Hold>>>,
     way: watch::Sender<Way>,
+    hung_up: watch::Sender<()>,
     lost: watch::Sender<Vec<(&'static str, String)>>,
     errors: Mutex<Vec<Answered>>,
     spoiled: Mutex<Vec<Spoiled>>,
@@ -124,6 +125,7 @@ impl Proxy {
             http,
             hold: Mutex::default(),
             way: watch::Sender::new(Way::Open),
+            hung_up: watch::Sender::default(),
             lost: watch::Sender::default(),
             errors: Mutex::default(),
             spoiled: Mutex::default(),
@@ -190,6 +192,11 @@ impl Proxy {
     /// Refuses requests with this piece of path, all if it is empty, and ends the streams that are open.
     pub fn refuse(&self, path: &str) {
         self.shared.way.send_replace(Way::Refused(path.to_owned()));
+    }
+
+    /// Ends all answers that are under way, as an API server does with a watch after a while.
+    pub fn hang_up(&self) {
+        self.shared.hung_up.send_replace(());
     }
 
     /// As when packets are dropped on the way: no answer, no event, and no connection ends.
@@ -272,6 +279,7 @@ impl Shared {
 }
 
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    let mut hung_up = shared.hung_up.subscribe();
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
     shared.count.fetch_add(1, Ordering::Relaxed);
@@ -332,9 +340,12 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
         return response.body(Body::from(body)).expect("a response");
     }
     let mut way = shared.way.subscribe();
-    let refused = async move {
+    let ended = async move {
         // An error means that the proxy is gone.
-        let _ = way.wait_for(|way| way.is_refused(&path)).await;
+        tokio::select! {
+            _ = way.wait_for(|way| way.is_refused(&path)) => {}
+            _ = hung_up.changed() => {}
+        }
     };
     let heard = answer.bytes_stream().then(move |chunk| {
         let shared = shared.clone();
@@ -343,6 +354,6 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
             chunk
         }
     });
-    let stream = heard.take_until(Box::pin(refused));
+    let stream = heard.take_until(Box::pin(ended));
     response.body(Body::from_stream(stream)).expect("a response")
 }
