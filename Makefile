@@ -42,7 +42,7 @@ lint: ## Format, clippy, licences, generated files
 	cargo clippy --test soak -- -D warnings # not among all targets, since `cargo test` leaves it out
 	$(MAKE) --no-print-directory deny
 	$(MAKE) --no-print-directory crds docs
-	@git diff --exit-code --stat -- crds docs/reasons.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
+	@git diff --exit-code --stat -- crds docs/reasons.md docs/metrics.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
 
 .PHONY: deny
 deny: $(TOOLS)/bin/cargo-deny
@@ -69,6 +69,7 @@ crds: ## Write crds/ from the types
 
 docs: ## Write the generated tables of docs/
 	cargo run --quiet --bin zitadel-tokens -- reasons > docs/reasons.md
+	cargo run --quiet --bin zitadel-tokens -- metrics > docs/metrics.md
 
 bench-quick: testbed ## Burst, newcomer and restart beside a floor: a table in about five minutes
 	cargo bench --bench fleet -- quick

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod crds;
+mod metrics;
 mod reasons;
 mod run;
 
@@ -23,6 +24,8 @@ enum Command {
     Run(run::Arguments),
     /// Print the custom resource definitions as YAML, for `kubectl apply --server-side -f -`.
     Crds,
+    /// Print what `/metrics` serves, as Markdown.
+    Metrics,
     /// Print the reasons that status and Events show, with meaning and mend, as Markdown.
     Reasons,
 }
@@ -33,6 +36,10 @@ pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Run(arguments) => run::run(arguments),
         Command::Crds => crds::print(),
+        Command::Metrics => {
+            metrics::print();
+            Ok(())
+        }
         Command::Reasons => {
             reasons::print();
             Ok(())

@@ -13,12 +13,14 @@ use tokio::net::TcpListener;
 
 use crate::cli::cluster;
 use crate::controller::instance::Connections;
+use crate::controller::metrics::objects::Objects;
 use crate::controller::metrics::{Metrics, Queues};
 use crate::controller::queue::Queue;
 use crate::controller::service_user::{Forced, TIME_TO_WRITE, UnwrittenTokens};
 use crate::controller::triggers::{Cache, Triggers};
 use crate::controller::write::Writer;
 use crate::controller::{Context, instance, service_user};
+use crate::domain::facts::ObjectRef;
 use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::http::Probe;
 use crate::ops::lease::Fence;
@@ -39,6 +41,10 @@ pub struct Arguments {
     /// Where /livez, /readyz and /metrics are served.
     #[arg(long, env, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
+
+    /// Whether /metrics has series for each service user and token, or only those of instances and of the operator.
+    #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
+    metrics_per_object: bool,
 
     /// Objects that are worked on at once; those of one instance have a quarter of it.
     #[arg(long, env, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -90,7 +96,12 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
     let client = cluster::client().await?;
     let mut registry = Registry::default();
-    let metrics = Metrics::register(&mut registry, panics);
+    let fence = Fence::always_ours(shutdown.clone());
+    let leads: Probe = {
+        let fence = fence.clone();
+        Arc::new(move || fence.remaining().is_ok())
+    };
+    let metrics = Metrics::register(&mut registry, panics, leads);
     let listener = TcpListener::bind(arguments.listen)
         .await
         .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
@@ -103,17 +114,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         per_instance: (all / 4).max(1),
     };
     let connections = Arc::new(Connections::default());
-    let users = Arc::new(Queue::new(slots, {
-        let (cache, connections) = (cache.clone(), connections.clone());
-        Box::new(move |id| match cache.user(id) {
-            Some(user) => {
-                let instance = user.spec.instance_ref.name.as_str();
-                let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
-                (urgency, instance.into())
-            }
-            None => (Urgency::Retry, "".into()),
-        })
-    }));
+    let users = Arc::new(queue_of_users(slots, cache.clone(), connections.clone()));
     // All at once: a dead one must not hold up the first look at another, for which its service users wait.
     let few = Slots {
         all: 256,
@@ -124,9 +125,16 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         ("ZitadelServiceUser", users.clone()),
         ("ZitadelInstance", instances.clone()),
     ])));
+    let serves_some_instances_only = !arguments.instance_selector.is_empty();
+    registry.register_collector(Box::new(Objects {
+        cache: cache.clone(),
+        connections: connections.clone(),
+        per_object: arguments.metrics_per_object,
+        serves_some_instances_only,
+    }));
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone()));
     let context = Arc::new(Context {
-        writer: Writer::new(client.clone(), Fence::always_ours(shutdown.clone())),
+        writer: Writer::new(client.clone(), fence),
         client: client.clone(),
         cache,
         connections,
@@ -136,7 +144,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         forced: Forced::default(),
         metrics,
         operator_namespace: arguments.namespace,
-        serves_some_instances_only: !arguments.instance_selector.is_empty(),
+        serves_some_instances_only,
     });
 
     let ready = Arc::new(AtomicBool::new(false));
@@ -189,6 +197,18 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     health.abort();
     tracing::info!("stopped");
     Ok(())
+}
+
+fn queue_of_users(slots: Slots, cache: Arc<Cache>, connections: Arc<Connections>) -> Queue {
+    let rank = move |id: &ObjectRef| match cache.user(id) {
+        Some(user) => {
+            let instance = user.spec.instance_ref.name.as_str();
+            let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
+            (urgency, instance.into())
+        }
+        None => (Urgency::Retry, "".into()),
+    };
+    Queue::new(slots, Box::new(rank))
 }
 
 /// The clock was set, or the machine slept: timers mean another moment than they did, and how far the servers' clocks are

@@ -1,6 +1,7 @@
 //! Running as a service: logs, health, leadership, shutdown, memory. A leaf: knows nothing of tokens.
 
 pub mod clock;
+pub mod exposition;
 pub mod http;
 pub mod lease;
 pub mod memory;
