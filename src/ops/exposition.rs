@@ -1,4 +1,4 @@
-//! How metrics look on the wire: OpenMetrics to who asks for it, as Prometheus does, and else the older text format, the
+//! How metrics look on the wire: `OpenMetrics` to who asks for it, as Prometheus does, and else the older text format, the
 //! only one that many agents and `promtool check metrics` read.
 
 use std::fmt::{self, Write};
@@ -32,7 +32,7 @@ pub fn expose(registry: &Registry, accept: &str) -> Result<Exposition, fmt::Erro
 }
 
 /// The same metrics in the older format. Samples look alike in both; there a family has the name of its samples, and
-/// there are neither units nor infos (OpenMetrics 1.0, "Prometheus Compatibility").
+/// there are neither units nor infos (`OpenMetrics` 1.0, "Prometheus Compatibility").
 fn older(open_metrics: &str) -> Result<String, fmt::Error> {
     let mut text = String::with_capacity(open_metrics.len());
     let mut help = None;
