@@ -13,6 +13,7 @@ mod hostile;
 mod instances;
 mod keys;
 mod main_job;
+mod monitoring;
 mod schema;
 mod secrecy;
 mod secrets;

@@ -16,6 +16,7 @@ pub mod clock;
 pub mod cluster;
 pub mod issuer;
 pub mod operator;
+pub mod prometheus;
 pub mod proxy;
 pub mod world;
 
