@@ -109,6 +109,8 @@ fn labels(metric: &Value) -> BTreeMap<String, String> {
 }
 
 fn listening(log: &[String]) -> Option<String> {
+    // It listens before it answers.
+    log.iter().find(|line| line.contains("Server is ready"))?;
     let line = log.iter().find(|line| line.contains("msg=\"Listening on\""))?;
     Some(line.split("address=").nth(1)?.trim().to_owned())
 }
