@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kube::Api;
-use kube::api::{Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use zitadel_tokens::api::ZitadelInstance;
 use zitadel_tokens::controller::metrics::described;
 
+use crate::support::eventually;
 use crate::support::operator::Operator;
 use crate::support::prometheus::{Prometheus, ROOT, promtool};
-use crate::support::world::World;
+use crate::support::world::{World, one_token};
 
 const RULES: &str = "charts/zitadel-tokens/files/rules.yaml";
 const RULE_TESTS: &str = "tests/monitoring/rules_test.yaml";
@@ -85,11 +86,11 @@ async fn eventful(test: &str) -> World {
     let (_, key) = world.issuer.key(&user.id, ends).await;
     world.secret("billing-key", json!({"key.json": key})).await;
     world
-        .service_user("billing", crate::support::world::one_token("billing-token"))
+        .service_user("billing", one_token("billing-token"))
         .await
         .expect("accepted");
     world
-        .service_user("keyless", crate::support::world::one_token("no-token"))
+        .service_user("keyless", one_token("no-token"))
         .await
         .expect("accepted");
     let mut spec = world.instance_spec();
@@ -116,7 +117,7 @@ fn families(exposed: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut name = String::new();
     for line in exposed.lines() {
         if let Some(typed) = line.strip_prefix("# TYPE ") {
-            name = typed.split(' ').next().expect("a name").to_owned();
+            typed.split(' ').next().expect("a name").clone_into(&mut name);
             families.entry(name.clone()).or_default();
         } else if !line.starts_with('#') {
             assert!(line.starts_with(&name), "{line} is of no family");
@@ -133,7 +134,7 @@ async fn what_is_served_is_what_the_table_says() {
     let operator = world.operator().await;
     world.ready("billing", "True", "Issued").await;
     world.ready("keyless", "False", "KeySecretMissing").await;
-    crate::support::eventually("the circuit opens", async || {
+    eventually("the circuit opens", async || {
         let (_, exposed) = operator.get("/metrics").await;
         exposed.contains(&format!("circuit_open{{zitadel_instance=\"{}-down\"}} 1", world.name))
     })
@@ -183,7 +184,7 @@ async fn what_is_served_is_what_the_table_says() {
     let flags = ["--metrics-per-object", "false"];
     let operator = Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await;
     world.renew("billing").await;
-    crate::support::eventually("a token is asked for", async || {
+    eventually("a token is asked for", async || {
         operator
             .get("/metrics")
             .await
@@ -231,16 +232,18 @@ async fn series_go_with_their_objects_and_nobody_can_make_some() {
 
     world
         .users()
-        .delete("billing", &Default::default())
+        .delete("billing", &DeleteParams::default())
         .await
         .expect("deleted");
-    crate::support::eventually("the series are gone", async || {
+    eventually("the series are gone", async || {
         !operator.get("/metrics").await.1.contains("name=\"billing\"")
     })
     .await;
     let api: Api<ZitadelInstance> = Api::all(world.client.clone());
-    api.delete(&world.instance, &Default::default()).await.expect("deleted");
-    crate::support::eventually("the series are gone", async || {
+    api.delete(&world.instance, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    eventually("the series are gone", async || {
         !operator.get("/metrics").await.1.contains(&world.instance)
     })
     .await;

@@ -25,7 +25,7 @@ pub struct Prometheus {
 pub type Sample = (BTreeMap<String, String>, String);
 
 impl Prometheus {
-    /// Starts one that scrapes `operator` as the chart's ServiceMonitor would: what the operator calls `namespace` is
+    /// Starts one that scrapes `operator` as the chart's `ServiceMonitor` would: what the operator calls `namespace` is
     /// not Prometheus' own.
     pub async fn start(operator: &str) -> Self {
         let folder = std::env::temp_dir().join(format!("prometheus-{}", operator.replace(':', "-")));
