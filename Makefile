@@ -38,6 +38,7 @@ lint: ## Format, clippy, licences, generated files
 	@unformatted=$$(gofmt -l tests/testbed); [ -z "$$unformatted" ] || { echo "gofmt: $$unformatted"; exit 1; }
 	cd tests/testbed/issuer && go vet ./...
 	cd tests/testbed/cluster && go vet .
+	cd tests/testbed/gitops && go vet .
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --test soak -- -D warnings # not among all targets, since `cargo test` leaves it out
 	$(MAKE) --no-print-directory deny

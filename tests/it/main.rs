@@ -9,6 +9,7 @@ mod access;
 mod architecture;
 mod clock;
 mod failures;
+mod gitops;
 mod hostile;
 mod instances;
 mod keys;
