@@ -1,4 +1,4 @@
-//! What GitOps tools see: the verdict of kstatus (Flux, Helm) and of our health check in Argo CD, in each state that an
+//! What `GitOps` tools see: the verdict of kstatus (Flux, Helm) and of our health check in Argo CD, in each state that an
 //! object can be in (design §3.4), and that applying a manifest again changes nothing.
 
 use std::io::Write;

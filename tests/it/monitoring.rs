@@ -69,8 +69,8 @@ fn every_alert_fires_when_it_should_and_else_is_quiet() {
         );
         // What a text names, the expression must keep.
         let used = Used::of(alert["expr"].as_str().expect("an expression"));
-        let texts = alert["annotations"].to_string();
-        for label in texts.split("$labels.").skip(1).map(identifier) {
+        let told = alert["annotations"].to_string();
+        for label in told.split("$labels.").skip(1).map(identifier) {
             assert!(used.grouped.contains(label), "{name}: {label} is not kept");
         }
     }

@@ -58,8 +58,8 @@ func run(path string, objects io.Reader, verdicts io.Writer) error {
 	}
 }
 
-// healthOf runs the script as Argo CD does: the object is the global obj, and there are only the basic functions and
-// those for tables, unless its administrator allows more (argo-cd, operator-manual/health.md).
+// healthOf runs the script as Argo CD does: the object is the global obj, and of the libraries there are the basic one
+// and that for tables; strings and mathematics are there only with useOpenLibs (argo-cd, util/lua/lua.go).
 func healthOf(script string, object map[string]any) (health, message string, err error) {
 	state := lua.NewState(lua.Options{SkipOpenLibs: true})
 	defer state.Close()
