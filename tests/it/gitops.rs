@@ -147,9 +147,20 @@ async fn an_outage_is_no_failure_of_a_roll_out() {
     let world = World::new("outages").await;
     let _operator = world.operator().await;
     world.instance().await;
-    world
-        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 20}))
+    let user = world
+        .issuer
+        .user(json!({"tokenType": "JWT", "lifetimeSeconds": 30}))
         .await;
+    world.key_secret("billing-key", &user).await;
+    let apply = async |roles: bool, suspend: bool| {
+        let mut spec = one_token("billing-token");
+        // Due early, so that there is time to look around before it expires.
+        spec["tokens"][0]["renewBeforePercentage"] = json!(75);
+        spec["tokens"][0]["projectRoles"] = json!(roles);
+        spec["suspend"] = json!(suspend);
+        world.service_user("billing", spec).await.expect("accepted");
+    };
+    apply(false, false).await;
     world.ready("billing", "True", "Issued").await;
     world
         .issuer
@@ -160,33 +171,23 @@ async fn an_outage_is_no_failure_of_a_roll_out() {
     let message = assert_verdict(&world, "zsu", "billing", "Current", "Healthy");
     assert!(message.contains("error of its own"), "{message}");
     // A token of other inputs is not what is asked for.
-    let mut spec = one_token("billing-token");
-    spec["tokens"][0]["projectRoles"] = json!(true);
-    world.service_user("billing", spec).await.expect("accepted");
+    apply(true, false).await;
     world.ready("billing", "False", "ServerError").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
-    world
-        .service_user("billing", one_token("billing-token"))
-        .await
-        .expect("accepted");
+    apply(false, false).await;
     world.ready("billing", "True", "ServerError").await;
     // It expires: on its way still, however long that takes.
     world.ready("billing", "False", "ServerError").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
 
     // Suspended, without a token and with one.
-    let suspended = |suspend: bool| {
-        let mut spec = one_token("billing-token");
-        spec["suspend"] = json!(suspend);
-        spec
-    };
-    world.service_user("billing", suspended(true)).await.expect("accepted");
+    apply(false, true).await;
     world.ready("billing", "False", "Suspended").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Suspended");
     world.issuer.clear_faults().await;
-    world.service_user("billing", suspended(false)).await.expect("accepted");
+    apply(false, false).await;
     world.ready("billing", "True", "Issued").await;
-    world.service_user("billing", suspended(true)).await.expect("accepted");
+    apply(false, true).await;
     world.ready("billing", "True", "Suspended").await;
     assert_verdict(&world, "zsu", "billing", "Current", "Suspended");
 }
