@@ -13,7 +13,7 @@ use super::eventually;
 /// Where the sources are.
 pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-const PACKAGE: &str = "the Debian package prometheus is installed";
+const PACKAGE: &str = "the Debian package prometheus must be installed";
 
 pub struct Prometheus {
     running: Running,
