@@ -199,6 +199,14 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     Ok(())
 }
 
+/// The clock was set, or the machine slept: timers mean another moment than they did, and how far the servers' clocks are
+/// away is no longer known.
+fn look_at_all(ctx: &Context) {
+    tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
+    ctx.instances.wake_all(ctx.cache.instances());
+    ctx.users.wake_all(ctx.cache.users(|_| true));
+}
+
 fn queue_of_users(slots: Slots, cache: Arc<Cache>, connections: Arc<Connections>) -> Queue {
     let rank = move |id: &ObjectRef| match cache.user(id) {
         Some(user) => {
@@ -209,12 +217,4 @@ fn queue_of_users(slots: Slots, cache: Arc<Cache>, connections: Arc<Connections>
         None => (Urgency::Retry, "".into()),
     };
     Queue::new(slots, Box::new(rank))
-}
-
-/// The clock was set, or the machine slept: timers mean another moment than they did, and how far the servers' clocks are
-/// away is no longer known.
-fn look_at_all(ctx: &Context) {
-    tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
-    ctx.instances.wake_all(ctx.cache.instances());
-    ctx.users.wake_all(ctx.cache.users(|_| true));
 }
