@@ -96,17 +96,17 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
     let client = cluster::client().await?;
     let mut registry = Registry::default();
+    let listener = TcpListener::bind(arguments.listen)
+        .await
+        .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
+    let address = listener.local_addr().map_err(|e| e.to_string())?;
+
     let fence = Fence::always_ours(shutdown.clone());
     let leads: Probe = {
         let fence = fence.clone();
         Arc::new(move || fence.remaining().is_ok())
     };
     let metrics = Metrics::register(&mut registry, panics, leads);
-    let listener = TcpListener::bind(arguments.listen)
-        .await
-        .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
-    let address = listener.local_addr().map_err(|e| e.to_string())?;
-
     let cache = Arc::new(Cache::default());
     let all = usize::from(arguments.concurrent);
     let slots = Slots {
