@@ -114,8 +114,11 @@ impl Described {
         let help = format!("{}.", self.help);
         let mut family = encoder.encode_descriptor(name, &help, unit.as_ref(), self.kind)?;
         for (values, value) in series {
-            let labels = Named(self.labels, &values);
-            ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            let gauge = ConstGauge::new(value);
+            if N == 0 {
+                return gauge.encode(family);
+            }
+            gauge.encode(family.encode_family(&Named(self.labels, &values))?)?;
         }
         Ok(())
     }
