@@ -47,11 +47,12 @@ lint: ## Format, clippy, licences, generated files
 	@unformatted=$$(gofmt -l tests/testbed); [ -z "$$unformatted" ] || { echo "gofmt: $$unformatted"; exit 1; }
 	cd tests/testbed/issuer && go vet ./...
 	cd tests/testbed/cluster && go vet .
+	cd tests/testbed/gitops && go vet .
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --test soak --test e2e -- -D warnings # not among all targets, since `cargo test` leaves them out
 	$(MAKE) --no-print-directory deny
 	$(MAKE) --no-print-directory chart crds docs
-	@git diff --exit-code --stat -- crds charts docs/reasons.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
+	@git diff --exit-code --stat -- crds charts docs/reasons.md docs/metrics.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
 
 .PHONY: deny
 deny: $(TOOLS)/bin/cargo-deny
@@ -91,6 +92,7 @@ crds: ## Write the CRDs from the types, for kubectl and for the chart
 
 docs: ## Write the generated tables of docs/ and of the chart
 	cargo run --quiet --bin zitadel-tokens -- reasons > docs/reasons.md
+	cargo run --quiet --bin zitadel-tokens -- metrics > docs/metrics.md
 	@$(GO_TOOL) helm-docs --log-level warning --chart-search-root $(CHART) --sort-values-order file
 
 bench-quick: testbed ## Burst, newcomer and restart beside a floor: a table in about five minutes

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod crds;
+mod metrics;
 mod probe;
 mod reasons;
 mod run;
@@ -24,6 +25,8 @@ enum Command {
     Run(run::Arguments),
     /// Print the custom resource definitions as YAML, for `kubectl apply --server-side -f -`.
     Crds,
+    /// Print what `/metrics` serves, as Markdown.
+    Metrics,
     /// Ask an operator's /readyz or /livez; fails if it is not well.
     Probe(probe::Arguments),
     /// Print the reasons that status and Events show, with meaning and mend, as Markdown.
@@ -36,6 +39,10 @@ pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Run(arguments) => run::run(arguments),
         Command::Crds => crds::print(),
+        Command::Metrics => {
+            metrics::print();
+            Ok(())
+        }
         Command::Probe(arguments) => probe::probe(arguments),
         Command::Reasons => {
             reasons::print();

@@ -14,12 +14,14 @@ use tokio::net::TcpListener;
 
 use crate::cli::cluster;
 use crate::controller::instance::Connections;
+use crate::controller::metrics::objects::Objects;
 use crate::controller::metrics::{Metrics, Queues};
 use crate::controller::queue::Queue;
 use crate::controller::service_user::{Forced, TIME_TO_WRITE, UnwrittenTokens};
 use crate::controller::triggers::{Cache, Triggers};
 use crate::controller::write::Writer;
 use crate::controller::{Context, instance, service_user};
+use crate::domain::facts::ObjectRef;
 use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::election::Election;
 use crate::ops::http::Probe;
@@ -49,6 +51,10 @@ pub struct Arguments {
     /// Where /livez, /readyz and /metrics are served.
     #[arg(long, env, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
+
+    /// Whether /metrics has series for each service user and token, or only those of instances and of the operator.
+    #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
+    metrics_per_object: bool,
 
     /// Objects that are worked on at once; those of one instance have a quarter of it.
     #[arg(long, env, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -109,41 +115,32 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
     let client = cluster::client().await?;
     let mut registry = Registry::default();
-    let metrics = Metrics::register(&mut registry, panics);
     let listener = TcpListener::bind(arguments.listen)
         .await
         .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
 
     let (election, fence) = candidate(&arguments, &client, &shutdown)?;
+    let leads: Probe = {
+        let fence = fence.clone();
+        Arc::new(move || fence.is_leading())
+    };
+    let metrics = Metrics::register(&mut registry, panics, leads);
     let cache = Arc::new(Cache::default());
-    let all = usize::from(arguments.concurrent);
-    let slots = Slots {
-        all,
-        per_instance: (all / 4).max(1),
-    };
     let connections = Arc::new(Connections::default());
-    let users = Arc::new(Queue::new(slots, {
-        let (cache, connections) = (cache.clone(), connections.clone());
-        Box::new(move |id| match cache.user(id) {
-            Some(user) => {
-                let instance = user.spec.instance_ref.name.as_str();
-                let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
-                (urgency, instance.into())
-            }
-            None => (Urgency::Retry, "".into()),
-        })
-    }));
-    // All at once: a dead one must not hold up the first look at another, for which its service users wait.
-    let few = Slots {
-        all: 256,
-        per_instance: 1,
-    };
-    let instances = Arc::new(Queue::new(few, Box::new(|id| (Urgency::Newcomer, id.name.clone()))));
+    let users = Arc::new(queue_of_users(arguments.concurrent, cache.clone(), connections.clone()));
+    let instances = Arc::new(queue_of_instances());
     registry.register_collector(Box::new(Queues(vec![
         ("ZitadelServiceUser", users.clone()),
         ("ZitadelInstance", instances.clone()),
     ])));
+    let serves_some_instances_only = !arguments.instance_selector.is_empty();
+    registry.register_collector(Box::new(Objects {
+        cache: cache.clone(),
+        connections: connections.clone(),
+        per_object: arguments.metrics_per_object,
+        serves_some_instances_only,
+    }));
     let within = within(arguments.watch_namespaces);
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
     let context = Arc::new(Context {
@@ -157,7 +154,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         forced: Forced::default(),
         metrics,
         operator_namespace: arguments.namespace,
-        serves_some_instances_only: !arguments.instance_selector.is_empty(),
+        serves_some_instances_only,
         writes_instance_status: arguments.write_instance_status,
     });
 
@@ -267,4 +264,30 @@ fn after_a_jump(ctx: &Context) {
 fn look_at_all(ctx: &Context) {
     ctx.instances.wake_all(ctx.cache.instances());
     ctx.users.wake_all(ctx.cache.users(|_| true));
+}
+
+fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connections>) -> Queue {
+    let all = usize::from(concurrent);
+    let slots = Slots {
+        all,
+        per_instance: (all / 4).max(1),
+    };
+    let rank = move |id: &ObjectRef| match cache.user(id) {
+        Some(user) => {
+            let instance = user.spec.instance_ref.name.as_str();
+            let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
+            (urgency, instance.into())
+        }
+        None => (Urgency::Retry, "".into()),
+    };
+    Queue::new(slots, Box::new(rank))
+}
+
+/// All at once: a dead one must not hold up the first look at another, for which its service users wait.
+fn queue_of_instances() -> Queue {
+    let slots = Slots {
+        all: 256,
+        per_instance: 1,
+    };
+    Queue::new(slots, Box::new(|id| (Urgency::Newcomer, id.name.clone())))
 }

@@ -142,6 +142,18 @@ impl Cache {
         self.read().instances.keys().cloned().collect()
     }
 
+    /// All service users, as they are.
+    #[must_use]
+    pub fn all_users(&self) -> Vec<Arc<ZitadelServiceUser>> {
+        self.read().users.values().cloned().collect()
+    }
+
+    /// All instances, as they are.
+    #[must_use]
+    pub fn all_instances(&self) -> Vec<Arc<ZitadelInstance>> {
+        self.read().instances.values().cloned().collect()
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Known> {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }

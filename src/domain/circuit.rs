@@ -109,6 +109,12 @@ impl Circuit {
         })
     }
 
+    /// Whether requests are refused.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
     /// A request was answered as it should be. True if the circuit was open: those who were refused may come.
     pub fn worked(&mut self) -> bool {
         self.faults.clear();

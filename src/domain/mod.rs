@@ -10,6 +10,7 @@ pub mod facts;
 pub mod failure;
 #[cfg(test)]
 pub(crate) mod fixtures;
+pub mod freshness;
 pub mod hash;
 pub mod instance;
 pub mod key;

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
+use crate::ops::exposition::expose;
 use crate::ops::shutdown::Shutdown;
 
 /// A question about the process, asked at each probe.
@@ -26,7 +27,10 @@ pub async fn serve(
     let app = Router::new()
         .route("/livez", get(move || answer(live())))
         .route("/readyz", get(move || answer(ready())))
-        .route("/metrics", get(move || std::future::ready(metrics(&registry))));
+        .route(
+            "/metrics",
+            get(move |headers: HeaderMap| std::future::ready(metrics(&registry, &headers))),
+        );
     axum::serve(listener, app)
         .with_graceful_shutdown(async move { shutdown.requested().await })
         .await
@@ -40,12 +44,10 @@ fn answer(good: bool) -> std::future::Ready<(StatusCode, &'static str)> {
     })
 }
 
-fn metrics(registry: &Registry) -> impl IntoResponse + use<> {
-    let mut text = String::new();
-    let status = match prometheus_client::encoding::text::encode(&mut text, registry) {
-        Ok(()) => StatusCode::OK,
-        Err(_) => StatusCode::INTERNAL_SERVER_ERROR,
-    };
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    (status, [(CONTENT_TYPE, kind)], text)
+fn metrics(registry: &Registry, headers: &HeaderMap) -> impl IntoResponse + use<> {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+    match expose(registry, accept.unwrap_or_default()) {
+        Ok(shown) => ([(CONTENT_TYPE, shown.content_type)], shown.text).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
 }

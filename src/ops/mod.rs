@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod election;
+pub mod exposition;
 pub mod http;
 pub mod lease;
 pub mod memory;

@@ -80,6 +80,12 @@ impl Limits {
         self.circuit().failed(self.started.elapsed(), reason, fault);
     }
 
+    /// Whether the host fails, so that requests are refused.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.circuit().is_open()
+    }
+
     fn circuit(&self) -> MutexGuard<'_, Circuit> {
         self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
     }

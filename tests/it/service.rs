@@ -15,10 +15,7 @@ async fn probes_metrics_and_an_orderly_end() {
     assert_eq!(operator.get("/readyz").await, (200, "ok\n".to_owned()));
     let (status, metrics) = operator.get("/metrics").await;
     assert_eq!(status, 200);
-    assert!(
-        metrics.contains("zitadel_tokens_mints_total{reason=\"Issued\"} 1"),
-        "{metrics}"
-    );
+    assert!(metrics.contains("result=\"success\",reason=\"Issued\"} 1"), "{metrics}");
 
     let log = operator.terminate().await;
     assert!(log.last().is_some_and(|l| l.contains("stopped")), "{log:?}");

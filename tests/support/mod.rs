@@ -17,6 +17,7 @@ pub mod cluster;
 pub mod helm;
 pub mod issuer;
 pub mod operator;
+pub mod prometheus;
 pub mod proxy;
 pub mod replicas;
 pub mod world;

@@ -139,7 +139,7 @@ impl Operator {
         let metrics = self.get("/metrics").await.1;
         let counts = metrics
             .lines()
-            .filter(|l| l.starts_with("zitadel_tokens_passes_total{"));
+            .filter(|l| l.starts_with("zitadel_tokens_reconcile_duration_seconds_count{"));
         counts
             .filter_map(|l| l.rsplit(' ').next())
             .map(|count| count.parse::<u64>().expect("a count"))

@@ -74,6 +74,12 @@ impl Connections {
             .map_or(SignedDuration::ZERO, |open| open.instance.skew().estimate())
     }
 
+    /// The connection of the instance, if this process has one.
+    #[must_use]
+    pub fn opened(&self, name: &str) -> Option<Arc<Instance>> {
+        lock(&self.open).get(name).map(|open| open.instance.clone())
+    }
+
     /// Whether the instance was looked at. Until then its clock is not known, and a token that seems to be due may be
     /// fresh.
     #[must_use]

@@ -23,9 +23,10 @@ use crate::domain::validate;
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     let Some(instance) = ctx.cache.instance(&id.name) else {
         ctx.connections.close(&id.name);
+        ctx.metrics.forget(&id.name);
         return Done::forget();
     };
-    ctx.metrics.passed("ZitadelInstance");
+    let _pass = ctx.metrics.pass("ZitadelInstance");
     let connection = match validate::instance(&id.name, &instance.spec) {
         Ok(()) => connect(&ctx, &instance).await,
         Err(_) => Err(Reason::InvalidSpec.into()),

@@ -1,6 +1,6 @@
 //! Carries out a plan: one outcome per token, and a token that fails stops no other.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::ExposeSecret;
@@ -95,12 +95,12 @@ impl Job<'_> {
             Step::Mint(request) => {
                 match self.mint(&request).await {
                     Ok(minted) => {
-                        self.ctx.metrics.minted(Reason::Issued.name());
+                        self.minted(Reason::Issued);
                         self.write_minted(*request, minted).await
                     }
                     Err(refused) => {
                         if !refused.held_back {
-                            self.ctx.metrics.minted(refused.reason.name());
+                            self.minted(refused.reason);
                         }
                         // A token that is not allowed is not told as good, though it stays to its expiry.
                         let held = request.fallback.filter(|_| refused.reason != Reason::AccessDenied);
@@ -109,6 +109,11 @@ impl Job<'_> {
                 }
             }
         }
+    }
+
+    fn minted(&self, reason: Reason) {
+        let instance = &self.facts.user.spec.instance_ref.name;
+        self.ctx.metrics.minted(instance, reason);
     }
 
     fn ended(&self, reason: Reason, held: Option<Held>) -> Outcome {
@@ -143,11 +148,14 @@ impl Job<'_> {
             }
         })?;
         let learned_before = connection.known_project_id().is_some();
+        let began = Instant::now();
         let asked = ctx.writer.fence().while_leading(self.ask(&connection, &request.scope));
         let Ok(asked) = asked.await else {
             connection.limits().gave_up();
             return Err(refused(Reason::NotLeading));
         };
+        ctx.metrics
+            .asked(&connection.settings().name, began.elapsed(), asked.is_ok());
         let minted = match asked {
             Ok((got, expected)) => {
                 self.worked(&connection);

@@ -25,6 +25,7 @@ const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
 
 /// One pass over one service user.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) -> Done {
+    let _pass = ctx.metrics.pass("ZitadelServiceUser");
     let facts = match gather::gather(&ctx, &id, held_back).await {
         Ok(Some(facts)) => facts,
         Ok(None) => return Done::forget(),
@@ -33,7 +34,6 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
             return Done::transient_failure();
         }
     };
-    ctx.metrics.passed("ZitadelServiceUser");
     let plan = plan(&facts, shifted(Timestamp::now(), facts.skew));
     let acted = act::act(&ctx, &id, &facts, plan).await;
     for outcome in &acted.outcomes {

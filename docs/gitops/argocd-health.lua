@@ -1,0 +1,26 @@
+-- Argo CD's health check for ZitadelServiceUser and ZitadelInstance; docs/gitops.md says where it goes.
+-- Needs no library, so that useOpenLibs stays off.
+local status = obj.status or {}
+if obj.spec ~= nil and obj.spec.suspend == true then
+  return {status = "Suspended", message = "spec.suspend is true"}
+end
+-- Also -1, which the API server sets before the operator's first look.
+if status.observedGeneration ~= obj.metadata.generation then
+  return {status = "Progressing", message = "The operator has not seen this version yet"}
+end
+local on = {}
+local message = {}
+for _, condition in ipairs(status.conditions or {}) do
+  on[condition.type] = condition.status == "True"
+  message[condition.type] = condition.message
+end
+if on.Ready then
+  return {status = "Healthy", message = message.Ready}
+end
+if on.Reconciling then
+  return {status = "Progressing", message = message.Reconciling}
+end
+if on.Ready == nil then
+  return {status = "Progressing", message = "The operator has not told how it is yet"}
+end
+return {status = "Degraded", message = message.Stalled or message.Ready}

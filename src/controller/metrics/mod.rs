@@ -1,0 +1,144 @@
+//! Metrics of the controllers.
+
+pub mod described;
+pub mod objects;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
+use crate::controller::metrics::described::Labels;
+use crate::controller::queue::Queue;
+use crate::domain::reason::Reason;
+use crate::ops::http::Probe;
+
+/// From what a server beside the operator needs to the longest timeout of an instance, and to that of a pass.
+const BUCKETS: [f64; 13] = [
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+
+const RESULTS: [&str; 2] = ["success", "failure"];
+
+/// What is counted and measured. Labels are of closed sets, beside the names of instances that exist.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    mints: Family<Labels, Counter>,
+    mint_duration: Family<Labels, Histogram>,
+    reconcile_duration: Family<Labels, Histogram>,
+}
+
+impl Metrics {
+    /// Makes and registers them. `panics` counts by itself; `leads` tells whether this process is the one that works.
+    pub fn register(registry: &mut Registry, panics: Counter, leads: Probe) -> Self {
+        let histogram = || Histogram::new(BUCKETS);
+        let metrics = Self {
+            mints: Family::default(),
+            mint_duration: Family::new_with_constructor(histogram),
+            reconcile_duration: Family::new_with_constructor(histogram),
+        };
+        described::MINTS.register(registry, metrics.mints.clone());
+        described::MINT_DURATION.register(registry, metrics.mint_duration.clone());
+        described::RECONCILE_DURATION.register(registry, metrics.reconcile_duration.clone());
+        described::PANICS.register(registry, panics);
+        described::BUILD.register(registry, Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        registry.register_collector(Box::new(Leader(leads)));
+        metrics
+    }
+
+    /// An attempt to get a token from `instance` ended.
+    pub fn minted(&self, instance: &str, reason: Reason) {
+        let labels = described::MINTS.labels([instance, result(reason == Reason::Issued), reason.name()]);
+        self.mints.get_or_create(&labels).inc();
+    }
+
+    /// A token was asked for, and it took so long until there was one or none.
+    pub fn asked(&self, instance: &str, took: Duration, successful: bool) {
+        let labels = described::MINT_DURATION.labels([instance, result(successful)]);
+        self.mint_duration.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// A pass over an object begins; it ends when the answer is dropped, also by a panic or a timeout.
+    #[must_use]
+    pub fn pass(&self, kind: &str) -> Pass {
+        let labels = described::RECONCILE_DURATION.labels([kind]);
+        Pass {
+            duration: self.reconcile_duration.get_or_create_owned(&labels),
+            began: Instant::now(),
+        }
+    }
+
+    /// The instance is gone, and so are its series.
+    pub fn forget(&self, instance: &str) {
+        for result in RESULTS {
+            self.mint_duration
+                .remove(&described::MINT_DURATION.labels([instance, result]));
+            for reason in Reason::ALL {
+                self.mints
+                    .remove(&described::MINTS.labels([instance, result, reason.name()]));
+            }
+        }
+    }
+}
+
+fn result(successful: bool) -> &'static str {
+    RESULTS[usize::from(!successful)]
+}
+
+/// A pass under way.
+#[derive(Debug)]
+pub struct Pass {
+    duration: Histogram,
+    began: Instant,
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.duration.observe(self.began.elapsed().as_secs_f64());
+    }
+}
+
+/// Whether this process works, or stands by.
+struct Leader(Probe);
+
+impl fmt::Debug for Leader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Leader")
+    }
+}
+
+impl Collector for Leader {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        described::LEADER.encode(&mut encoder, [([], f64::from(u8::from(self.0())))])
+    }
+}
+
+/// What the queues have to do, by kind of object; looked at when somebody scrapes.
+pub struct Queues(pub Vec<(&'static str, Arc<Queue>)>);
+
+impl fmt::Debug for Queues {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|(kind, _)| kind)).finish()
+    }
+}
+
+impl Collector for Queues {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let loads: Vec<_> = self.0.iter().map(|(kind, queue)| (*kind, queue.load())).collect();
+        #[allow(clippy::cast_precision_loss, reason = "counts of objects are small")]
+        let count = |n: usize| n as f64;
+        let waiting = loads.iter().map(|(kind, load)| ([*kind], count(load.waiting)));
+        described::QUEUE_WAITING.encode(&mut encoder, waiting)?;
+        let running = loads.iter().map(|(kind, load)| ([*kind], count(load.running)));
+        described::QUEUE_RUNNING.encode(&mut encoder, running)?;
+        let oldest = loads.iter().map(|(kind, load)| ([*kind], load.oldest.as_secs_f64()));
+        described::QUEUE_OLDEST.encode(&mut encoder, oldest)
+    }
+}

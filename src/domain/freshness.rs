@@ -1,0 +1,93 @@
+//! How far a token is on its way to its end, for those who watch over many of them.
+
+use k8s_openapi::jiff::Timestamp;
+
+use crate::api::service_user::TokenStatus;
+
+/// Where a token is in its life, by its status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Freshness {
+    /// It is not to be renewed yet.
+    Fresh,
+    /// It is to be renewed: now, or a moment ago.
+    Due,
+    /// Half of the time from its renewal to its expiry is gone, so that something must be wrong.
+    Stale,
+    /// It is no longer accepted.
+    Expired,
+    /// There is none.
+    Missing,
+    /// Nobody renews it: its object is suspended.
+    Suspended,
+}
+
+impl Freshness {
+    /// By a token's status, if it has one.
+    #[must_use]
+    pub fn of(token: Option<&TokenStatus>, suspended: bool, now: Timestamp) -> Self {
+        if suspended {
+            return Self::Suspended;
+        }
+        let times = token.and_then(|t| Some((t.renew_at.as_ref()?.0, t.expires_at.as_ref()?.0)));
+        let Some((renew, expires)) = times else {
+            return Self::Missing;
+        };
+        if now >= expires {
+            Self::Expired
+        } else if now < renew {
+            Self::Fresh
+        } else if now.duration_since(renew) < expires.duration_since(now) {
+            Self::Due
+        } else {
+            Self::Stale
+        }
+    }
+
+    /// As a label shows it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fresh => "fresh",
+            Self::Due => "due",
+            Self::Stale => "stale",
+            Self::Expired => "expired",
+            Self::Missing => "missing",
+            Self::Suspended => "suspended",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+    use super::*;
+    use crate::domain::fixtures::at;
+
+    #[test]
+    fn a_token_grows_old() {
+        let token = TokenStatus {
+            renew_at: Some(Time(at(800))),
+            expires_at: Some(Time(at(1_000))),
+            ..TokenStatus::default()
+        };
+        let table = [
+            (0, Freshness::Fresh),
+            (799, Freshness::Fresh),
+            (800, Freshness::Due),
+            (899, Freshness::Due),
+            (900, Freshness::Stale),
+            (999, Freshness::Stale),
+            (1_000, Freshness::Expired),
+        ];
+        for (second, expected) in table {
+            assert_eq!(Freshness::of(Some(&token), false, at(second)), expected, "{second}");
+        }
+        assert_eq!(Freshness::of(Some(&token), true, at(2_000)), Freshness::Suspended);
+        assert_eq!(Freshness::of(None, false, at(0)), Freshness::Missing);
+        assert_eq!(
+            Freshness::of(Some(&TokenStatus::default()), false, at(0)),
+            Freshness::Missing
+        );
+    }
+}
