@@ -12,13 +12,14 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// A full bucket.
+    /// A bucket with a second's worth in it: who led before, or this process before it died, may have spent the burst a
+    /// moment ago (decision K15).
     #[must_use]
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self {
             per_second: f64::from(per_second.max(1)),
             burst: f64::from(burst.max(1)),
-            level: f64::from(burst.max(1)),
+            level: f64::from(burst.min(per_second).max(1)),
             at: Duration::ZERO,
         }
     }
@@ -58,6 +59,8 @@ mod tests {
             let mut bucket = Bucket::new(rate, burst);
             let mut now = Duration::ZERO;
             let mut sent: Vec<Duration> = Vec::new();
+            let at_once = (0..burst).take_while(|_| bucket.take(now).is_zero()).count();
+            prop_assert_eq!(at_once, usize::try_from(burst.min(rate)).expect("small"));
             for gap in gaps {
                 now += Duration::from_millis(gap);
                 sent.push(now + bucket.take(now));
