@@ -125,7 +125,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         let fence = fence.clone();
         Arc::new(move || fence.is_leading())
     };
-    let metrics = Metrics::register(&mut registry, panics, leads);
+    let metrics = Metrics::register(&mut registry, panics, leads.clone());
     let cache = Arc::new(Cache::default());
     let connections = Arc::new(Connections::default());
     let users = Arc::new(queue_of_users(arguments.concurrent, cache.clone(), connections.clone()));
@@ -138,6 +138,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     registry.register_collector(Box::new(Objects {
         cache: cache.clone(),
         connections: connections.clone(),
+        leads,
         per_object: arguments.metrics_per_object,
         serves_some_instances_only,
     }));
@@ -276,7 +277,9 @@ fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connectio
         Some(user) => {
             let instance = user.spec.instance_ref.name.as_str();
             let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
-            (urgency, instance.into())
+            // A tenant must not get a share for each instance that it invents.
+            let known = cache.instance(instance).map_or("", |_| instance);
+            (urgency, known.into())
         }
         None => (Urgency::Retry, "".into()),
     };

@@ -113,6 +113,22 @@ impl Queue {
         self.changed.notify_one();
     }
 
+    /// An object is gone. Its pass forgets it; while another replica leads there are no passes, and nothing is to grow.
+    pub fn gone(&self, id: &ObjectRef) {
+        {
+            let mut state = self.lock();
+            let state = &mut *state;
+            if state.standing_by && state.entries.get(id).is_none_or(|entry| !entry.running) {
+                state.waiting.remove(id);
+                if let Some(at) = state.entries.remove(id).and_then(|entry| entry.timer) {
+                    state.timers.remove(&(at, id.clone()));
+                }
+                return;
+            }
+        }
+        self.wake(id, None);
+    }
+
     /// Something that decides about each of these changed.
     pub fn wake_all(&self, ids: Vec<ObjectRef>) {
         for id in ids {
@@ -174,8 +190,8 @@ impl Queue {
         }
     }
 
-    /// Runs passes while this process leads and until shutdown, then waits for those under way as long as `drain` says then. A pass that panics or
-    /// takes longer than `limit` ends alone (reference/kube.md §0, fact 4).
+    /// Runs passes while this process leads and until shutdown, then waits for those under way as long as `drain` says
+    /// then. A pass that panics or takes longer than `limit` ends alone (reference/kube.md §0, fact 4).
     pub async fn work<F, P>(
         self: Arc<Self>,
         limit: Duration,
@@ -281,13 +297,13 @@ pub struct Done {
 }
 
 impl Done {
-    /// Nothing was written, and something failed that will pass.
+    /// The pass broke off; what failed before is still held back.
     #[must_use]
-    pub fn transient_failure() -> Self {
+    pub fn broken_off(reason: Option<Reason>) -> Self {
         Self {
             wake: Wake {
                 at: None,
-                failed: vec![Failed::now("", Reason::Internal)],
+                failed: reason.into_iter().map(|reason| Failed::now("", reason)).collect(),
             },
             broken_off: true,
             ..Self::default()
@@ -369,7 +385,7 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         if !self.ended {
-            self.end(Done::transient_failure());
+            self.end(Done::broken_off(Some(Reason::Internal)));
         }
     }
 }
@@ -507,6 +523,21 @@ mod tests {
         done.wake.at = Some(Timestamp::now() - SignedDuration::from_secs(7));
         queue.next().await.done(done);
         assert!(queue.load().oldest >= Duration::from_secs(7));
+    }
+
+    #[tokio::test]
+    async fn of_what_goes_while_another_leads_nothing_is_kept() {
+        let queue = queue();
+        for name in ["a", "b"] {
+            queue.wake(&id(name), None);
+        }
+        queue.lock().standing_by = true;
+        queue.gone(&id("a"));
+        queue.gone(&id("never seen"));
+        assert_eq!(queue.lock().entries.len(), 1);
+        queue.lock().standing_by = false;
+        assert_eq!(queue.next().await.id, id("b"));
+        assert!(nothing(&queue));
     }
 
     #[tokio::test]

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Debug;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use futures::future::join_all;
 use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::core::{NamespaceResourceScope, PartialObjectMeta};
-use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{self, Event, watcher};
+use kube::runtime::watcher::{self, DefaultBackoff, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -23,6 +23,9 @@ use crate::controller::queue::Queue;
 use crate::controller::secrets::SecretMeta;
 use crate::domain::facts::ObjectRef;
 use crate::domain::secret::SecretRef;
+
+/// Between two tries of a watch; kube's own limit.
+const LONGEST_DELAY: Duration = Duration::from_secs(30);
 
 /// What exists, as the watches last said.
 #[derive(Default)]
@@ -286,7 +289,15 @@ impl Triggers {
                 Ok(Event::Apply(Err(_))) => {}
                 Ok(Event::Delete(Ok(object))) => gone(self, &reference(&object)),
                 Ok(Event::Delete(Err(id))) => gone(self, &id),
-                Err(lost) => self.count(&mut current, lost.forbidden && within.is_some()),
+                Err(lost) => {
+                    let deleted = lost.forbidden && within.is_some();
+                    if deleted {
+                        for id in known(&self.cache.read()) {
+                            gone(self, &id);
+                        }
+                    }
+                    self.count(&mut current, deleted);
+                }
             }
         }
     }
@@ -337,7 +348,7 @@ impl Triggers {
     fn user_gone(&self, id: &ObjectRef) {
         self.cache.change(|known| known.remove_user(id));
         // Its pass finds nothing and clears what is remembered of it.
-        self.users.wake(id, None);
+        self.users.gone(id);
     }
 
     fn instance_applied(&self, instance: ZitadelInstance) {
@@ -359,7 +370,7 @@ impl Triggers {
 
     fn instance_gone(&self, id: &ObjectRef) {
         self.cache.change(|known| known.instances.remove(id));
-        self.instances.wake(id, None);
+        self.instances.gone(id);
         self.wake_users(|user| user.is_of(&id.name));
     }
 
@@ -540,17 +551,24 @@ where
     K: Resource<DynamicType = ()>,
     S: Stream<Item = Result<Event<K>, watcher::Error>>,
 {
-    let first: Option<Pin<Box<S>>> = None;
-    futures::stream::unfold(first, move |running| {
-        let mut events = running.unwrap_or_else(|| Box::pin(watch()));
+    // A delay of our own: kube's counts the first event of a new watch as a success, and would never grow.
+    let first: (Option<Pin<Box<S>>>, _, _) = (None, DefaultBackoff::default(), Duration::ZERO);
+    futures::stream::unfold(first, move |(running, mut backoff, delay)| {
+        let running = running.unwrap_or_else(|| Box::pin(watch()));
         async move {
+            tokio::time::sleep(delay).await;
+            let mut events = running;
             let event = events.next().await?;
-            let running = event.is_ok().then_some(events);
-            Some((event, running))
+            let then = if event.is_ok() {
+                (Some(events), backoff, Duration::ZERO)
+            } else {
+                let delay = backoff.next().unwrap_or(LONGEST_DELAY);
+                (None, backoff, delay)
+            };
+            Some((event, then))
         }
     })
     .inspect_err(|error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"))
-    .default_backoff()
     .map(|event| {
         event.map_err(|error| Lost {
             forbidden: is_forbidden(&error),
@@ -585,6 +603,23 @@ fn kind(error: &watcher::Error) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// kube's own back-off counts the first event of each new watch as a success, and would stay at its first step.
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_fails_each_time_is_tried_ever_more_seldom() {
+        let begun = tokio::time::Instant::now();
+        let fails = || {
+            let error = watcher::Error::NoResourceVersion;
+            futures::stream::iter([Ok(Event::<ZitadelInstance>::Init), Err(error)])
+        };
+        let mut tries = std::pin::pin!(endless(fails).filter(|event| std::future::ready(event.is_err())));
+        let mut times = Vec::new();
+        for _ in 0..8 {
+            tries.next().await.expect("it is endless");
+            times.push(begun.elapsed().as_secs());
+        }
+        assert!(times[0] == 0 && times[7] > 60 && times[7] < 300, "{times:?}");
+    }
 
     #[test]
     fn of_what_is_watched_only_our_annotations_are_kept() {

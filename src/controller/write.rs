@@ -201,6 +201,16 @@ impl WriteError {
         }
     }
 
+    /// Why something else than a Secret is to be written again: soon, unless it was refused.
+    #[must_use]
+    pub fn reason_besides_secrets(&self) -> Reason {
+        match self {
+            Self::Refused(_) => Reason::Internal,
+            Self::NotLeading => Reason::NotLeading,
+            Self::Conflict | Self::Gone | Self::Unavailable => Reason::ApiServerUnavailable,
+        }
+    }
+
     /// The reason that a user sees when a token could not be written.
     #[must_use]
     pub fn reason(&self) -> Reason {

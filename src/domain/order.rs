@@ -70,7 +70,7 @@ pub struct Waiting {
 /// least of those who wait (start-time fair queueing), so that nobody saves up turns.
 #[derive(Debug, Default)]
 struct Turns {
-    /// What the namespace that went last had before it went.
+    /// The least that any who waited had.
     level: u64,
     had: HashMap<Arc<str>, u64>,
 }
@@ -80,9 +80,10 @@ impl Turns {
         self.had.get(namespace).copied().unwrap_or(0).max(self.level)
     }
 
-    fn take(&mut self, namespace: &Arc<str>) {
+    /// `least` is what the one has that had least of those who wait.
+    fn take(&mut self, namespace: &Arc<str>, least: u64) {
         let had = self.had(namespace);
-        self.level = had;
+        self.level = self.level.max(least);
         self.had.insert(namespace.clone(), had + 1);
     }
 
@@ -91,6 +92,19 @@ impl Turns {
         self.had.insert(namespace.clone(), had + more);
         // Who is not ahead is as one who comes.
         self.had.retain(|_, had| *had > self.level);
+    }
+}
+
+/// Whether more than one namespace waits.
+#[derive(Default)]
+struct Crowd<'a> {
+    one: Option<&'a Arc<str>>,
+    several: bool,
+}
+
+impl<'a> Crowd<'a> {
+    fn add(&mut self, namespace: &'a Arc<str>) {
+        self.several |= *self.one.get_or_insert(namespace) != namespace;
     }
 }
 
@@ -148,16 +162,18 @@ impl Waiting {
         if self.running.len() >= slots.all {
             return None;
         }
+        // For each instance, and for all, whether more than one namespace waits. Counted once: a tenant can name as many
+        // instances as it likes.
+        let mut all = Crowd::default();
+        let mut crowds: HashMap<&Arc<str>, Crowd<'_>> = HashMap::new();
+        for lane in self.lanes.keys() {
+            all.add(&lane.namespace);
+            crowds.entry(&lane.instance).or_default().add(&lane.namespace);
+        }
         let open = |lane: &Lane| {
-            let others = |same_instance: bool| {
-                let mut lanes = self
-                    .lanes
-                    .keys()
-                    .filter(|l| !same_instance || l.instance == lane.instance);
-                lanes.any(|l| l.namespace != lane.namespace)
-            };
-            count(&self.by_namespace, &lane.namespace) < share(slots.all, others(false))
-                && count(&self.by_lane, lane) < share(slots.per_instance, others(true))
+            let others = crowds.get(&lane.instance).is_some_and(|crowd| crowd.several);
+            count(&self.by_namespace, &lane.namespace) < share(slots.all, all.several)
+                && count(&self.by_lane, lane) < share(slots.per_instance, others)
                 && count(&self.by_instance, &lane.instance) < slots.per_instance
         };
         let ranked = self
@@ -174,8 +190,10 @@ impl Waiting {
             });
         let (rank, _, (_, _, id), lane) = ranked.min_by(|a, b| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))?;
         let (id, lane) = (id.clone(), lane.clone());
+        let least = self.lanes.keys().map(|lane| self.turns.had(&lane.namespace)).min();
+        let least = least.unwrap_or_default();
         self.remove(&id);
-        self.turns.take(&lane.namespace);
+        self.turns.take(&lane.namespace, least);
         *self.by_namespace.entry(lane.namespace.clone()).or_default() += 1;
         *self.by_instance.entry(lane.instance.clone()).or_default() += 1;
         *self.by_lane.entry(lane.clone()).or_default() += 1;
@@ -362,6 +380,13 @@ mod tests {
             waiting.finished(&id, mints);
         }
         assert!(heavy <= light + 16 && light <= heavy + 16, "{heavy} and {light}");
+        // One that was urgent and went first has still had what it had.
+        push(&mut waiting, "heavy", "urgent", Urgency::Refresh(at(0)), "main");
+        for namespace in ["heavy", "light", "light"] {
+            let id = waiting.pop(at(1), MANY).expect("one waits");
+            assert_eq!(&*id.namespace, namespace);
+            waiting.finished(&id, if namespace == "heavy" { 16 } else { 1 });
+        }
         // Who was away has saved up nothing, and has to wait for nobody who had much.
         push(&mut waiting, "late", "x", Urgency::Newcomer, "main");
         let next = [(); 2].map(|()| waiting.pop(at(0), MANY).expect("one waits").namespace);

@@ -187,9 +187,12 @@ reasons! {
     NotLeading: Transient,
         "Another replica took over.",
         "Nothing is to be done.";
-    Internal: Soon,
-        "The Kubernetes API server was not reached, or the operator failed in a way that it should not.",
-        "Nothing is to be done while the API server is away; else report it, with the operator's log.";
+    ApiServerUnavailable: Soon,
+        "The Kubernetes API server was not reached, or the object changed meanwhile.",
+        "Nothing is to be done; the operator tries again within seconds.";
+    Internal: Transient,
+        "The operator failed in a way that it should not, or may not write the status.",
+        "Check the operator's permissions; else report it, with the operator's log.";
 }
 
 impl Reason {

@@ -12,14 +12,8 @@ use kube::api::PostParams;
 use kube::runtime::watcher::{self, watch_object};
 use kube::{Api, Client};
 
-use crate::ops::lease::{self, Fence, Gate, RENEW_EVERY, Sight, Step, evaluate};
+use crate::ops::lease::{self, Fence, Gate, LONGEST_REQUEST, RENEW_EVERY, RETRY, Sight, Step, evaluate};
 use crate::ops::shutdown::Shutdown;
-
-/// After this a request is given up. The fence of a leader outlasts two in a row that nobody answers.
-const LONGEST_REQUEST: Duration = Duration::from_secs(3);
-
-/// After this one that failed is tried again.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// Longest time to give the lease back, so that a process that was asked to end does.
 const LONGEST_RELEASE: Duration = Duration::from_secs(5);
@@ -113,8 +107,9 @@ impl Election {
                     changes = None;
                     tokio::time::sleep(RETRY.min(wait)).await;
                 }
-                // One that tells nothing for a whole term may be dead.
-                Err(_) => changes = None,
+                // One that tells nothing while a lease runs out may be dead.
+                Err(_) if wait > RETRY => changes = None,
+                Err(_) => {}
             }
         }
     }
@@ -169,7 +164,11 @@ impl Election {
     }
 
     fn saw(&mut self, lease: Option<Lease>) {
-        self.sight = Sight::next(self.sight.take(), lease, lease::now());
+        let now = lease::now();
+        self.sight = Sight::next(self.sight.take(), lease, now);
+        if !self.fence.is_leading() {
+            self.sight = self.sight.take().map(|sight| sight.disowned(&self.me, now));
+        }
         if self.sight.as_ref().and_then(Sight::holder) != Some(&self.me) {
             self.gate.close();
         }

@@ -15,11 +15,17 @@ pub struct Exposition {
     pub text: String,
 }
 
-/// The metrics of `registry` in a form that `accept`, the request's header, allows.
-pub fn expose(registry: &Registry, accept: &str) -> Result<Exposition, fmt::Error> {
+/// Whether `accept`, a request's header, asks for `OpenMetrics`.
+#[must_use]
+pub fn asks_for_open_metrics(accept: &str) -> bool {
+    accept.contains("application/openmetrics-text")
+}
+
+/// The metrics of `registry`.
+pub fn expose(registry: &Registry, open_metrics: bool) -> Result<Exposition, fmt::Error> {
     let mut text = String::new();
     text::encode(&mut text, registry)?;
-    if accept.contains("application/openmetrics-text") {
+    if open_metrics {
         return Ok(Exposition {
             content_type: "application/openmetrics-text; version=1.0.0; charset=utf-8",
             text,
@@ -74,7 +80,7 @@ mod tests {
         registry.register_with_unit("oldest", "Oldest", Unit::Seconds, Gauge::<i64>::default());
         registry.register("build", "Build", Info::new([("version", "1 # 2")]));
 
-        let older = expose(&registry, "*/*").expect("a text");
+        let older = expose(&registry, asks_for_open_metrics("*/*")).expect("a text");
         assert_eq!(older.content_type, "text/plain; version=0.0.4; charset=utf-8");
         assert_eq!(
             older.text,
@@ -83,7 +89,8 @@ mod tests {
              # HELP build_info Build.\n# TYPE build_info gauge\nbuild_info{version=\"1 # 2\"} 1\n"
         );
 
-        let newer = expose(&registry, "application/openmetrics-text;version=1.0.0,text/plain;q=0.5").expect("a text");
+        let accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5";
+        let newer = expose(&registry, asks_for_open_metrics(accept)).expect("a text");
         assert!(newer.content_type.starts_with("application/openmetrics-text"));
         assert!(newer.text.contains("# TYPE panics counter\n") && newer.text.ends_with("# EOF\n"));
     }

@@ -31,8 +31,17 @@ const MARGIN: Duration = Duration::from_secs(2);
 /// How long a leader may write after it asked for a renewal.
 const OURS: Duration = TERM.saturating_sub(MARGIN);
 
+/// After this a request for the lease is given up. A leader has time for two before its fence closes.
+pub const LONGEST_REQUEST: Duration = Duration::from_secs(3);
+
+/// After this one that failed is tried again.
+pub const RETRY: Duration = Duration::from_secs(1);
+
 /// How long a leader may still write at any moment while at most one renewal in a row fails.
-const SURE: Duration = OURS.saturating_sub(RENEW_EVERY.saturating_mul(2));
+const SURE: Duration = OURS
+    .saturating_sub(RENEW_EVERY)
+    .saturating_sub(LONGEST_REQUEST)
+    .saturating_sub(RETRY);
 
 /// A term in somebody else's Lease counts up to this: nobody shall hold it for ever.
 const LONGEST_TERM: Duration = Duration::from_mins(1);
@@ -183,6 +192,17 @@ impl Sight {
             .filter(|before| before.lease.spec == lease.spec)
             .map_or(now, |before| before.since);
         Some(Self { lease, since })
+    }
+
+    /// The Lease was deleted while `me`, whom it named, did not lead: another may hold what was made in its place, and we
+    /// have not seen it. It counts like a lease of another that begins now.
+    #[must_use]
+    pub fn disowned(mut self, me: &str, now: Duration) -> Self {
+        if !self.exists() && self.holder() == Some(me) {
+            self.lease.spec.get_or_insert_default().holder_identity = Some("nobody that is known".to_owned());
+            self.since = now;
+        }
+        self
     }
 
     /// Whether there is a Lease that can be replaced.

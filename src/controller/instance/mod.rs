@@ -79,7 +79,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
             Ok(version) => done.written.push(version),
             Err(error) => {
                 error.log(&id, "the status");
-                done.wake.failed.push(Failed::now("", Reason::Internal));
+                done.wake.failed.push(Failed::now("", error.reason_besides_secrets()));
             }
         }
     }

@@ -17,6 +17,7 @@ use crate::controller::triggers::Cache;
 use crate::domain::clock::shifted;
 use crate::domain::freshness::Freshness;
 use crate::domain::reason::Reason;
+use crate::ops::http::Probe;
 
 /// Status and reason of a condition that is not there, or not one of ours.
 const UNKNOWN: &str = "Unknown";
@@ -27,6 +28,8 @@ pub struct Objects {
     pub cache: Arc<Cache>,
     /// What this process knows of the instances.
     pub connections: Arc<Connections>,
+    /// Whether this process leads.
+    pub leads: Probe,
     /// Whether each object has series of its own.
     pub per_object: bool,
     /// Whether an object whose instance is not there may be another operator's.
@@ -105,9 +108,10 @@ impl Objects {
             Some(([*name, reason], truth(ready == "True")))
         });
         described::INSTANCE_UP.encode(encoder, looked_at)?;
-        // Only who leads asks them.
+        // Only who leads asks them; what a former leader knows is old.
         let asked: Vec<_> = known
             .keys()
+            .filter(|_| (self.leads)())
             .filter_map(|name| Some((*name, self.connections.opened(name)?)))
             .collect();
         let skews = asked

@@ -126,8 +126,14 @@ impl ForcedState {
     }
 }
 
-/// Reads what decides about `id`. None: the object or its namespace is gone or going, it is not ours to serve, or its
-/// instance was not looked at yet.
+/// Whether the instance of `id` is there and was not looked at yet.
+pub fn awaits_a_look(ctx: &Context, id: &ObjectRef) -> bool {
+    let user = ctx.cache.user(id);
+    let instance = user.as_deref().map(|user| user.spec.instance_ref.name.as_str());
+    instance.is_some_and(|name| ctx.cache.instance(name).is_some() && !ctx.connections.was_looked_at(name))
+}
+
+/// Reads what decides about `id`. None: the object or its namespace is gone or going, or it is not ours to serve.
 pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Result<Option<Facts>, ReadError> {
     let user = ctx.cache.user(id).filter(|u| u.metadata.deletion_timestamp.is_none());
     // Where nothing can be created a mint would be lost.
@@ -140,10 +146,6 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
     let instance = ctx.cache.instance(&user.spec.instance_ref.name);
     if instance.is_none() && ctx.serves_some_instances_only {
         ctx.unwritten.drop_object(id);
-        return Ok(None);
-    }
-    if instance.is_some() && !ctx.connections.was_looked_at(&user.spec.instance_ref.name) {
-        // That look wakes it.
         return Ok(None);
     }
     let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), &id.namespace);

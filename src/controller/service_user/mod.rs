@@ -26,12 +26,16 @@ const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
 /// One pass over one service user.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) -> Done {
     let _pass = ctx.metrics.pass("ZitadelServiceUser");
+    if gather::awaits_a_look(&ctx, &id) {
+        // That look wakes it.
+        return Done::broken_off(None);
+    }
     let facts = match gather::gather(&ctx, &id, held_back).await {
         Ok(Some(facts)) => facts,
         Ok(None) => return Done::forget(),
         Err(error) => {
             tracing::warn!(object = %id, %error, "the facts could not be gathered");
-            return Done::transient_failure();
+            return Done::broken_off(Some(Reason::ApiServerUnavailable));
         }
     };
     let plan = plan(&facts, shifted(Timestamp::now(), facts.skew));
@@ -62,7 +66,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
         }
         Err(error) => {
             error.log(&id, "the status");
-            report.wake.failed.push(Failed::now("", Reason::Internal));
+            report.wake.failed.push(Failed::now("", error.reason_besides_secrets()));
         }
     }
     Done {

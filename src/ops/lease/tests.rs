@@ -44,6 +44,18 @@ fn what_a_candidate_does() {
         ("mine", Some(held(ME, 0, at(0))), 1, Step::Renew),
         ("mine and long expired", Some(held(ME, 0, at(0))), 900, Step::Renew),
         ("mine and deleted", later(held(ME, 0, at(0)), None, 1), 1, Step::Renew),
+        (
+            "mine, deleted, and I did not lead",
+            later(held(ME, 0, at(0)), None, 1).map(|sight| sight.disowned(ME, at(1))),
+            2,
+            left(13),
+        ),
+        (
+            "mine and there, and I did not lead",
+            Some(held(ME, 0, at(0)).disowned(ME, at(1))),
+            2,
+            Step::Renew,
+        ),
         ("another's", Some(fresh()), 0, left(14)),
         ("another's, almost over", Some(fresh()), 13, left(1)),
         ("another's, over", Some(fresh()), 14, Step::Acquire),
@@ -177,11 +189,11 @@ async fn the_fence_closes_by_itself_and_before_anybody_else_may_begin() {
         assert!(fence.may_begin(Duration::from_secs(needed)), "{needed}");
     }
     // A renewal is late once; then twice.
-    gate.renewed(sent.saturating_sub(Duration::from_millis(5_500)));
-    assert!(fence.may_begin(Duration::from_secs(65)));
     gate.renewed(sent.saturating_sub(Duration::from_millis(6_500)));
+    assert!(fence.may_begin(Duration::from_secs(65)));
+    gate.renewed(sent.saturating_sub(Duration::from_millis(7_500)));
     assert!(fence.is_leading() && !fence.may_begin(Duration::from_secs(65)));
-    assert!(fence.may_begin(Duration::from_secs(5)));
+    assert!(fence.may_begin(Duration::from_secs(4)));
 
     gate.renewed(sent.saturating_sub(OURS));
     assert!(!fence.is_leading() && !fence.may_begin(Duration::ZERO));
