@@ -7,9 +7,9 @@
 {{- if .Values.fullnameOverride -}}
 {{ .Values.fullnameOverride | trunc 63 | trimSuffix "-" }}
 {{- else if contains $name .Release.Name -}}
-{{ .Release.Name | trunc 63 | trimSuffix "-" }}
+{{ .Release.Name | replace "." "-" | trunc 63 | trimSuffix "-" }}
 {{- else -}}
-{{ printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" }}
+{{ printf "%s-%s" .Release.Name $name | replace "." "-" | trunc 63 | trimSuffix "-" }}
 {{- end -}}
 {{- end }}
 
@@ -20,33 +20,36 @@
 {{- end }}
 
 {{- define "zitadel-tokens.serviceAccount" -}}
-{{- $made := include "zitadel-tokens.fullname" . -}}
-{{- .Values.serviceAccount.name | default (ternary $made "default" .Values.serviceAccount.create) -}}
+{{- if not (or .Values.serviceAccount.create .Values.serviceAccount.name) -}}
+{{- fail "serviceAccount.create=false needs serviceAccount.name: the account may read Secrets" -}}
+{{- end -}}
+{{- .Values.serviceAccount.name | default (include "zitadel-tokens.fullname" .) -}}
 {{- end }}
 
+{{- /* A release of the chart knows the digest of its image; whoever names a tag wants that one. */ -}}
 {{- define "zitadel-tokens.image" -}}
 {{- $image := .Values.image -}}
+{{- $released := get (.Chart.Annotations | default dict) "zitadel-tokens.dev/image-digest" -}}
 {{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository -}}
-{{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default .Chart.AppVersion }}{{ end -}}
+{{- with $image.digest | default (ternary $released "" (empty $image.tag)) }}@{{ . }}{{ else }}:{{ $image.tag | default $.Chart.AppVersion }}{{ end -}}
 {{- end }}
 
 {{- define "zitadel-tokens.selector" -}}
-app.kubernetes.io/name: {{ include "zitadel-tokens.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "zitadel-tokens.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
+{{- /* No key comes twice, which Flux and kustomize refuse, and none of ours is changed: pods are selected by them. */ -}}
 {{- define "zitadel-tokens.labels" -}}
-{{ include "zitadel-tokens.selector" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $ours := include "zitadel-tokens.selector" . | fromYaml -}}
+{{- $_ := set $ours "app.kubernetes.io/version" .Chart.AppVersion -}}
+{{- $_ := set $ours "app.kubernetes.io/managed-by" .Release.Service -}}
+{{- $_ := set $ours "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_") -}}
+{{- merge $ours (.Values.commonLabels | default dict) | toYaml }}
 {{- end }}
 
 {{- /* Several releases that serve the same instances would overwrite each other's word. */ -}}
 {{- define "zitadel-tokens.writesInstanceStatus" -}}
-{{- $choice := toString .Values.writeInstanceStatus -}}
+{{- $choice := ternary "auto" (toString .Values.writeInstanceStatus) (kindIs "invalid" .Values.writeInstanceStatus) -}}
 {{- if eq $choice "auto" }}{{ or (empty .Values.watchNamespaces) (not (empty .Values.instanceSelector)) }}{{ else }}{{ $choice }}{{ end -}}
 {{- end }}
