@@ -20,7 +20,7 @@ FUZZ_SECONDS ?= 10
 .PHONY: help demo test fuzz soak e2e lint chart fmt build image run testbed crds docs bench bench-quick test-zitadel ci
 
 help: ## List what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Show the main job on this machine: a real API server, one token, one refresh
 	@echo "==> testbed (the first time it builds a Kubernetes control plane: about 10 minutes)"
@@ -98,7 +98,7 @@ docs: ## Write the generated tables of docs/ and of the chart
 bench-quick: testbed ## Burst, newcomer and restart beside a floor: a table in about five minutes
 	cargo bench --bench fleet -- quick
 
-bench: bench-quick ## The full benchmark (W5 grows it)
+bench: bench-quick ## The full benchmark
 
 test-zitadel: ## The contract cases on a real ZITADEL (TEST_ZITADEL_URL, TEST_ZITADEL_ADMIN_KEY)
 	@if [ -z "$${TEST_ZITADEL_URL:-}" ] || [ -z "$${TEST_ZITADEL_ADMIN_KEY:-}" ]; then \
