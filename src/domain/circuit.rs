@@ -37,7 +37,8 @@ const LOST: Duration = Duration::from_mins(2);
 pub enum Fault {
     /// The host itself: no connection, no trusted certificate, or discovery failed, which concerns no user.
     Host,
-    /// A timeout, 429, 500, 502, 503 or 504: maybe the host's, maybe this user's.
+    /// A timeout, a connection that ends before the answer, 429, 500, 502, 503 or 504: maybe the host's, maybe this
+    /// user's, whose slow actions a balancer may cut off in either way.
     Served {
         /// Namespace of the service user.
         namespace: String,
@@ -57,7 +58,7 @@ impl Fault {
         };
         match failure {
             Failure::Connect | Failure::Tls => Some(Self::Host),
-            Failure::Timeout => Some(served()),
+            Failure::Timeout | Failure::Broken => Some(served()),
             Failure::Status { code, .. } => matches!(code, 429 | 500 | 502..=504).then(served),
             Failure::Malformed | Failure::Known(_) => None,
         }
@@ -223,7 +224,7 @@ mod tests {
                 vec![(0, served("a", "1")), (1, served("b", "2")), (61, served("b", "3"))],
                 true,
             ),
-            ("a reset", vec![(0, Fault::Host), (1, Fault::Host)], true),
+            ("a restart", vec![(0, Fault::Host), (1, Fault::Host)], true),
             (
                 "no connection",
                 vec![(0, Fault::Host), (1, Fault::Host), (2, Fault::Host)],

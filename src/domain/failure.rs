@@ -7,8 +7,10 @@ use crate::domain::reason::Reason;
 /// Evidence of a failed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// No connection: name, route, refusal, reset.
+    /// No connection: name, route, refusal.
     Connect,
+    /// The connection ended before the answer.
+    Broken,
     /// The connection is there, but its certificate is not trusted.
     Tls,
     /// No answer in time.
@@ -93,7 +95,7 @@ pub enum OAuthError {
 pub fn classify(failure: Failure, discovery_works: bool) -> Reason {
     match failure {
         Failure::Known(reason) => reason,
-        Failure::Connect | Failure::Timeout => Reason::InstanceUnreachable,
+        Failure::Connect | Failure::Broken | Failure::Timeout => Reason::InstanceUnreachable,
         Failure::Tls => Reason::TlsFailure,
         Failure::Malformed => Reason::MalformedAnswer,
         Failure::Status { code: 429, .. } => Reason::RateLimited,

@@ -211,8 +211,10 @@ fn failure(error: &reqwest::Error) -> Failure {
     }
     if error.is_body() || error.is_decode() {
         Failure::Malformed
-    } else {
+    } else if error.is_connect() {
         Failure::Connect
+    } else {
+        Failure::Broken
     }
 }
 

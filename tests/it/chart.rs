@@ -3,6 +3,7 @@
 mod rights;
 
 use std::collections::BTreeSet;
+use std::process::Command;
 
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule};
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use zitadel_tokens::api::ZitadelServiceUser;
 
 use crate::support::cluster::{Cluster, established};
-use crate::support::helm::{Release, chart};
+use crate::support::helm::{Release, chart, template};
 use crate::support::issuer::Issuer;
 use crate::support::operator::binary;
 use crate::support::world::{World, one_token, until};
@@ -224,7 +225,7 @@ async fn the_probe_of_helm_test_tells_whether_an_operator_is_well() {
     let world = World::new("probe").await;
     let operator = world.operator().await;
     let probe = |path: &str| {
-        let mut probe = std::process::Command::new(binary());
+        let mut probe = Command::new(binary());
         let url = format!("http://{}{path}", operator.address());
         probe.args(["probe", &url]).status().expect("it runs").success()
     };
@@ -239,4 +240,23 @@ fn the_chart_has_the_version_of_the_crate() {
         let line = format!("\n{key}: {}\n", env!("CARGO_PKG_VERSION"));
         assert!(metadata.contains(&line), "{key} of the chart is another");
     }
+}
+
+/// As .github/workflows/release.yaml publishes it.
+#[test]
+fn a_published_chart_takes_the_image_by_its_digest_unless_a_tag_is_asked_for() {
+    let copy = std::env::temp_dir().join(format!("zitadel-tokens-chart-{}", std::process::id()));
+    let copied = Command::new("cp").arg("-r").args([&chart(), &copy]).status();
+    assert!(copied.expect("cp runs").success());
+    let metadata = copy.join("Chart.yaml");
+    let annotation = "annotations: {zitadel-tokens.dev/image-digest: \"sha256:abc\"}\n";
+    let whole = std::fs::read_to_string(&metadata).expect("a chart") + annotation;
+    std::fs::write(&metadata, whole).expect("written");
+
+    let image = "image: ghcr.io/zitadel-tokens/zitadel-tokens";
+    let published = template(&copy, &json!({"image": {"tag": ""}}));
+    let tagged = template(&copy, &json!({"image": {"tag": "9"}}));
+    std::fs::remove_dir_all(&copy).expect("removed");
+    assert!(published.contains(&format!("{image}@sha256:abc\n")), "{published}");
+    assert!(tagged.contains(&format!("{image}:9\n")), "{tagged}");
 }

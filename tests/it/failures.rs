@@ -175,10 +175,9 @@ async fn a_host_that_is_down_is_asked_by_one_at_a_time() {
     world.instance().await;
     world.instance_ready("True", "InstanceReady").await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
-    world
-        .issuer
-        .fault(json!({"path": "/oauth/v2/token", "reset": true}))
-        .await;
+    for path in ["/oauth/v2/token", "/.well-known/openid-configuration"] {
+        world.issuer.fault(json!({"path": path, "reset": true})).await;
+    }
     let names: Vec<String> = (0..USERS).map(|i| format!("user-{i}")).collect();
     for name in &names {
         world.key_secret(&format!("{name}-key"), &user).await;
@@ -197,4 +196,37 @@ async fn a_host_that_is_down_is_asked_by_one_at_a_time() {
         world.ready(name, "True", "Issued").await;
     }
     assert_eq!(world.issuer.mints().await, USERS);
+}
+
+/// What a server does to the requests of one user, it need not do to others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_whose_connections_break_does_not_close_the_way_for_others() {
+    let world = World::new("broken").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    let breaks = json!({"path": "/oauth/v2/token", "userId": user.id, "reset": true, "afterHandling": true});
+    world.issuer.fault(breaks).await;
+    world.key_secret("broken-key", &user).await;
+    for i in 0..5 {
+        let mut spec = one_token(&format!("broken-{i}-token"));
+        spec["keySecretRef"] = json!({"name": "broken-key"});
+        world
+            .service_user(&format!("broken-{i}"), spec)
+            .await
+            .expect("accepted");
+    }
+    for i in 0..5 {
+        world
+            .ready(&format!("broken-{i}"), "False", "InstanceUnreachable")
+            .await;
+    }
+    let (_, metrics) = operator.get("/metrics").await;
+    let circuit = format!(
+        "zitadel_tokens_instance_circuit_open{{zitadel_instance=\"{}\"}}",
+        world.instance
+    );
+    assert!(metrics.contains(&format!("{circuit} 0")), "{metrics}");
+    world.simple("good", json!({"tokenType": "JWT"})).await;
+    world.token("good-token").await;
 }

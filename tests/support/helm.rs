@@ -1,7 +1,7 @@
 //! Releases of our chart, by the real Helm, and operators that run as a release would let them.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use k8s_openapi::api::apps::v1::Deployment;
@@ -129,7 +129,7 @@ impl Release {
 
 /// Runs Helm in a namespace.
 pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) {
-    let mut command = Command::new(PathBuf::from(parts()["helm"].as_str().expect("a folder")).join("helm"));
+    let mut command = command();
     command
         .args(arguments)
         .args(["--namespace", namespace])
@@ -140,9 +140,26 @@ pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) {
             command.env(home, format!("{dir}/helm"));
         }
     }
+    run(command);
+}
+
+/// What a chart makes of these values, without a cluster.
+pub fn template(chart: &Path, values: &Value) -> String {
+    let mut command = command();
+    command.arg("template").arg(chart);
+    command.arg(format!("--set-json={}", flat(values)));
+    run(command)
+}
+
+fn command() -> Command {
+    Command::new(PathBuf::from(parts()["helm"].as_str().expect("a folder")).join("helm"))
+}
+
+fn run(mut command: Command) -> String {
     let output = command.output().expect("helm runs");
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "helm {arguments:?}: {said}");
+    assert!(output.status.success(), "{command:?}: {said}");
+    String::from_utf8(output.stdout).expect("UTF-8")
 }
 
 /// Values as `--set-json` takes them.

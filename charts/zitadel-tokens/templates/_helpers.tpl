@@ -29,7 +29,7 @@
 {{- /* A release of the chart knows the digest of its image; whoever names a tag wants that one. */ -}}
 {{- define "zitadel-tokens.image" -}}
 {{- $image := .Values.image -}}
-{{- $released := get (.Chart.Annotations | default dict) "zitadel-tokens.dev/image-digest" -}}
+{{- $released := index (.Chart.Annotations | default dict) "zitadel-tokens.dev/image-digest" -}}
 {{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository -}}
 {{- with $image.digest | default (ternary $released "" (empty $image.tag)) }}@{{ . }}{{ else }}:{{ $image.tag | default $.Chart.AppVersion }}{{ end -}}
 {{- end }}
