@@ -322,10 +322,11 @@ pub fn record(annotation: &[u8]) {
         edit(&mut edited);
         assert!(!edited.vouches_for("a.b.c"), "edit {place} of {sealed:?}");
     }
-    let reshaped = sealed.reshaped("other", "a.b.c");
+    let reshaped = sealed.reshaped("heir", "other", "a.b.c");
     assert!(reshaped.vouches_for("a.b.c"));
     assert_eq!(
         Record {
+            owner: sealed.owner.clone(),
             shape: sealed.shape.clone(),
             content: sealed.content.clone(),
             ..reshaped

@@ -307,11 +307,4 @@ impl ZitadelServiceUser {
     pub fn is_of(&self, instance: &str) -> bool {
         self.spec.instance_ref.name == instance
     }
-
-    /// Whether the status names a token that fails.
-    #[must_use]
-    pub fn is_failing(&self) -> bool {
-        let tokens = self.status.iter().flat_map(|s| &s.tokens);
-        tokens.into_iter().any(|t| t.failing_since.is_some())
-    }
 }

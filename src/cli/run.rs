@@ -259,6 +259,7 @@ fn take_over(ctx: &Context) {
 /// away is no longer known.
 fn after_a_jump(ctx: &Context) {
     tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
+    ctx.connections.forget_looks();
     look_at_all(ctx);
 }
 

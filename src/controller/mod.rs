@@ -51,7 +51,6 @@ pub struct Context {
 impl Context {
     /// What kept the service users of an instance from their tokens is over.
     pub fn wake_failing_users_of(&self, instance: &str) {
-        let failing = self.cache.users(|user| user.is_of(instance) && user.is_failing());
-        self.users.wake_all(failing);
+        self.users.wake_failing(self.cache.users(|user| user.is_of(instance)));
     }
 }

@@ -75,7 +75,11 @@ pub struct Turn {
 impl Entry {
     /// A change of input begins the back-offs anew.
     fn begin_anew(&mut self) {
-        self.backoffs.retain(|_, backoff| backoff.asked);
+        let before = std::mem::take(&mut self.backoffs);
+        self.backoffs = before
+            .into_iter()
+            .filter_map(|(what, b)| Some((what, b.anew()?)))
+            .collect();
         self.retrying = false;
     }
 }
@@ -134,6 +138,21 @@ impl Queue {
         for id in ids {
             self.wake(&id, None);
         }
+    }
+
+    /// What made them fail is over: wakes those of them that failed, as far as their passes have told by now.
+    pub fn wake_failing(&self, ids: Vec<ObjectRef>) {
+        let failing = {
+            let state = self.lock();
+            let failing = |id: &ObjectRef| {
+                state
+                    .entries
+                    .get(id)
+                    .is_some_and(|e| e.running || !e.backoffs.is_empty())
+            };
+            ids.into_iter().filter(failing).collect()
+        };
+        self.wake_all(failing);
     }
 
     /// The next object; waits until there is one.
@@ -559,6 +578,26 @@ mod tests {
         assert_eq!(state.timers.len(), 1);
         assert!(!state.entries.contains_key(&id("b")));
         assert_eq!(state.entries[&id("a")].backoffs[""].failures, 1);
+    }
+
+    #[tokio::test]
+    async fn those_that_failed_are_woken_and_those_whose_passes_are_not_over() {
+        let queue = queue();
+        for name in ["well", "failed", "running"] {
+            queue.wake(&id(name), None);
+        }
+        let turns = [queue.next().await, queue.next().await, queue.next().await];
+        let [well, fails, running] = turns;
+        well.done(Done::default());
+        fails.done(failed(Failed::now("t", Reason::InstanceUnreachable)));
+        queue.wake_failing(["well", "failed", "running", "unknown"].map(id).into());
+        let again = queue.next().await;
+        assert_eq!(again.id, id("failed"));
+        assert!(again.held_back.is_empty() && nothing(&queue));
+        // It was refused while the way was closed, and tells so only now.
+        running.done(failed(Failed::now("t", Reason::InstanceUnreachable)));
+        assert_eq!(queue.next().await.id, id("running"));
+        assert!(nothing(&queue));
     }
 
     #[tokio::test]

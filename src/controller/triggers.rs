@@ -38,7 +38,8 @@ struct Known {
     users: HashMap<ObjectRef, Arc<ZitadelServiceUser>>,
     instances: HashMap<ObjectRef, Arc<ZitadelInstance>>,
     namespaces: HashMap<ObjectRef, KnownNamespace>,
-    secrets: HashMap<ObjectRef, Tracked>,
+    /// In order, so that those of one namespace are found without the others.
+    secrets: BTreeMap<ObjectRef, Tracked>,
 }
 
 #[derive(Clone, PartialEq)]
@@ -117,8 +118,8 @@ impl Cache {
         // Ours by label and by owner: the label alone could be anybody's.
         let ours = known
             .secrets
-            .iter()
-            .filter(|(secret, _)| secret.namespace == id.namespace);
+            .range(ObjectRef::new(&id.namespace, "")..)
+            .take_while(|(secret, _)| secret.namespace == id.namespace);
         ours.filter_map(|(secret, tracked)| {
             let seen = tracked.seen.as_ref()?;
             let mine = seen.service_user.as_deref() == Some(&*id.name) && seen.controller == uid;

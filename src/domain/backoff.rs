@@ -13,9 +13,8 @@ pub struct Backoff {
     pub failures: u32,
     /// What failed, and until when it is not tried.
     pub hold: Hold,
-    /// The server asked for it (`Retry-After`), so that no edit of the object ends it: else whoever edits in a loop would
-    /// ask again each time.
-    pub asked: bool,
+    /// The server asked not to come back before (`Retry-After`).
+    asked: Option<Timestamp>,
     /// It is tried before the back-off has run, since a good token is about to expire.
     cut_short: bool,
 }
@@ -25,6 +24,8 @@ impl Backoff {
     #[must_use]
     pub fn after(failed: &Failed, last: Option<&Self>, seed: &str, now: Timestamp) -> Self {
         let reason = failed.reason;
+        // A token that is still good must not expire meanwhile.
+        let until = |at: Timestamp| failed.not_after.map_or(at, |not_after| at.min(not_after));
         match (last, failed.not_before) {
             (Some(last), None) if failed.held_back => *last,
             // Nobody was asked, so that it does not count (design §3.5).
@@ -32,24 +33,81 @@ impl Backoff {
                 failures: last.map_or(0, |last| last.failures),
                 hold: Hold {
                     reason,
-                    until: not_before.unwrap_or(now),
+                    until: until(not_before.unwrap_or(now)),
                 },
-                asked: false,
+                asked: None,
                 cut_short: true,
             },
             (last, not_before) => {
                 // The many tries before an expiry are not held against the object after it.
                 let failures = last.map_or(1, |last| last.failures.saturating_add(u32::from(!last.cut_short)));
                 let patient = now + backoff(reason.retry(), failures, seed);
-                let until = failed.not_after.map_or(patient, |not_after| patient.min(not_after));
+                let until = until(patient);
                 let until = not_before.map_or(until, |not_before| until.max(not_before));
                 Self {
                     failures,
                     hold: Hold { reason, until },
-                    asked: not_before.is_some(),
+                    asked: not_before,
                     cut_short: until < patient,
                 }
             }
         }
+    }
+
+    /// What a change of the object leaves of it: the time that the server asked for, else whoever edits in a loop would
+    /// ask again each time.
+    #[must_use]
+    pub fn anew(self) -> Option<Self> {
+        let until = self.asked?;
+        Some(Self {
+            failures: 0,
+            hold: Hold { until, ..self.hold },
+            asked: self.asked,
+            cut_short: false,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::jiff::SignedDuration;
+
+    use super::*;
+    use crate::domain::reason::Reason;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::UNIX_EPOCH + SignedDuration::from_secs(second)
+    }
+
+    #[test]
+    fn whoever_was_not_asked_waits_no_longer_than_a_good_token_lasts() {
+        for (not_before, not_after, until) in [(300, None, 300), (300, Some(40), 40), (30, Some(40), 30)] {
+            let failed = Failed {
+                not_before: Some(at(not_before)),
+                not_after: not_after.map(at),
+                held_back: true,
+                ..Failed::now("t", Reason::InstanceUnreachable)
+            };
+            assert_eq!(Backoff::after(&failed, None, "", at(0)).hold.until, at(until));
+        }
+    }
+
+    #[test]
+    fn a_change_leaves_what_the_server_asked_for_and_nothing_of_what_we_chose() {
+        let after = |not_before: Option<i64>, times: usize| {
+            let failed = Failed {
+                not_before: not_before.map(at),
+                ..Failed::now("t", Reason::ServerError)
+            };
+            let once = |last: Option<Backoff>| Some(Backoff::after(&failed, last.as_ref(), "", at(0)));
+            (0..times).fold(None, |last, _| once(last)).expect("one")
+        };
+        // A server that asks for a second each time, until our own back-off is far longer.
+        let long = after(Some(1), 12);
+        assert!(long.hold.until > at(60));
+        let left = long.anew().expect("the second");
+        assert_eq!((left.hold.until, left.failures), (at(1), 0));
+        assert_eq!(after(Some(900), 1).anew().map(|b| b.hold.until), Some(at(900)));
+        assert_eq!(after(None, 5).anew(), None);
     }
 }

@@ -4,7 +4,7 @@
 //! v4.13 ZITADEL answers a bad key with a 500, and the slow actions of one organization are no outage: one tenant must
 //! not stop the others. So what may be one user's fault counts only if several see it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::domain::failure::Failure;
@@ -23,8 +23,12 @@ const WINDOW: Duration = Duration::from_mins(1);
 /// The longest time without an attempt; the first is a second, and each is twice as long as the last.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// So many of those who were refused come back when the next attempt is due, so that there is one who makes it.
-const CANDIDATES: u32 = 3;
+/// So many namespaces, and so many users of each, come back when the next attempt is due, so that there is one who makes
+/// it.
+const CANDIDATES: usize = 3;
+
+/// Candidates who have not come so long after the attempt was due are gone.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// The others are woken when the circuit closes; should that fail, they come back after this.
 const PATIENCE: Duration = Duration::from_mins(5);
@@ -89,25 +93,35 @@ struct Open {
     until: Duration,
     /// An attempt is under way since then.
     attempt: Option<Duration>,
-    refused: u32,
+    /// Namespaces whose attempt failed through what may be their own fault. One that has not tried goes first: else a
+    /// tenant who comes each time that an attempt is due could keep the circuit open for all.
+    tried: BTreeSet<String>,
+    /// Who was told to come back for the next attempt, by namespace.
+    candidates: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl Circuit {
-    /// Asks to make a request. While the circuit is open, one at a time may, after a while.
-    pub fn admit(&mut self, now: Duration) -> Result<(), Refused> {
+    /// A user asks to make a request. While the circuit is open, one at a time may, after a while.
+    pub fn admit(&mut self, now: Duration, namespace: &str, user: &str) -> Result<(), Refused> {
         let Some(open) = &mut self.open else { return Ok(()) };
         let under_way = open.attempt.is_some_and(|since| now < since + LOST);
-        if now >= open.until && !under_way {
+        if now >= open.until + GRACE && !under_way {
+            open.candidates.clear();
+        }
+        let after_others = open.tried.contains(namespace) && open.candidates.keys().any(|n| !open.tried.contains(n));
+        if now >= open.until && !under_way && !after_others {
             open.attempt = Some(now);
-            open.refused = 0;
+            open.candidates.remove(namespace);
             return Ok(());
         }
-        open.refused += 1;
         let soon = open.until.saturating_sub(now).max(Duration::from_secs(1));
-        Err(Refused {
-            reason: open.reason,
-            retry_in: if open.refused <= CANDIDATES { soon } else { PATIENCE },
-        })
+        let retry_in = if open.is_candidate(namespace, user) {
+            soon
+        } else {
+            PATIENCE
+        };
+        let reason = open.reason;
+        Err(Refused { reason, retry_in })
     }
 
     /// Whether requests are refused.
@@ -133,8 +147,13 @@ impl Circuit {
     pub fn failed(&mut self, now: Duration, reason: Reason, fault: Fault) {
         if let Some(open) = &mut self.open {
             // Those that began before it opened say nothing new.
-            if open.attempt.is_some() {
-                *open = Open::new(now, reason, open.times.saturating_add(1));
+            if open.attempt.take().is_some() {
+                if let Fault::Served { namespace, .. } = fault {
+                    open.tried.insert(namespace);
+                }
+                open.reason = reason;
+                open.times = open.times.saturating_add(1);
+                open.until = now + wait(open.times);
             }
             return;
         }
@@ -142,7 +161,7 @@ impl Circuit {
         self.faults.push((now, fault));
         if self.is_down() {
             self.faults.clear();
-            self.open = Some(Open::new(now, reason, 0));
+            self.open = Some(Open::new(now, reason));
         }
     }
 
@@ -163,16 +182,35 @@ impl Circuit {
 }
 
 impl Open {
-    fn new(now: Duration, reason: Reason, times: u32) -> Self {
-        let wait = Duration::from_secs(1 << times.min(10)).min(LONGEST);
+    fn new(now: Duration, reason: Reason) -> Self {
         Self {
             reason,
-            times,
-            until: now + wait,
+            times: 0,
+            until: now + wait(0),
             attempt: None,
-            refused: 0,
+            tried: BTreeSet::new(),
+            candidates: BTreeMap::new(),
         }
     }
+
+    /// Whether this user is, or becomes, one of the few who come back soon.
+    fn is_candidate(&mut self, namespace: &str, user: &str) -> bool {
+        if !self.candidates.contains_key(namespace) {
+            // Those who tried must not take the places of those who did not.
+            let tried = self.tried.contains(namespace);
+            let like = self.candidates.keys().filter(|n| self.tried.contains(*n) == tried);
+            if like.count() >= CANDIDATES {
+                return false;
+            }
+        }
+        let users = self.candidates.entry(namespace.to_owned()).or_default();
+        users.contains(user) || users.len() < CANDIDATES && users.insert(user.to_owned())
+    }
+}
+
+/// Each time twice as long.
+fn wait(times: u32) -> Duration {
+    Duration::from_secs(1 << times.min(10)).min(LONGEST)
 }
 
 #[cfg(test)]
@@ -238,12 +276,12 @@ mod tests {
         ];
         for (name, faults, closed) in table {
             let last = faults.last().map_or(0, |(second, _)| *second);
-            assert_eq!(after(&faults).admit(at(last)).is_ok(), closed, "{name}");
+            assert_eq!(after(&faults).admit(at(last), "c", "9").is_ok(), closed, "{name}");
         }
         let mut circuit = after(&[(0, Fault::Host), (1, Fault::Host)]);
         assert!(!circuit.worked());
         circuit.failed(at(2), Reason::ServerError, Fault::Host);
-        assert!(circuit.admit(at(2)).is_ok(), "a success in between");
+        assert!(circuit.admit(at(2), "c", "9").is_ok(), "a success in between");
     }
 
     #[test]
@@ -251,22 +289,52 @@ mod tests {
         let mut circuit = after(&[(0, Fault::Host), (0, Fault::Host), (0, Fault::Host)]);
         let mut now = 0;
         for wait in [1, 2, 4, 8, 16, 30, 30] {
-            let refused = circuit.admit(at(now)).expect_err("open");
+            let refused = circuit.admit(at(now), "a", "1").expect_err("open");
             assert_eq!((refused.reason, refused.retry_in), (Reason::ServerError, at(wait)));
             now += wait;
-            assert!(circuit.admit(at(now)).is_ok());
-            assert!(circuit.admit(at(now)).is_err(), "one at a time");
+            assert!(circuit.admit(at(now), "a", "1").is_ok());
+            assert!(circuit.admit(at(now), "a", "1").is_err(), "one at a time");
             circuit.failed(at(now), Reason::ServerError, Fault::Host);
         }
-        // A few come back for the next attempt, the rest wait to be woken.
-        let soon = (0..1_000).filter(|_| circuit.admit(at(now)).expect_err("open").retry_in < PATIENCE);
-        assert_eq!(soon.count(), 3);
+        // A few come back for the next attempt, the rest wait to be woken. Whoever asks again is still one of them.
+        for _ in 0..2 {
+            let soon = (0..1_000).filter(|user| {
+                let refused = circuit.admit(at(now), "a", &user.to_string()).expect_err("open");
+                refused.retry_in < PATIENCE
+            });
+            assert_eq!(soon.count(), 3);
+        }
         now += 30;
-        assert!(circuit.admit(at(now)).is_ok());
+        assert!(circuit.admit(at(now), "a", "1").is_ok());
         // Its pass died: another one tries.
-        assert!(circuit.admit(at(now + 119)).is_err());
-        assert!(circuit.admit(at(now + 120)).is_ok());
+        assert!(circuit.admit(at(now + 119), "a", "1").is_err());
+        assert!(circuit.admit(at(now + 120), "a", "1").is_ok());
         assert!(circuit.worked());
-        assert!(circuit.admit(at(now)).is_ok() && circuit.admit(at(now)).is_ok());
+        assert!(circuit.admit(at(now), "a", "1").is_ok() && circuit.admit(at(now), "a", "2").is_ok());
+    }
+
+    #[test]
+    fn whose_attempt_failed_lets_others_try_first() {
+        let kept_open = || {
+            let mut circuit = after(&[(0, served("a", "1")), (0, served("a", "2")), (0, served("b", "3"))]);
+            for (second, namespace) in [(1, "a"), (3, "b"), (7, "c")] {
+                assert!(circuit.admit(at(second), namespace, "1").is_ok());
+                // With as many users as it likes.
+                for user in 0..100 {
+                    assert!(circuit.admit(at(second), namespace, &user.to_string()).is_err());
+                }
+                circuit.failed(at(second), Reason::ServerError, served(namespace, "1"));
+            }
+            let refused = circuit.admit(at(7), "good", "1").expect_err("open");
+            assert_eq!(refused.retry_in, at(8));
+            for namespace in ["a", "b", "c"] {
+                let refused = circuit.admit(at(15), namespace, "1").expect_err("others go first");
+                assert!(refused.retry_in < PATIENCE);
+            }
+            circuit
+        };
+        assert!(kept_open().admit(at(15), "good", "1").is_ok());
+        assert!(kept_open().admit(at(19), "a", "1").is_err());
+        assert!(kept_open().admit(at(20), "a", "1").is_ok(), "nobody else comes");
     }
 }

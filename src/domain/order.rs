@@ -172,9 +172,11 @@ impl Waiting {
         }
         let open = |lane: &Lane| {
             let others = crowds.get(&lane.instance).is_some_and(|crowd| crowd.several);
+            // The last slot is for a namespace that has none: two whose requests hang must not keep out a third.
+            let kept_free = usize::from(others && count(&self.by_lane, lane) > 0);
             count(&self.by_namespace, &lane.namespace) < share(slots.all, all.several)
                 && count(&self.by_lane, lane) < share(slots.per_instance, others)
-                && count(&self.by_instance, &lane.instance) < slots.per_instance
+                && count(&self.by_instance, &lane.instance) + kept_free < slots.per_instance
         };
         let ranked = self
             .lanes
@@ -362,7 +364,10 @@ mod tests {
             all: 16,
             per_instance: 4,
         };
-        assert_eq!(take(&mut waiting, slots), ["noisy/6", "noisy/7", "quiet/0", "quiet/1"]);
+        // Nor have two, so that a third finds a slot.
+        assert_eq!(take(&mut waiting, slots), ["noisy/6", "noisy/7", "quiet/0"]);
+        push(&mut waiting, "third", "0", Urgency::Newcomer, "main");
+        assert_eq!(take(&mut waiting, slots), ["third/0"]);
     }
 
     #[test]

@@ -124,6 +124,13 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         }
         _ => None,
     };
+    if admitted.existing.is_none()
+        && let Some((record, value, held)) = left_over(facts, token, admitted, &inputs)
+        && held.schedule.renew > now
+        && !asked(facts, &record)
+    {
+        return keep_or_write(facts, token, value, &record, &shape, held);
+    }
     if let Some(unwritten) = facts.unwritten.get(&token.name)
         && let Some((draft, held)) = write_again(facts, token, unwritten, (&inputs, &shape), now)
     {
@@ -206,6 +213,18 @@ fn good<'a>(
     Some((record, value, Held { schedule, format }))
 }
 
+/// A token for these inputs in a Secret that the spec no longer names: its entry was given another Secret.
+fn left_over<'a>(
+    facts: &'a Facts,
+    token: &Token,
+    admitted: &Admitted<'_>,
+    inputs: &str,
+) -> Option<(Record, &'a str, Held)> {
+    let those = facts.leftovers.iter().filter_map(|l| facts.secrets.get(&l.name));
+    let mut ours = those.filter(|existing| existing.owned_by(facts.name(), facts.uid()).is_ok());
+    ours.find_map(|existing| good(facts, token, existing, admitted, inputs))
+}
+
 /// The real project id if it matters for `token`; any text if it does not; none if it matters and is not known.
 fn known_project_id<'a>(facts: &'a Facts, token: &Token) -> Option<&'a str> {
     if token.zitadel_api == Some(true) {
@@ -216,12 +235,13 @@ fn known_project_id<'a>(facts: &'a Facts, token: &Token) -> Option<&'a str> {
 }
 
 fn keep_or_write(facts: &Facts, token: &Token, value: &str, record: &Record, shape: &str, held: Held) -> Step {
-    let mut draft = secret::draft(facts, token, &value.into(), &record.reshaped(shape, value));
-    draft.repair = record.shape == shape;
-    match facts.secrets.get(&token.secret.name) {
+    let mut draft = secret::draft(facts, token, &value.into(), &record.reshaped(facts.uid(), shape, value));
+    let existing = facts.secrets.get(&token.secret.name);
+    draft.repair = record.shape == shape && existing.is_some();
+    match existing {
         Some(existing) if !existing.differs_from(&draft) => Step::Keep(held),
         _ if draft.repair && is_contested(facts, token) => Step::Refuse(Reason::SecretContested, Some(held)),
-        _ => Step::Write(Box::new(draft), held, Some(held)),
+        _ => Step::Write(Box::new(draft), held, existing.map(|_| held)),
     }
 }
 
@@ -238,7 +258,7 @@ fn write_again(
         return None;
     }
     let value = &unwritten.minted.token;
-    let record = unwritten.record.reshaped(shape, value.expose_secret());
+    let record = unwritten.record.reshaped(facts.uid(), shape, value.expose_secret());
     let draft = secret::draft(facts, token, value, &record);
     let format = Format::of(value.expose_secret());
     Some((Box::new(draft), Held { schedule, format }))

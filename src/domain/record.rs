@@ -40,11 +40,13 @@ impl Record {
         self
     }
 
-    /// The record of `token` with another shape.
+    /// The record of `token` with another shape, for the object of this UID: the token may have been another's, whose
+    /// Secret was adopted.
     #[must_use]
-    pub fn reshaped(&self, shape: &str, token: &str) -> Self {
-        let shape = shape.to_owned();
-        Self { shape, ..self.clone() }.sealed(token)
+    pub fn reshaped(&self, owner: &str, shape: &str, token: &str) -> Self {
+        let (owner, shape) = (owner.to_owned(), shape.to_owned());
+        let record = self.clone();
+        Self { owner, shape, ..record }.sealed(token)
     }
 
     /// Whether `token` is the one that this record was written for, and the record unedited.

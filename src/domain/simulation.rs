@@ -133,6 +133,10 @@ impl World {
             uid: secret.uid.clone(),
             resource_version: secret.resource_version.clone(),
         };
+        if facts.secrets.len() < tokens.len() {
+            let rest = rest.iter().map(|(name, secret)| ((*name).clone(), copy(secret)));
+            facts.secrets.extend(rest);
+        }
         facts.leftovers = rest.into_iter().map(leftover).collect();
         facts
             .unwritten
@@ -165,10 +169,11 @@ impl World {
         let steps = decided.steps.into_iter().enumerate();
         let outcomes: Vec<Outcome> = steps.map(|(index, step)| self.act(index, step)).collect();
         let tokens = self.facts.user.spec.tokens.iter().zip(&outcomes);
-        if tokens
-            .into_iter()
-            .all(|(t, o)| o.held.is_some() || self.facts.secrets.contains_key(&t.secret.name))
-        {
+        let is_ours = |t: &Token| {
+            let secret = self.facts.secrets.get(&t.secret.name);
+            secret.is_some_and(|s| s.owned_by(self.facts.name(), self.facts.uid()).is_ok())
+        };
+        if tokens.into_iter().all(|(t, o)| o.held.is_some() || is_ours(t)) {
             for leftover in &decided.deletes {
                 self.secrets.remove(&leftover.name);
             }

@@ -11,6 +11,7 @@ use crate::domain::answer::{self, TokenAnswer};
 use crate::domain::assertion;
 use crate::domain::clock::{Skew, is_news};
 use crate::domain::failure::Failure;
+use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::scope;
@@ -92,7 +93,9 @@ impl Instance {
         if scheme != "https" && !(settings.allow_insecure_http && near) {
             return Err(Reason::InsecureHttp.into());
         }
-        let limits = hosts.dial(&settings.name, authority, settings.rate);
+        let way = [&settings.ca, &settings.tls_server_name, &settings.proxy];
+        let way = hash::of(way.map(|part| part.as_deref().unwrap_or_default().as_bytes()));
+        let limits = hosts.dial(&settings.name, authority, &way, settings.rate);
         let http = Http::new(&settings, origin, limits.clone())?;
         Ok(Self {
             settings,

@@ -1,8 +1,8 @@
 //! Budget, concurrency and circuit toward each dialled host, shared by all instances that dial it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -32,12 +32,18 @@ impl Rate {
     }
 }
 
-/// The limits of one host.
+/// The limits of one way to a host.
 #[derive(Debug)]
 pub struct Limits {
+    budget: Arc<Budget>,
+    circuit: Arc<Mutex<Circuit>>,
+}
+
+/// What a host is asked at most, whichever way.
+#[derive(Debug)]
+struct Budget {
     started: Instant,
     now: Mutex<Now>,
-    circuit: Mutex<Circuit>,
 }
 
 #[derive(Debug)]
@@ -48,36 +54,25 @@ struct Now {
 }
 
 impl Limits {
-    fn new(rate: Rate) -> Self {
-        Self {
-            started: Instant::now(),
-            now: Mutex::new(Now {
-                rate,
-                bucket: Bucket::new(rate.per_second, rate.burst),
-                slots: Arc::new(Semaphore::new(rate.concurrent.max(1))),
-            }),
-            circuit: Mutex::default(),
-        }
-    }
-
-    /// Whether a token may be asked for.
-    pub fn may_ask(&self) -> Result<(), Refused> {
-        self.circuit().admit(self.started.elapsed())
+    /// Whether a token may be asked for, by this user.
+    pub fn may_ask(&self, namespace: &str, user: &str) -> Result<(), Refused> {
+        self.circuit().admit(self.budget.elapsed(), namespace, user)
     }
 
     /// A token request was answered as it should be. True if the circuit was open.
+    #[must_use]
     pub fn worked(&self) -> bool {
         self.circuit().worked()
     }
 
-    /// Nothing was sent after all.
+    /// Nothing was sent after all, or it tells nothing of the host.
     pub fn gave_up(&self) {
         self.circuit().gave_up();
     }
 
     /// A request failed through the host's fault, or so it seems.
     pub fn failed(&self, reason: Reason, fault: Fault) {
-        self.circuit().failed(self.started.elapsed(), reason, fault);
+        self.circuit().failed(self.budget.elapsed(), reason, fault);
     }
 
     /// Whether the host fails, so that requests are refused.
@@ -86,19 +81,42 @@ impl Limits {
         self.circuit().is_open()
     }
 
-    fn circuit(&self) -> MutexGuard<'_, Circuit> {
-        self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether both are of one way to one host.
+    #[must_use]
+    pub fn share_circuit(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.circuit, &other.circuit)
     }
 
     /// Waits for a place among the concurrent requests and for the budget. The place is held until the permit drops.
     pub async fn admit(&self) -> Option<OwnedSemaphorePermit> {
-        let slots = self.lock().slots.clone();
+        let slots = self.budget.lock().slots.clone();
         let permit = slots.acquire_owned().await.ok()?;
-        let wait = self.lock().bucket.take(self.started.elapsed());
+        let wait = self.budget.lock().bucket.take(self.budget.elapsed());
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
         Some(permit)
+    }
+
+    fn circuit(&self) -> MutexGuard<'_, Circuit> {
+        self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Budget {
+    fn new(rate: Rate) -> Self {
+        Self {
+            started: Instant::now(),
+            now: Mutex::new(Now {
+                rate,
+                bucket: Bucket::new(rate.per_second, rate.burst),
+                slots: Arc::new(Semaphore::new(rate.concurrent.max(1))),
+            }),
+        }
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 
     fn change(&self, rate: Rate) {
@@ -124,24 +142,31 @@ pub struct Hosts {
 
 #[derive(Debug)]
 struct Host {
-    limits: Arc<Limits>,
+    budget: Arc<Budget>,
     /// What each instance asks for.
     wanted: BTreeMap<String, Rate>,
+    /// By way: certificates and proxy of one instance say nothing of those of another.
+    circuits: HashMap<String, Weak<Mutex<Circuit>>>,
 }
 
 impl Hosts {
-    /// The limits of `host`, now that `instance` dials it at this rate.
-    pub fn dial(&self, instance: &str, host: &str, rate: Rate) -> Arc<Limits> {
+    /// The limits of `host`, now that `instance` dials it at this rate, this way.
+    pub fn dial(&self, instance: &str, host: &str, way: &str, rate: Rate) -> Arc<Limits> {
         self.hang_up(instance);
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let host = hosts.entry(host.to_owned()).or_insert_with(|| Host {
-            limits: Arc::new(Limits::new(rate)),
+            budget: Arc::new(Budget::new(rate)),
             wanted: BTreeMap::new(),
+            circuits: HashMap::new(),
         });
         host.wanted.insert(instance.to_owned(), rate);
         let smallest = host.wanted.values().copied().fold(rate, Rate::min);
-        host.limits.change(smallest);
-        host.limits.clone()
+        host.budget.change(smallest);
+        host.circuits.retain(|_, circuit| circuit.strong_count() > 0);
+        let circuit = host.circuits.get(way).and_then(Weak::upgrade).unwrap_or_default();
+        host.circuits.insert(way.to_owned(), Arc::downgrade(&circuit));
+        let budget = host.budget.clone();
+        Arc::new(Limits { budget, circuit })
     }
 
     /// `instance` dials no more. What a host has used of its budget is remembered as long as the process lives: an
@@ -152,7 +177,7 @@ impl Hosts {
             if host.wanted.remove(instance).is_some()
                 && let Some(smallest) = host.wanted.values().copied().reduce(Rate::min)
             {
-                host.limits.change(smallest);
+                host.budget.change(smallest);
             }
         }
     }
@@ -170,13 +195,29 @@ mod tests {
             concurrent: 8,
         };
         let hosts = Hosts::default();
-        let limits = hosts.dial("a", "h", rate(5));
-        let now = || limits.lock().rate.per_second;
-        hosts.dial("b", "h", rate(1));
+        let limits = hosts.dial("a", "h", "", rate(5));
+        let now = || limits.budget.lock().rate.per_second;
+        hosts.dial("b", "h", "by a proxy", rate(1));
         assert_eq!(now(), 1);
         hosts.hang_up("b");
         assert_eq!(now(), 5);
-        hosts.dial("a", "h", rate(50));
+        hosts.dial("a", "h", "", rate(50));
         assert_eq!(now(), 50, "a raised rate takes effect");
+    }
+
+    #[test]
+    fn what_fails_one_way_is_not_refused_another() {
+        let rate = Rate {
+            per_second: 1,
+            burst: 1,
+            concurrent: 1,
+        };
+        let hosts = Hosts::default();
+        let [one, same, other] = ["a", "a", "b"].map(|way| hosts.dial(way, "h", way, rate));
+        for _ in 0..3 {
+            one.failed(Reason::TlsFailure, Fault::Host);
+        }
+        assert!(one.is_open() && same.is_open() && !other.is_open());
+        assert!(one.share_circuit(&same) && !one.share_circuit(&other));
     }
 }

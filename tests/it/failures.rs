@@ -2,7 +2,6 @@
 
 use serde_json::json;
 
-use crate::support::SOON;
 use crate::support::issuer::Issuer;
 use crate::support::world::{World, condition, one_token};
 
@@ -97,47 +96,6 @@ async fn an_instance_that_is_missing_unreachable_or_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_tenant_whose_requests_hang_does_not_hold_up_another() {
-    let world = World::new("hang").await;
-    let mut spec = world.instance_spec();
-    spec["access"][0]["namespaceSelector"] = json!({});
-    world.apply_instance(spec).await.expect("an instance");
-    let slow = world.issuer.user(json!({"tokenType": "JWT"})).await;
-    world
-        .issuer
-        .fault(json!({"path": "/oauth/v2/token", "userId": slow.id, "hang": true}))
-        .await;
-    world.key_secret("slow-key", &slow).await;
-    for i in 0..12 {
-        let mut spec = one_token(&format!("slow-{i}-token"));
-        spec["keySecretRef"] = json!({"name": "slow-key"});
-        world.service_user(&format!("slow-{i}"), spec).await.expect("accepted");
-    }
-    // Theirs are all under way when the other tenant comes.
-    let _operator = world.operator().await;
-    let hanging = async {
-        while world
-            .issuer
-            .requests()
-            .await
-            .iter()
-            .filter(|r| r.user_id == slow.id)
-            .count()
-            < 4
-        {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(SOON, hanging).await.expect("they hang");
-    let other = World::beside(&world, "quiet").await;
-    let started = std::time::Instant::now();
-    other.simple("quick", json!({"tokenType": "JWT"})).await;
-    other.token("quick-token").await;
-    // A hanging request ends after 10 seconds; the other tenant does not wait for one.
-    assert!(started.elapsed().as_secs() < 8, "{:?}", started.elapsed());
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_due() {
     let world = World::new("wait").await;
     let _operator = world.operator().await;
@@ -196,37 +154,4 @@ async fn a_host_that_is_down_is_asked_by_one_at_a_time() {
         world.ready(name, "True", "Issued").await;
     }
     assert_eq!(world.issuer.mints().await, USERS);
-}
-
-/// What a server does to the requests of one user, it need not do to others.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_user_whose_connections_break_does_not_close_the_way_for_others() {
-    let world = World::new("broken").await;
-    let operator = world.operator().await;
-    world.instance().await;
-    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
-    let breaks = json!({"path": "/oauth/v2/token", "userId": user.id, "reset": true, "afterHandling": true});
-    world.issuer.fault(breaks).await;
-    world.key_secret("broken-key", &user).await;
-    for i in 0..5 {
-        let mut spec = one_token(&format!("broken-{i}-token"));
-        spec["keySecretRef"] = json!({"name": "broken-key"});
-        world
-            .service_user(&format!("broken-{i}"), spec)
-            .await
-            .expect("accepted");
-    }
-    for i in 0..5 {
-        world
-            .ready(&format!("broken-{i}"), "False", "InstanceUnreachable")
-            .await;
-    }
-    let (_, metrics) = operator.get("/metrics").await;
-    let circuit = format!(
-        "zitadel_tokens_instance_circuit_open{{zitadel_instance=\"{}\"}}",
-        world.instance
-    );
-    assert!(metrics.contains(&format!("{circuit} 0")), "{metrics}");
-    world.simple("good", json!({"tokenType": "JWT"})).await;
-    world.token("good-token").await;
 }

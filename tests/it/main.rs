@@ -22,3 +22,4 @@ mod schema;
 mod secrecy;
 mod secrets;
 mod service;
+mod tenants;

@@ -265,3 +265,35 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
         world.issuer.mints().await
     );
 }
+
+/// A token is minted once per lifetime, whatever its Secret is called.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_name_for_the_secret_costs_no_mint_and_never_the_token() {
+    let world = World::new("rename").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let token = world.token("billing-token").await;
+    let rename = async |name: &str| {
+        let mut spec = one_token(name);
+        spec["keySecretRef"] = json!({"name": "billing-key"});
+        world.service_user("billing", spec).await.expect("accepted");
+    };
+    let mut before = "billing-token".to_owned();
+    for i in 0..6 {
+        let name = format!("renamed-{i}");
+        rename(&name).await;
+        assert_eq!(world.token(&name).await, token);
+        world.secret_gone(&before).await;
+        before = name;
+    }
+    // Onto somebody else's: the old one stays.
+    world.secret("foreign", json!({"password": "theirs"})).await;
+    rename("foreign").await;
+    world.ready("billing", "False", "SecretConflict").await;
+    assert_eq!(world.token(&before).await, token);
+    rename("last").await;
+    assert_eq!(world.token("last").await, token);
+    world.secret_gone(&before).await;
+    assert_eq!(world.issuer.mints().await, 1);
+}

@@ -17,7 +17,7 @@ use crate::domain::clock::is_news;
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
-use crate::zitadel::{Hosts, Instance, Rate, Settings};
+use crate::zitadel::{Hosts, Instance, Limits, Rate, Settings};
 
 /// Entry of a ConfigMap or Secret with certificates, as trust-manager and cert-manager name it.
 const CA_ENTRY: &str = "ca.crt";
@@ -108,6 +108,16 @@ impl Connections {
             return Some(News::ForAll);
         }
         recovered.then_some(News::ForFailing)
+    }
+
+    /// The instances whose requests one circuit lets through.
+    #[must_use]
+    pub fn that_share(&self, limits: &Limits) -> Vec<String> {
+        let open = lock(&self.open);
+        let those = open
+            .iter()
+            .filter(|(_, open)| open.instance.limits().share_circuit(limits));
+        those.map(|(name, _)| name.clone()).collect()
     }
 
     /// What was known may be of long ago: each instance is to be looked at again before its service users are.

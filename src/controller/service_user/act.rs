@@ -35,6 +35,8 @@ pub struct Acted {
     pub mints: usize,
     /// What failed besides the tokens.
     pub failed: Vec<Failed>,
+    /// The object or its instance changed meanwhile, so that the rest was left to the next pass.
+    pub outdated: bool,
 }
 
 /// One token of one object.
@@ -46,9 +48,11 @@ struct Job<'a> {
     token: &'a Token,
 }
 
-/// Carries out `plan`, one token after another: an object must not take more of the host's concurrency than another.
+/// Carries out `plan`, one token after another: an object must not take more of the host's concurrency than another. For
+/// the same reason nothing more is asked for after a request that may have taken all of its time.
 pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Acted {
     let mut acted = Acted::default();
+    let mut unreachable = false;
     for (index, (token, step)) in facts.user.spec.tokens.iter().zip(plan.steps).enumerate() {
         let job = Job {
             ctx,
@@ -58,16 +62,26 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
             token,
         };
         let mints = matches!(step, Step::Mint(_));
-        let (outcome, version) = job.carry_out(step).await;
+        if mints && !job.is_as_seen() {
+            acted.outdated = true;
+            return acted;
+        }
+        let (outcome, version) = match step {
+            Step::Mint(request) if unreachable => (job.not_now(request.fallback), None),
+            step => job.carry_out(step).await,
+        };
+        unreachable |= mints && outcome.reason == Reason::InstanceUnreachable;
         acted.mints += usize::from(mints && !outcome.held_back);
         acted.outcomes.push(outcome);
         acted.written.extend(version);
     }
     // What a renamed entry leaves goes only when its successor is there.
     let tokens = facts.user.spec.tokens.iter().zip(&acted.outcomes);
-    let all_there = tokens
-        .into_iter()
-        .all(|(t, o)| o.held.is_some() || facts.secrets.contains_key(&t.secret.name));
+    let is_ours = |t: &Token| {
+        let secret = facts.secrets.get(&t.secret.name);
+        secret.is_some_and(|s| s.owned_by(facts.name(), facts.uid()).is_ok())
+    };
+    let all_there = tokens.into_iter().all(|(t, o)| o.held.is_some() || is_ours(t));
     for leftover in plan.deletes.iter().filter(|_| all_there) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             tracing::warn!(object = %id, secret = leftover.name, %error, "a Secret that is no longer asked for could not be deleted");
@@ -78,6 +92,28 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
 }
 
 impl Job<'_> {
+    /// Whether object and instance are still those of the facts. A pass may take minutes, and who withdraws a right,
+    /// suspends or deletes must not see further mints.
+    fn is_as_seen(&self) -> bool {
+        let (cache, facts) = (&self.ctx.cache, self.facts);
+        let (then, now) = (&facts.user.metadata, cache.user(self.id));
+        let same_user = now.is_some_and(|now| {
+            let now = &now.metadata;
+            now.uid == then.uid && now.generation == then.generation && now.deletion_timestamp.is_none()
+        });
+        let instance = cache.instance(&facts.user.spec.instance_ref.name);
+        same_user && instance.as_ref().map(|i| &i.spec) == facts.instance.as_ref().map(|i| &i.spec)
+    }
+
+    /// Left to the next pass, which may follow at once.
+    fn not_now(&self, held: Option<Held>) -> Outcome {
+        Outcome {
+            not_before: Some(shifted(Timestamp::now(), self.facts.skew)),
+            held_back: true,
+            ..self.ended(Reason::InstanceUnreachable, held)
+        }
+    }
+
     /// The outcome, and the version of the Secret if it was written.
     async fn carry_out(&self, step: Step) -> (Outcome, Option<String>) {
         match step {
@@ -130,23 +166,23 @@ impl Job<'_> {
             Ok(connection) => connection,
             Err(failure) => return Err(self.refused(instance, classify(failure, false))),
         };
-        let needed = connection.settings().timeout + TIME_TO_WRITE;
-        if !ctx.writer.fence().may_begin(needed) {
-            return Err(refused(Reason::NotLeading));
-        }
+        self.may_begin(&connection).map_err(refused)?;
         if request.try_write_first {
             let draft = secret::placeholder(facts, self.token, &request.inputs, &request.shape);
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| refused(error.reason()))?;
         }
-        connection.limits().may_ask().map_err(|closed| {
-            let wait = SignedDuration::try_from(closed.retry_in).unwrap_or(SignedDuration::MAX);
-            Outcome {
-                not_before: Some(shifted(connection.skew().theirs(Timestamp::now()), wait)),
-                held_back: true,
-                ..refused(closed.reason)
-            }
-        })?;
+        connection
+            .limits()
+            .may_ask(&self.id.namespace, &self.id.name)
+            .map_err(|closed| {
+                let wait = SignedDuration::try_from(closed.retry_in).unwrap_or(SignedDuration::MAX);
+                Outcome {
+                    not_before: Some(shifted(connection.skew().theirs(Timestamp::now()), wait)),
+                    held_back: true,
+                    ..refused(closed.reason)
+                }
+            })?;
         let learned_before = connection.known_project_id().is_some();
         let began = Instant::now();
         let asked = ctx.writer.fence().while_leading(self.ask(&connection, &request.scope));
@@ -177,11 +213,21 @@ impl Job<'_> {
         minted
     }
 
+    /// Whether there is time for a request and the write of what it brings.
+    fn may_begin(&self, connection: &Instance) -> Result<(), Reason> {
+        let needed = connection.settings().timeout + TIME_TO_WRITE;
+        let may = self.ctx.writer.fence().may_begin(needed);
+        may.then_some(()).ok_or(Reason::NotLeading)
+    }
+
     /// Asks for the token, and says what it must be.
     async fn ask(&self, connection: &Instance, scope: &str) -> Result<(Exchanged, Expected), Failure> {
         let key = self.facts.key.as_ref().map_err(|reason| *reason)?;
         let project_id = connection.project_id(key).await?;
         let expected = plan::expect(self.facts, self.token, project_id)?;
+        // Before this a mint may have taken requests of its own. A shutdown waits for one request and its write.
+        connection.discovery().await?;
+        self.may_begin(connection)?;
         Ok((connection.exchange(key, scope).await?, expected))
     }
 
@@ -208,20 +254,22 @@ impl Job<'_> {
                 limits.failed(Reason::ServerError, Fault::Host);
             }
         }
-        let reason = classify(failure, discovery_works);
+        let says_nothing = discovery_works || matches!(failure, Failure::Known(_));
         match Fault::of(failure, &self.id.namespace, &self.id.name) {
-            _ if matches!(failure, Failure::Known(_)) => limits.gave_up(),
-            Some(fault) => limits.failed(reason, fault),
+            _ if says_nothing => limits.gave_up(),
+            Some(fault) => limits.failed(classify(failure, false), fault),
             // It works, whatever it thinks of this user.
             None => self.worked(connection),
         }
-        reason
+        classify(failure, discovery_works)
     }
 
-    /// The host answered. If its circuit was open, those who were refused may come.
+    /// The host answered. If its circuit was open, those who were refused may come, of all instances that dial it.
     fn worked(&self, connection: &Instance) {
         if connection.limits().worked() {
-            self.ctx.wake_failing_users_of(&self.facts.user.spec.instance_ref.name);
+            for instance in self.ctx.connections.that_share(connection.limits()) {
+                self.ctx.wake_failing_users_of(&instance);
+            }
         }
     }
 

@@ -126,6 +126,9 @@ impl ForcedState {
     }
 }
 
+/// As many Secrets that are no longer asked for are read as there may be tokens.
+const MOST_LEFTOVERS: usize = 16;
+
 /// Whether the instance of `id` is there and was not looked at yet.
 pub fn awaits_a_look(ctx: &Context, id: &ObjectRef) -> bool {
     let user = ctx.cache.user(id);
@@ -149,8 +152,15 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         return Ok(None);
     }
     let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), &id.namespace);
-    let names = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
-    let read_tokens = try_join_all(names.map(|name| async { Ok((name.to_owned(), read(&api, name).await?)) }));
+    let leftovers = ctx.cache.leftovers(&user);
+    let read_tokens = async {
+        let named = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
+        let mut found = read_all(&api, named).await?;
+        if found.iter().any(|(_, secret)| secret.is_none()) {
+            found.extend(read_all(&api, leftovers.iter().take(MOST_LEFTOVERS).map(|l| l.name.as_str())).await?);
+        }
+        Ok(found)
+    };
     let (key, secrets) = match try_join(read_key(&api, &user.spec.key_secret_ref), read_tokens).await {
         Ok((key, tokens)) => (key, tokens),
         // Told in the status: only somebody else can mend it.
@@ -174,7 +184,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         key,
         secrets: secrets.collect(),
         unwritten: ctx.unwritten.of(id, &user, shifted(Timestamp::now(), skew)),
-        leftovers: ctx.cache.leftovers(&user),
+        leftovers,
         held_back: held_back.collect(),
         forced: ctx.forced.counts(id, Timestamp::now()),
         last_mints: ctx.forced.last_mints(id),
@@ -199,6 +209,13 @@ async fn read(api: &Api<WholeSecret>, name: &str) -> Result<Option<WholeSecret>,
         kube::Error::Api(status) if status.is_forbidden() => ReadError::Forbidden,
         _ => ReadError::Unavailable,
     })
+}
+
+async fn read_all<'a>(
+    api: &Api<WholeSecret>,
+    names: impl Iterator<Item = &'a str>,
+) -> Result<Vec<(String, Option<WholeSecret>)>, ReadError> {
+    try_join_all(names.map(|name| async { Ok((name.to_owned(), read(api, name).await?)) })).await
 }
 
 async fn read_key(api: &Api<WholeSecret>, reference: &KeySecretRef) -> Result<Result<ServiceKey, Reason>, ReadError> {

@@ -48,8 +48,8 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     let mut report = report(&facts, &acted.outcomes, shifted(Timestamp::now(), skew));
     report.wake.failed.extend(acted.failed);
     let mut written = acted.written;
-    // Who leads now, or after the restart, tells how it is.
-    let ours = acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
+    // Who leads now, or after the restart, or the next pass tells how it is.
+    let ours = !acted.outdated && acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
     let published = if ours {
         publish(&ctx, &facts, &mut report).await
     } else {
@@ -74,6 +74,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
         wake: report.wake.shifted(-skew),
         written,
         mints: acted.mints,
+        broken_off: acted.outdated,
         ..Done::default()
     }
 }

@@ -440,6 +440,69 @@ fn what_is_no_longer_asked_for_goes_unless_suspended() {
 }
 
 #[test]
+fn an_entry_that_gets_another_secret_takes_its_token_along() {
+    fn rename(facts: &mut Facts) {
+        let left = existing(facts, 0);
+        facts.leftovers = vec![SecretRef {
+            name: "invoices-token".into(),
+            uid: left.uid.clone(),
+            resource_version: left.resource_version.clone(),
+        }];
+        token(facts, 0).secret.name = "other-token".into();
+    }
+    #[rustfmt::skip]
+    let rows: &[Case] = &[
+        ("fresh", |_| {}, FRESH, "write"),
+        ("after many forced mints", |f| { f.forced.insert("invoices".into(), 9); }, 1, "write"),
+        ("due", |_| {}, DUE, "mint"),
+        ("another key", |f| service_key(f).key_id = "k2".into(), 1, "mint"),
+        ("other scopes", |f| token(f, 0).scopes = Some(vec![]), 1, "mint"),
+        ("a request", |f| ask(f, Some("a")), 1, "mint"),
+        ("edited", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
+        ("another's", |f| foreign(f, OWNER_KIND, "other", "u9"), 1, "mint"),
+    ];
+    for (name, change, seconds, expected) in rows {
+        let mut facts = one();
+        change(&mut facts);
+        rename(&mut facts);
+        let mut plan = plan(&facts, at(*seconds));
+        let step = plan.steps.swap_remove(0);
+        assert_eq!(told(&step), *expected, "{name}");
+        if let Step::Write(draft, ..) = step {
+            assert_eq!(
+                (&*draft.name, &draft.seen, draft.repair),
+                ("other-token", &Seen::Absent, false)
+            );
+            let old = facts.secrets["invoices-token"].token();
+            assert_eq!(Some(draft.data["token"].expose_secret()), old);
+        }
+        assert_eq!(plan.deletes, facts.leftovers);
+    }
+}
+
+#[test]
+fn a_secret_that_was_adopted_is_ours_when_the_annotation_is_gone() {
+    let mut facts = one();
+    token(&mut facts, 0).secret.deletion_policy = Some(DeletionPolicy::Retain);
+    let step = plan(&facts, at(1)).steps.swap_remove(0);
+    carry_out(&mut facts, step, 1);
+    existing(&mut facts, 0).controller = None;
+    // The object is deleted and made again.
+    user(&mut facts).metadata.uid = Some("another".into());
+    assert_eq!(told(&plan(&facts, at(2)).steps[0]), "SecretConflict");
+    let name = facts.name().to_owned();
+    existing(&mut facts, 0)
+        .annotations
+        .insert(ANNOTATION_ADOPT.into(), name.into());
+    let step = plan(&facts, at(2)).steps.swap_remove(0);
+    assert_eq!(told(&step), "write");
+    carry_out(&mut facts, step, 2);
+    existing(&mut facts, 0).controller = None;
+    existing(&mut facts, 0).annotations.remove(ANNOTATION_ADOPT);
+    assert_eq!(told(&plan(&facts, at(3)).steps[0]), "keep");
+}
+
+#[test]
 fn tokens_are_decided_each_for_itself() {
     type Change = (&'static str, fn(&mut Facts), &'static str);
     #[rustfmt::skip]
