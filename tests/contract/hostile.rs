@@ -251,7 +251,7 @@ async fn an_answer_that_is_no_http_is_told_from_no_answer() {
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n".to_owned(),
             malformed,
         ),
-        ("nothing", String::new(), Err(Failure::Connect)),
+        ("nothing", String::new(), Err(Failure::Broken)),
         ("a good one", ok("", GOOD), Ok(())),
         ("ninety headers", ok(&"a: b\r\n".repeat(90), GOOD), Ok(())),
         (
