@@ -1,8 +1,8 @@
 //! The contract with ZITADEL: what the product's own code (`zitadel`, `domain::answer`, `domain::failure`) sends and
 //! what it makes of the answers. Sections are those of reference/zitadel.md.
 //!
-//! [`any_server`] runs on the stand-in in `make test`, and on a real server in `make test-zitadel`. [`only_stand_in`]
-//! and [`hostile`] need a server that can be told to fail, so `make test-zitadel` leaves them out.
+//! [`any_server`] runs on the stand-in in `make test`, and on a real server in `make test-zitadel`. [`only_stand_in`],
+//! [`limits`] and [`hostile`] need a server that can be told to fail, so `make test-zitadel` leaves them out.
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]
@@ -11,5 +11,6 @@ mod support;
 mod any_server;
 mod client;
 mod hostile;
+mod limits;
 mod only_stand_in;
 mod server;
