@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
 use kube::api::DeleteParams;
@@ -17,7 +18,7 @@ use crate::support::cluster::{Cluster, install_crds};
 use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
 use crate::support::proxy::Proxy;
-use crate::support::world::World;
+use crate::support::world::{World, until};
 use crate::support::{EVENTUALLY, eventually};
 
 /// Service users whose tokens are all due while the API server is away.
@@ -70,6 +71,54 @@ async fn what_was_due_while_the_api_server_was_away_is_renewed_once_and_in_time(
         world.sentinel().await;
         assert_eq!(world.issuer.mints().await, 2 * USERS);
     }
+}
+
+/// Nobody tells that a connection is dead: every call and every watch has a deadline of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_or_a_watch_that_is_never_answered_is_given_up() {
+    tokio::join!(lost_calls(), dead_watches());
+}
+
+async fn lost_calls() {
+    let world = World::new("lost").await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let mut operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    world.instance().await;
+    for (method, path, told) in [
+        ("GET", "/secrets/get-key", "gathered"),
+        ("PATCH", "/secrets/patch-token", "written"),
+        ("PUT", "/put/status", "written"),
+    ] {
+        let (started, name) = (Instant::now(), method.to_lowercase());
+        proxy.lose(method, path);
+        world.simple(&name, json!({"tokenType": "JWT"})).await;
+        operator
+            .await_line(&format!("{told} object={}/{name} ", world.name))
+            .await;
+        println!("{method}: given up after {:.1} s", started.elapsed().as_secs_f64());
+        proxy.find();
+        world.ready(&name, "True", "Issued").await;
+    }
+    assert_eq!(world.issuer.mints().await, 3);
+}
+
+async fn dead_watches() {
+    let world = World::new("dead").await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    world.instance().await;
+    world.instance_ready("True", "InstanceReady").await;
+    let started = Instant::now();
+    proxy.deaden();
+    world.simple("unseen", json!({"tokenType": "JWT"})).await;
+    until(world.secrets(), "unseen-token", 3 * EVENTUALLY, |s: &Secret| {
+        s.data.is_some()
+    })
+    .await;
+    println!(
+        "dead watches are made anew {:.0} s later",
+        started.elapsed().as_secs_f64()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -35,6 +35,7 @@ struct Shared {
     hold: Mutex<Option<Arc<Hold>>>,
     way: watch::Sender<Way>,
     hung_up: watch::Sender<()>,
+    deadened: watch::Sender<()>,
     lost: watch::Sender<Vec<(&'static str, String)>>,
     errors: Mutex<Vec<Answered>>,
     spoiled: Mutex<Vec<Spoiled>>,
@@ -126,6 +127,7 @@ impl Proxy {
             hold: Mutex::default(),
             way: watch::Sender::new(Way::Open),
             hung_up: watch::Sender::default(),
+            deadened: watch::Sender::default(),
             lost: watch::Sender::default(),
             errors: Mutex::default(),
             spoiled: Mutex::default(),
@@ -197,6 +199,12 @@ impl Proxy {
     /// Ends all answers that are under way, as an API server does with a watch after a while.
     pub fn hang_up(&self) {
         self.shared.hung_up.send_replace(());
+    }
+
+    /// Of all answers that are under way nothing more is ever heard, nor do they end, as when a firewall has forgotten their
+    /// connections. New requests pass.
+    pub fn deaden(&self) {
+        self.shared.deadened.send_replace(());
     }
 
     /// As when packets are dropped on the way: no answer, no event, and no connection ends.
@@ -280,6 +288,7 @@ impl Shared {
 
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let mut hung_up = shared.hung_up.subscribe();
+    let deadened = shared.deadened.subscribe();
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
     shared.count.fetch_add(1, Ordering::Relaxed);
@@ -348,8 +357,12 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
         }
     };
     let heard = answer.bytes_stream().then(move |chunk| {
-        let shared = shared.clone();
+        let (shared, deadened) = (shared.clone(), deadened.clone());
         async move {
+            // An error means that the proxy is gone.
+            if deadened.has_changed().unwrap_or(true) {
+                std::future::pending::<()>().await;
+            }
             shared.heard().await;
             chunk
         }
