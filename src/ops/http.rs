@@ -100,3 +100,33 @@ impl Scrapes {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn each_probe_tells_of_its_own_question() {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        for (live, ready) in [(true, true), (true, false), (false, true)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let address = listener.local_addr().expect("an address");
+            let shutdown = Shutdown::on_signal().expect("signals");
+            let registry = Arc::new(Registry::default());
+            let server = tokio::spawn(serve(
+                listener,
+                Arc::new(move || live),
+                Arc::new(move || ready),
+                registry,
+                shutdown,
+            ));
+            for (path, good) in [("livez", live), ("readyz", ready)] {
+                let answer = reqwest::get(format!("http://{address}/{path}"))
+                    .await
+                    .expect("an answer");
+                assert_eq!(answer.status().as_u16(), if good { 200 } else { 503 }, "{path}");
+            }
+            server.abort();
+        }
+    }
+}

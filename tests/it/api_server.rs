@@ -1,6 +1,7 @@
 //! What goes wrong between the operator and the API server costs no token and no mint.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
@@ -178,6 +179,24 @@ async fn a_shutdown_waits_for_the_mint_under_way_and_begins_no_other() {
     let _operator = world.operator().await;
     world.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 2);
+}
+
+/// It waits for a request to ZITADEL and the write of what it brings: 2 s and 5 s here. The write itself would wait for 15 s.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_does_not_wait_for_a_write_without_end() {
+    let world = World::new("endless").await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
+    let mut spec = world.instance_spec();
+    spec["connection"]["timeout"] = json!("2s");
+    world.apply_instance(spec).await.expect("an instance");
+    proxy.lose("PATCH", "/secrets/billing-token");
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    eventually("the write is under way", async || world.issuer.mints().await == 1).await;
+    let asked = Instant::now();
+    operator.terminate().await;
+    assert!(asked.elapsed() < Duration::from_secs(14), "{:?}", asked.elapsed());
+    proxy.find();
 }
 
 /// A kubeconfig of a service account that may do all that the operator needs, with Secrets in these namespaces only.

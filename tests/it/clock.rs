@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::support::clock::Clock;
 use crate::support::eventually;
 use crate::support::operator::Operator;
-use crate::support::world::{World, claims};
+use crate::support::world::{World, claims, data};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_two_minutes_behind_has_its_tokens_kept_fresh_and_its_skew_told() {
@@ -101,4 +101,37 @@ async fn our_own_clock_may_be_set_back_and_no_token_expires() {
     })
     .await;
     world.ready("billing", "True", "Issued").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_own_clock_may_be_set_ahead_and_what_is_fresh_stays() {
+    let world = World::new("ahead").await;
+    let clock = Clock::new();
+    let mut operator = Operator::start_on_clock(world.cluster, &world.selector(), &clock).await;
+    world.instance().await;
+    // By the clock that comes, it is due half a minute ago.
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 315}))
+        .await;
+    world.ready("billing", "True", "Issued").await;
+    // Nobody may be judged before the server has told its time.
+    let late = json!({"path": "/.well-known/openid-configuration", "latencyMillis": 1000});
+    world.issuer.fault(late).await;
+    clock.set(240);
+    operator.await_line("the clock of this machine was set").await;
+    let skew = format!("clock_skew_seconds{{zitadel_instance=\"{}\"}} -2", world.instance);
+    eventually("the server is known to be behind", async || {
+        operator.get("/metrics").await.1.contains(&skew)
+    })
+    .await;
+    world.sentinel().await;
+    // Nothing wakes the queue before the jump is noticed.
+    assert_eq!(world.issuer.mints().await, 1);
+    let secret = data(&world.secrets().get("billing-token").await.expect("there"));
+    let expires_at: Timestamp = secret["expires_at"].parse().expect("a time");
+    let exp = claims(&secret["token"])["exp"].as_i64().expect("exp");
+    assert!(
+        (exp - 3..=exp).contains(&expires_at.as_second()),
+        "{expires_at}, exp {exp}"
+    );
 }

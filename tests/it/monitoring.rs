@@ -93,6 +93,10 @@ async fn eventful(test: &str) -> World {
         .service_user("keyless", one_token("no-token"))
         .await
         .expect("accepted");
+    let mut spec = one_token("lost-token");
+    spec["instanceRef"] = json!({"name": format!("{}-down", world.name)});
+    spec["keySecretRef"] = json!({"name": "billing-key"});
+    world.service_user("lost", spec).await.expect("accepted");
     let mut spec = world.instance_spec();
     // Nobody listens on the discard port.
     spec["connection"]["endpoint"] = json!("http://127.0.0.1:9");
@@ -178,6 +182,28 @@ async fn what_is_served_is_what_the_table_says() {
     );
     assert_eq!(value("zitadel_tokens_service_user_ready", "billing"), Some(1.0));
     assert_eq!(value("zitadel_tokens_service_user_ready", "keyless"), Some(0.0));
+    let keyless = world.ready("keyless", "False", "KeySecretMissing").await.status;
+    let failing = keyless.expect("a status").tokens.swap_remove(0);
+    assert_eq!(
+        value("zitadel_tokens_token_failing_since_timestamp_seconds", "keyless"),
+        at(failing.failing_since)
+    );
+    let (up, down) = (&world.instance, format!("{}-down", world.name));
+    for line in [
+        format!("instance_up{{zitadel_instance=\"{up}\",reason=\"InstanceReady\"}} 1"),
+        format!("instance_up{{zitadel_instance=\"{down}\",reason=\"InstanceUnreachable\"}} 0"),
+        format!("instance_circuit_open{{zitadel_instance=\"{up}\"}} 0"),
+        format!("mints_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 1"),
+        format!("mints_total{{zitadel_instance=\"{down}\",result=\"failure\",reason=\"InstanceUnreachable\"}} "),
+        "leader 1".to_owned(),
+        "panics_total 0".to_owned(),
+    ] {
+        let line = format!("\nzitadel_tokens_{line}");
+        assert!(exposed.contains(&line), "{line} is not in {exposed}");
+    }
+    let skew = exposed.split_once(&format!("clock_skew_seconds{{zitadel_instance=\"{up}\"}} "));
+    let skew = skew.and_then(|(_, rest)| rest.lines().next()?.parse::<f64>().ok());
+    assert!(skew.is_some_and(|skew| skew.abs() < 2.0), "{skew:?}");
     operator.terminate().await;
 
     // Without series for each object the same is told of all together.
