@@ -220,6 +220,26 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
     }
 }
 
+/// Helm 4 applies on the server's side, Helm 3 does not, and what it leaves of an old strategy differs.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_gives_up_leader_election_and_takes_it_back() {
+    let world = World::new("strategy").await;
+    for side in ["true", "false"] {
+        let release = Release::named(world.cluster, &format!("{}-home-{side}", world.name));
+        let alone = json!({"leaderElection": {"enabled": false}, "replicaCount": 1});
+        for (more, expected) in [
+            (json!({}), "RollingUpdate"),
+            (alone, "Recreate"),
+            (json!({}), "RollingUpdate"),
+        ] {
+            release.apply_with(&values(&world, &more), &[&format!("--server-side={side}")]);
+            let spec = release.deployment().await.spec.expect("a spec");
+            let strategy = spec.strategy.expect("a strategy");
+            assert_eq!(strategy.type_.as_deref(), Some(expected), "--server-side={side}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_probe_of_helm_test_tells_whether_an_operator_is_well() {
     let world = World::new("probe").await;

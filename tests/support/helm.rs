@@ -32,22 +32,33 @@ pub struct Release {
 impl Release {
     /// Installs the chart with these values.
     pub fn install(cluster: &'static Cluster, namespace: &str, values: &Value) -> Self {
-        let release = Self {
-            cluster,
-            namespace: namespace.to_owned(),
-        };
+        let release = Self::named(cluster, namespace);
         release.apply(values);
         release
     }
 
+    /// One that is not installed yet.
+    pub fn named(cluster: &'static Cluster, namespace: &str) -> Self {
+        Self {
+            cluster,
+            namespace: namespace.to_owned(),
+        }
+    }
+
     /// Installs or upgrades to these values.
     pub fn apply(&self, values: &Value) {
+        self.apply_with(values, &[]);
+    }
+
+    /// The same with further flags.
+    pub fn apply_with(&self, values: &Value, flags: &[&str]) {
         let chart = chart();
         let set = format!("--set-json={}", flat(values));
         let mut arguments: Vec<&OsStr> = ["upgrade", "--install", "--create-namespace", NAME]
             .map(OsStr::new)
             .into();
         arguments.push(chart.as_os_str());
+        arguments.extend(flags.iter().map(OsStr::new));
         if set != "--set-json=" {
             arguments.push(OsStr::new(&set));
         }
