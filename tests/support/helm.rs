@@ -138,8 +138,8 @@ impl Release {
     }
 }
 
-/// Runs Helm in a namespace.
-pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) {
+/// Runs Helm in a namespace, and returns what it printed.
+pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) -> String {
     let mut command = command();
     command
         .args(arguments)
@@ -151,7 +151,7 @@ pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) {
             command.env(home, format!("{dir}/helm"));
         }
     }
-    run(command);
+    run(command)
 }
 
 /// What a chart makes of these values, without a cluster.
