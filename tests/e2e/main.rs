@@ -46,6 +46,8 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
 
     place.release("install", NAMESPACE, &[]);
     clock.tell("installed, both pods ready");
+    place.test(NAMESPACE).await;
+    clock.tell("helm test passes");
 
     let world = World::on(place.cluster, "e2e", issuer).await;
     let mut spec = world.instance_spec();

@@ -5,9 +5,14 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::{HostAlias, Pod, Service};
+use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
+use kube::{Api, ResourceExt};
+
 use crate::support::cluster::Cluster;
 use crate::support::helm::{NAME, chart, helm};
 use crate::support::issuer::Issuer;
+use crate::support::world::until;
 
 /// What the chart of this version installs if nothing else is said.
 const IMAGE: &str = concat!("ghcr.io/zitadel-tokens/zitadel-tokens:", env!("CARGO_PKG_VERSION"));
@@ -92,6 +97,57 @@ impl Place {
             arguments.extend(["--set", value].map(OsStr::new));
         }
         helm(self.cluster, namespace, &arguments);
+    }
+
+    /// Runs `helm test`. Our own node has no DNS and no Services, so there its pod, as Helm has it, is told by
+    /// `/etc/hosts` which of the pods that the Service selects has the Service's name.
+    pub async fn test(&self, namespace: &str) {
+        if self.cluster.node().is_none() {
+            let arguments = ["test", NAME, "--timeout", "3m"].map(OsStr::new);
+            helm(self.cluster, namespace, &arguments);
+            return;
+        }
+        let client = self.cluster.client().await;
+        let services: Api<Service> = Api::namespaced(client.clone(), namespace);
+        let selector = services
+            .get(NAME)
+            .await
+            .expect("a Service")
+            .spec
+            .expect("a spec")
+            .selector;
+        let selector: Vec<String> = selector.iter().flatten().map(|(k, v)| format!("{k}={v}")).collect();
+        let pods: Api<Pod> = Api::namespaced(client, namespace);
+        let selected = pods.list(&ListParams::default().labels(&selector.join(","))).await;
+        let selected = selected
+            .expect("listed")
+            .items
+            .into_iter()
+            .find_map(|pod| pod.status?.pod_ip);
+        let address = selected.expect("the Service selects a pod");
+
+        let hooks = helm(self.cluster, namespace, &["get", "hooks", NAME].map(OsStr::new));
+        let (read, pod) = self
+            .cluster
+            .kubectl(&["create", "--dry-run=client", "-o", "json", "-f", "-"], &hooks);
+        assert!(read, "{pod}");
+        let mut pod: Pod = serde_json::from_str(&pod).expect("one pod");
+        let name = pod.name_any();
+        let spec = pod.spec.as_mut().expect("a spec");
+        spec.host_aliases = Some(vec![HostAlias {
+            ip: address,
+            hostnames: Some(vec![format!("{NAME}.{namespace}.svc")]),
+        }]);
+        pods.create(&PostParams::default(), &pod).await.expect("created");
+        let phase = |pod: &Pod| pod.status.as_ref()?.phase.clone();
+        let ended = until(pods.clone(), &name, self.patience, |pod| {
+            matches!(phase(pod).as_deref(), Some("Succeeded" | "Failed"))
+        });
+        let phase = phase(&ended.await);
+        let log = pods.logs(&name, &LogParams::default()).await;
+        assert_eq!(phase.as_deref(), Some("Succeeded"), "helm test: {log:?}");
+        let params = DeleteParams::default();
+        pods.delete(&name, &params).await.expect("deleted");
     }
 
     pub fn uninstall(&self, namespace: &str) {

@@ -5,7 +5,8 @@ mod rights;
 use std::collections::BTreeSet;
 use std::process::Command;
 
-use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Secret};
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 use zitadel_tokens::api::ZitadelServiceUser;
 
 use crate::support::cluster::{Cluster, established};
-use crate::support::helm::{Release, chart, template};
+use crate::support::helm::{NAME, Release, chart, template};
 use crate::support::issuer::Issuer;
 use crate::support::operator::binary;
 use crate::support::world::{World, one_token, until};
@@ -217,6 +218,57 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
         assert!(refused.is_empty(), "{refused:#?}");
         let told = requests.iter().filter(|r| r.resource == "zitadelinstances/status");
         assert_eq!(told.count() > 0, own.name == shop.name);
+    }
+}
+
+/// Where the chart hands on what users say, Kubernetes has to know it.
+#[tokio::test(flavor = "multi_thread")]
+async fn kubernetes_takes_what_users_may_say() {
+    let world = World::new("values").await;
+    let more = json!({
+        "namespaceOverride": world.name,
+        "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+        "priorityClassName": "system-cluster-critical",
+        "runtimeClassName": "gvisor",
+        "dnsPolicy": "None",
+        "dnsConfig": {"nameservers": ["192.0.2.53"]},
+        "hostAliases": [{"ip": "192.0.2.1", "hostnames": ["auth.example.com"]}],
+        "podDisruptionBudget": {"minAvailable": "50%"},
+        "networkPolicy": {"ingress": [{"from": [{"namespaceSelector": {}}], "ports": [{"port": "http"}]}]},
+        "grafanaDashboard": {"enabled": true, "namespace": "default"},
+        "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-more", "namespace": world.name}}],
+    });
+    let release = Release::install(world.cluster, &format!("{}-home", world.name), &values(&world, &more));
+    let deployments: Api<Deployment> = Api::namespaced(world.client.clone(), &world.name);
+    let spec = deployments.get(NAME).await.expect("there").spec.expect("a spec");
+    let pod = spec.template.spec.expect("a pod's spec");
+    assert_eq!(pod.runtime_class_name.as_deref(), Some("gvisor"));
+    let config_maps: Api<ConfigMap> = Api::namespaced(world.client.clone(), &world.name);
+    config_maps.get("zitadel-tokens-more").await.expect("there");
+    // What is elsewhere goes too.
+    release.uninstall();
+    let dashboards: Api<ConfigMap> = Api::namespaced(world.client.clone(), "default");
+    let dashboard = dashboards.get_opt("zitadel-tokens-dashboard").await.expect("asked");
+    assert!(dashboard.is_none());
+}
+
+/// Helm 4 applies on the server's side, Helm 3 does not, and what it leaves of an old strategy differs.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_gives_up_leader_election_and_takes_it_back() {
+    let world = World::new("strategy").await;
+    for side in ["true", "false"] {
+        let release = Release::named(world.cluster, &format!("{}-home-{side}", world.name));
+        let alone = json!({"leaderElection": {"enabled": false}, "replicaCount": 1});
+        for (more, expected) in [
+            (json!({}), "RollingUpdate"),
+            (alone, "Recreate"),
+            (json!({}), "RollingUpdate"),
+        ] {
+            release.apply_with(&values(&world, &more), &[&format!("--server-side={side}")]);
+            let spec = release.deployment().await.spec.expect("a spec");
+            let strategy = spec.strategy.expect("a strategy");
+            assert_eq!(strategy.type_.as_deref(), Some(expected), "--server-side={side}");
+        }
     }
 }
 

@@ -32,22 +32,33 @@ pub struct Release {
 impl Release {
     /// Installs the chart with these values.
     pub fn install(cluster: &'static Cluster, namespace: &str, values: &Value) -> Self {
-        let release = Self {
-            cluster,
-            namespace: namespace.to_owned(),
-        };
+        let release = Self::named(cluster, namespace);
         release.apply(values);
         release
     }
 
+    /// One that is not installed yet.
+    pub fn named(cluster: &'static Cluster, namespace: &str) -> Self {
+        Self {
+            cluster,
+            namespace: namespace.to_owned(),
+        }
+    }
+
     /// Installs or upgrades to these values.
     pub fn apply(&self, values: &Value) {
+        self.apply_with(values, &[]);
+    }
+
+    /// The same with further flags.
+    pub fn apply_with(&self, values: &Value, flags: &[&str]) {
         let chart = chart();
         let set = format!("--set-json={}", flat(values));
         let mut arguments: Vec<&OsStr> = ["upgrade", "--install", "--create-namespace", NAME]
             .map(OsStr::new)
             .into();
         arguments.push(chart.as_os_str());
+        arguments.extend(flags.iter().map(OsStr::new));
         if set != "--set-json=" {
             arguments.push(OsStr::new(&set));
         }
@@ -127,8 +138,8 @@ impl Release {
     }
 }
 
-/// Runs Helm in a namespace.
-pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) {
+/// Runs Helm in a namespace, and returns what it printed.
+pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) -> String {
     let mut command = command();
     command
         .args(arguments)
@@ -140,7 +151,7 @@ pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) {
             command.env(home, format!("{dir}/helm"));
         }
     }
-    run(command);
+    run(command)
 }
 
 /// What a chart makes of these values, without a cluster.

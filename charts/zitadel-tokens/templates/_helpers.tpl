@@ -13,10 +13,15 @@
 {{- end -}}
 {{- end }}
 
+{{- define "zitadel-tokens.namespace" -}}
+{{ .Values.namespaceOverride | default .Release.Namespace }}
+{{- end }}
+
 {{- /* Of cluster-scoped objects: releases of one name in several namespaces must not meet. */ -}}
 {{- define "zitadel-tokens.clusterName" -}}
 {{- $name := include "zitadel-tokens.fullname" . -}}
-{{- if eq $name .Release.Namespace }}{{ $name }}{{ else }}{{ $name }}.{{ .Release.Namespace }}{{ end -}}
+{{- $namespace := include "zitadel-tokens.namespace" . -}}
+{{- if eq $name $namespace }}{{ $name }}{{ else }}{{ $name }}.{{ $namespace }}{{ end -}}
 {{- end }}
 
 {{- define "zitadel-tokens.serviceAccount" -}}
@@ -32,6 +37,15 @@
 {{- $released := index (.Chart.Annotations | default dict) "zitadel-tokens.dev/image-digest" -}}
 {{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository -}}
 {{- with $image.digest | default (ternary $released "" (empty $image.tag)) }}@{{ . }}{{ else }}:{{ $image.tag | default $.Chart.AppVersion }}{{ end -}}
+{{- end }}
+
+{{- /* Where and how a pod runs: the operator's, and that of `helm test`, which must be let onto the same nodes. */ -}}
+{{- define "zitadel-tokens.podSettings" -}}
+{{- range $field := list "imagePullSecrets" "priorityClassName" "runtimeClassName" "dnsPolicy" "dnsConfig" "hostAliases" "nodeSelector" "tolerations" "affinity" }}
+{{- with index $.Values $field }}
+{{ dict $field . | toYaml }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "zitadel-tokens.selector" -}}

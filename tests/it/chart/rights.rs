@@ -6,8 +6,8 @@ use std::path::Path;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, PolicyRule, Role, RoleBinding, RoleRef, Subject};
+use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::{Api, Client};
 use serde_json::{Value, json};
 
 use super::values;
@@ -20,12 +20,26 @@ use crate::support::{SOON, eventually};
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operator_has_the_rights_that_it_uses_and_no_others() {
     let world = World::with_issuer("rights", Issuer::start(&["--tls"])).await;
+    the_page_lists(&used(&world, json!({})).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_for_some_namespaces_has_the_rights_that_it_uses_there_and_no_others() {
+    let world = World::with_issuer("rights-there", Issuer::start(&["--tls"])).await;
+    let granted = used(&world, json!({"watchNamespaces": [world.name]})).await;
+    let of_tenants = ["secrets", "zitadelserviceusers", "events"];
+    let everywhere = |g: &&Grant| g.place == "cluster" && of_tenants.iter().any(|r| g.resource.contains(r));
+    assert_eq!(granted.iter().find(everywhere), None);
+}
+
+/// What a release with these values is granted, after it was seen to use all of it and to need no more.
+async fn used(world: &World, more: Value) -> BTreeSet<Grant> {
     let home = format!("{}-home", world.name);
-    let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
+    let release = Release::install(world.cluster, &home, &values(world, &more));
     policy_is_in_force(&release, &world.name).await;
     // The second one stands by: it watches the Lease.
     let operators = [release.operator().await, release.operator().await];
-    everything_that_it_does(&world, &home).await;
+    everything_that_it_does(world, &home).await;
     for operator in operators {
         operator.terminate().await;
     }
@@ -33,13 +47,13 @@ async fn the_operator_has_the_rights_that_it_uses_and_no_others() {
     let requests = world.cluster.audit.requests_of(&release.user());
     let refused: Vec<_> = requests.iter().filter(|r| r.code == 403).collect();
     assert!(refused.is_empty(), "used and not granted: {refused:#?}");
-    let granted = granted(&world.client, &home).await;
+    let granted = granted(world, &home).await;
     let unused: Vec<_> = granted
         .iter()
-        .filter(|grant| !requests.iter().any(|r| grant.is_used_by(r, &home)))
+        .filter(|grant| !requests.iter().any(|r| grant.is_used_by(r, world, &home)))
         .collect();
     assert!(unused.is_empty(), "granted and not used: {unused:#?}");
-    the_page_lists(&granted);
+    granted
 }
 
 /// Drives what needs the operator's rights: each verb that the chart gives is here for one of these.
@@ -116,6 +130,10 @@ async fn everything_that_it_does(world: &World, home: &str) {
     world.ready("adopted", "True", "Issued").await;
 }
 
+// Places, as docs/install.md names them; the rest is the cluster.
+const HOME: &str = "the release's namespace";
+const WATCHED: &str = "a watched namespace";
+
 /// One verb on one resource in one place.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Grant {
@@ -126,7 +144,7 @@ struct Grant {
 }
 
 impl Grant {
-    fn is_used_by(&self, request: &Request, home: &str) -> bool {
+    fn is_used_by(&self, request: &Request, world: &World, home: &str) -> bool {
         let resource = match request.group.as_str() {
             "" => request.resource.clone(),
             group => format!("{group}/{}", request.resource),
@@ -136,12 +154,17 @@ impl Grant {
         resource == self.resource
             && (request.verb == self.verb || created)
             && request.code < 300
-            && (self.place == "cluster" || request.namespace == home)
+            && match self.place {
+                HOME => request.namespace == home,
+                WATCHED => request.namespace == world.name,
+                _ => true,
+            }
     }
 }
 
 /// All that the release's service account may do by roles of its own.
-async fn granted(client: &Client, home: &str) -> BTreeSet<Grant> {
+async fn granted(world: &World, home: &str) -> BTreeSet<Grant> {
+    let client = &world.client;
     let is_it = |subjects: &Option<Vec<Subject>>| {
         let mut subjects = subjects.iter().flatten();
         subjects.any(|s| s.kind == "ServiceAccount" && s.name == NAME && s.namespace.as_deref() == Some(home))
@@ -178,10 +201,11 @@ async fn granted(client: &Client, home: &str) -> BTreeSet<Grant> {
     for binding in bindings.list(&everything).await.expect("listed") {
         if is_it(&binding.subjects) {
             let namespace = binding.metadata.namespace.as_deref().unwrap_or_default();
-            assert_eq!((namespace, &*binding.role_ref.kind), (home, "Role"));
+            assert_eq!(binding.role_ref.kind, "Role");
+            assert!([home, &world.name].contains(&namespace), "a Role in {namespace}");
             let roles: Api<Role> = Api::namespaced(client.clone(), namespace);
             let role = roles.get(&binding.role_ref.name).await.expect("a role");
-            add("the release's namespace", role.rules);
+            add(if namespace == home { HOME } else { WATCHED }, role.rules);
         }
     }
     all
