@@ -1,10 +1,12 @@
 //! The token Secret: whose it is, what happens to it, and that nobody's is taken over.
 
-use k8s_openapi::api::core::v1::Secret;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use k8s_openapi::api::core::v1::{ResourceQuota, Secret};
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
-use crate::support::world::{World, condition, one_token, until};
+use crate::support::world::{World, claims, condition, one_token, until};
 use crate::support::{SOON, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -165,19 +167,15 @@ async fn somebody_who_deletes_the_secret_in_a_loop_costs_a_few_mints_and_no_more
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tried_again() {
-    use k8s_openapi::api::core::v1::ResourceQuota;
     let world = World::new("quota").await;
     let _operator = world.operator().await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
-    let quotas: kube::Api<ResourceQuota> = kube::Api::namespaced(world.client.clone(), &world.name);
+    let quotas: Api<ResourceQuota> = Api::namespaced(world.client.clone(), &world.name);
     let quota = json!({"metadata": {"name": "full"}, "spec": {"hard": {"secrets": "1"}}});
     quotas
-        .create(
-            &kube::api::PostParams::default(),
-            &serde_json::from_value(quota).expect("a quota"),
-        )
+        .create(&PostParams::default(), &serde_json::from_value(quota).expect("a quota"))
         .await
         .expect("created");
     world
@@ -264,6 +262,42 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
         "{} mints",
         world.issuer.mints().await
     );
+}
+
+/// Before the next mint a write that writes nothing asks whether there is room.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_expires() {
+    let world = World::new("room").await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let quota = json!({"metadata": {"name": "full"}, "spec": {"hard": {"secrets": "1"}}});
+    let quota: ResourceQuota = serde_json::from_value(quota).expect("a quota");
+    let quotas: Api<ResourceQuota> = Api::namespaced(world.client.clone(), &world.name);
+    quotas.create(&PostParams::default(), &quota).await.expect("created");
+    let fields = json!({"tokenType": "JWT", "lifetimeSeconds": 8});
+    let user = world.simple("billing", fields).await;
+    world.ready("billing", "False", "SecretWriteFailed").await;
+    let first = world.issuer.requests().await;
+    let first = first.iter().rfind(|r| !r.access_token.is_empty()).expect("a token");
+    let exp = claims(&first.access_token)["exp"].as_i64().expect("exp");
+    let past = |text: &str| text.parse::<Timestamp>().is_ok_and(|at| at.as_second() > exp);
+    eventually("it is tried again when the first has expired", async || {
+        let log = operator.log();
+        let tried = log
+            .iter()
+            .filter(|l| l.contains("looked at") && l.contains("SecretWriteFailed"));
+        tried.into_iter().any(|l| past(l.split(' ').next().unwrap_or_default()))
+    })
+    .await;
+    assert_eq!(world.issuer.mints().await, 1);
+    world
+        .issuer
+        .change_user(&user.id, json!({"lifetimeSeconds": 600}))
+        .await;
+    quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
+    world.renew("billing").await;
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
 }
 
 /// A token is minted once per lifetime, whatever its Secret is called.

@@ -51,13 +51,14 @@ impl UnwrittenTokens {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
-    /// What is kept for an object; what expired or left its spec is dropped.
-    fn of(&self, id: &ObjectRef, user: &ZitadelServiceUser, now: Timestamp) -> BTreeMap<String, Arc<Unwritten>> {
+    /// What is kept for an object; what left its spec is dropped. One that expired is of no use, but still tells that the
+    /// write has to be tried before the next mint.
+    fn of(&self, id: &ObjectRef, user: &ZitadelServiceUser) -> BTreeMap<String, Arc<Unwritten>> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(tokens) = all.get_mut(id) else {
             return BTreeMap::new();
         };
-        tokens.retain(|name, u| u.minted.expires > now && user.spec.tokens.iter().any(|t| t.name == *name));
+        tokens.retain(|name, _| user.spec.tokens.iter().any(|t| t.name == *name));
         tokens.clone()
     }
 }
@@ -183,7 +184,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         skew,
         key,
         secrets: secrets.collect(),
-        unwritten: ctx.unwritten.of(id, &user, shifted(Timestamp::now(), skew)),
+        unwritten: ctx.unwritten.of(id, &user),
         leftovers,
         held_back: held_back.collect(),
         forced: ctx.forced.counts(id, Timestamp::now()),
