@@ -1,9 +1,12 @@
 //! What goes wrong is told by its own reason, and a valid token stays where it is.
 
-use serde_json::json;
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::DeleteParams;
+use serde_json::{Value, json};
 
 use crate::support::issuer::Issuer;
-use crate::support::world::{World, condition, one_token};
+use crate::support::world::{World, condition, one_token, until};
+use crate::support::{EVENTUALLY, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_older_dialect_of_a_refused_key_is_told_from_an_outage() {
@@ -122,6 +125,61 @@ async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_
     let asked = world.issuer.requests().await;
     let asked = asked.iter().filter(|r| r.scopes.iter().any(|s| s == limited)).count();
     assert_eq!(asked, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_cause_is_told_by_its_own_reason() {
+    let world = World::new("causes").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let short = world
+        .simple("short", json!({"tokenType": "JWT", "lifetimeSeconds": 2}))
+        .await;
+    world.ready("short", "False", "LifetimeTooShort").await;
+    world.issuer.change_user(&short.id, json!({"state": "inactive"})).await;
+    world
+        .service_user("inactive", one_token("inactive-token"))
+        .await
+        .expect("accepted");
+    world.key_secret("inactive-key", &short).await;
+    world.ready("inactive", "False", "UserInactive").await;
+
+    // What is within each limit may be too much together.
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("large-key", &user).await;
+    let mut spec = one_token("large-token");
+    let text = "{{ token }}".repeat(16);
+    let entries = (0..32).map(|i| (format!("entry-{i}"), json!(text)));
+    spec["tokens"][0]["secret"]["template"] = Value::Object(entries.collect());
+    world.service_user("large", spec).await.expect("accepted");
+    world.ready("large", "False", "SecretTooLarge").await;
+    assert!(world.issuer.requests().await.iter().all(|r| r.user_id != user.id));
+
+    // One that is being deleted, and whose successor has the same name.
+    world.simple("replaced", json!({"tokenType": "JWT"})).await;
+    world.token("replaced-token").await;
+    let finalizers = json!({"metadata": {"finalizers": ["example.com/held"]}});
+    world.edit_secret("replaced-token", finalizers).await;
+    world
+        .users()
+        .delete("replaced", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    eventually("the object is gone", async || {
+        world.users().get_opt("replaced").await.expect("readable").is_none()
+    })
+    .await;
+    world
+        .service_user("replaced", one_token("replaced-token"))
+        .await
+        .expect("accepted");
+    world.ready("replaced", "False", "SecretBeingReplaced").await;
+    let being_deleted = |s: &Secret| s.metadata.deletion_timestamp.is_some();
+    until(world.secrets(), "replaced-token", EVENTUALLY, being_deleted).await;
+    world
+        .edit_secret("replaced-token", json!({"metadata": {"finalizers": null}}))
+        .await;
+    world.ready("replaced", "True", "Issued").await;
 }
 
 /// Design §3.5: one at a time asks a host that is down, and all come back as soon as it works.
