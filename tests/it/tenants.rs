@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::support::eventually;
-use crate::support::issuer::User;
+use crate::support::issuer::{Issuer, User};
 use crate::support::operator::Operator;
 use crate::support::world::{World, one_token};
 
@@ -72,6 +72,29 @@ async fn two_tenants_whose_requests_hang_do_not_hold_up_a_third() {
     let still = one.issuer.requests().await;
     let still = still.iter().filter(|r| r.user_id == user.id).count();
     assert_eq!(still, 7, "it waited for none of them");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_hangs_does_not_hold_up_another() {
+    let slow = World::with_issuer("slow", Issuer::start(&[])).await;
+    let quick = World::with_issuer("quick", Issuer::start(&[])).await;
+    for_all(&slow).await;
+    quick.instance().await;
+    let user = troubled(&slow, json!({"hang": true})).await;
+    let others = [World::beside(&slow, "two").await, World::beside(&slow, "three").await];
+    for world in others.iter().chain([&slow]) {
+        service_users(world, &user, 12).await;
+    }
+    let selector = format!("test in ({}, {})", slow.instance, quick.instance);
+    let _operator = Operator::start(slow.cluster, &selector).await;
+    let hanging = async || {
+        let requests = slow.issuer.requests().await;
+        requests.iter().filter(|r| r.path == TOKEN).count()
+    };
+    eventually("they hang", async || hanging().await >= 8).await;
+    quick.simple("billing", json!({"tokenType": "JWT"})).await;
+    quick.token("billing-token").await;
+    assert_eq!(hanging().await, 8, "it waited for none of them");
 }
 
 #[tokio::test(flavor = "multi_thread")]
