@@ -68,7 +68,7 @@ pub struct Facts {
     pub skew: SignedDuration,
     /// The key, or why there is none.
     pub key: Result<ServiceKey, Reason>,
-    /// The Secrets that exist under the names of the spec and, while one of these is missing, the leftovers, by name.
+    /// The Secrets that exist under the names of the spec, and the leftovers, by name.
     pub secrets: BTreeMap<String, Existing>,
     /// Tokens that were minted and could not be written, by token name.
     pub unwritten: BTreeMap<String, Arc<Unwritten>>,

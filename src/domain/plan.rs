@@ -5,7 +5,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::api::ZitadelInstance;
 use crate::api::service_user::Token;
 use crate::domain::answer::{self, Expected, Format};
-use crate::domain::facts::{Facts, Held, Unwritten};
+use crate::domain::facts::{Facts, Held, Outcome, Unwritten};
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
@@ -72,6 +72,23 @@ pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
         steps: facts.user.spec.tokens.iter().enumerate().map(step).collect(),
         deletes: if suspended { Vec::new() } else { facts.leftovers.clone() },
     }
+}
+
+/// Which of the Secrets that the spec no longer names may go after these outcomes. What a renamed entry leaves stays
+/// until its successor is there, or its token has expired.
+#[must_use]
+pub fn may_go<'a>(facts: &Facts, deletes: &'a [SecretRef], outcomes: &[Outcome], now: Timestamp) -> Vec<&'a SecretRef> {
+    let is_ours = |token: &Token| {
+        let secret = facts.secrets.get(&token.secret.name);
+        secret.is_some_and(|s| s.owned_by(facts.name(), facts.uid()).is_ok())
+    };
+    let mut tokens = facts.user.spec.tokens.iter().zip(outcomes);
+    let all_there = tokens.all(|(token, outcome)| outcome.held.is_some() || is_ours(token));
+    let has_expired = |leftover: &SecretRef| {
+        let record = facts.secrets.get(&leftover.name).and_then(Existing::record);
+        record.is_some_and(|record| record.expires_at <= now)
+    };
+    deletes.iter().filter(|l| all_there || has_expired(l)).collect()
 }
 
 /// What is needed before anything can be done.

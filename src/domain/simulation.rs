@@ -133,10 +133,8 @@ impl World {
             uid: secret.uid.clone(),
             resource_version: secret.resource_version.clone(),
         };
-        if facts.secrets.len() < tokens.len() {
-            let rest = rest.iter().map(|(name, secret)| ((*name).clone(), copy(secret)));
-            facts.secrets.extend(rest);
-        }
+        let left = rest.iter().map(|(name, secret)| ((*name).clone(), copy(secret)));
+        facts.secrets.extend(left);
         facts.leftovers = rest.into_iter().map(leftover).collect();
         facts.unwritten.retain(|name, _| tokens.iter().any(|t| t.name == *name));
         facts.key = if self.key_is_there {
@@ -166,15 +164,8 @@ impl World {
         let decided = plan(&self.facts, self.now);
         let steps = decided.steps.into_iter().enumerate();
         let outcomes: Vec<Outcome> = steps.map(|(index, step)| self.act(index, step)).collect();
-        let tokens = self.facts.user.spec.tokens.iter().zip(&outcomes);
-        let is_ours = |t: &Token| {
-            let secret = self.facts.secrets.get(&t.secret.name);
-            secret.is_some_and(|s| s.owned_by(self.facts.name(), self.facts.uid()).is_ok())
-        };
-        if tokens.into_iter().all(|(t, o)| o.held.is_some() || is_ours(t)) {
-            for leftover in &decided.deletes {
-                self.secrets.remove(&leftover.name);
-            }
+        for leftover in plan::may_go(&self.facts, &decided.deletes, &outcomes, self.now) {
+            self.secrets.remove(&leftover.name);
         }
         let told = report(&self.facts, &outcomes, self.now);
         user(&mut self.facts).status = Some(told.status.clone());

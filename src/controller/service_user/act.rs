@@ -75,14 +75,8 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
         acted.outcomes.push(outcome);
         acted.written.extend(version);
     }
-    // What a renamed entry leaves goes only when its successor is there.
-    let tokens = facts.user.spec.tokens.iter().zip(&acted.outcomes);
-    let is_ours = |t: &Token| {
-        let secret = facts.secrets.get(&t.secret.name);
-        secret.is_some_and(|s| s.owned_by(facts.name(), facts.uid()).is_ok())
-    };
-    let all_there = tokens.into_iter().all(|(t, o)| o.held.is_some() || is_ours(t));
-    for leftover in plan.deletes.iter().filter(|_| all_there) {
+    let now = shifted(Timestamp::now(), facts.skew);
+    for leftover in plan::may_go(facts, &plan.deletes, &acted.outcomes, now) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             tracing::warn!(object = %id, secret = leftover.name, %error, "a Secret that is no longer asked for could not be deleted");
             acted.failed.push(Failed::now("", Reason::SecretWriteFailed));

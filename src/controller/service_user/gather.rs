@@ -154,14 +154,9 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
     }
     let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), &id.namespace);
     let leftovers = ctx.cache.leftovers(&user);
-    let read_tokens = async {
-        let named = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
-        let mut found = read_all(&api, named).await?;
-        if found.iter().any(|(_, secret)| secret.is_none()) {
-            found.extend(read_all(&api, leftovers.iter().take(MOST_LEFTOVERS).map(|l| l.name.as_str())).await?);
-        }
-        Ok(found)
-    };
+    let named = user.spec.tokens.iter().map(|t| t.secret.name.as_str());
+    let left = leftovers.iter().take(MOST_LEFTOVERS).map(|l| l.name.as_str());
+    let read_tokens = read_all(&api, named.chain(left));
     let (key, secrets) = match try_join(read_key(&api, &user.spec.key_secret_ref), read_tokens).await {
         Ok((key, tokens)) => (key, tokens),
         // Told in the status: only somebody else can mend it.

@@ -481,6 +481,33 @@ fn an_entry_that_gets_another_secret_takes_its_token_along() {
 }
 
 #[test]
+fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
+    let mut facts = filled(&["invoices", "old"]);
+    let old = &facts.secrets["old-token"];
+    facts.leftovers = vec![SecretRef {
+        name: "old-token".into(),
+        uid: old.uid.clone(),
+        resource_version: old.resource_version.clone(),
+    }];
+    user(&mut facts).spec.tokens.truncate(1);
+    let left = |facts: &Facts, held: Option<Held>, seconds| {
+        let outcomes = [Outcome::new(0, Reason::AccessDenied, held)];
+        may_go(facts, &facts.leftovers, &outcomes, at(seconds)).len()
+    };
+    let held = facts.recorded(&facts.user.spec.tokens[0]);
+    assert_eq!(left(&facts, held, 1), 1);
+    assert_eq!(left(&facts, None, 1), 1, "its Secret is there");
+    foreign(&mut facts, OWNER_KIND, "other", "u9");
+    assert_eq!(
+        (left(&facts, None, 1), left(&facts, None, LIFETIME)),
+        (0, 1),
+        "somebody else's"
+    );
+    facts.secrets.remove("invoices-token");
+    assert_eq!((left(&facts, None, 1), left(&facts, None, LIFETIME)), (0, 1), "missing");
+}
+
+#[test]
 fn a_secret_that_was_adopted_is_ours_when_the_annotation_is_gone() {
     let mut facts = one();
     token(&mut facts, 0).secret.deletion_policy = Some(DeletionPolicy::Retain);
