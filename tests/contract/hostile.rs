@@ -3,9 +3,11 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
 use zitadel_tokens::domain::failure::{Failure, classify};
 use zitadel_tokens::domain::key::ServiceKey;
@@ -163,6 +165,11 @@ async fn an_answer_without_end_is_given_up_in_time() {
     futures::future::join_all(all).await;
 }
 
+/// What this process has had of the processor.
+fn worked() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it does not run backwards")
+}
+
 /// Most memory that this process has had, in KiB, and what it has now.
 fn memory() -> (u64, u64) {
     let status = std::fs::read_to_string("/proc/self/status").expect("readable");
@@ -176,8 +183,26 @@ fn memory() -> (u64, u64) {
     (field("VmHWM:"), field("VmRSS:"))
 }
 
+/// Both are counted for a whole process, so that this one is for it alone.
+#[test]
+fn a_body_of_a_gibibyte_takes_neither_time_nor_memory() {
+    let alone = [
+        "hostile::eight_bodies_of_a_gibibyte",
+        "--exact",
+        "--ignored",
+        "--nocapture",
+    ];
+    let this = std::env::current_exe().expect("a path");
+    let output = Command::new(this).args(alone).output().expect("it runs");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    // One that was renamed would be none, which is no failure.
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    print!("{said}");
+}
+
 #[tokio::test]
-async fn a_body_of_a_gibibyte_takes_neither_time_nor_memory() {
+#[ignore = "the test above runs it"]
+async fn eight_bodies_of_a_gibibyte() {
     let world = World::new().await;
     world.instance.discover().await.expect("discovered");
     let (_, before) = memory();
@@ -191,16 +216,18 @@ async fn a_body_of_a_gibibyte_takes_neither_time_nor_memory() {
                 world.instance.discover().await.map(drop)
             }
         };
-        let started = Instant::now();
+        let start = worked();
         for outcome in futures::future::join_all((0..8).map(|_| ask())).await {
             assert_eq!(outcome, Err(Failure::Malformed), "{path}");
         }
-        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        let took = worked().saturating_sub(start);
+        println!("{path}: {took:?} of the processor");
+        assert!(took < Duration::from_secs(1), "{took:?}");
     }
-    // Other tests of this process use some too.
     let (peak, _) = memory();
+    println!("from {before} KiB to {peak} KiB");
     assert!(
-        peak.saturating_sub(before) < 100 * 1024,
+        peak.saturating_sub(before) < 32 * 1024,
         "from {before} KiB to {peak} KiB"
     );
 }

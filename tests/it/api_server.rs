@@ -1,24 +1,21 @@
 //! What goes wrong between the operator and the API server costs no token and no mint.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::authentication::v1::TokenRequest;
-use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
+use k8s_openapi::api::core::v1::ServiceAccount;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, RoleBinding};
 use kube::api::{DeleteParams, PostParams};
 use kube::config::Kubeconfig;
-use kube::runtime::wait::await_condition;
 use kube::{Api, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::support::cluster::Cluster;
 use crate::support::operator::Operator;
 use crate::support::proxy::Proxy;
 use crate::support::world::{World, data, one_token};
-use crate::support::{EVENTUALLY, eventually, next_second};
+use crate::support::{eventually, next_second};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn errors_of_the_api_server_cost_time_and_no_mint() {
@@ -69,58 +66,6 @@ async fn a_namespace_whose_secrets_are_forbidden_stops_no_other() {
     bind(&other, &world.name).await;
     other.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 2);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_that_is_being_deleted_gets_no_mint() {
-    let world = World::new("ending").await;
-    let operator = world.operator().await;
-    let mut spec = world.instance_spec();
-    spec["access"][0]["namespaceSelector"] = json!({});
-    world.apply_instance(spec).await.expect("an instance");
-    let ending = World::beside(&world, "ending").await;
-    ending.simple("billing", json!({"tokenType": "JWT"})).await;
-    ending.ready("billing", "True", "Issued").await;
-    let namespaces: Api<Namespace> = Api::all(world.client.clone());
-    {
-        // Which of a namespace's objects goes first is chance; here the Secret does, and the service user stays.
-        let _stopped = Stopped::new(world.cluster, "kube-controller-manager");
-        let deleted = namespaces.delete(&ending.name, &DeleteParams::default()).await;
-        deleted.expect("is being deleted");
-        let deleted = ending.secrets().delete("billing-token", &DeleteParams::default()).await;
-        deleted.expect("deleted");
-        world.sentinel().await;
-        assert_eq!(world.issuer.mints().await, 1);
-    }
-    let gone = await_condition(namespaces, &ending.name, |n: Option<&Namespace>| n.is_none());
-    let gone = tokio::time::timeout(EVENTUALLY, gone).await;
-    gone.expect("gone in time").expect("watched");
-    world.sentinel().await;
-    assert_eq!(world.issuer.mints().await, 1);
-    let log = operator.log();
-    assert!(log.iter().all(|l| !l.contains("panic")), "{log:?}");
-}
-
-/// A part of the control plane that is stopped as long as this lives.
-struct Stopped(String);
-
-impl Stopped {
-    fn new(cluster: &Cluster, part: &str) -> Self {
-        let stopped = Self(cluster.ready["pids"][part].to_string());
-        stopped.signal("STOP");
-        stopped
-    }
-
-    fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args(["-s", name, &self.0]).status();
-        assert!(sent.expect("kill runs").success());
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        self.signal("CONT");
-    }
 }
 
 /// The watch of Secrets tells that garbage collection took the token Secret; that its object is gone nobody tells.

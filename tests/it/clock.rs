@@ -21,7 +21,7 @@ async fn a_server_two_minutes_behind_has_its_tokens_kept_fresh_and_its_skew_told
         .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 60}))
         .await;
     world
-        .simple("orders", json!({"tokenType": "JWT", "lifetimeSeconds": 12}))
+        .simple("orders", json!({"tokenType": "JWT", "lifetimeSeconds": 20}))
         .await;
     let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
     let token = world.token("billing-token").await;
@@ -94,12 +94,15 @@ async fn our_own_clock_may_be_set_back_and_no_token_expires() {
         "{expires_at}, exp {exp}"
     );
 
+    let noticed = || {
+        let log = operator.log();
+        log.iter()
+            .filter(|l| l.contains("the clock of this machine was set"))
+            .count()
+    };
+    let before = noticed();
     clock.set(0);
-    let noticed = |l: &&String| l.contains("the clock of this machine was set");
-    eventually("the second jump is noticed", async || {
-        operator.log().iter().filter(noticed).count() == 2
-    })
-    .await;
+    eventually("the second jump is noticed", async || noticed() > before).await;
     world.ready("billing", "True", "Issued").await;
 }
 

@@ -10,6 +10,10 @@ use crate::support::operator::Operator;
 use crate::support::replicas::Replicas;
 use crate::support::world::World;
 
+/// A lease that was not given back lasts longer: 14 s from its last renewal, and one is renewed every 3 s. That it takes
+/// moments is for the soak test, which has the machine for itself.
+const HANDED_OVER: Duration = Duration::from_secs(10);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_start_together_one_leads_and_the_other_takes_over_when_it_ends() {
     let world = World::new("leaders").await;
@@ -58,12 +62,17 @@ async fn of_two_that_start_together_one_leads_and_the_other_takes_over_when_it_e
     let ended = Instant::now();
     let log = leader.terminate().await;
     world.renew("billing").await;
-    let spec = replicas.led_by_within(other, Duration::from_secs(5)).await;
+    let spec = replicas.led_by(other).await;
+    let took = ended.elapsed();
+    assert!(took < HANDED_OVER, "{took:?}");
     assert_eq!(spec.lease_transitions, transitions.map(|n| n + 1));
     assert!(log.iter().any(|l| l.contains("the lease was given back")), "{log:?}");
     eventually("renewed", async || world.issuer.mints().await == 2).await;
-    println!("renewed by the other after {:.1} s", ended.elapsed().as_secs_f64());
-    assert!(ended.elapsed() < Duration::from_secs(5), "{:?}", ended.elapsed());
+    println!(
+        "led by the other after {:.1} s, renewed after {:.1} s",
+        took.as_secs_f64(),
+        ended.elapsed().as_secs_f64()
+    );
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, 2);
     let log = standby.terminate().await;

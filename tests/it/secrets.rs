@@ -223,22 +223,16 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
     assert_eq!(world.issuer.mints().await, 1);
 
     // Somebody puts an expired token back, record and all, as a backup or a sync tool would.
-    world
+    let user = world
         .simple("old", json!({"tokenType": "JWT", "lifetimeSeconds": 7}))
         .await;
     world.token("old-token").await;
     let backup = world.secrets().get("old-token").await.expect("there");
     let stale = crate::support::world::data(&backup)["expires_at"].clone();
-    let user = world
-        .users()
-        .get("old")
-        .await
-        .expect("there")
-        .status
-        .expect("a status")
-        .user_id
-        .expect("an id");
-    world.issuer.change_user(&user, json!({"lifetimeSeconds": 3600})).await;
+    world
+        .issuer
+        .change_user(&user.id, json!({"lifetimeSeconds": 3600}))
+        .await;
     world.secret_until("old-token", |d| d["expires_at"] != stale).await;
     let put_back = json!({"data": backup.data, "metadata": {"annotations": backup.metadata.annotations}});
     let deadline = std::time::Instant::now() + SOON;
@@ -249,7 +243,7 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
             .await
             .expect("there")
             .status
-            .and_then(|s| s.tokens[0].reason.clone());
+            .and_then(|s| s.tokens.first()?.reason.clone());
         if reason.as_deref() == Some("SecretContested") {
             break;
         }

@@ -21,7 +21,9 @@ const TERM: SignedDuration = SignedDuration::from_secs(14);
 const OURS: SignedDuration = SignedDuration::from_secs(12);
 /// Longest time of a hand-over.
 const HANDED_OVER: Duration = Duration::from_secs(5);
-/// Longest time until another leads and works after a crash, on a busy machine.
+/// Longest time from a crash until another has taken the lease.
+const TAKEN: Duration = Duration::from_secs(15);
+/// Longest time until another has done a leader's work too, on a busy machine.
 const TAKEN_OVER: Duration = Duration::from_secs(20);
 
 /// Objects with a fresh token, none of which may be minted again.
@@ -65,11 +67,7 @@ async fn renewed(world: &World, run: usize, since: Instant) -> Duration {
 fn told(what: &str, mut took: Vec<Duration>, limit: Duration) {
     took.sort();
     let seconds: Vec<String> = took.iter().map(|t| format!("{:.2}", t.as_secs_f64())).collect();
-    println!(
-        "{what}, {} runs, seconds until the other serves: {}",
-        took.len(),
-        seconds.join(" ")
-    );
+    println!("{what}, {} runs, seconds: {}", took.len(), seconds.join(" "));
     assert!(took.iter().all(|t| *t < limit), "{what}: not under {limit:?}");
 }
 
@@ -79,6 +77,13 @@ fn written(world: &World, proxied: bool) -> Vec<Request> {
     let tokens = |r: &Request| r.resource == "secrets" && r.name.ends_with("-token");
     all.retain(|r| r.writes() && r.code < 300 && (tokens(r) || r.resource == "zitadelserviceusers/status"));
     all.retain(|r| (r.agent == AGENT) == proxied);
+    all
+}
+
+/// What was written to the Lease with success.
+fn written_leases(replicas: &Replicas<'_>) -> Vec<Request> {
+    let mut all = replicas.audit().requests(&replicas.home);
+    all.retain(|r| r.resource == "leases" && r.writes() && r.code < 300);
     all
 }
 
@@ -100,7 +105,7 @@ async fn a_leader_that_is_asked_to_end_hands_over_in_moments_and_nothing_is_mint
     }
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, FRESH + runs());
-    told("asked to end", took, HANDED_OVER);
+    told("asked to end until the other serves", took, HANDED_OVER);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,21 +114,29 @@ async fn a_leader_that_is_killed_is_followed_within_its_lease_and_nothing_is_min
     let replicas = Replicas::of(&world).await;
     let mut leader = replicas.start("r0").await;
     all_there(&world).await;
-    let mut took = Vec::new();
+    let (mut took, mut taken) = (Vec::new(), Vec::new());
     for run in 1..=runs() {
         let next = format!("r{run}");
         let standby = replicas.start(&next).await;
         // At any place between two renewals.
+        replicas.renewed().await;
         tokio::time::sleep(Duration::from_millis(700 * run as u64 % 3_000)).await;
-        let since = Instant::now();
+        let (since, killed) = (Instant::now(), Timestamp::now());
         leader.kill();
         took.push(renewed(&world, run, since).await);
-        assert_eq!(replicas.leader().await, Some(next));
+        // It says when it asked for the lease; the API server, when that came. A last renewal of the other came before.
+        let asked = replicas.led_by(&next).await.acquire_time.expect("a time").0;
+        let leases = written_leases(&replicas);
+        let came = leases.iter().find(|r| r.at >= asked).expect("taken").at;
+        taken.push(came.duration_since(killed).unsigned_abs());
         leader = standby;
     }
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, FRESH + runs());
-    told("killed", took, TAKEN_OVER);
+    told("killed until the other serves", took, TAKEN_OVER);
+    // By the API server's log, so that nothing counts that the test does. The lease is one of 14 s, and the leader died some
+    // time after it had renewed it: that and a second are left for a busy machine.
+    told("killed until the other has the lease", taken, TAKEN);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,7 +160,7 @@ async fn a_leader_that_is_cut_off_is_followed_and_may_come_back() {
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, FRESH + runs());
     leader.terminate().await;
-    told("cut off", took, TAKEN_OVER);
+    told("cut off until the other serves", took, TAKEN_OVER);
 }
 
 /// The hard case: it reaches everything, and only its renewals are lost. So that it stops by its own clock alone.
@@ -185,10 +198,7 @@ async fn a_leader_whose_renewals_are_lost_has_stopped_before_the_other_begins() 
     old.await_line("not leading any more").await;
     until_labelled(&world, &round).await;
 
-    let leases = world.cluster.audit.requests(&replicas.home);
-    let leases = leases
-        .iter()
-        .filter(|r| r.resource == "leases" && r.writes() && r.code < 300);
+    let leases = written_leases(&replicas).into_iter();
     let (olds, news): (Vec<_>, Vec<_>) = leases.partition(|r| r.agent == AGENT);
     let renewed = olds.last().expect("renewed").at;
     let after = |at: Timestamp| at.duration_since(renewed);
@@ -205,7 +215,8 @@ async fn a_leader_whose_renewals_are_lost_has_stopped_before_the_other_begins() 
         last > OURS - SignedDuration::from_secs(1),
         "not measured: it stopped before it had to"
     );
-    assert!(last < OURS && taken > TERM - SignedDuration::from_millis(100) && first > taken);
+    // Not `last < OURS`: the one is when a write came to the API server, the other when the old one last sends one.
+    assert!(last < taken && taken > TERM - SignedDuration::from_millis(100) && first > taken);
     assert_eq!(world.issuer.mints().await, 1);
 
     // Back on the net it stands by.
@@ -347,15 +358,24 @@ async fn an_outage_shorter_than_the_lease_changes_nothing() {
     let standby = replicas.start("standby").await;
     let before = replicas.led_by("leader").await;
 
+    // As long as docs/high-availability.md promises. Right after a renewal, so that a busy machine has 4 s to spare until
+    // the leader has to stop.
+    replicas.renewed().await;
     proxy.refuse("");
-    tokio::time::sleep(Duration::from_secs(7)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     proxy.open();
     renewed(&world, 1, Instant::now()).await;
     world.ready("billing", "True", "Issued").await;
     world.sentinel().await;
     assert_eq!(replicas.led_by("leader").await.acquire_time, before.acquire_time);
     assert_eq!(standby.passes().await, 0);
-    assert!(leader.log().iter().all(|l| !l.contains("not leading any more")));
+    let log = leader.log();
+    assert!(
+        log.iter()
+            .any(|l| l.contains("the lease could not be taken or renewed")),
+        "not measured"
+    );
+    assert!(log.iter().all(|l| !l.contains("not leading any more")));
     assert_eq!(world.issuer.mints().await, 2);
 }
 

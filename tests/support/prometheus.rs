@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::child::Running;
-use super::eventually;
+use super::{SOON, eventually};
 
 /// Where the sources are.
 pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -31,7 +32,7 @@ impl Prometheus {
         let folder = std::env::temp_dir().join(format!("prometheus-{}", operator.replace(':', "-")));
         std::fs::create_dir_all(&folder).expect("a folder");
         let config = format!(
-            "global: {{scrape_interval: 250ms, scrape_timeout: 250ms}}\n\
+            "global: {{scrape_interval: 1s, scrape_timeout: 1s}}\n\
              scrape_configs:\n\
              - job_name: zitadel-tokens\n  honor_labels: true\n  static_configs:\n  \
              - {{targets: ['{operator}'], labels: {{namespace: operators, pod: zitadel-tokens-0}}}}\n"
@@ -51,10 +52,13 @@ impl Prometheus {
             http: reqwest::Client::builder().no_proxy().build().expect("a client"),
         };
         let running = &mut prometheus.running;
-        while running.child.try_wait().expect("a child").is_none() && listening(&running.log()).is_none() {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        let deadline = Instant::now() + SOON;
+        while listening(&running.log()).is_none() {
+            let ended = running.child.try_wait().expect("a child");
+            assert!(ended.is_none(), "{PACKAGE}: {:?}", running.log());
+            assert!(Instant::now() < deadline, "not ready in {SOON:?}: {:?}", running.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        assert!(listening(&running.log()).is_some(), "{PACKAGE}: {:?}", running.log());
         prometheus
     }
 

@@ -8,6 +8,7 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use kube::Api;
 
 use super::SOON;
+use super::audit::Audit;
 use super::clock::Clock;
 use super::operator::Operator;
 use super::proxy::Proxy;
@@ -61,6 +62,18 @@ impl<'a> Replicas<'a> {
             holder(lease).as_deref() == Some(name)
         });
         lease.await.spec.expect("a spec")
+    }
+
+    /// Waits until the Lease is renewed once more.
+    pub async fn renewed(&self) {
+        let renewal = |lease: &Lease| lease.spec.as_ref().and_then(|s| s.renew_time.clone());
+        let before = renewal(&self.leases().get("zitadel-tokens").await.expect("a Lease"));
+        until(self.leases(), "zitadel-tokens", SOON, |lease| renewal(lease) != before).await;
+    }
+
+    /// What the API server says of it.
+    pub fn audit(&self) -> &Audit {
+        &self.world.cluster.audit
     }
 
     /// The name of the replica that holds the Lease now.

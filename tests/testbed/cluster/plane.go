@@ -121,6 +121,8 @@ func try(bin, dir string, flags []string, node *node, end chan string) (*plane, 
 		"--service-cluster-ip-range", "10.0.0.0/24", "--allow-privileged",
 		"--authorization-mode", "RBAC", "--token-auth-file", at("tokens.csv"),
 		"--audit-policy-file", at("audit-policy.yaml"), "--audit-log-path", at("audit.log"),
+		// In MB. Tests count the lines of one file; by default a new one would begin at 100.
+		"--audit-log-maxsize", "1000000",
 	}, flags...)...); err != nil {
 		return p, err
 	}
