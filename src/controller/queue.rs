@@ -386,7 +386,14 @@ impl Turn {
             }
         }
         if news.is_empty() {
-            let retry = entry.backoffs.values().map(|b| b.hold.until).min();
+            // One that has run, and that a pass which broke off did not come to, waits for what broke it off.
+            let untried = |at: &Timestamp| done.broken_off && *at <= now;
+            let retry = entry
+                .backoffs
+                .values()
+                .map(|b| b.hold.until)
+                .filter(|at| !untried(at))
+                .min();
             entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));
             if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
                 entry.timer = Some(at);
@@ -578,6 +585,25 @@ mod tests {
         assert_eq!(state.timers.len(), 1);
         assert!(!state.entries.contains_key(&id("b")));
         assert_eq!(state.entries[&id("a")].backoffs[""].failures, 1);
+    }
+
+    #[tokio::test]
+    async fn a_pass_that_breaks_off_is_not_made_again_at_once_for_what_it_did_not_come_to() {
+        let queue = queue();
+        queue.wake(&id("a"), None);
+        let past = Failed {
+            not_after: Some(Timestamp::now()),
+            ..Failed::now("t", Reason::ServerError)
+        };
+        queue.next().await.done(failed(past));
+        let again = queue.next().await;
+        assert!(again.held_back.contains_key("t"));
+        again.done(Done::broken_off(Some(Reason::ApiServerUnavailable)));
+        assert!(nothing(&queue), "in a second or so");
+        // What wakes it is sure to come.
+        queue.wake(&id("a"), None);
+        queue.next().await.done(Done::broken_off(None));
+        assert!(nothing(&queue));
     }
 
     #[tokio::test]

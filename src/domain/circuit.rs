@@ -91,8 +91,8 @@ struct Open {
     /// How often in a row.
     times: u32,
     until: Duration,
-    /// An attempt is under way since then.
-    attempt: Option<Duration>,
+    /// An attempt is under way.
+    attempt: Option<Attempt>,
     /// Namespaces whose attempt failed through what may be their own fault. One that has not tried goes first: else a
     /// tenant who comes each time that an attempt is due could keep the circuit open for all.
     tried: BTreeSet<String>,
@@ -100,17 +100,34 @@ struct Open {
     candidates: BTreeMap<String, BTreeSet<String>>,
 }
 
+#[derive(Debug)]
+struct Attempt {
+    since: Duration,
+    namespace: String,
+    user: String,
+}
+
+impl Attempt {
+    fn is_of(&self, namespace: &str, user: &str) -> bool {
+        self.namespace == namespace && self.user == user
+    }
+}
+
 impl Circuit {
     /// A user asks to make a request. While the circuit is open, one at a time may, after a while.
     pub fn admit(&mut self, now: Duration, namespace: &str, user: &str) -> Result<(), Refused> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        let under_way = open.attempt.is_some_and(|since| now < since + LOST);
+        let under_way = open.attempt.as_ref().is_some_and(|a| now < a.since + LOST);
         if now >= open.until + GRACE && !under_way {
             open.candidates.clear();
         }
         let after_others = open.tried.contains(namespace) && open.candidates.keys().any(|n| !open.tried.contains(n));
         if now >= open.until && !under_way && !after_others {
-            open.attempt = Some(now);
+            open.attempt = Some(Attempt {
+                since: now,
+                namespace: namespace.to_owned(),
+                user: user.to_owned(),
+            });
             open.candidates.remove(namespace);
             return Ok(());
         }
@@ -136,10 +153,10 @@ impl Circuit {
         self.open.take().is_some()
     }
 
-    /// An attempt ended before anything was sent.
-    pub fn gave_up(&mut self) {
+    /// What this user was admitted for was not sent, or told nothing.
+    pub fn gave_up(&mut self, namespace: &str, user: &str) {
         if let Some(open) = &mut self.open {
-            open.attempt = None;
+            open.attempt.take_if(|attempt| attempt.is_of(namespace, user));
         }
     }
 
@@ -147,9 +164,13 @@ impl Circuit {
     pub fn failed(&mut self, now: Duration, reason: Reason, fault: Fault) {
         if let Some(open) = &mut self.open {
             // Those that began before it opened say nothing new.
-            if open.attempt.take().is_some() {
-                if let Fault::Served { namespace, .. } = fault {
-                    open.tried.insert(namespace);
+            let attempt = open.attempt.take_if(|attempt| match &fault {
+                Fault::Host => true,
+                Fault::Served { namespace, user } => attempt.is_of(namespace, user),
+            });
+            if let Some(attempt) = attempt {
+                if matches!(fault, Fault::Served { .. }) {
+                    open.tried.insert(attempt.namespace);
                 }
                 open.reason = reason;
                 open.times = open.times.saturating_add(1);
@@ -311,6 +332,17 @@ mod tests {
         assert!(circuit.admit(at(now + 120), "a", "1").is_ok());
         assert!(circuit.worked());
         assert!(circuit.admit(at(now), "a", "1").is_ok() && circuit.admit(at(now), "a", "2").is_ok());
+    }
+
+    #[test]
+    fn what_began_before_it_opened_is_no_attempt() {
+        let mut circuit = after(&[(0, served("a", "1")), (0, served("a", "2")), (0, served("b", "3"))]);
+        assert!(circuit.admit(at(1), "a", "1").is_ok());
+        circuit.failed(at(1), Reason::ServerError, served("b", "3"));
+        circuit.gave_up("b", "3");
+        assert!(circuit.admit(at(60), "c", "1").is_err(), "that of a/1 is under way");
+        circuit.gave_up("a", "1");
+        assert!(circuit.admit(at(60), "c", "1").is_ok());
     }
 
     #[test]

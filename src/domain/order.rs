@@ -172,11 +172,12 @@ impl Waiting {
         }
         let open = |lane: &Lane| {
             let others = crowds.get(&lane.instance).is_some_and(|crowd| crowd.several);
+            let (mine, all_of_it) = (count(&self.by_lane, lane), count(&self.by_instance, &lane.instance));
             // The last slot is for a namespace that has none: two whose requests hang must not keep out a third.
-            let kept_free = usize::from(others && count(&self.by_lane, lane) > 0);
+            let kept_free = usize::from(mine > 0 && (others || all_of_it > mine));
             count(&self.by_namespace, &lane.namespace) < share(slots.all, all.several)
-                && count(&self.by_lane, lane) < share(slots.per_instance, others)
-                && count(&self.by_instance, &lane.instance) + kept_free < slots.per_instance
+                && mine < share(slots.per_instance, others)
+                && all_of_it + kept_free < slots.per_instance
         };
         let ranked = self
             .lanes
@@ -368,6 +369,15 @@ mod tests {
         assert_eq!(take(&mut waiting, slots), ["noisy/6", "noisy/7", "quiet/0"]);
         push(&mut waiting, "third", "0", Urgency::Newcomer, "main");
         assert_eq!(take(&mut waiting, slots), ["third/0"]);
+
+        // Also when of one of them nobody waits any more.
+        let mut waiting = Waiting::default();
+        push(&mut waiting, "quiet", "0", Urgency::Newcomer, "main");
+        assert_eq!(take(&mut waiting, slots), ["quiet/0"]);
+        for i in 0..10 {
+            push(&mut waiting, "noisy", &i.to_string(), Urgency::Newcomer, "main");
+        }
+        assert_eq!(take(&mut waiting, slots), ["noisy/0", "noisy/1"]);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The decision: what to do for each token, from facts and the time alone.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::jiff::Timestamp;
 
 use crate::api::ZitadelInstance;
@@ -84,11 +86,20 @@ pub fn may_go<'a>(facts: &Facts, deletes: &'a [SecretRef], outcomes: &[Outcome],
     };
     let mut tokens = facts.user.spec.tokens.iter().zip(outcomes);
     let all_there = tokens.all(|(token, outcome)| outcome.held.is_some() || is_ours(token));
-    let has_expired = |leftover: &SecretRef| {
-        let record = facts.secrets.get(&leftover.name).and_then(Existing::record);
-        record.is_some_and(|record| record.expires_at <= now)
+    let has_expired = |record: &Record| record.expires_at <= now;
+    // It may be the only good one of an entry that was given a Secret which is there and holds another token.
+    let without = outcomes.iter().filter(|outcome| outcome.held.is_none());
+    let missed: BTreeSet<String> = without
+        .filter_map(|outcome| {
+            let token = facts.user.spec.tokens.get(outcome.token)?;
+            Some(inputs(facts, &admit(facts, outcome.token, token).ok()?))
+        })
+        .collect();
+    let may_go = |leftover: &&SecretRef| match facts.secrets.get(&leftover.name).and_then(Existing::record) {
+        Some(record) => has_expired(&record) || all_there && !missed.contains(&record.inputs),
+        None => all_there,
     };
-    deletes.iter().filter(|l| all_there || has_expired(l)).collect()
+    deletes.iter().filter(may_go).collect()
 }
 
 /// What is needed before anything can be done.

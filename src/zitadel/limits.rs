@@ -65,9 +65,9 @@ impl Limits {
         self.circuit().worked()
     }
 
-    /// Nothing was sent after all, or it tells nothing of the host.
-    pub fn gave_up(&self) {
-        self.circuit().gave_up();
+    /// Nothing was sent for this user after all, or it tells nothing of the host.
+    pub fn gave_up(&self, namespace: &str, user: &str) {
+        self.circuit().gave_up(namespace, user);
     }
 
     /// A request failed through the host's fault, or so it seems.

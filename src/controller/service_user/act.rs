@@ -53,7 +53,11 @@ struct Job<'a> {
 pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Acted {
     let mut acted = Acted::default();
     let mut unreachable = false;
-    for (index, (token, step)) in facts.user.spec.tokens.iter().zip(plan.steps).enumerate() {
+    let tokens = facts.user.spec.tokens.iter().enumerate();
+    let mut steps: Vec<_> = tokens.zip(plan.steps).collect();
+    // What failed last comes last: it might take all of the pass again.
+    steps.sort_by_key(|((_, token), _)| facts.held_back.get(&token.name).map(|hold| hold.until));
+    for ((index, token), step) in steps {
         let job = Job {
             ctx,
             id,
@@ -70,11 +74,12 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
             Step::Mint(request) if unreachable => (job.not_now(request.fallback), None),
             step => job.carry_out(step).await,
         };
-        unreachable |= mints && outcome.reason == Reason::InstanceUnreachable;
+        unreachable |= mints && !outcome.held_back && outcome.reason == Reason::InstanceUnreachable;
         acted.mints += usize::from(mints && !outcome.held_back);
         acted.outcomes.push(outcome);
         acted.written.extend(version);
     }
+    acted.outcomes.sort_by_key(|outcome| outcome.token);
     let now = shifted(Timestamp::now(), facts.skew);
     for leftover in plan::may_go(facts, &plan.deletes, &acted.outcomes, now) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
@@ -86,7 +91,7 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
 }
 
 impl Job<'_> {
-    /// Whether object and instance are still those of the facts. A pass may take minutes, and who withdraws a right,
+    /// Whether object, namespace and instance are still those of the facts. A pass may take minutes, and who withdraws a right,
     /// suspends or deletes must not see further mints.
     fn is_as_seen(&self) -> bool {
         let (cache, facts) = (&self.ctx.cache, self.facts);
@@ -95,8 +100,10 @@ impl Job<'_> {
             let now = &now.metadata;
             now.uid == then.uid && now.generation == then.generation && now.deletion_timestamp.is_none()
         });
+        let namespace = &self.id.namespace;
+        let same_rights = !cache.is_ending(namespace) && cache.namespace_labels(namespace) == facts.namespace_labels;
         let instance = cache.instance(&facts.user.spec.instance_ref.name);
-        same_user && instance.as_ref().map(|i| &i.spec) == facts.instance.as_ref().map(|i| &i.spec)
+        same_user && same_rights && instance.as_ref().map(|i| &i.spec) == facts.instance.as_ref().map(|i| &i.spec)
     }
 
     /// Left to the next pass, which may follow at once.
@@ -181,7 +188,7 @@ impl Job<'_> {
         let began = Instant::now();
         let asked = ctx.writer.fence().while_leading(self.ask(&connection, &request.scope));
         let Ok(asked) = asked.await else {
-            connection.limits().gave_up();
+            connection.limits().gave_up(&self.id.namespace, &self.id.name);
             return Err(refused(Reason::NotLeading));
         };
         ctx.metrics
@@ -250,7 +257,7 @@ impl Job<'_> {
         }
         let says_nothing = discovery_works || matches!(failure, Failure::Known(_));
         match Fault::of(failure, &self.id.namespace, &self.id.name) {
-            _ if says_nothing => limits.gave_up(),
+            _ if says_nothing => limits.gave_up(&self.id.namespace, &self.id.name),
             Some(fault) => limits.failed(classify(failure, false), fault),
             // It works, whatever it thinks of this user.
             None => self.worked(connection),

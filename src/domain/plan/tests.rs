@@ -496,6 +496,8 @@ fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
     };
     let held = facts.recorded(&facts.user.spec.tokens[0]);
     assert_eq!(left(&facts, held, 1), 1);
+    assert_eq!(left(&facts, None, 1), 0, "both are of the same inputs");
+    token(&mut facts, 0).scopes = Some(vec![]);
     assert_eq!(left(&facts, None, 1), 1, "its Secret is there");
     foreign(&mut facts, OWNER_KIND, "other", "u9");
     assert_eq!(
