@@ -387,13 +387,8 @@ impl Turn {
         }
         if news.is_empty() {
             // One that has run, and that a pass which broke off did not come to, waits for what broke it off.
-            let untried = |at: &Timestamp| done.broken_off && *at <= now;
-            let retry = entry
-                .backoffs
-                .values()
-                .map(|b| b.hold.until)
-                .filter(|at| !untried(at))
-                .min();
+            let holds = entry.backoffs.values().map(|b| b.hold.until);
+            let retry = holds.filter(|at| !done.broken_off || *at > now).min();
             entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));
             if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
                 entry.timer = Some(at);

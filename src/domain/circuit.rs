@@ -5,8 +5,10 @@
 //! not stop the others. So what may be one user's fault counts only if several see it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::domain::facts::ObjectRef;
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 
@@ -43,23 +45,15 @@ pub enum Fault {
     Host,
     /// A timeout, a connection that ends before the answer, 429, 500, 502, 503 or 504: maybe the host's, maybe this
     /// user's, whose slow actions a balancer may cut off in either way.
-    Served {
-        /// Namespace of the service user.
-        namespace: String,
-        /// Whoever asked.
-        user: String,
-    },
+    Served(ObjectRef),
 }
 
 impl Fault {
     /// What the failure of a token request of this user says. None: nothing against the host, which
     /// answered, whatever it thinks of the request; or it was not asked.
     #[must_use]
-    pub fn of(failure: Failure, namespace: &str, user: &str) -> Option<Self> {
-        let served = || Self::Served {
-            namespace: namespace.to_owned(),
-            user: user.to_owned(),
-        };
+    pub fn of(failure: Failure, user: &ObjectRef) -> Option<Self> {
+        let served = || Self::Served(user.clone());
         match failure {
             Failure::Connect | Failure::Tls => Some(Self::Host),
             Failure::Timeout | Failure::Broken => Some(served()),
@@ -91,52 +85,32 @@ struct Open {
     /// How often in a row.
     times: u32,
     until: Duration,
-    /// An attempt is under way.
-    attempt: Option<Attempt>,
+    /// Whose attempt is under way, and since when.
+    attempt: Option<(Duration, ObjectRef)>,
     /// Namespaces whose attempt failed through what may be their own fault. One that has not tried goes first: else a
     /// tenant who comes each time that an attempt is due could keep the circuit open for all.
-    tried: BTreeSet<String>,
+    tried: BTreeSet<Arc<str>>,
     /// Who was told to come back for the next attempt, by namespace.
-    candidates: BTreeMap<String, BTreeSet<String>>,
-}
-
-#[derive(Debug)]
-struct Attempt {
-    since: Duration,
-    namespace: String,
-    user: String,
-}
-
-impl Attempt {
-    fn is_of(&self, namespace: &str, user: &str) -> bool {
-        self.namespace == namespace && self.user == user
-    }
+    candidates: BTreeMap<Arc<str>, BTreeSet<ObjectRef>>,
 }
 
 impl Circuit {
     /// A user asks to make a request. While the circuit is open, one at a time may, after a while.
-    pub fn admit(&mut self, now: Duration, namespace: &str, user: &str) -> Result<(), Refused> {
+    pub fn admit(&mut self, now: Duration, user: &ObjectRef) -> Result<(), Refused> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        let under_way = open.attempt.as_ref().is_some_and(|a| now < a.since + LOST);
+        let under_way = open.attempt.as_ref().is_some_and(|(since, _)| now < *since + LOST);
         if now >= open.until + GRACE && !under_way {
             open.candidates.clear();
         }
-        let after_others = open.tried.contains(namespace) && open.candidates.keys().any(|n| !open.tried.contains(n));
+        let after_others =
+            open.tried.contains(&user.namespace) && open.candidates.keys().any(|n| !open.tried.contains(n));
         if now >= open.until && !under_way && !after_others {
-            open.attempt = Some(Attempt {
-                since: now,
-                namespace: namespace.to_owned(),
-                user: user.to_owned(),
-            });
-            open.candidates.remove(namespace);
+            open.attempt = Some((now, user.clone()));
+            open.candidates.remove(&user.namespace);
             return Ok(());
         }
         let soon = open.until.saturating_sub(now).max(Duration::from_secs(1));
-        let retry_in = if open.is_candidate(namespace, user) {
-            soon
-        } else {
-            PATIENCE
-        };
+        let retry_in = if open.is_candidate(user) { soon } else { PATIENCE };
         let reason = open.reason;
         Err(Refused { reason, retry_in })
     }
@@ -154,9 +128,9 @@ impl Circuit {
     }
 
     /// What this user was admitted for was not sent, or told nothing.
-    pub fn gave_up(&mut self, namespace: &str, user: &str) {
+    pub fn gave_up(&mut self, user: &ObjectRef) {
         if let Some(open) = &mut self.open {
-            open.attempt.take_if(|attempt| attempt.is_of(namespace, user));
+            open.attempt.take_if(|(_, who)| who == user);
         }
     }
 
@@ -164,13 +138,13 @@ impl Circuit {
     pub fn failed(&mut self, now: Duration, reason: Reason, fault: Fault) {
         if let Some(open) = &mut self.open {
             // Those that began before it opened say nothing new.
-            let attempt = open.attempt.take_if(|attempt| match &fault {
+            let ended = open.attempt.take_if(|(_, who)| match &fault {
                 Fault::Host => true,
-                Fault::Served { namespace, user } => attempt.is_of(namespace, user),
+                Fault::Served(user) => who == user,
             });
-            if let Some(attempt) = attempt {
-                if matches!(fault, Fault::Served { .. }) {
-                    open.tried.insert(attempt.namespace);
+            if ended.is_some() {
+                if let Fault::Served(user) = fault {
+                    open.tried.insert(user.namespace);
                 }
                 open.reason = reason;
                 open.times = open.times.saturating_add(1);
@@ -191,9 +165,9 @@ impl Circuit {
         for (_, fault) in &self.faults {
             match fault {
                 Fault::Host => hosts += 1,
-                Fault::Served { namespace, user } => {
-                    users.insert((namespace, user));
-                    namespaces.insert(namespace);
+                Fault::Served(user) => {
+                    users.insert(user);
+                    namespaces.insert(&user.namespace);
                 }
             }
         }
@@ -215,17 +189,17 @@ impl Open {
     }
 
     /// Whether this user is, or becomes, one of the few who come back soon.
-    fn is_candidate(&mut self, namespace: &str, user: &str) -> bool {
-        if !self.candidates.contains_key(namespace) {
+    fn is_candidate(&mut self, user: &ObjectRef) -> bool {
+        if !self.candidates.contains_key(&user.namespace) {
             // Those who tried must not take the places of those who did not.
-            let tried = self.tried.contains(namespace);
+            let tried = self.tried.contains(&user.namespace);
             let like = self.candidates.keys().filter(|n| self.tried.contains(*n) == tried);
             if like.count() >= CANDIDATES {
                 return false;
             }
         }
-        let users = self.candidates.entry(namespace.to_owned()).or_default();
-        users.contains(user) || users.len() < CANDIDATES && users.insert(user.to_owned())
+        let users = self.candidates.entry(user.namespace.clone()).or_default();
+        users.contains(user) || users.len() < CANDIDATES && users.insert(user.clone())
     }
 }
 
@@ -242,11 +216,12 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    fn served(namespace: &str, user: &str) -> Fault {
-        Fault::Served {
-            namespace: namespace.into(),
-            user: user.into(),
-        }
+    fn user(namespace: &str, name: &str) -> ObjectRef {
+        ObjectRef::new(namespace, name)
+    }
+
+    fn served(namespace: &str, name: &str) -> Fault {
+        Fault::Served(user(namespace, name))
     }
 
     fn after(faults: &[(u64, Fault)]) -> Circuit {
@@ -297,12 +272,16 @@ mod tests {
         ];
         for (name, faults, closed) in table {
             let last = faults.last().map_or(0, |(second, _)| *second);
-            assert_eq!(after(&faults).admit(at(last), "c", "9").is_ok(), closed, "{name}");
+            assert_eq!(
+                after(&faults).admit(at(last), &user("c", "9")).is_ok(),
+                closed,
+                "{name}"
+            );
         }
         let mut circuit = after(&[(0, Fault::Host), (1, Fault::Host)]);
         assert!(!circuit.worked());
         circuit.failed(at(2), Reason::ServerError, Fault::Host);
-        assert!(circuit.admit(at(2), "c", "9").is_ok(), "a success in between");
+        assert!(circuit.admit(at(2), &user("c", "9")).is_ok(), "a success in between");
     }
 
     #[test]
@@ -310,39 +289,42 @@ mod tests {
         let mut circuit = after(&[(0, Fault::Host), (0, Fault::Host), (0, Fault::Host)]);
         let mut now = 0;
         for wait in [1, 2, 4, 8, 16, 30, 30] {
-            let refused = circuit.admit(at(now), "a", "1").expect_err("open");
+            let refused = circuit.admit(at(now), &user("a", "1")).expect_err("open");
             assert_eq!((refused.reason, refused.retry_in), (Reason::ServerError, at(wait)));
             now += wait;
-            assert!(circuit.admit(at(now), "a", "1").is_ok());
-            assert!(circuit.admit(at(now), "a", "1").is_err(), "one at a time");
+            assert!(circuit.admit(at(now), &user("a", "1")).is_ok());
+            assert!(circuit.admit(at(now), &user("a", "1")).is_err(), "one at a time");
             circuit.failed(at(now), Reason::ServerError, Fault::Host);
         }
         // A few come back for the next attempt, the rest wait to be woken. Whoever asks again is still one of them.
         for _ in 0..2 {
-            let soon = (0..1_000).filter(|user| {
-                let refused = circuit.admit(at(now), "a", &user.to_string()).expect_err("open");
+            let soon = (0..1_000).filter(|i| {
+                let refused = circuit.admit(at(now), &user("a", &i.to_string())).expect_err("open");
                 refused.retry_in < PATIENCE
             });
             assert_eq!(soon.count(), 3);
         }
         now += 30;
-        assert!(circuit.admit(at(now), "a", "1").is_ok());
+        assert!(circuit.admit(at(now), &user("a", "1")).is_ok());
         // Its pass died: another one tries.
-        assert!(circuit.admit(at(now + 119), "a", "1").is_err());
-        assert!(circuit.admit(at(now + 120), "a", "1").is_ok());
+        assert!(circuit.admit(at(now + 119), &user("a", "1")).is_err());
+        assert!(circuit.admit(at(now + 120), &user("a", "1")).is_ok());
         assert!(circuit.worked());
-        assert!(circuit.admit(at(now), "a", "1").is_ok() && circuit.admit(at(now), "a", "2").is_ok());
+        assert!(circuit.admit(at(now), &user("a", "1")).is_ok() && circuit.admit(at(now), &user("a", "2")).is_ok());
     }
 
     #[test]
     fn what_began_before_it_opened_is_no_attempt() {
         let mut circuit = after(&[(0, served("a", "1")), (0, served("a", "2")), (0, served("b", "3"))]);
-        assert!(circuit.admit(at(1), "a", "1").is_ok());
+        assert!(circuit.admit(at(1), &user("a", "1")).is_ok());
         circuit.failed(at(1), Reason::ServerError, served("b", "3"));
-        circuit.gave_up("b", "3");
-        assert!(circuit.admit(at(60), "c", "1").is_err(), "that of a/1 is under way");
-        circuit.gave_up("a", "1");
-        assert!(circuit.admit(at(60), "c", "1").is_ok());
+        circuit.gave_up(&user("b", "3"));
+        assert!(
+            circuit.admit(at(60), &user("c", "1")).is_err(),
+            "that of a/1 is under way"
+        );
+        circuit.gave_up(&user("a", "1"));
+        assert!(circuit.admit(at(60), &user("c", "1")).is_ok());
     }
 
     #[test]
@@ -350,23 +332,25 @@ mod tests {
         let kept_open = || {
             let mut circuit = after(&[(0, served("a", "1")), (0, served("a", "2")), (0, served("b", "3"))]);
             for (second, namespace) in [(1, "a"), (3, "b"), (7, "c")] {
-                assert!(circuit.admit(at(second), namespace, "1").is_ok());
+                assert!(circuit.admit(at(second), &user(namespace, "1")).is_ok());
                 // With as many users as it likes.
-                for user in 0..100 {
-                    assert!(circuit.admit(at(second), namespace, &user.to_string()).is_err());
+                for i in 0..100 {
+                    assert!(circuit.admit(at(second), &user(namespace, &i.to_string())).is_err());
                 }
                 circuit.failed(at(second), Reason::ServerError, served(namespace, "1"));
             }
-            let refused = circuit.admit(at(7), "good", "1").expect_err("open");
+            let refused = circuit.admit(at(7), &user("good", "1")).expect_err("open");
             assert_eq!(refused.retry_in, at(8));
             for namespace in ["a", "b", "c"] {
-                let refused = circuit.admit(at(15), namespace, "1").expect_err("others go first");
+                let refused = circuit
+                    .admit(at(15), &user(namespace, "1"))
+                    .expect_err("others go first");
                 assert!(refused.retry_in < PATIENCE);
             }
             circuit
         };
-        assert!(kept_open().admit(at(15), "good", "1").is_ok());
-        assert!(kept_open().admit(at(19), "a", "1").is_err());
-        assert!(kept_open().admit(at(20), "a", "1").is_ok(), "nobody else comes");
+        assert!(kept_open().admit(at(15), &user("good", "1")).is_ok());
+        assert!(kept_open().admit(at(19), &user("a", "1")).is_err());
+        assert!(kept_open().admit(at(20), &user("a", "1")).is_ok(), "nobody else comes");
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::domain::circuit::{Circuit, Fault, Refused};
+use crate::domain::facts::ObjectRef;
 use crate::domain::limits::Bucket;
 use crate::domain::reason::Reason;
 
@@ -55,8 +56,8 @@ struct Now {
 
 impl Limits {
     /// Whether a token may be asked for, by this user.
-    pub fn may_ask(&self, namespace: &str, user: &str) -> Result<(), Refused> {
-        self.circuit().admit(self.budget.elapsed(), namespace, user)
+    pub fn may_ask(&self, user: &ObjectRef) -> Result<(), Refused> {
+        self.circuit().admit(self.budget.elapsed(), user)
     }
 
     /// A token request was answered as it should be. True if the circuit was open.
@@ -66,8 +67,8 @@ impl Limits {
     }
 
     /// Nothing was sent for this user after all, or it tells nothing of the host.
-    pub fn gave_up(&self, namespace: &str, user: &str) {
-        self.circuit().gave_up(namespace, user);
+    pub fn gave_up(&self, user: &ObjectRef) {
+        self.circuit().gave_up(user);
     }
 
     /// A request failed through the host's fault, or so it seems.

@@ -54,9 +54,7 @@ async fn a_namespace_whose_secrets_are_forbidden_stops_no_other() {
     let other = World::beside(&world, "other").await;
     let kubeconfig = account(&world, &[&world.name]).await;
     let _operator = Operator::start_with(&kubeconfig, &world.selector(), &[]).await;
-    let mut spec = world.instance_spec();
-    spec["access"][0]["namespaceSelector"] = json!({});
-    world.apply_instance(spec).await.expect("an instance");
+    world.instance_for_all().await;
     other.simple("billing", json!({"tokenType": "JWT"})).await;
     other.ready("billing", "False", "SecretsForbidden").await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;

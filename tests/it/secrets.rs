@@ -165,6 +165,15 @@ async fn somebody_who_deletes_the_secret_in_a_loop_costs_a_few_mints_and_no_more
     assert_eq!(world.issuer.mints().await, 4);
 }
 
+/// A quota `full` that leaves room for the key Secret only.
+async fn no_more_secrets(world: &World) -> Api<ResourceQuota> {
+    let quotas = Api::namespaced(world.client.clone(), &world.name);
+    let quota = json!({"metadata": {"name": "full"}, "spec": {"hard": {"secrets": "1"}}});
+    let quota = serde_json::from_value(quota).expect("a quota");
+    quotas.create(&PostParams::default(), &quota).await.expect("created");
+    quotas
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tried_again() {
     let world = World::new("quota").await;
@@ -172,12 +181,7 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
-    let quotas: Api<ResourceQuota> = Api::namespaced(world.client.clone(), &world.name);
-    let quota = json!({"metadata": {"name": "full"}, "spec": {"hard": {"secrets": "1"}}});
-    quotas
-        .create(&PostParams::default(), &serde_json::from_value(quota).expect("a quota"))
-        .await
-        .expect("created");
+    let quotas = no_more_secrets(&world).await;
     world
         .service_user("billing", one_token("billing-token"))
         .await
@@ -264,10 +268,7 @@ async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_ex
     let world = World::new("room").await;
     let operator = world.operator().await;
     world.instance().await;
-    let quota = json!({"metadata": {"name": "full"}, "spec": {"hard": {"secrets": "1"}}});
-    let quota: ResourceQuota = serde_json::from_value(quota).expect("a quota");
-    let quotas: Api<ResourceQuota> = Api::namespaced(world.client.clone(), &world.name);
-    quotas.create(&PostParams::default(), &quota).await.expect("created");
+    let quotas = no_more_secrets(&world).await;
     let fields = json!({"tokenType": "JWT", "lifetimeSeconds": 8});
     let user = world.simple("billing", fields).await;
     world.ready("billing", "False", "SecretWriteFailed").await;

@@ -9,13 +9,6 @@ use crate::support::world::{World, one_token};
 
 const TOKEN: &str = "/oauth/v2/token";
 
-/// An instance that serves every namespace.
-async fn for_all(world: &World) {
-    let mut spec = world.instance_spec();
-    spec["access"][0]["namespaceSelector"] = json!({});
-    world.apply_instance(spec).await.expect("an instance");
-}
-
 /// A user whose token requests go wrong in this way.
 async fn troubled(world: &World, mut fault: Value) -> User {
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
@@ -55,7 +48,7 @@ async fn circuit_is_open(operator: &Operator, world: &World) -> bool {
 async fn two_tenants_whose_requests_hang_do_not_hold_up_a_third() {
     let one = World::new("hang").await;
     let two = World::beside(&one, "two").await;
-    for_all(&one).await;
+    one.instance_for_all().await;
     let user = troubled(&one, json!({"hang": true})).await;
     service_users(&one, &user, 12).await;
     service_users(&two, &user, 12).await;
@@ -78,7 +71,7 @@ async fn two_tenants_whose_requests_hang_do_not_hold_up_a_third() {
 async fn an_instance_that_hangs_does_not_hold_up_another() {
     let slow = World::with_issuer("slow", Issuer::start(&[])).await;
     let quick = World::with_issuer("quick", Issuer::start(&[])).await;
-    for_all(&slow).await;
+    slow.instance_for_all().await;
     quick.instance().await;
     let user = troubled(&slow, json!({"hang": true})).await;
     let others = [World::beside(&slow, "two").await, World::beside(&slow, "three").await];
@@ -116,7 +109,7 @@ async fn keys_that_an_older_server_refuses_do_not_close_the_way_for_others() {
     let world = World::new("refused").await;
     let other = World::beside(&world, "other").await;
     let operator = world.operator().await;
-    for_all(&world).await;
+    world.instance_for_all().await;
     world.issuer.settings(json!({"dialect": "errors_internal"})).await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.issuer.remove_key(&user.id, &user.key_id).await;
@@ -133,7 +126,7 @@ async fn tenants_for_whom_the_server_fails_do_not_keep_out_others() {
     let one = World::new("fails").await;
     let two = World::beside(&one, "two").await;
     let operator = one.operator().await;
-    for_all(&one).await;
+    one.instance_for_all().await;
     let user = troubled(&one, json!({"status": 503})).await;
     for of in [&one, &two] {
         service_users(of, &user, 8).await;
@@ -158,7 +151,7 @@ async fn when_a_host_works_again_the_users_of_all_its_instances_come() {
     let selector = format!("test in ({}, {})", one.instance, two.instance);
     let operator = Operator::start(one.cluster, &selector).await;
     for world in [&one, &two] {
-        for_all(world).await;
+        world.instance_for_all().await;
     }
     one.issuer.fault(json!({"path": TOKEN, "status": 503})).await;
     let user = one.issuer.user(json!({"tokenType": "JWT"})).await;

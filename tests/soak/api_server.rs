@@ -171,9 +171,7 @@ async fn an_api_server_that_is_killed_and_comes_back_costs_no_token() {
 async fn a_namespace_that_is_being_deleted_gets_no_mint() {
     let world = World::new("ending").await;
     let operator = world.operator().await;
-    let mut spec = world.instance_spec();
-    spec["access"][0]["namespaceSelector"] = json!({});
-    world.apply_instance(spec).await.expect("an instance");
+    world.instance_for_all().await;
     let ending = World::beside(&world, "ending").await;
     ending.simple("billing", json!({"tokenType": "JWT"})).await;
     ending.ready("billing", "True", "Issued").await;

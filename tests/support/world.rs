@@ -120,6 +120,13 @@ impl World {
         self.apply_instance(self.instance_spec()).await.expect("an instance")
     }
 
+    /// Creates the instance, for every namespace.
+    pub async fn instance_for_all(&self) {
+        let mut spec = self.instance_spec();
+        spec["access"][0]["namespaceSelector"] = json!({});
+        self.apply_instance(spec).await.expect("an instance");
+    }
+
     pub async fn apply_instance(&self, spec: Value) -> kube::Result<ZitadelInstance> {
         let object = json!({
             "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance",

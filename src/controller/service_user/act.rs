@@ -35,7 +35,7 @@ pub struct Acted {
     pub mints: usize,
     /// What failed besides the tokens.
     pub failed: Vec<Failed>,
-    /// The object or its instance changed meanwhile, so that the rest was left to the next pass.
+    /// The object, its namespace or its instance changed meanwhile, so that the rest was left to the next pass.
     pub outdated: bool,
 }
 
@@ -91,8 +91,8 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
 }
 
 impl Job<'_> {
-    /// Whether object, namespace and instance are still those of the facts. A pass may take minutes, and who withdraws a right,
-    /// suspends or deletes must not see further mints.
+    /// Whether object, namespace and instance are still those of the facts. A pass may take minutes, and who withdraws a
+    /// right, suspends or deletes must not see further mints.
     fn is_as_seen(&self) -> bool {
         let (cache, facts) = (&self.ctx.cache, self.facts);
         let (then, now) = (&facts.user.metadata, cache.user(self.id));
@@ -173,22 +173,19 @@ impl Job<'_> {
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| refused(error.reason()))?;
         }
-        connection
-            .limits()
-            .may_ask(&self.id.namespace, &self.id.name)
-            .map_err(|closed| {
-                let wait = SignedDuration::try_from(closed.retry_in).unwrap_or(SignedDuration::MAX);
-                Outcome {
-                    not_before: Some(shifted(connection.skew().theirs(Timestamp::now()), wait)),
-                    held_back: true,
-                    ..refused(closed.reason)
-                }
-            })?;
+        connection.limits().may_ask(self.id).map_err(|closed| {
+            let wait = SignedDuration::try_from(closed.retry_in).unwrap_or(SignedDuration::MAX);
+            Outcome {
+                not_before: Some(shifted(connection.skew().theirs(Timestamp::now()), wait)),
+                held_back: true,
+                ..refused(closed.reason)
+            }
+        })?;
         let learned_before = connection.known_project_id().is_some();
         let began = Instant::now();
         let asked = ctx.writer.fence().while_leading(self.ask(&connection, &request.scope));
         let Ok(asked) = asked.await else {
-            connection.limits().gave_up(&self.id.namespace, &self.id.name);
+            connection.limits().gave_up(self.id);
             return Err(refused(Reason::NotLeading));
         };
         ctx.metrics
@@ -256,8 +253,8 @@ impl Job<'_> {
             }
         }
         let says_nothing = discovery_works || matches!(failure, Failure::Known(_));
-        match Fault::of(failure, &self.id.namespace, &self.id.name) {
-            _ if says_nothing => limits.gave_up(&self.id.namespace, &self.id.name),
+        match Fault::of(failure, self.id) {
+            _ if says_nothing => limits.gave_up(self.id),
             Some(fault) => limits.failed(classify(failure, false), fault),
             // It works, whatever it thinks of this user.
             None => self.worked(connection),
