@@ -122,7 +122,7 @@ pub fn answer(body: &[u8]) {
     };
     // RFC 6750 §2.1: it goes into a header as it is.
     assert_eq!(minted.token.expose_secret(), token);
-    assert!((1..=64 * 1024).contains(&token.len()));
+    assert!((1..=32 * 1024).contains(&token.len()));
     assert!(
         token
             .bytes()

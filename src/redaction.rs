@@ -1,17 +1,17 @@
 //! Whatever holds a key or a token shows none of it when it is printed. Nobody prints them; one day somebody will.
 
 use std::fmt::Debug;
-use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 
-use crate::controller::secrets::WholeSecret;
+use crate::controller::read;
 use crate::domain::answer::{self, Expected, accept, claims};
 use crate::domain::fixtures::{LIFETIME, at, facts, filled, keep_unwritten, key_file, request};
 use crate::domain::plan::{Step, plan};
+use crate::domain::secret::Wanted;
 use crate::domain::{assertion, key};
 use crate::zitadel::{Exchanged, Hosts, Instance, Rate, Settings};
 
@@ -68,9 +68,12 @@ fn what_holds_a_secret_shows_none_of_it() {
     let copy = json!({"kubectl.kubernetes.io/last-applied-configuration": file, "kapp.k14s.io/original": MARK});
     let secret = json!({"type": "Opaque", "metadata": {"name": "s", "annotations": copy},
         "data": {"token": STANDARD.encode(MARK), "key.json": STANDARD.encode(&file)}});
-    let secret: WholeSecret = serde_json::from_value(secret).expect("a Secret");
-    show("WholeSecret", &secret);
-    show("Existing", &Arc::new(secret.into_existing()));
+    let existing = read::existing(&secret.to_string(), &Wanted::of(None));
+    assert!(existing.as_ref().is_some_and(|existing| existing.token() == Some(MARK)));
+    show("Existing", &existing);
+    let found = read::service_key(&secret.to_string(), Some("key.json"));
+    assert!(found.as_ref().is_some_and(Result::is_ok));
+    show("a key in a Secret", &found);
 
     let mut waiting = filled(&["invoices"]);
     keep_unwritten(&mut waiting, 0, MARK, at(0));

@@ -34,14 +34,17 @@ use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN, RESERVED_
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "User", type_ = "string", json_path = ".status.userId", priority = 1),
     printcolumn(name = "Key expires", type_ = "string", json_path = ".status.keyExpiresAt", priority = 1),
-    printcolumn(name = "Renews", type_ = "string", json_path = ".status.tokens[*].renewAt", priority = 1)
+    printcolumn(name = "Renews", type_ = "string", json_path = ".status.renewAt", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!self.tokens.exists(t, t.secret.name == self.keySecretRef.name)")
         .message("spec.tokens[].secret.name: must differ from spec.keySecretRef.name; the key would be overwritten"),
     validation = Rule::new("self.tokens.all(t, self.tokens.exists_one(u, u.secret.name == t.secret.name))")
-        .message("spec.tokens[].secret.name: two tokens name the same Secret; give each its own")
+        .message("spec.tokens[].secret.name: two tokens name the same Secret; give each its own"),
+    validation = at_most("template"),
+    validation = at_most("annotations"),
+    validation = at_most("labels")
 )]
 pub struct ZitadelServiceUserSpec {
     /// The `ZitadelInstance` that mints.
@@ -172,7 +175,7 @@ pub struct TokenSecret {
     pub annotations: BTreeMap<String, String>,
 
     /// Further data keys. Each value is literal text in which `{{ token }}`, `{{ token_type }}`, `{{ expires_at }}`,
-    /// `{{ issuer }}` and `{{ audience }}` are replaced; nothing else is. The Secret that this makes has at most 512 KiB.
+    /// `{{ issuer }}` and `{{ audience }}` are replaced; nothing else is. The Secret that this makes has at most 128 KiB.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 16384}))]
     #[x_kube(
@@ -195,6 +198,20 @@ pub enum DeletionPolicy {
     Delete,
     /// It stays with the token in it until somebody removes it; it has no owner reference.
     Retain,
+}
+
+/// Bytes of all templates of an object together, keys included; of all labels of its Secrets; and of all annotations. The
+/// operator holds an object in memory while it works on it, and 16 tokens with 32 templates each could otherwise have
+/// 8 MiB.
+pub const MAX_TEXT: usize = 64 * 1024;
+
+/// The rule on the size of a map of all tokens together.
+fn at_most(field: &str) -> kube::core::cel::Rule {
+    let map = format!("t.secret.{field}");
+    kube::core::cel::Rule::new(format!(
+        "self.tokens.map(t, has({map}) ? {map}.map(k, bytes(k).size() + bytes({map}[k]).size()).sum() : 0).sum() <= {MAX_TEXT}"
+    ))
+    .message(format!("spec.tokens[].secret.{field}: all tokens together have at most 64 KiB").as_str())
 }
 
 /// The rule on label and annotation keys. Kubernetes takes annotation prefixes in capitals too; they would pass the
@@ -244,6 +261,10 @@ pub struct ZitadelServiceUserStatus {
     /// The earliest expiry among the tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Time>,
+
+    /// The earliest refresh among the tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renew_at: Option<Time>,
 
     /// Valid tokens of wanted tokens, such as `2/3`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -13,14 +13,16 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
 use crate::cli::cluster;
+use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::objects::Objects;
 use crate::controller::metrics::{Metrics, Queues};
 use crate::controller::queue::Queue;
-use crate::controller::service_user::{Forced, TIME_TO_WRITE, UnwrittenTokens};
-use crate::controller::triggers::{Cache, Triggers};
+use crate::controller::read::Reader;
+use crate::controller::service_user::{Memory, TIME_TO_WRITE};
+use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
-use crate::controller::{Context, instance, service_user};
+use crate::controller::{Context, Requests, instance, service_user};
 use crate::domain::facts::ObjectRef;
 use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::election::Election;
@@ -59,6 +61,11 @@ pub struct Arguments {
     /// Objects that are worked on at once; those of one instance have a quarter of it.
     #[arg(long, env, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     concurrent: u16,
+
+    /// Memory in KiB that the operator keeps for the objects of one namespace; service users beyond it are refused. One
+    /// with a single token is counted with about 4 KiB.
+    #[arg(long, env, default_value_t = 8 * 1024, value_parser = clap::value_parser!(u32).range(64..=1024 * 1024))]
+    namespace_memory: u32,
 
     /// The operator's own namespace; service users in it are refused.
     #[arg(long, env = "POD_NAMESPACE")]
@@ -126,7 +133,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         Arc::new(move || fence.is_leading())
     };
     let metrics = Metrics::register(&mut registry, panics, leads.clone());
-    let cache = Arc::new(Cache::default());
+    let cache = Arc::new(Cache::new(arguments.namespace_memory as usize * 1024));
     let connections = Arc::new(Connections::default());
     let users = Arc::new(queue_of_users(arguments.concurrent, cache.clone(), connections.clone()));
     let instances = Arc::new(queue_of_instances());
@@ -146,13 +153,14 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
     let context = Arc::new(Context {
         writer: Writer::new(client.clone(), fence.clone()),
+        reader: Reader::new(client.clone()),
         client: client.clone(),
         cache,
         connections,
         instances: instances.clone(),
         users: users.clone(),
-        unwritten: UnwrittenTokens::default(),
-        forced: Forced::default(),
+        memory: Memory::default(),
+        requests: Requests::default(),
         metrics,
         operator_namespace: arguments.namespace,
         serves_some_instances_only,
@@ -265,7 +273,7 @@ fn after_a_jump(ctx: &Context) {
 
 fn look_at_all(ctx: &Context) {
     ctx.instances.wake_all(ctx.cache.instances());
-    ctx.users.wake_all(ctx.cache.users(|_| true));
+    ctx.users.wake_all(ctx.cache.users(|_, _| true));
 }
 
 fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connections>) -> Queue {
@@ -276,7 +284,7 @@ fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connectio
     };
     let rank = move |id: &ObjectRef| match cache.user(id) {
         Some(user) => {
-            let instance = user.spec.instance_ref.name.as_str();
+            let instance = &*user.instance;
             let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
             // A tenant must not get a share for each instance that it invents.
             let known = cache.instance(instance).map_or("", |_| instance);

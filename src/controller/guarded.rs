@@ -35,7 +35,9 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
         let named = Named(ObjectMeta {
             name: text("name"),
             namespace: text("namespace"),
+            uid: text("uid"),
             resource_version: text("resourceVersion"),
+            generation: read(&metadata, "generation"),
             ..ObjectMeta::default()
         });
         object.insert(

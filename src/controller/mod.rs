@@ -1,29 +1,39 @@
 //! The controllers: watches, queues, reads and writes. Decides nothing itself; asks the domain.
 
+pub mod cache;
 pub mod guarded;
 pub mod instance;
 pub mod metrics;
 pub mod queue;
-pub mod secrets;
+pub mod read;
 pub mod service_user;
 pub mod triggers;
+pub mod watch;
+pub mod watched;
 pub mod write;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use kube::Client;
 
+use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
-use crate::controller::service_user::{Forced, UnwrittenTokens};
-use crate::controller::triggers::Cache;
+use crate::controller::read::Reader;
+use crate::controller::service_user::Memory;
 use crate::controller::write::Writer;
+use crate::domain::allowance::{Allowances, Rate};
+use crate::domain::facts::ObjectRef;
+use crate::domain::reason::Reason;
 
 /// What a pass needs.
 pub struct Context {
-    /// For reads.
+    /// For reads that no tenant chooses.
     pub client: Client,
+    /// For all other reads.
+    pub reader: Reader,
     /// What the watches say.
     pub cache: Arc<Cache>,
     /// For writes.
@@ -34,10 +44,10 @@ pub struct Context {
     pub instances: Arc<Queue>,
     /// The queue of the service users, to wake those that waited for their instance.
     pub users: Arc<Queue>,
-    /// Tokens that wait for their write.
-    pub unwritten: UnwrittenTokens,
-    /// Mints and repairs that somebody forced.
-    pub forced: Forced,
+    /// What this process remembers of service users.
+    pub memory: Memory,
+    /// How many tokens may be requested besides the scheduled refreshes.
+    pub requests: Requests,
     /// Counters.
     pub metrics: Metrics,
     /// The namespace that the operator runs in, if it runs in one.
@@ -51,6 +61,49 @@ pub struct Context {
 impl Context {
     /// What kept the service users of an instance from their tokens is over.
     pub fn wake_failing_users_of(&self, instance: &str) {
-        self.users.wake_failing(self.cache.users(|user| user.is_of(instance)));
+        self.users.wake_failing(self.cache.users_of(instance));
+    }
+
+    /// Whether service users of this instance are ours to serve. An instance that does not exist may be another
+    /// operator's.
+    #[must_use]
+    pub fn serves(&self, instance: &str) -> bool {
+        let missing = || matches!(self.cache.instance(instance), Err(Reason::InstanceMissing));
+        !self.serves_some_instances_only || !missing()
+    }
+}
+
+/// Token requests for one object besides its scheduled refreshes: three changes of 16 tokens at once.
+const REQUESTS_OF_OBJECT: Rate = Rate {
+    burst: 48.0,
+    per_second: 1.0 / 20.0,
+};
+
+/// The same for all objects of a namespace.
+const REQUESTS_OF_NAMESPACE: Rate = Rate {
+    burst: 1_000.0,
+    per_second: 5.0,
+};
+
+/// How many tokens may be requested besides the scheduled refreshes.
+pub struct Requests {
+    allowances: Mutex<Allowances>,
+    started: Instant,
+}
+
+impl Default for Requests {
+    fn default() -> Self {
+        Self {
+            allowances: Mutex::new(Allowances::new(REQUESTS_OF_OBJECT, REQUESTS_OF_NAMESPACE)),
+            started: Instant::now(),
+        }
+    }
+}
+
+impl Requests {
+    /// Takes one for `id`, or says how long it has to wait.
+    pub fn take(&self, id: &ObjectRef) -> Result<(), Duration> {
+        let mut allowances = self.allowances.lock().unwrap_or_else(PoisonError::into_inner);
+        allowances.try_take(self.started.elapsed(), id)
     }
 }

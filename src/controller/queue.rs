@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
+use crate::domain::allowance::{Allowances, Rate};
 use crate::domain::backoff::Backoff;
 use crate::domain::facts::{HeldBack, ObjectRef};
 use crate::domain::order::{Slots, Urgency, Waiting};
@@ -23,18 +24,33 @@ use crate::ops::shutdown::Shutdown;
 /// clock jumps, so that no sleep is trusted for long (decision K18).
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
+/// Reconciles for changes of one object. A person or a controller at work makes fewer; a loop makes hundreds.
+const CHANGES_OF_OBJECT: Rate = Rate {
+    burst: 30.0,
+    per_second: 1.0,
+};
+
+/// Reconciles for changes of all objects of a namespace.
+const CHANGES_OF_NAMESPACE: Rate = Rate {
+    burst: 2_000.0,
+    per_second: 50.0,
+};
+
+/// So many changes during a reconcile are told from echoes of our own writes. With more, there was another.
+const MAX_DIRTY: usize = 64;
+
 /// Where an object belongs that has not failed: its urgency, and the name of its instance.
 pub type RankOf = Box<dyn Fn(&ObjectRef) -> (Urgency, Arc<str>) + Send + Sync>;
 
 /// Objects, and when they are due.
 pub struct Queue {
     state: Mutex<State>,
-    changed: Notify,
+    ready: Notify,
     slots: Slots,
     rank: RankOf,
+    started: Instant,
 }
 
-#[derive(Default)]
 struct State {
     waiting: Waiting,
     entries: HashMap<ObjectRef, Entry>,
@@ -43,6 +59,8 @@ struct State {
     standing_by: bool,
     /// When it ceased to.
     took_over: Option<Instant>,
+    /// How often changes may lead to a reconcile.
+    changes: Allowances,
 }
 
 #[derive(Default)]
@@ -57,6 +75,8 @@ struct Entry {
     timer: Option<Timestamp>,
     /// Whether the timer is that of a back-off.
     retrying: bool,
+    /// It changed too often: its next reconcile waits for the timer.
+    throttled: bool,
     /// What failed, by name.
     backoffs: BTreeMap<String, Backoff>,
 }
@@ -73,6 +93,16 @@ pub struct Turn {
 }
 
 impl Entry {
+    /// Something changed while a reconcile runs.
+    fn dirtied(&mut self, version: Option<&str>) {
+        if self.dirty.len() < MAX_DIRTY {
+            self.dirty.push(version.map(str::to_owned));
+        } else {
+            self.dirty.truncate(1);
+            self.dirty[0] = None;
+        }
+    }
+
     /// A change of input begins the back-offs anew.
     fn begin_anew(&mut self) {
         let before = std::mem::take(&mut self.backoffs);
@@ -81,6 +111,47 @@ impl Entry {
             .filter_map(|(what, b)| Some((what, b.anew()?)))
             .collect();
         self.retrying = false;
+        self.throttled = false;
+    }
+}
+
+impl State {
+    fn new() -> Self {
+        Self {
+            waiting: Waiting::default(),
+            entries: HashMap::new(),
+            timers: BTreeSet::new(),
+            standing_by: false,
+            took_over: None,
+            changes: Allowances::new(CHANGES_OF_OBJECT, CHANGES_OF_NAMESPACE),
+        }
+    }
+
+    /// An object that changed waits for a reconcile: from now on, or from when its changes allow one.
+    fn push_changed(&mut self, id: &ObjectRef, (urgency, instance): &(Urgency, Arc<str>), started: Instant) {
+        let entry = self.entries.entry(id.clone()).or_default();
+        if entry.throttled {
+            return;
+        }
+        let wait = if self.waiting.contains(id) {
+            Duration::ZERO
+        } else {
+            self.changes.reserve(started.elapsed(), id)
+        };
+        if wait.is_zero() {
+            entry.begin_anew();
+            entry.since.get_or_insert_with(Instant::now);
+            self.waiting.push(id, *urgency, instance);
+            return;
+        }
+        entry.throttled = true;
+        let at = Timestamp::now() + SignedDuration::try_from(wait).unwrap_or(SignedDuration::MAX);
+        let at = entry.timer.map_or(at, |timer| timer.min(at));
+        if let Some(before) = entry.timer.take() {
+            self.timers.remove(&(before, id.clone()));
+        }
+        entry.timer = Some(at);
+        self.timers.insert((at, id.clone()));
     }
 }
 
@@ -89,32 +160,46 @@ impl Queue {
     #[must_use]
     pub fn new(slots: Slots, rank: RankOf) -> Self {
         Self {
-            state: Mutex::default(),
-            changed: Notify::new(),
+            state: Mutex::new(State::new()),
+            ready: Notify::new(),
             slots,
             rank,
+            started: Instant::now(),
         }
     }
 
     /// Something that decides about `id` changed. `version` is the resource version of what changed, if it has one: a
-    /// version that we wrote ourselves wakes nobody.
-    pub fn wake(&self, id: &ObjectRef, version: Option<&str>) {
-        let (urgency, instance) = (self.rank)(id);
+    /// version that we wrote ourselves wakes nobody. A tenant can make changes in a loop, so that they are limited.
+    pub fn changed(&self, id: &ObjectRef, version: Option<&str>) {
+        let rank = (self.rank)(id);
         let mut state = self.lock();
-        let state = &mut *state;
         let entry = state.entries.entry(id.clone()).or_default();
         if let Some(place) = version.and_then(|v| entry.written.iter().position(|w| w == v)) {
             entry.written.swap_remove(place);
             return;
         }
         if entry.running {
-            entry.dirty.push(version.map(str::to_owned));
+            entry.dirtied(version);
+            return;
+        }
+        state.push_changed(id, &rank, self.started);
+        self.ready.notify_one();
+    }
+
+    /// `id` is to be reconciled for a reason that no tenant can repeat at will.
+    pub fn wake(&self, id: &ObjectRef) {
+        let (urgency, instance) = (self.rank)(id);
+        let mut state = self.lock();
+        let state = &mut *state;
+        let entry = state.entries.entry(id.clone()).or_default();
+        if entry.running {
+            entry.dirtied(None);
             return;
         }
         entry.begin_anew();
         entry.since.get_or_insert_with(Instant::now);
         state.waiting.push(id, urgency, &instance);
-        self.changed.notify_one();
+        self.ready.notify_one();
     }
 
     /// An object is gone. Its pass forgets it; while another replica leads there are no passes, and nothing is to grow.
@@ -130,13 +215,13 @@ impl Queue {
                 return;
             }
         }
-        self.wake(id, None);
+        self.wake(id);
     }
 
-    /// Something that decides about each of these changed.
+    /// Each of these is to be reconciled.
     pub fn wake_all(&self, ids: Vec<ObjectRef>) {
         for id in ids {
-            self.wake(&id, None);
+            self.wake(&id);
         }
     }
 
@@ -170,7 +255,7 @@ impl Queue {
                 Err(sleep) => sleep,
             };
             // Either way the state is looked at again.
-            let _ = tokio::time::timeout(sleep, self.changed.notified()).await;
+            let _ = tokio::time::timeout(sleep, self.ready.notified()).await;
         }
     }
 
@@ -258,6 +343,9 @@ impl Queue {
                 entry.timer = None;
                 let (urgency, instance) = (self.rank)(&id);
                 // A token that is still good keeps its rank, else it would wait behind all that have none.
+                if entry.throttled {
+                    entry.begin_anew();
+                }
                 let last = entry.retrying && !matches!(urgency, Urgency::Refresh(_));
                 let urgency = if last { Urgency::Retry } else { urgency };
                 if !entry.running {
@@ -366,7 +454,7 @@ impl Turn {
         entry.written = done.written;
         if news.is_empty() && done.forget {
             state.entries.remove(&self.id);
-            self.queue.changed.notify_one();
+            self.queue.ready.notify_one();
             return;
         }
         let before = std::mem::take(&mut entry.backoffs);
@@ -385,21 +473,18 @@ impl Turn {
                 entry.backoffs.entry(what).or_insert(backoff);
             }
         }
-        if news.is_empty() {
-            // One that has run, and that a pass which broke off did not come to, waits for what broke it off.
-            let holds = entry.backoffs.values().map(|b| b.hold.until);
-            let retry = holds.filter(|at| !done.broken_off || *at > now).min();
-            entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));
-            if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
-                entry.timer = Some(at);
-                state.timers.insert((at, self.id.clone()));
-            }
-        } else {
-            entry.begin_anew();
-            entry.since = Some(Instant::now());
-            state.waiting.push(&self.id, urgency, &instance);
+        // One that has run, and that a pass which broke off did not come to, waits for what broke it off.
+        let holds = entry.backoffs.values().map(|b| b.hold.until);
+        let retry = holds.filter(|at| !done.broken_off || *at > now).min();
+        entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));
+        if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
+            entry.timer = Some(at);
+            state.timers.insert((at, self.id.clone()));
         }
-        self.queue.changed.notify_one();
+        if !news.is_empty() {
+            state.push_changed(&self.id, &(urgency, instance), self.queue.started);
+        }
+        self.queue.ready.notify_one();
     }
 }
 
@@ -413,8 +498,6 @@ impl Drop for Turn {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::jiff::SignedDuration;
-
     use super::*;
 
     fn queue() -> Arc<Queue> {
@@ -453,25 +536,25 @@ mod tests {
     #[tokio::test]
     async fn echoes_of_our_own_writes_wake_nobody() {
         let queue = queue();
-        queue.wake(&id("a"), Some("1"));
+        queue.changed(&id("a"), Some("1"));
         let turn = queue.next().await;
         // One echo overtakes the answer to the write, the other comes later.
-        queue.wake(&id("a"), Some("7"));
+        queue.changed(&id("a"), Some("7"));
         turn.done(wrote(&["7", "8"]));
         assert!(nothing(&queue));
-        queue.wake(&id("a"), Some("8"));
+        queue.changed(&id("a"), Some("8"));
         assert!(nothing(&queue));
         // The same version again is news: nobody else can have it, but a relist may show it.
-        queue.wake(&id("a"), Some("9"));
+        queue.changed(&id("a"), Some("9"));
         assert_eq!(queue.next().await.id, id("a"));
     }
 
     #[tokio::test]
     async fn one_pass_at_a_time_and_news_meanwhile_is_not_lost() {
         let queue = queue();
-        queue.wake(&id("a"), Some("1"));
+        queue.changed(&id("a"), Some("1"));
         let turn = queue.next().await;
-        queue.wake(&id("a"), Some("2"));
+        queue.changed(&id("a"), Some("2"));
         assert!(nothing(&queue));
         turn.done(Done::default());
         let turn = queue.next().await;
@@ -486,7 +569,7 @@ mod tests {
         let shutdown = Shutdown::on_signal().expect("signals");
         let limit = Duration::from_millis(50);
         for name in ["panics", "hangs", "works"] {
-            queue.wake(&id(name), None);
+            queue.wake(&id(name));
         }
         let pass = move |id: ObjectRef, _| {
             let sender = sender.clone();
@@ -505,7 +588,7 @@ mod tests {
         while queue.load().running > 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        queue.wake(&id("works"), None);
+        queue.wake(&id("works"));
         ended.recv().await.expect("once more");
         let failed = |name: &str| queue.lock().entries[&id(name)].backoffs[""].failures;
         assert_eq!((failed("panics"), failed("hangs")), (1, 1));
@@ -517,7 +600,7 @@ mod tests {
         let queue = queue();
         assert_eq!(queue.load().oldest, Duration::ZERO);
         for name in ["a", "b", "c", "d"] {
-            queue.wake(&id(name), None);
+            queue.wake(&id(name));
         }
         // One namespace has three of the four slots.
         let turn = queue.next().await;
@@ -527,7 +610,7 @@ mod tests {
         assert_eq!((load.waiting, load.running), (1, 3));
         assert!(load.oldest >= Duration::from_millis(30));
         // News during a pass is due from its end on.
-        queue.wake(&turn.id.clone(), None);
+        queue.wake(&turn.id.clone());
         turn.done(Done::default());
         for turn in busy {
             turn.done(Done::default());
@@ -539,7 +622,7 @@ mod tests {
         }
         assert_eq!(queue.load().oldest, Duration::ZERO);
         // A timer that nobody looks at.
-        queue.wake(&id("a"), None);
+        queue.wake(&id("a"));
         let mut done = Done::default();
         done.wake.at = Some(Timestamp::now() - SignedDuration::from_secs(7));
         queue.next().await.done(done);
@@ -550,7 +633,7 @@ mod tests {
     async fn of_what_goes_while_another_leads_nothing_is_kept() {
         let queue = queue();
         for name in ["a", "b"] {
-            queue.wake(&id(name), None);
+            queue.wake(&id(name));
         }
         queue.lock().standing_by = true;
         queue.gone(&id("a"));
@@ -564,14 +647,14 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_turn_is_retried_and_a_forgotten_object_is_not() {
         let queue = queue();
-        queue.wake(&id("a"), None);
-        queue.wake(&id("b"), None);
-        queue.wake(&id("c"), None);
+        queue.wake(&id("a"));
+        queue.wake(&id("b"));
+        queue.wake(&id("c"));
         let (a, b, c) = (queue.next().await, queue.next().await, queue.next().await);
         drop(a);
         b.done(Done::forget());
         // It came back while its end was looked at.
-        queue.wake(&id("c"), None);
+        queue.wake(&id("c"));
         c.done(Done::forget());
         let c = queue.next().await;
         assert_eq!(c.id, id("c"));
@@ -585,7 +668,7 @@ mod tests {
     #[tokio::test]
     async fn a_pass_that_breaks_off_is_not_made_again_at_once_for_what_it_did_not_come_to() {
         let queue = queue();
-        queue.wake(&id("a"), None);
+        queue.wake(&id("a"));
         let past = Failed {
             not_after: Some(Timestamp::now()),
             ..Failed::now("t", Reason::ServerError)
@@ -596,7 +679,7 @@ mod tests {
         again.done(Done::broken_off(Some(Reason::ApiServerUnavailable)));
         assert!(nothing(&queue), "in a second or so");
         // What wakes it is sure to come.
-        queue.wake(&id("a"), None);
+        queue.wake(&id("a"));
         queue.next().await.done(Done::broken_off(None));
         assert!(nothing(&queue));
     }
@@ -605,7 +688,7 @@ mod tests {
     async fn those_that_failed_are_woken_and_those_whose_passes_are_not_over() {
         let queue = queue();
         for name in ["well", "failed", "running"] {
-            queue.wake(&id(name), None);
+            queue.wake(&id(name));
         }
         let turns = [queue.next().await, queue.next().await, queue.next().await];
         let [well, fails, running] = turns;
@@ -635,7 +718,7 @@ mod tests {
         // The reason alone would have it wait for about ten minutes.
         for (not_after, not_before, seconds) in [(Some(3), None, 3), (Some(3), Some(60), 60), (Some(7_200), None, 600)]
         {
-            queue.wake(&id("a"), None);
+            queue.wake(&id("a"));
             let turn = queue.next().await;
             turn.done(failed(failing(not_after, not_before)));
             let until = queue.lock().entries[&id("a")].backoffs["t"].hold.until;
@@ -647,16 +730,16 @@ mod tests {
         }
         // What the server asked for outlasts an edit; what we chose does not.
         for (not_before, kept) in [(Some(60), true), (None, false)] {
-            queue.wake(&id("d"), None);
+            queue.wake(&id("d"));
             let turn = queue.next().await;
             turn.done(failed(failing(None, not_before)));
-            queue.wake(&id("d"), None);
+            queue.wake(&id("d"));
             let turn = queue.next().await;
             assert_eq!(turn.held_back.contains_key("t"), kept, "{not_before:?}");
             turn.done(Done::default());
         }
         // The tries before an expiry do not lengthen what comes after it: the second wait is one of two seconds.
-        queue.wake(&id("c"), None);
+        queue.wake(&id("c"));
         let mut turn = queue.next().await;
         for not_after in [Some(0), Some(0), Some(0), Some(0), None] {
             turn.done(failed(Failed {
@@ -670,7 +753,7 @@ mod tests {
         turn.done(Done::default());
         // A pass that broke off does not forget what failed before.
         let turn = {
-            queue.wake(&id("b"), None);
+            queue.wake(&id("b"));
             queue.next().await
         };
         turn.done(failed(failing(None, Some(1))));

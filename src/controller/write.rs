@@ -1,8 +1,9 @@
 //! The one file that writes to Kubernetes, but for the Lease (`ops/election.rs`). Every write is guarded by what was seen, bounded in time, and made only
 //! while this process leads.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -13,13 +14,17 @@ use kube::{Client, Resource, ResourceExt};
 use secrecy::{ExposeSecret, SecretString};
 use serde::ser::{SerializeMap, Serializer};
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use crate::api::metadata::{GROUP, MANAGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::guarded::Guarded;
-use crate::controller::secrets::SecretMeta;
+use crate::controller::triggers::reference;
+use crate::controller::watched::WatchedSecret;
+use crate::domain::allowance::{Allowances, Rate};
 use crate::domain::facts::ObjectRef;
 use crate::domain::reason::Reason;
+use crate::domain::refuser::Refuser;
 use crate::domain::report::Note;
 use crate::domain::secret::{OWNER_KIND, SecretDraft, SecretRef, Seen};
 use crate::ops::lease::{Fence, NotLeading};
@@ -27,12 +32,28 @@ use crate::ops::lease::{Fence, NotLeading};
 /// Longest time of one write; the API server's own limit is a minute.
 const DEADLINE: Duration = Duration::from_secs(15);
 
+/// Events of one object: as many as client-go's recorder lets through at once
+/// (`tools/record/events_cache.go`), and more of them for long.
+const EVENTS_OF_OBJECT: Rate = Rate {
+    burst: 25.0,
+    per_second: 1.0 / 30.0,
+};
+
+/// Events of all objects of a namespace.
+const EVENTS_OF_NAMESPACE: Rate = Rate {
+    burst: 1_000.0,
+    per_second: 2.0,
+};
+
 /// Writes.
-#[derive(Clone)]
 pub struct Writer {
     client: Client,
     fence: Fence,
     recorder: Recorder,
+    /// Namespaces to which the last write of a Secret succeeded.
+    takes_secrets: Mutex<HashSet<String>>,
+    events: Mutex<Allowances>,
+    started: Instant,
 }
 
 /// Why a write did not happen.
@@ -41,12 +62,17 @@ pub enum WriteError {
     /// Something else was there than what was seen: look again.
     #[error("the object changed since it was read")]
     Conflict,
-    /// The object is gone.
-    #[error("the object is gone")]
-    Gone,
+    /// The API server answered 404: the object, its namespace or its kind is missing, or something in between answered.
+    #[error("the API server did not find the object or what it belongs to")]
+    Missing,
     /// The API server refused it: quota, admission, permission, validation.
-    #[error("the API server refused the write with status {0}")]
-    Refused(u16),
+    #[error("the API server refused the write with status {code}")]
+    Refused {
+        /// The HTTP status.
+        code: u16,
+        /// What refused it, if it has a name.
+        by: Option<Refuser>,
+    },
     /// The API server could not be reached, did not answer in time, or failed.
     #[error("the API server did not take the write")]
     Unavailable,
@@ -66,9 +92,12 @@ impl From<kube::Error> for WriteError {
     fn from(error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) => match status.code {
-                404 => Self::Gone,
+                404 => Self::Missing,
                 409 => Self::Conflict,
-                code @ (400..=428 | 430..=499) => Self::Refused(code),
+                code @ (400..=428 | 430..=499) => Self::Refused {
+                    code,
+                    by: Refuser::of(&status.message),
+                },
                 _ => Self::Unavailable,
             },
             _ => Self::Unavailable,
@@ -88,6 +117,9 @@ impl Writer {
             recorder: Recorder::new(client.clone(), reporter),
             client,
             fence,
+            takes_secrets: Mutex::default(),
+            events: Mutex::new(Allowances::new(EVENTS_OF_OBJECT, EVENTS_OF_NAMESPACE)),
+            started: Instant::now(),
         }
     }
 
@@ -112,16 +144,35 @@ impl Writer {
 
     async fn apply(&self, draft: &SecretDraft, params: PatchParams) -> Result<String, WriteError> {
         // Metadata only: the answer need not carry the token back.
-        let api: Api<SecretMeta> = Api::namespaced(self.client.clone(), &draft.namespace);
+        let api: Api<WatchedSecret> = Api::namespaced(self.client.clone(), &draft.namespace);
         let written = self
             .bounded(api.patch(&draft.name, &params, &Patch::Apply(&Applied::new(draft))))
-            .await?;
-        Ok(written.resource_version().unwrap_or_default())
+            .await;
+        let mut takes = lock(&self.takes_secrets);
+        match &written {
+            Ok(_) => drop(takes.insert(draft.namespace.clone())),
+            Err(WriteError::Refused { .. }) => drop(takes.remove(&draft.namespace)),
+            Err(_) => {}
+        }
+        drop(takes);
+        Ok(written?.resource_version().unwrap_or_default())
+    }
+
+    /// Whether the last write of a Secret to this namespace succeeded. If not, whether the next would be allowed is to be
+    /// asked before a token is requested: it would be lost.
+    #[must_use]
+    pub fn takes_secrets(&self, namespace: &str) -> bool {
+        lock(&self.takes_secrets).contains(namespace)
+    }
+
+    /// A namespace is gone.
+    pub fn forget_namespace(&self, namespace: &str) {
+        lock(&self.takes_secrets).remove(namespace);
     }
 
     /// Deletes a token Secret, exactly the one that was seen.
     pub async fn delete_secret(&self, namespace: &str, secret: &SecretRef) -> Result<(), WriteError> {
-        let api: Api<SecretMeta> = Api::namespaced(self.client.clone(), namespace);
+        let api: Api<WatchedSecret> = Api::namespaced(self.client.clone(), namespace);
         let params = DeleteParams {
             preconditions: Some(Preconditions {
                 uid: Some(secret.uid.clone()),
@@ -130,7 +181,8 @@ impl Writer {
             ..DeleteParams::default()
         };
         match self.bounded(api.delete(&secret.name, &params)).await {
-            Ok(_) | Err(WriteError::Gone) => Ok(()),
+            // Without the Secret there is nothing to delete; whatever else is missing, the next reconcile finds out.
+            Ok(_) | Err(WriteError::Missing) => Ok(()),
             Err(error) => Err(error),
         }
     }
@@ -161,11 +213,44 @@ impl Writer {
         Ok(written.resource_version().unwrap_or_default())
     }
 
-    /// Publishes an Event. It tells, and decides nothing: a failure is logged and forgotten.
+    /// Says in the status of a service user why it is not served at all, with a merge patch: a status that cannot be
+    /// read can be patched. Returns the new version.
+    pub async fn patch_user_status(&self, id: &ObjectRef, patch: &Value) -> Result<String, WriteError> {
+        let api: Api<Guarded<ZitadelServiceUser>> = Api::namespaced(self.client.clone(), &id.namespace);
+        self.patch_status(api, &id.name, patch).await
+    }
+
+    /// The same for an instance.
+    pub async fn patch_instance_status(&self, name: &str, patch: &Value) -> Result<String, WriteError> {
+        let api: Api<Guarded<ZitadelInstance>> = Api::all(self.client.clone());
+        self.patch_status(api, name, patch).await
+    }
+
+    async fn patch_status<K>(&self, api: Api<Guarded<K>>, name: &str, patch: &Value) -> Result<String, WriteError>
+    where
+        K: Resource<DynamicType = ()> + DeserializeOwned + Clone + std::fmt::Debug,
+    {
+        let params = PatchParams {
+            field_manager: Some(MANAGER.into()),
+            ..PatchParams::default()
+        };
+        let written = self
+            .bounded(api.patch_status(name, &params, &Patch::Merge(patch)))
+            .await?;
+        Ok(written.resource_version().unwrap_or_default())
+    }
+
+    /// Publishes an Event. It tells, and decides nothing: a failure is logged and forgotten, and so is an Event of an
+    /// object that changes again and again.
     pub async fn event<K>(&self, object: &K, action: &str, note: Note)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
     {
+        let id = reference(object);
+        if lock(&self.events).try_take(self.started.elapsed(), &id).is_err() {
+            tracing::debug!(object = %id, reason = %note.reason, "too many Events; this one is dropped");
+            return;
+        }
         let event = Event {
             type_: if note.warning {
                 EventType::Warning
@@ -191,6 +276,10 @@ impl Writer {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl WriteError {
     /// Logs it. A conflict is no trouble: the cache was a moment behind, and the next look mends it.
     pub fn log(&self, object: &ObjectRef, what: &str) {
@@ -205,18 +294,29 @@ impl WriteError {
     #[must_use]
     pub fn reason_besides_secrets(&self) -> Reason {
         match self {
-            Self::Refused(_) => Reason::Internal,
+            Self::Refused { .. } => Reason::Internal,
             Self::NotLeading => Reason::NotLeading,
-            Self::Conflict | Self::Gone | Self::Unavailable => Reason::ApiServerUnavailable,
+            Self::Conflict | Self::Missing | Self::Unavailable => Reason::ApiServerUnavailable,
         }
     }
 
-    /// The reason that a user sees when a token could not be written.
+    /// The reason that a user sees when a Secret could not be written or deleted.
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
             Self::NotLeading => Reason::NotLeading,
-            _ => Reason::SecretWriteFailed,
+            Self::Conflict | Self::Missing => Reason::SecretChanged,
+            Self::Unavailable => Reason::ApiServerUnavailable,
+            Self::Refused { .. } => Reason::SecretWriteFailed,
+        }
+    }
+
+    /// What refused the write, if it has a name.
+    #[must_use]
+    pub fn refused_by(self) -> Option<Refuser> {
+        match self {
+            Self::Refused { by, .. } => by,
+            _ => None,
         }
     }
 }

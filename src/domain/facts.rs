@@ -1,6 +1,6 @@
 //! What is known of one service user at one moment: read by the controller, judged by `plan` and `report`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -12,6 +12,7 @@ use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
+use crate::domain::refuser::Refuser;
 use crate::domain::schedule::Schedule;
 use crate::domain::secret::{Existing, SecretRef};
 
@@ -58,20 +59,22 @@ pub struct Facts {
     pub user: Arc<ZitadelServiceUser>,
     /// Whether it lies in the operator's own namespace.
     pub in_operator_namespace: bool,
-    /// Labels of its namespace, once known.
-    pub namespace_labels: Option<Arc<BTreeMap<String, String>>>,
-    /// The instance that it names, if it exists.
-    pub instance: Option<Arc<ZitadelInstance>>,
+    /// Labels of its namespace, or why they are not known.
+    pub namespace_labels: Result<Arc<BTreeMap<String, String>>, Reason>,
+    /// The instance that it names, or why there is none.
+    pub instance: Result<Arc<ZitadelInstance>, Reason>,
     /// The real id behind the `zitadel` audience, once learned.
     pub zitadel_project_id: Option<String>,
     /// How far the instance's clock was ahead of ours, as far as known, when the facts were gathered.
     pub skew: SignedDuration,
-    /// The key, or why there is none.
+    /// The key, or why there is none. It is read only if a token of the spec is admitted.
     pub key: Result<ServiceKey, Reason>,
     /// The Secrets that exist under the names of the spec, and the leftovers, by name.
     pub secrets: BTreeMap<String, Existing>,
     /// Tokens that were minted and could not be written, by token name.
     pub unwritten: BTreeMap<String, Arc<Unwritten>>,
+    /// Tokens whose last write failed, by name: whether the next would be allowed is asked before a request.
+    pub write_failed: BTreeSet<String>,
     /// Secrets of this object that the spec no longer names.
     pub leftovers: Vec<SecretRef>,
     /// Tokens that failed a moment ago.
@@ -126,6 +129,8 @@ pub struct Outcome {
     pub not_before: Option<Timestamp>,
     /// It was not tried: the back-off of an earlier failure runs.
     pub held_back: bool,
+    /// What in the cluster refused the write of the Secret, if it is known.
+    pub refused_by: Option<Refuser>,
 }
 
 impl Outcome {
@@ -138,6 +143,7 @@ impl Outcome {
             held,
             not_before: None,
             held_back: false,
+            refused_by: None,
         }
     }
 }
@@ -164,7 +170,7 @@ impl Facts {
     /// The issuer, empty without an instance.
     #[must_use]
     pub fn issuer(&self) -> &str {
-        self.instance.as_deref().map_or("", |i| i.spec.issuer.as_str())
+        self.instance.as_ref().map_or("", |i| i.spec.issuer.as_str())
     }
 
     /// The renew request on the object, if there is one, as a record keeps it: a long one as its hash. A Secret has

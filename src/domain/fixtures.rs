@@ -1,7 +1,7 @@
 //! Facts for tests, as the product itself would find them: Secrets are rendered by `secret::draft` from the plan's
 //! own mint requests, the key is read by `key::parse`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
 
 use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der};
@@ -82,13 +82,14 @@ pub fn facts(tokens: &[&str]) -> Facts {
     Facts {
         user: Arc::new(serde_json::from_value(user).expect("a service user")),
         in_operator_namespace: false,
-        namespace_labels: Some(labels("shop")),
-        instance: Some(Arc::new(serde_json::from_value(instance).expect("an instance"))),
+        namespace_labels: Ok(labels("shop")),
+        instance: Ok(Arc::new(serde_json::from_value(instance).expect("an instance"))),
         zitadel_project_id: None,
         skew: SignedDuration::ZERO,
         key: Ok(KEY.clone()),
         secrets: BTreeMap::new(),
         unwritten: BTreeMap::new(),
+        write_failed: BTreeSet::new(),
         leftovers: Vec::new(),
         held_back: BTreeMap::new(),
         forced: BTreeMap::new(),

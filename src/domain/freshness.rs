@@ -2,7 +2,7 @@
 
 use k8s_openapi::jiff::Timestamp;
 
-use crate::api::service_user::TokenStatus;
+use crate::domain::summary::TokenTimes;
 
 /// Where a token is in its life, by its status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,11 +24,11 @@ pub enum Freshness {
 impl Freshness {
     /// By a token's status, if it has one.
     #[must_use]
-    pub fn of(token: Option<&TokenStatus>, suspended: bool, now: Timestamp) -> Self {
+    pub fn of(token: Option<&TokenTimes>, suspended: bool, now: Timestamp) -> Self {
         if suspended {
             return Self::Suspended;
         }
-        let times = token.and_then(|t| Some((t.renew_at.as_ref()?.0, t.expires_at.as_ref()?.0)));
+        let times = token.and_then(|times| Some((times.renew_at?, times.expires_at?)));
         let Some((renew, expires)) = times else {
             return Self::Missing;
         };
@@ -59,17 +59,15 @@ impl Freshness {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-
     use super::*;
     use crate::domain::fixtures::at;
 
     #[test]
     fn a_token_grows_old() {
-        let token = TokenStatus {
-            renew_at: Some(Time(at(800))),
-            expires_at: Some(Time(at(1_000))),
-            ..TokenStatus::default()
+        let token = TokenTimes {
+            renew_at: Some(at(800)),
+            expires_at: Some(at(1_000)),
+            ..TokenTimes::default()
         };
         let table = [
             (0, Freshness::Fresh),
@@ -86,7 +84,7 @@ mod tests {
         assert_eq!(Freshness::of(Some(&token), true, at(2_000)), Freshness::Suspended);
         assert_eq!(Freshness::of(None, false, at(0)), Freshness::Missing);
         assert_eq!(
-            Freshness::of(Some(&TokenStatus::default()), false, at(0)),
+            Freshness::of(Some(&TokenTimes::default()), false, at(0)),
             Freshness::Missing
         );
     }

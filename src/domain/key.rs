@@ -37,7 +37,7 @@ struct KeyFile {
 }
 
 /// A key file is about 2 kB; an RSA-4096 key in PKCS#8 about 3.5 kB.
-const MAX_BYTES: usize = 64 * 1024;
+pub const MAX_BYTES: usize = 64 * 1024;
 
 /// Reads the key from a Secret: from the entry that is named, or from the only one, whatever its name.
 pub fn from_secret(
@@ -46,8 +46,7 @@ pub fn from_secret(
     entry: Option<&str>,
 ) -> Result<ServiceKey, Reason> {
     // What we write are tokens. A key among them could only have been planted, or would be lost at the next write.
-    let labelled_by_us =
-        |(key, value): (&String, &String)| is_ours(key) || (key == LABEL_MANAGED_BY && value == MANAGER);
+    let labelled_by_us = |(key, value): (&String, &String)| is_label_of_ours(key) && (is_ours(key) || value == MANAGER);
     if labels.into_iter().flatten().any(labelled_by_us) {
         return Err(Reason::KeyIsTokenSecret);
     }
@@ -57,6 +56,12 @@ pub fn from_secret(
         None => data.values().next(),
     };
     parse(file.ok_or(Reason::KeyEntryMissing)?.expose_secret())
+}
+
+/// Whether a label of this key may say that a Secret is one of ours.
+#[must_use]
+pub fn is_label_of_ours(key: &str) -> bool {
+    is_ours(key) || key == LABEL_MANAGED_BY
 }
 
 /// Reads a key file as ZITADEL writes it, and older ones: `type` and `expirationDate` may be missing, the PEM may be

@@ -1,6 +1,7 @@
 //! The decisions: plain functions over plain data. No I/O, no clock, no Kubernetes client; `now` is an argument.
 
 pub mod access;
+pub mod allowance;
 pub mod answer;
 pub mod assertion;
 pub mod backoff;
@@ -19,10 +20,12 @@ pub mod order;
 pub mod plan;
 pub mod reason;
 pub mod record;
+pub mod refuser;
 pub mod report;
 pub mod schedule;
 pub mod scope;
 pub mod secret;
 #[cfg(test)]
 mod simulation;
+pub mod summary;
 pub mod validate;

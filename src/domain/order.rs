@@ -4,13 +4,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::api::ZitadelServiceUser;
-use crate::api::service_user::TokenStatus;
 use crate::domain::clock::shifted;
 use crate::domain::facts::ObjectRef;
+use crate::domain::summary::{TokenTimes, UserSummary};
 
 /// How urgent an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,15 +25,15 @@ pub enum Urgency {
 /// newcomer, and so it is while a token of its spec was never looked at. `now` and the answer are by our own clock,
 /// `skew` is how far the instance's is ahead, by which the status goes.
 #[must_use]
-pub fn urgency(user: &ZitadelServiceUser, skew: SignedDuration, now: Timestamp) -> Urgency {
-    let tokens = user.status.as_ref().map(|s| s.tokens.as_slice()).unwrap_or_default();
-    let critical = |t: &TokenStatus| {
-        let ours = |time: &Time| shifted(time.0, -skew);
-        let (renew, expires) = (ours(t.renew_at.as_ref()?), ours(t.expires_at.as_ref()?));
+pub fn urgency(user: &UserSummary, skew: SignedDuration, now: Timestamp) -> Urgency {
+    let critical = |times: &TokenTimes| {
+        let ours = |time: Option<Timestamp>| Some(shifted(time?, -skew));
+        let (renew, expires) = (ours(times.renew_at)?, ours(times.expires_at)?);
         (expires > now).then(|| expires - expires.duration_since(renew) / 3)
     };
-    match tokens.iter().filter_map(critical).min() {
-        Some(first) if tokens.len() >= user.spec.tokens.len() => Urgency::Refresh(first),
+    let told = user.tokens.iter().map(|token| token.status.as_ref());
+    match told.clone().flatten().filter_map(critical).min() {
+        Some(first) if told.clone().all(|status| status.is_some()) => Urgency::Refresh(first),
         _ => Urgency::Newcomer,
     }
 }
@@ -136,6 +134,12 @@ impl Waiting {
             .entry(lane)
             .or_default()
             .insert((urgency, arrival, id.clone()));
+    }
+
+    /// Whether this object waits.
+    #[must_use]
+    pub fn contains(&self, id: &ObjectRef) -> bool {
+        self.entries.contains_key(id)
     }
 
     /// How many wait.
@@ -465,7 +469,7 @@ mod tests {
 
     #[test]
     fn the_urgency_of_an_object_is_that_of_its_first_good_token() {
-        let user = |tokens: serde_json::Value| -> ZitadelServiceUser {
+        let user = |tokens: serde_json::Value| -> UserSummary {
             let wanted = |name: &str| serde_json::json!({"name": name, "projectIds": ["1"], "secret": {"name": name}});
             serde_json::from_value(serde_json::json!({
                 "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "metadata": {"name": "x"},
@@ -496,6 +500,11 @@ mod tests {
             (
                 "one good, one new in the spec",
                 serde_json::json!([line("a", 100, 130)]),
+                Urgency::Newcomer,
+            ),
+            (
+                "one good, and an entry that took the place of another",
+                serde_json::json!([line("a", 100, 130), line("c", 100, 130)]),
                 Urgency::Newcomer,
             ),
             (

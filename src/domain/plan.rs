@@ -53,6 +53,8 @@ pub struct MintRequest {
     pub fallback: Option<Held>,
     /// Neither the schedule nor the spec asks for it: the Secret is missing or was edited, or a renewal was asked for.
     pub forced: bool,
+    /// The token of the same inputs is due or has expired: it is the one request of its lifetime.
+    pub scheduled: bool,
     /// The last token could not be written: whether this one could is asked before it is minted (decision K3).
     pub try_write_first: bool,
 }
@@ -114,20 +116,33 @@ struct Admitted<'a> {
     scope: String,
 }
 
-fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'a>, Reason> {
+/// Whether the Secrets of a token are to be read: its spec keeps the rules, and it is allowed. What a tenant may not have
+/// anyway is not worth the memory. On the way it is checked that the names are names, before they become a part of a URL.
+pub fn may_read(facts: &Facts, index: usize) -> Result<(), Reason> {
+    let token = facts.user.spec.tokens.get(index).ok_or(Reason::InvalidSpec)?;
+    allow(facts, index, token).map(drop)
+}
+
+/// The instance and the scope, if spec and rights allow the token.
+fn allow<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<(&'a ZitadelInstance, String), Reason> {
     if facts.in_operator_namespace {
         return Err(Reason::OperatorNamespace);
     }
     validate::token(facts.name(), &facts.user.spec, index).map_err(|_| Reason::InvalidSpec)?;
-    let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
+    let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
     let name = facts.user.spec.instance_ref.name.as_str();
     validate::instance(name, &instance.spec).map_err(|_| Reason::InstanceInvalid)?;
-    let labels = facts.namespace_labels.as_deref().ok_or(Reason::NamespaceMissing)?;
+    let labels = facts.namespace_labels.as_deref().map_err(|reason| *reason)?;
     let pinned = instance.spec.zitadel_project_id.as_deref();
     let zitadel_project_id = facts.zitadel_project_id.as_deref().or(pinned);
     access::check(&instance.spec.access, labels, token, zitadel_project_id)?;
     // Refused above; but what holds a space would be two scopes, so that it is looked at where it is put together.
     let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
+    Ok((instance, scope))
+}
+
+fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'a>, Reason> {
+    let (instance, scope) = allow(facts, index, token)?;
     if !secret::fits(facts, token) {
         return Err(Reason::SecretTooLarge);
     }
@@ -177,13 +192,16 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     if forced && is_contested(facts, token) {
         return Step::Refuse(Reason::SecretContested, fallback);
     }
+    let recorded = admitted.existing.and_then(Existing::record);
+    let scheduled = !forced && recorded.is_some_and(|record| record.inputs == inputs);
     Step::Mint(Box::new(MintRequest {
         scope: admitted.scope.clone(),
         inputs,
         shape,
         fallback,
         forced,
-        try_write_first: facts.unwritten.contains_key(&token.name),
+        scheduled,
+        try_write_first: facts.write_failed.contains(&token.name) || facts.unwritten.contains_key(&token.name),
     }))
 }
 
@@ -319,8 +337,8 @@ fn expected(token: &Token, instance: &ZitadelInstance, key: &ServiceKey, zitadel
 /// What the token must be, once the real id of the ZITADEL project is known: the last check before a mint, since
 /// until then a tenant might ask for that id by number (design §3.11).
 pub fn expect(facts: &Facts, token: &Token, zitadel_project_id: &str) -> Result<Expected, Reason> {
-    let instance = facts.instance.as_deref().ok_or(Reason::InstanceMissing)?;
-    let labels = facts.namespace_labels.as_deref().ok_or(Reason::NamespaceMissing)?;
+    let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
+    let labels = facts.namespace_labels.as_deref().map_err(|reason| *reason)?;
     let key = facts.key.as_ref().map_err(|reason| *reason)?;
     let pinned = instance.spec.zitadel_project_id.as_deref();
     if pinned.is_some_and(|pinned| pinned != zitadel_project_id) {

@@ -33,6 +33,12 @@ macro_rules! reasons {
                 match self { $(Self::$name => stringify!($name),)* }
             }
 
+            /// The reason of this name.
+            #[must_use]
+            pub fn named(name: &str) -> Option<Self> {
+                match name { $(stringify!($name) => Some(Self::$name),)* _ => None }
+            }
+
             /// How it is tried again.
             #[must_use]
             pub fn retry(self) -> Retry {
@@ -76,6 +82,15 @@ reasons! {
     NamespaceMissing: Transient,
         "The labels of the object's namespace are not known yet.",
         "Nothing is to be done; they arrive with the namespace.";
+    NamespaceLabelsTooLarge: Permanent,
+        "The labels of the object's namespace have more than 8 KiB, so that no rule about labels is applied to them.",
+        "Remove labels from the namespace.";
+    NamespaceLimit: Permanent,
+        "The service users and labelled Secrets of this namespace would take more of the operator's memory than one namespace may, and the operator does not serve this one.",
+        "Remove service users or tokens that are not needed, or ask the platform team to raise --namespace-memory.";
+    RequestsThrottled: Transient,
+        "The object, or all objects of its namespace together, asked for too many tokens besides the scheduled refreshes. Each new object, each change of an audience, scope or key and each lost Secret asks for one.",
+        "Find out what creates or changes them again and again; no action needed otherwise, the operator goes on more slowly.";
     KeyUsable: No,
         "The key can be read, has not expired, and was not refused.",
         "Nothing is to be done.";
@@ -125,8 +140,8 @@ reasons! {
         "The key's own expiration date has passed.",
         "Make a new key in ZITADEL and replace the Secret's content.";
     KeyRejected: Permanent,
-        "The server refused the assertion signed with this key.",
-        "Check that the key still exists in ZITADEL for this user and belongs to this instance; else make a new one.";
+        "The server refused the assertion signed with this key, or failed on it: up to v4.13 ZITADEL gives the same answer when an Action throws.",
+        "Check that the key still exists in ZITADEL for this user and belongs to this instance, and make a new one if not. If the key is good, look at the log of ZITADEL's Actions for the flow \"Complement Token\".";
     UserInactive: Permanent,
         "The service user is deactivated or locked in ZITADEL.",
         "Reactivate it in ZITADEL.";
@@ -173,7 +188,7 @@ reasons! {
         "A Secret of this name exists that the object does not control, or that is immutable or not Opaque. It was not touched.",
         "Choose another spec.tokens[].secret.name, or annotate the Secret with zitadel-tokens.dev/adopt.";
     SecretTooLarge: Permanent,
-        "With its templates filled in, the Secret would be larger than 512 KiB.",
+        "With its templates filled in, the Secret would be larger than 128 KiB.",
         "Shorten spec.tokens[].secret.template, or name {{ token }} fewer times; a token is counted with 8 KiB.";
     SecretBeingReplaced: Transient,
         "The Secret still belongs to an earlier object of this name and waits for garbage collection.",
@@ -182,8 +197,11 @@ reasons! {
         "Somebody keeps deleting or changing the Secret, or asking for renewals: the token was minted several times within ten minutes.",
         "Find out who does it (the audit log tells); the operator tries again slowly.";
     SecretWriteFailed: Transient,
-        "The Kubernetes API server refused or did not take the write of the Secret. The token is kept and only the write is tried again.",
+        "The Kubernetes API server refused the write of the Secret. No token is requested while it does; one that was requested before is kept.",
         "Check quotas, admission policies and the operator's permissions in the namespace.";
+    SecretChanged: Soon,
+        "The Secret changed between the operator's read and its write.",
+        "No action needed; the operator reads it again within seconds.";
     NotLeading: Transient,
         "Another replica took over.",
         "Nothing is to be done.";

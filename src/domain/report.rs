@@ -110,16 +110,32 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
         key_id: facts.key.as_ref().ok().map(|k| k.key_id.clone()),
         key_expires_at: facts.key.as_ref().ok().and_then(|k| k.expires).map(time),
         expires_at: tokens.iter().filter_map(|t| t.expires_at.clone()).min(),
+        renew_at: tokens.iter().filter_map(|t| t.renew_at.clone()).min(),
         tokens_ready: Some(format!("{ready}/{}", outcomes.len())),
         conditions: Vec::new(),
         tokens,
     };
     let stalls_at = conditions(facts, outcomes, worst, &mut status, &before, now);
     Report {
-        events: events(facts, &status, &before),
+        events: events(facts, outcomes, &status, &before),
         wake: wake(facts, outcomes, stalls_at, now),
         status,
     }
+}
+
+/// The part of a status that says why an object is not served at all, as a JSON merge patch.
+#[must_use]
+pub fn refusal(reason: Reason, generation: Option<i64>, now: Timestamp) -> serde_json::Value {
+    let condition = |kind: &str, value: &str| Condition {
+        type_: kind.to_owned(),
+        status: value.to_owned(),
+        reason: reason.name().to_owned(),
+        message: reason.advice(),
+        observed_generation: generation,
+        last_transition_time: time(now),
+    };
+    let conditions = [condition("Ready", "False"), condition("Stalled", "True")];
+    serde_json::json!({"status": {"observedGeneration": generation, "conditions": conditions}})
 }
 
 /// Ready: a token of the current inputs is there and valid. A renewal that fails does not change that.
@@ -181,9 +197,7 @@ fn conditions(
     let reason = worst.map_or(Reason::Issued, |o| o.reason);
     let all_ready = outcomes.iter().all(|o| is_ready(o, now));
     let message = match worst {
-        Some(worst) if reason.retry() != Retry::No || reason == Reason::Suspended => {
-            sentence(facts, worst.token, reason)
-        }
+        Some(worst) if reason.retry() != Retry::No || reason == Reason::Suspended => sentence(facts, worst),
         _ => format!("Every token is valid and in its Secret.{}", clamped(facts, outcomes)),
     };
     let since = worst
@@ -193,8 +207,7 @@ fn conditions(
     let stalls_at = shifted(since, PATIENCE);
     let waits = !all_ready && reason.retry() == Retry::Permanent;
     let stalled = waits && stalls_at <= now;
-    let mut set = |kind: &str, on: bool, reason: Reason, message: &str| {
-        let value = if on { "True" } else { "False" };
+    let mut set = |kind: &str, value: &str, reason: Reason, message: &str| {
         let same = |c: &&Condition| c.type_ == kind && c.status == value && c.last_transition_time.0 <= now;
         let last = before.conditions.iter().find(same);
         status.conditions.push(Condition {
@@ -206,27 +219,40 @@ fn conditions(
             last_transition_time: last.map_or_else(|| time(now), |c| c.last_transition_time.clone()),
         });
     };
-    set("Ready", all_ready, reason, &message);
+    let truth = |on: bool| if on { "True" } else { "False" };
+    set("Ready", truth(all_ready), reason, &message);
     if !all_ready && reason != Reason::Suspended {
         // Never both: kstatus takes Stalled for the end and Reconciling for the way.
         let kind = if stalled { "Stalled" } else { "Reconciling" };
-        set(kind, true, reason, &message);
+        set(kind, "True", reason, &message);
     }
     let key = key_state(facts, outcomes, now);
     let usable = key == Reason::KeyUsable;
     let message = if usable { key.meaning().to_owned() } else { key.advice() };
-    set("KeyValid", usable, key, &message);
+    // A key that was not read, since no token is allowed, is neither good nor bad.
+    let unread = facts.key.is_err() && !key.is_about_the_key() && key != Reason::SecretsForbidden;
+    set(
+        "KeyValid",
+        if unread { "Unknown" } else { truth(usable) },
+        key,
+        &message,
+    );
     (waits && !stalled).then_some(stalls_at)
 }
 
-/// What is wrong with a token of the spec, and what mends it.
-fn sentence(facts: &Facts, index: usize, reason: Reason) -> String {
-    let spec = &facts.user.spec;
-    let name = spec.tokens.get(index).map_or("", |t| t.name.as_str());
-    match validate::token(facts.name(), spec, index) {
-        Err(violation) if reason == Reason::InvalidSpec => {
+/// What is wrong with a token of the spec, and the remedy.
+fn sentence(facts: &Facts, outcome: &Outcome) -> String {
+    let (spec, reason) = (&facts.user.spec, outcome.reason);
+    let name = spec.tokens.get(outcome.token).map_or("", |t| t.name.as_str());
+    match (validate::token(facts.name(), spec, outcome.token), &outcome.refused_by) {
+        (Err(violation), _) if reason == Reason::InvalidSpec => {
             format!("Token `{name}`: {} {violation} {}", reason.meaning(), reason.mend())
         }
+        (_, Some(refuser)) => format!(
+            "Token `{name}`: {} It was refused by {refuser}. {}",
+            reason.meaning(),
+            reason.mend()
+        ),
         _ => format!("Token `{name}`: {}", reason.advice()),
     }
 }
@@ -244,34 +270,32 @@ fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
     }
 }
 
-fn events(facts: &Facts, status: &ZitadelServiceUserStatus, before: &ZitadelServiceUserStatus) -> Vec<Note> {
-    status
-        .tokens
-        .iter()
-        .filter_map(|token| {
-            let last = before
-                .tokens
-                .iter()
-                .find(|t| t.name == token.name)
-                .and_then(|t| t.reason.as_deref());
-            let reason = *Reason::ALL.iter().find(|r| Some(r.name()) == token.reason.as_deref())?;
-            if last == Some(reason.name()) {
-                return None;
-            }
-            let text = if reason == Reason::Issued {
-                format!("Token `{}` is valid and in Secret `{}`.", token.name, token.secret_name)
-            } else {
-                let mut all = facts.user.spec.tokens.iter();
-                sentence(facts, all.position(|t| t.name == token.name)?, reason)
-            };
-            Some(Note {
-                warning: reason.retry() != Retry::No,
-                reason,
-                text,
-            })
-        })
-        .filter(|_| facts.user.metadata.deletion_timestamp.is_none())
-        .collect()
+/// An Event for each token whose outcome changed. What passes within seconds is not worth one.
+fn events(
+    facts: &Facts,
+    outcomes: &[Outcome],
+    status: &ZitadelServiceUserStatus,
+    before: &ZitadelServiceUserStatus,
+) -> Vec<Note> {
+    if facts.user.metadata.deletion_timestamp.is_some() {
+        return Vec::new();
+    }
+    let told = outcomes.iter().zip(&status.tokens);
+    let news = told.filter(|(outcome, token)| {
+        let last = before.tokens.iter().find(|t| t.name == token.name);
+        let last = last.and_then(|t| t.reason.as_deref());
+        last != Some(outcome.reason.name()) && outcome.reason.retry() != Retry::Soon
+    });
+    news.map(|(outcome, token)| Note {
+        warning: outcome.reason.retry() != Retry::No,
+        reason: outcome.reason,
+        text: if outcome.reason == Reason::Issued {
+            format!("Token `{}` is valid and in Secret `{}`.", token.name, token.secret_name)
+        } else {
+            sentence(facts, outcome)
+        },
+    })
+    .collect()
 }
 
 /// When a token that failed is tried again at the latest: when it is due, and then ever sooner as its expiry nears.

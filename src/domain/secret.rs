@@ -8,7 +8,7 @@ use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
 use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_MANAGED_BY, LABEL_SERVICE_USER, MANAGER};
 use crate::api::service_user::{DeletionPolicy, Token};
-use crate::domain::answer::Minted;
+use crate::domain::answer::{MAX_TOKEN_BYTES, Minted};
 use crate::domain::facts::Facts;
 use crate::domain::hash;
 use crate::domain::reason::Reason;
@@ -17,7 +17,54 @@ use crate::domain::record::{Record, VERSION};
 /// Kind of the controller that token Secrets belong to.
 pub const OWNER_KIND: &str = "ZitadelServiceUser";
 
-/// A Secret that exists. Values are redacted in `Debug` and zeroized on drop.
+/// Longest annotation of ours: a record has about 600 bytes, a name 253.
+const MAX_ANNOTATION: usize = 4 * 1024;
+
+/// Which parts of a token Secret decide: what a draft of the token sets, or what every token Secret has. Of the others
+/// nothing is read, however much they hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a>(Option<&'a Token>);
+
+impl<'a> Wanted<'a> {
+    /// What decides about the Secret of a token, or about one that the spec no longer names.
+    #[must_use]
+    pub fn of(token: Option<&'a Token>) -> Self {
+        Self(token)
+    }
+
+    /// The longest value of this label that can be right, if the label decides.
+    #[must_use]
+    pub fn label(self, key: &str) -> Option<usize> {
+        let named = || self.0.and_then(|token| token.secret.labels.get(key));
+        match key {
+            LABEL_MANAGED_BY | LABEL_SERVICE_USER => Some(63),
+            _ => named().map(String::len),
+        }
+    }
+
+    /// The same for an annotation.
+    #[must_use]
+    pub fn annotation(self, key: &str) -> Option<usize> {
+        let named = || self.0.and_then(|token| token.secret.annotations.get(key));
+        match key {
+            ANNOTATION_RECORD | ANNOTATION_ADOPT => Some(MAX_ANNOTATION),
+            _ => named().map(String::len),
+        }
+    }
+
+    /// The same for an entry of the data.
+    #[must_use]
+    pub fn data(self, key: &str) -> Option<usize> {
+        let named = || self.0.is_some_and(|token| token.secret.template.contains_key(key));
+        match key {
+            "token" => Some(MAX_TOKEN_BYTES),
+            "token_type" | "expires_at" | "issuer" => Some(MAX_ANNOTATION),
+            _ => named().then_some(MAX_BYTES),
+        }
+    }
+}
+
+/// A Secret that exists, reduced to what is [`Wanted`]. Values are redacted in `Debug` and zeroized on drop.
 #[derive(Debug)]
 pub struct Existing {
     /// Its UID.
@@ -193,8 +240,9 @@ pub fn record(facts: &Facts, inputs: &str, shape: &str, minted: &Minted) -> Reco
     .sealed(minted.token.expose_secret())
 }
 
-/// Largest Secret that we write: the API server takes 1 MiB, etcd 1.5 MiB, and every kubelet has to carry it.
-const MAX_BYTES: usize = 512 * 1024;
+/// Largest Secret that we write. A reconcile holds all of an object's Secrets in memory, and every kubelet has to carry
+/// them; a token has about 1 kB.
+pub const MAX_BYTES: usize = 128 * 1024;
 
 /// The size of a token that is assumed before there is one; ZITADEL's with many roles have about 4 KiB.
 const ASSUMED_BYTES: usize = 8 * 1024;

@@ -9,7 +9,7 @@ use k8s_openapi::jiff::SignedDuration;
 
 use crate::api::instance::{AccessRule, Connection, ZitadelInstanceSpec};
 use crate::api::metadata::RESERVED_PREFIXES;
-use crate::api::service_user::{Token, TokenSecret, ZitadelServiceUserSpec};
+use crate::api::service_user::{MAX_TEXT, Token, TokenSecret, ZitadelServiceUserSpec};
 use crate::domain::schedule::duration;
 use crate::domain::scope::ZITADEL_ALIAS;
 
@@ -92,6 +92,9 @@ pub fn token(name: &str, spec: &ZitadelServiceUserSpec, index: usize) -> Checked
     secret(&token.secret, |field| at(&format!(".secret{field}")))
 }
 
+/// One of the maps of a token's Secret.
+type MapOf = fn(&TokenSecret) -> &BTreeMap<String, String>;
+
 fn head(name: &str, spec: &ZitadelServiceUserSpec) -> Checked {
     let field = |field: &str| field.to_owned();
     must(name.len() <= 63, || field("metadata.name"), SHORT_NAME)?;
@@ -112,7 +115,18 @@ fn head(name: &str, spec: &ZitadelServiceUserSpec) -> Checked {
         (1..=16).contains(&spec.tokens.len()),
         || field("spec.tokens"),
         "1 to 16 tokens are allowed",
-    )
+    )?;
+    let maps: [(&str, MapOf); 3] = [
+        ("template", |secret| &secret.template),
+        ("annotations", |secret| &secret.annotations),
+        ("labels", |secret| &secret.labels),
+    ];
+    maps.into_iter().try_for_each(|(name, map)| {
+        let entries = spec.tokens.iter().flat_map(|token| map(&token.secret));
+        let bytes: usize = entries.map(|(key, value)| key.len() + value.len()).sum();
+        let field = || format!("spec.tokens[].secret.{name}");
+        must(bytes <= MAX_TEXT, field, "all tokens together have at most 64 KiB")
+    })
 }
 
 fn audiences(token: &Token, at: impl Fn(&str) -> String) -> Checked {

@@ -112,13 +112,11 @@ impl Fence {
         self.remaining().is_ok()
     }
 
-    /// Whether something may begin that needs so long until its last write: not once the process was asked to end, nor
-    /// while the lease is in danger. What needs longer than any lease lasts may begin while the lease is renewed as it
-    /// should be: to refuse it would be to refuse it for ever, and what it costs if the lease is lost meanwhile is what a
-    /// crash costs.
+    /// Whether something may begin whose write comes last: not once the process was asked to end, nor while the lease is
+    /// in danger. What takes longer than the lease lasts costs what a crash would if the lease is lost meanwhile.
     #[must_use]
-    pub fn may_begin(&self, needed: Duration) -> bool {
-        !self.shutdown.is_requested() && self.remaining().is_ok_and(|left| left >= needed.min(SURE))
+    pub fn may_begin(&self) -> bool {
+        !self.shutdown.is_requested() && self.remaining().is_ok_and(|left| left >= SURE)
     }
 
     /// Completes when this process leads.

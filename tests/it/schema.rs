@@ -98,6 +98,14 @@ fn entry(key: &str, value: &str) -> Value {
     Value::Object([(key.to_owned(), json!(value))].into_iter().collect())
 }
 
+/// Two tokens whose Secrets have these entries.
+fn of_two(object: &mut Value, field: &str, entries: &Value) {
+    spec(object)["tokens"] = tokens(2);
+    for i in 0..2 {
+        spec(object)["tokens"][i]["secret"][field] = entries.clone();
+    }
+}
+
 /// So many different tokens.
 fn tokens(count: usize) -> Value {
     let token = |i| json!({"name": format!("t{i}"), "projectIds": ["1"], "secret": {"name": format!("s{i}")}});
@@ -209,7 +217,12 @@ const SECRETS: &[Case] = &[
     ("a value with a space", |o| labels(o, "a", "v v"), Some("spec.tokens[0].secret.labels")),
     ("32 labels", |o| secret(o)["labels"] = map(32, "v"), None),
     ("33 labels", |o| secret(o)["labels"] = map(33, "v"), Some("spec.tokens[0].secret.labels")),
-    ("32 annotations of 1024 characters", |o| secret(o)["annotations"] = map(32, &"ü".repeat(1024)), None),
+    ("31 annotations of 1024 characters", |o| secret(o)["annotations"] = map(31, &"ü".repeat(1024)), None),
+    ("annotations of more than 64 KiB", |o| secret(o)["annotations"] = map(32, &"ü".repeat(1024)), Some("spec.tokens[].secret.annotations")),
+    ("annotations of two tokens of more than 64 KiB", |o| of_two(o, "annotations", &map(32, &"x".repeat(1024))), Some("spec.tokens[].secret.annotations")),
+    ("templates of more than 64 KiB", |o| secret(o)["template"] = map(5, &"ü".repeat(8_000)), Some("spec.tokens[].secret.template")),
+    ("templates of two tokens of more than 64 KiB", |o| of_two(o, "template", &map(5, &"x".repeat(8_000))), Some("spec.tokens[].secret.template")),
+    ("templates of two tokens of less", |o| of_two(o, "template", &map(4, &"x".repeat(8_000))), None),
     ("33 annotations", |o| secret(o)["annotations"] = map(33, "v"), Some("spec.tokens[0].secret.annotations")),
     ("an annotation of 1025", |o| notes(o, "a", &"v".repeat(1025)), Some("spec.tokens[0].secret.annotations")),
 

@@ -165,7 +165,13 @@ async fn somebody_who_deletes_the_secret_in_a_loop_costs_a_few_mints_and_no_more
     assert_eq!(world.issuer.mints().await, 4);
 }
 
-/// A quota `full` that leaves room for the key Secret only.
+/// A service user whose token is written: from then on writes to the namespace are not tried before a request.
+async fn first(world: &World) {
+    world.simple("first", json!({"tokenType": "JWT"})).await;
+    world.ready("first", "True", "Issued").await;
+}
+
+/// A quota `full` that leaves room for no further Secret.
 async fn no_more_secrets(world: &World) -> Api<ResourceQuota> {
     let quotas = Api::namespaced(world.client.clone(), &world.name);
     let quota = json!({"metadata": {"name": "full"}, "spec": {"hard": {"secrets": "1"}}});
@@ -179,6 +185,7 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
     let world = World::new("quota").await;
     let _operator = world.operator().await;
     world.instance().await;
+    first(&world).await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
     let quotas = no_more_secrets(&world).await;
@@ -187,7 +194,9 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
         .await
         .expect("accepted");
 
-    world.ready("billing", "False", "SecretWriteFailed").await;
+    let told = world.ready("billing", "False", "SecretWriteFailed").await;
+    let (_, _, message) = condition(&told, "Ready").expect("a condition");
+    assert!(message.contains("refused by ResourceQuota `full`"), "{message}");
     let tries = || {
         world
             .cluster
@@ -198,7 +207,28 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
             .count()
     };
     eventually("the write is tried again", async || tries() >= 3).await;
-    assert_eq!(world.issuer.mints().await, 1);
+    assert_eq!(world.issuer.mints().await, 2);
+    quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_takes_no_secret_costs_no_request() {
+    let world = World::new("full").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let quotas = no_more_secrets(&world).await;
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+    let told = world.ready("billing", "False", "SecretWriteFailed").await;
+    let (_, _, message) = condition(&told, "Ready").expect("a condition");
+    assert!(message.contains("refused by ResourceQuota `full`"), "{message}");
+    assert_eq!(world.issuer.mints().await, 0);
     quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
     world.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 1);
@@ -268,9 +298,15 @@ async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_ex
     let world = World::new("room").await;
     let operator = world.operator().await;
     world.instance().await;
-    let quotas = no_more_secrets(&world).await;
+    first(&world).await;
     let fields = json!({"tokenType": "JWT", "lifetimeSeconds": 8});
-    let user = world.simple("billing", fields).await;
+    let user = world.issuer.user(fields).await;
+    world.key_secret("billing-key", &user).await;
+    let quotas = no_more_secrets(&world).await;
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
     world.ready("billing", "False", "SecretWriteFailed").await;
     let first = world.issuer.requests().await;
     let first = first.iter().rfind(|r| !r.access_token.is_empty()).expect("a token");
@@ -284,7 +320,7 @@ async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_ex
         tried.into_iter().any(|l| past(l.split(' ').next().unwrap_or_default()))
     })
     .await;
-    assert_eq!(world.issuer.mints().await, 1);
+    assert_eq!(world.issuer.mints().await, 2);
     world
         .issuer
         .change_user(&user.id, json!({"lifetimeSeconds": 600}))
@@ -292,7 +328,7 @@ async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_ex
     quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
     world.renew("billing").await;
     world.ready("billing", "True", "Issued").await;
-    assert_eq!(world.issuer.mints().await, 2);
+    assert_eq!(world.issuer.mints().await, 3);
 }
 
 /// A token is minted once per lifetime, whatever its Secret is called.

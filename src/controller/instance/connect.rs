@@ -12,7 +12,6 @@ use secrecy::ExposeSecret;
 use crate::api::ZitadelInstance;
 use crate::api::instance::{Connection, EntryRef, ZitadelInstanceSpec};
 use crate::controller::Context;
-use crate::controller::secrets::WholeSecret;
 use crate::domain::clock::is_news;
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
@@ -194,10 +193,11 @@ async fn certificates(ctx: &Context, connection: &Connection) -> Result<Option<S
         return pem.map(Some).ok_or_else(unusable);
     }
     if let Some(reference) = &connection.ca_secret_ref {
-        let api: Api<WholeSecret> = Api::namespaced(ctx.client.clone(), own()?);
-        let read = tokio::time::timeout(DEADLINE, api.get(&reference.name)).await;
-        let object = read.map_err(|_| unusable())?.map_err(|_| unusable())?;
-        let pem = object.data().get(&entry(reference)).ok_or_else(unusable)?;
+        let read = ctx
+            .reader
+            .certificates(own()?, &reference.name, &entry(reference))
+            .await;
+        let pem = read.map_err(|_| unusable())?.ok_or_else(unusable)?;
         let pem = std::str::from_utf8(pem.expose_secret()).map_err(|_| unusable())?;
         return Ok(Some(pem.to_owned()));
     }

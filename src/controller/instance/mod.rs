@@ -16,15 +16,19 @@ use crate::domain::facts::ObjectRef;
 use crate::domain::failure::{Failure, classify};
 use crate::domain::instance::status;
 use crate::domain::reason::Reason;
-use crate::domain::report::{Failed, Wake};
+use crate::domain::report::{Failed, Wake, refusal};
 use crate::domain::validate;
 
 /// One look at an instance: does it answer, and as whom.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
-    let Some(instance) = ctx.cache.instance(&id.name) else {
-        ctx.connections.close(&id.name);
-        ctx.metrics.forget(&id.name);
-        return Done::forget();
+    let instance = match ctx.cache.instance(&id.name) {
+        Ok(instance) => instance,
+        Err(Reason::InstanceMissing) => {
+            ctx.connections.close(&id.name);
+            ctx.metrics.forget(&id.name);
+            return Done::forget();
+        }
+        Err(_) => return unreadable(&ctx, &id).await,
     };
     let _pass = ctx.metrics.pass("ZitadelInstance");
     let connection = match validate::instance(&id.name, &instance.spec) {
@@ -61,7 +65,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         Timestamp::now(),
     ));
     match ctx.connections.look(&id.name, wanted.is_ready()) {
-        Some(News::ForAll) => ctx.users.wake_all(ctx.cache.users(|user| user.is_of(&id.name))),
+        Some(News::ForAll) => ctx.users.wake_all(ctx.cache.users_of(&id.name)),
         // They back off, maybe for longer than their tokens last.
         Some(News::ForFailing) => ctx.wake_failing_users_of(&id.name),
         None => {}
@@ -84,4 +88,25 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         }
     }
     done
+}
+
+/// An instance that cannot be read gives no rights. That is said in its status, which is patched, since it may be what
+/// cannot be read.
+async fn unreadable(ctx: &Context, id: &ObjectRef) -> Done {
+    tracing::warn!(object = %id, "an instance does not fit its schema; nothing is requested from it");
+    ctx.connections.close(&id.name);
+    if !ctx.writes_instance_status {
+        return Done::default();
+    }
+    let patch = refusal(Reason::InvalidSpec, None, Timestamp::now());
+    match ctx.writer.patch_instance_status(&id.name, &patch).await {
+        Ok(version) => Done {
+            written: vec![version],
+            ..Done::default()
+        },
+        Err(error) => {
+            error.log(id, "the status");
+            Done::broken_off(Some(error.reason_besides_secrets()))
+        }
+    }
 }

@@ -5,18 +5,19 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 
-use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::api::ZitadelInstance;
+use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::described;
-use crate::controller::triggers::Cache;
 use crate::domain::clock::shifted;
+use crate::domain::facts::ObjectRef;
 use crate::domain::freshness::Freshness;
 use crate::domain::reason::Reason;
+use crate::domain::summary::UserSummary;
 use crate::ops::http::Probe;
 
 /// Status and reason of a condition that is not there, or not one of ours.
@@ -49,12 +50,13 @@ impl Collector for Objects {
             .iter()
             .map(|i| (text(i.metadata.name.as_ref()), &**i))
             .collect();
-        let users = self.cache.all_users();
-        // One that goes is not served any more.
-        let users = users.iter().filter(|u| u.metadata.deletion_timestamp.is_none());
-        let users: Vec<&ZitadelServiceUser> = users
-            .map(|user| &**user)
-            .filter(|u| !self.serves_some_instances_only || known.contains_key(&*u.spec.instance_ref.name))
+        let users: Vec<(ObjectRef, Arc<UserSummary>)> = self
+            .cache
+            .all_users()
+            .into_iter()
+            // One that goes is not served any more.
+            .filter(|(_, user)| !user.deleting)
+            .filter(|(_, user)| !self.serves_some_instances_only || known.contains_key(&*user.instance))
             .collect();
         if self.per_object {
             each_user(&mut encoder, &users)?;
@@ -68,32 +70,26 @@ impl Objects {
     fn all_users(
         &self,
         encoder: &mut DescriptorEncoder<'_>,
-        users: &[&ZitadelServiceUser],
+        users: &[(ObjectRef, Arc<UserSummary>)],
         known: &BTreeMap<&str, &ZitadelInstance>,
     ) -> fmt::Result {
         let now = Timestamp::now();
         let mut conditions = BTreeMap::<_, f64>::new();
         let mut tokens = BTreeMap::<_, f64>::new();
-        let mut keys = BTreeMap::<&str, &Time>::new();
-        for user in users {
+        let mut keys = BTreeMap::<&str, Timestamp>::new();
+        for (_, user) in users {
             // Tenants choose what they write here, and must not make series by it.
-            let wanted = &*user.spec.instance_ref.name;
-            let instance = known.get_key_value(wanted).map_or("", |(name, _)| *name);
-            let (ready, reason) = ready(user.status.iter().flat_map(|s| &s.conditions));
+            let instance = known.get_key_value(&*user.instance).map_or("", |(name, _)| *name);
+            let (ready, reason) = ready(user);
             *conditions.entry([instance, ready, reason]).or_default() += 1.0;
             let now = shifted(now, self.connections.skew(instance));
-            for token in &user.spec.tokens {
-                let status = user
-                    .status
-                    .iter()
-                    .flat_map(|s| &s.tokens)
-                    .find(|t| t.name == token.name);
-                let state = Freshness::of(status, user.spec.suspend == Some(true), now);
+            for token in &user.tokens {
+                let state = Freshness::of(token.status.as_ref(), user.suspended, now);
                 *tokens.entry([instance, state.name()]).or_default() += 1.0;
             }
-            if let Some(expires) = user.status.as_ref().and_then(|s| s.key_expires_at.as_ref()) {
+            if let Some(expires) = user.key_expires_at {
                 let earliest = keys.entry(instance).or_insert(expires);
-                *earliest = (*earliest).min(expires);
+                *earliest = expires.min(*earliest);
             }
         }
         described::SERVICE_USERS.encode(encoder, conditions)?;
@@ -104,8 +100,11 @@ impl Objects {
 
     fn instances(&self, encoder: &mut DescriptorEncoder<'_>, known: &BTreeMap<&str, &ZitadelInstance>) -> fmt::Result {
         let looked_at = known.iter().filter_map(|(name, instance)| {
-            let (ready, reason) = ready(&instance.status.as_ref()?.conditions);
-            Some(([*name, reason], truth(ready == "True")))
+            let conditions = &instance.status.as_ref()?.conditions;
+            let ready = conditions.iter().find(|condition| condition.type_ == "Ready");
+            let reason = ready.and_then(|ready| Reason::named(&ready.reason));
+            let is_ready = ready.is_some_and(|ready| ready.status == "True");
+            Some(([*name, reason.map_or(UNKNOWN, Reason::name)], truth(is_ready)))
         });
         described::INSTANCE_UP.encode(encoder, looked_at)?;
         // Only who leads asks them; what a former leader knows is old.
@@ -126,67 +125,60 @@ impl Objects {
 }
 
 /// The series of each service user and of each of its tokens.
-fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[&ZitadelServiceUser]) -> fmt::Result {
-    let statuses = || {
-        users.iter().filter_map(|user| {
-            let whose = [
-                text(user.metadata.namespace.as_ref()),
-                text(user.metadata.name.as_ref()),
-                &*user.spec.instance_ref.name,
-            ];
-            Some((whose, *user, user.status.as_ref()?))
-        })
-    };
+fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[(ObjectRef, Arc<UserSummary>)]) -> fmt::Result {
+    // Before the first reconcile there is nothing to tell.
+    let told = || users.iter().filter(|(_, user)| user.ready.is_some());
     let tokens = || {
-        statuses().flat_map(|([namespace, name, instance], user, status)| {
-            let tokens = status.tokens.iter();
-            tokens.map(move |token| ([namespace, name, &*token.name, instance], user, token))
+        told().flat_map(|(id, user)| {
+            let tokens = user.tokens.iter();
+            let tokens = tokens.filter_map(|token| Some((&*token.name, token.status?)));
+            tokens.map(move |(token, times)| ([&*id.namespace, &*id.name, token, &*user.instance], user, times))
         })
     };
-    let readiness = statuses().map(|([namespace, name, instance], _, status)| {
-        let (ready, reason) = ready(&status.conditions);
-        ([namespace, name, instance, reason], truth(ready == "True"))
+    let readiness = told().map(|(id, user)| {
+        let (ready, reason) = ready(user);
+        (
+            [&*id.namespace, &*id.name, &*user.instance, reason],
+            truth(ready == "True"),
+        )
     });
     described::SERVICE_USER_READY.encode(encoder, readiness)?;
-    let expirations = tokens().filter_map(|(whose, _, token)| Some((whose, seconds(token.expires_at.as_ref()?))));
+    let expirations = tokens().filter_map(|(whose, _, times)| Some((whose, seconds(times.expires_at?))));
     described::TOKEN_EXPIRATION.encode(encoder, expirations)?;
     let renewals = tokens()
-        .filter(|(_, user, _)| user.spec.suspend != Some(true))
-        .filter_map(|(whose, _, token)| Some((whose, seconds(token.renew_at.as_ref()?))));
+        .filter(|(_, user, _)| !user.suspended)
+        .filter_map(|(whose, _, times)| Some((whose, seconds(times.renew_at?))));
     described::TOKEN_RENEWAL.encode(encoder, renewals)?;
-    let failing = tokens().filter_map(|([namespace, name, of, instance], _, token)| {
-        let reason = known_reason(token.reason.as_deref());
-        Some((
-            [namespace, name, of, instance, reason],
-            seconds(token.failing_since.as_ref()?),
-        ))
+    let failing = tokens().filter_map(|([namespace, name, of, instance], _, times)| {
+        let reason = times.reason.map_or(UNKNOWN, Reason::name);
+        Some(([namespace, name, of, instance, reason], seconds(times.failing_since?)))
     });
     described::TOKEN_FAILING_SINCE.encode(encoder, failing)?;
-    let keys = statuses().filter_map(|(whose, _, status)| Some((whose, seconds(status.key_expires_at.as_ref()?))));
+    let keys = told().filter_map(|(id, user)| {
+        let whose = [&*id.namespace, &*id.name, &*user.instance];
+        Some((whose, seconds(user.key_expires_at?)))
+    });
     described::KEY_EXPIRATION.encode(encoder, keys)
 }
 
-/// Status and reason of the condition Ready.
-fn ready<'a>(conditions: impl IntoIterator<Item = &'a Condition>) -> (&'static str, &'static str) {
-    let Some(ready) = conditions.into_iter().find(|c| c.type_ == "Ready") else {
+/// Status and reason of the condition `Ready`. A status can be written by anybody with the right to, and labels are
+/// bounded.
+fn ready(user: &UserSummary) -> (&'static str, &'static str) {
+    let Some((ready, reason)) = user.ready else {
         return (UNKNOWN, UNKNOWN);
     };
-    let status = ["True", "False"].into_iter().find(|s| *s == ready.status);
-    (status.unwrap_or(UNKNOWN), known_reason(Some(&ready.reason)))
-}
-
-/// A status can be written by anybody with the right to, and labels are bounded.
-fn known_reason(reason: Option<&str>) -> &'static str {
-    let known = Reason::ALL.iter().map(|r| r.name());
-    known.into_iter().find(|name| Some(*name) == reason).unwrap_or(UNKNOWN)
+    (
+        if ready { "True" } else { "False" },
+        reason.map_or(UNKNOWN, Reason::name),
+    )
 }
 
 fn text(name: Option<&String>) -> &str {
     name.map_or("", String::as_str)
 }
 
-fn seconds(time: &Time) -> f64 {
-    time.0.as_duration().as_secs_f64()
+fn seconds(time: Timestamp) -> f64 {
+    time.as_duration().as_secs_f64()
 }
 
 fn truth(value: bool) -> f64 {

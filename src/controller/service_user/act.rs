@@ -1,5 +1,6 @@
 //! Carries out a plan: one outcome per token, and a token that fails stops no other.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -9,6 +10,7 @@ use crate::api::ZitadelInstance;
 use crate::api::service_user::Token;
 use crate::controller::Context;
 use crate::controller::instance::connect;
+use crate::controller::write::WriteError;
 use crate::domain::answer::{Expected, Format, Minted, accept};
 use crate::domain::circuit::Fault;
 use crate::domain::clock::{is_news, shifted};
@@ -83,8 +85,8 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
     let now = shifted(Timestamp::now(), facts.skew);
     for leftover in plan::may_go(facts, &plan.deletes, &acted.outcomes, now) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
-            tracing::warn!(object = %id, secret = leftover.name, %error, "a Secret that is no longer asked for could not be deleted");
-            acted.failed.push(Failed::now("", Reason::SecretWriteFailed));
+            error.log(id, &format!("Secret {}", leftover.name));
+            acted.failed.push(Failed::now("", error.reason()));
         }
     }
     acted
@@ -97,13 +99,16 @@ impl Job<'_> {
         let (cache, facts) = (&self.ctx.cache, self.facts);
         let (then, now) = (&facts.user.metadata, cache.user(self.id));
         let same_user = now.is_some_and(|now| {
-            let now = &now.metadata;
-            now.uid == then.uid && now.generation == then.generation && now.deletion_timestamp.is_none()
+            // The read may be ahead of the watch.
+            let same = Some(&*now.uid) == then.uid.as_deref() && now.generation <= then.generation;
+            same && !now.deleting
         });
         let namespace = &self.id.namespace;
-        let same_rights = !cache.is_ending(namespace) && cache.namespace_labels(namespace) == facts.namespace_labels;
+        let same_rights =
+            !cache.is_terminating(namespace) && cache.namespace_labels(namespace) == facts.namespace_labels;
         let instance = cache.instance(&facts.user.spec.instance_ref.name);
-        same_user && same_rights && instance.as_ref().map(|i| &i.spec) == facts.instance.as_ref().map(|i| &i.spec)
+        let spec = |instance: &Result<Arc<ZitadelInstance>, Reason>| instance.as_ref().ok().map(|i| i.spec.clone());
+        same_user && same_rights && spec(&instance) == spec(&facts.instance)
     }
 
     /// Left to the next pass, which may follow at once.
@@ -119,7 +124,7 @@ impl Job<'_> {
     async fn carry_out(&self, step: Step) -> (Outcome, Option<String>) {
         match step {
             Step::Keep(held) => {
-                self.ctx.unwritten.drop_token(self.id, &self.token.name);
+                self.ctx.memory.written(self.id, &self.token.name);
                 (self.ended(Reason::Issued, Some(held)), None)
             }
             Step::Refuse(reason, held) => (self.ended(reason, held), None),
@@ -161,25 +166,28 @@ impl Job<'_> {
     async fn mint(&self, request: &MintRequest) -> Result<Minted, Outcome> {
         let (ctx, facts) = (self.ctx, self.facts);
         let refused = |reason| self.ended(reason, None);
-        let instance = facts.instance.as_deref();
-        let instance = instance.ok_or_else(|| refused(Reason::InstanceMissing))?;
+        let instance = facts.instance.as_deref().map_err(|reason| refused(*reason))?;
         let connection = match connect(ctx, instance).await {
             Ok(connection) => connection,
             Err(failure) => return Err(self.refused(instance, classify(failure, false))),
         };
-        self.may_begin(&connection).map_err(refused)?;
-        if request.try_write_first {
+        self.may_begin().map_err(refused)?;
+        if request.try_write_first || !ctx.writer.takes_secrets(&self.id.namespace) {
             let draft = secret::placeholder(facts, self.token, &request.inputs, &request.shape);
             let tried = ctx.writer.try_secret(&draft).await;
-            tried.map_err(|error| refused(error.reason()))?;
+            tried.map_err(|error| self.write_failed(error, None))?;
         }
-        connection.limits().may_ask(self.id).map_err(|closed| {
-            let wait = SignedDuration::try_from(closed.retry_in).unwrap_or(SignedDuration::MAX);
-            Outcome {
-                not_before: Some(shifted(connection.skew().theirs(Timestamp::now()), wait)),
+        if !request.scheduled {
+            ctx.requests.take(self.id).map_err(|wait| Outcome {
+                not_before: Some(later(connection.skew().theirs(Timestamp::now()), wait)),
                 held_back: true,
-                ..refused(closed.reason)
-            }
+                ..refused(Reason::RequestsThrottled)
+            })?;
+        }
+        connection.limits().may_ask(self.id).map_err(|closed| Outcome {
+            not_before: Some(later(connection.skew().theirs(Timestamp::now()), closed.retry_in)),
+            held_back: true,
+            ..refused(closed.reason)
         })?;
         let learned_before = connection.known_project_id().is_some();
         let began = Instant::now();
@@ -212,9 +220,8 @@ impl Job<'_> {
     }
 
     /// Whether there is time for a request and the write of what it brings.
-    fn may_begin(&self, connection: &Instance) -> Result<(), Reason> {
-        let needed = connection.settings().timeout + TIME_TO_WRITE;
-        let may = self.ctx.writer.fence().may_begin(needed);
+    fn may_begin(&self) -> Result<(), Reason> {
+        let may = self.ctx.writer.fence().may_begin();
         may.then_some(()).ok_or(Reason::NotLeading)
     }
 
@@ -225,7 +232,7 @@ impl Job<'_> {
         let expected = plan::expect(self.facts, self.token, project_id)?;
         // Before this a mint may have taken requests of its own. A shutdown waits for one request and its write.
         connection.discovery().await?;
-        self.may_begin(connection)?;
+        self.may_begin()?;
         Ok((connection.exchange(key, scope).await?, expected))
     }
 
@@ -279,10 +286,10 @@ impl Job<'_> {
             schedule: facts.schedule(self.token, minted.issued, minted.expires),
             format: Format::of(minted.token.expose_secret()),
         };
-        ctx.forced
-            .minted(id, name, &request, held.schedule.renew, Timestamp::now());
-        // Kept before the write, so that a pass that is cut off there does not lose it.
-        ctx.unwritten.keep(id, name, Unwritten { minted, record });
+        // Kept before the write, so that a reconcile that is cut off there does not lose it.
+        let (unwritten, renew) = (Unwritten { minted, record }, held.schedule.renew);
+        ctx.memory
+            .requested(id, name, &request, unwritten, renew, Timestamp::now());
         self.write(&draft, held, request.fallback).await
     }
 
@@ -294,21 +301,35 @@ impl Job<'_> {
         }
         match ctx.writer.apply_secret(draft).await {
             Ok(version) => {
-                ctx.unwritten.drop_token(id, name);
+                ctx.memory.written(id, name);
                 if draft.repair {
-                    ctx.forced.repaired(id, name, Timestamp::now());
+                    ctx.memory.repaired(id, name, Timestamp::now());
                 }
                 (self.ended(Reason::Issued, Some(held)), Some(version))
             }
             Err(error) => {
                 error.log(id, &format!("Secret {}", draft.name));
-                (self.ended(error.reason(), fallback), None)
+                (self.write_failed(error, fallback), None)
             }
+        }
+    }
+
+    fn write_failed(&self, error: WriteError, held: Option<Held>) -> Outcome {
+        self.ctx.memory.write_failed(self.id, &self.token.name);
+        let outcome = self.ended(error.reason(), held);
+        Outcome {
+            refused_by: error.refused_by(),
+            ..outcome
         }
     }
 }
 
+/// `time`, this much later.
+fn later(time: Timestamp, by: Duration) -> Timestamp {
+    shifted(time, SignedDuration::try_from(by).unwrap_or(SignedDuration::MAX))
+}
+
 fn look_at(ctx: &Context, instance: &ZitadelInstance) {
     let name = instance.metadata.name.as_deref().unwrap_or_default();
-    ctx.instances.wake(&ObjectRef::new("", name), None);
+    ctx.instances.wake(&ObjectRef::new("", name));
 }

@@ -2,6 +2,7 @@
 
 mod act;
 mod gather;
+mod memory;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +10,9 @@ use std::time::Duration;
 use k8s_openapi::jiff::Timestamp;
 
 pub use act::TIME_TO_WRITE;
-pub use gather::{Forced, UnwrittenTokens};
+pub use memory::Memory;
 
+use crate::api::service_user::ZitadelServiceUserStatus;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
@@ -18,7 +20,8 @@ use crate::domain::clock::shifted;
 use crate::domain::facts::{Facts, HeldBack, ObjectRef};
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
-use crate::domain::report::{Failed, Report, report};
+use crate::domain::report::{Failed, Report, refusal, report};
+use gather::Gathered;
 
 /// Longest time for the Events of one pass.
 const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
@@ -31,8 +34,15 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
         return Done::broken_off(None);
     }
     let facts = match gather::gather(&ctx, &id, held_back).await {
-        Ok(Some(facts)) => facts,
-        Ok(None) => return Done::forget(),
+        Ok(Gathered::Facts(facts)) => *facts,
+        Ok(Gathered::Refused { reason, generation }) => return refuse(&ctx, &id, reason, generation).await,
+        Ok(Gathered::Gone) => {
+            ctx.memory.forget(&id);
+            if ctx.cache.is_terminating(&id.namespace) {
+                ctx.writer.forget_namespace(&id.namespace);
+            }
+            return Done::forget();
+        }
         Err(error) => {
             tracing::warn!(object = %id, %error, "the facts could not be gathered");
             return Done::broken_off(Some(Reason::ApiServerUnavailable));
@@ -57,13 +67,6 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     };
     match published {
         Ok(version) => written.extend(version),
-        Err(WriteError::Gone) => {
-            tracing::info!(object = %id, "the object is gone");
-            ctx.cache.forget_user(&facts.user);
-            ctx.unwritten.drop_object(&id);
-            ctx.forced.drop_object(&id);
-            return Done::forget();
-        }
         Err(error) => {
             error.log(&id, "the status");
             report.wake.failed.push(Failed::now("", error.reason_besides_secrets()));
@@ -79,6 +82,45 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     }
 }
 
+/// Says in the status why an object is not served, unless it says so already.
+async fn refuse(ctx: &Context, id: &ObjectRef, reason: Reason, generation: Option<i64>) -> Done {
+    let told = ctx
+        .cache
+        .user(id)
+        .is_some_and(|user| user.ready == Some((false, Some(reason))) && user.observed_generation == generation);
+    if told {
+        return Done::default();
+    }
+    let patch = refusal(reason, generation, Timestamp::now());
+    match ctx.writer.patch_user_status(id, &patch).await {
+        Ok(version) => {
+            tracing::info!(object = %id, %reason, "the object is not served");
+            Done {
+                written: vec![version],
+                ..Done::default()
+            }
+        }
+        Err(error) => {
+            error.log(id, "the status");
+            Done::broken_off(Some(error.reason_besides_secrets()))
+        }
+    }
+}
+
+/// One line for each token whose outcome is another than before.
+fn log_changes(facts: &Facts, status: &ZitadelServiceUserStatus) {
+    let (namespace, name) = (facts.namespace(), facts.name());
+    let before = facts.user.status.iter().flat_map(|status| &status.tokens);
+    for token in &status.tokens {
+        let last = before.clone().find(|last| last.name == token.name);
+        if last.and_then(|last| last.reason.as_ref()) != token.reason.as_ref() {
+            // A name that breaks the rules may hold line breaks.
+            let (reason, token) = (token.reason.as_deref().unwrap_or_default(), &token.name);
+            tracing::info!(object = %format_args!("{namespace}/{name}"), ?token, reason, "the outcome changed");
+        }
+    }
+}
+
 /// Writes the status if it changed, then the Events: on a conflict nothing is told twice.
 async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Option<String>, WriteError> {
     if facts.user.status.as_ref() == Some(&report.status) {
@@ -87,6 +129,7 @@ async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Op
     let mut user = (*facts.user).clone();
     user.status = Some(report.status.clone());
     let version = ctx.writer.replace_user_status(&user).await?;
+    log_changes(facts, &report.status);
     let tell = async {
         for note in std::mem::take(&mut report.events) {
             ctx.writer.event(&*facts.user, "Mint", note).await;

@@ -317,13 +317,13 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
     #[rustfmt::skip]
     let refusals: &[Refusal] = &[
         ("access withdrawn", |f| instance(f).spec.access.clear(), "AccessDenied"),
-        ("namespace relabelled", |f| f.namespace_labels = Some(labels("b")), "AccessDenied"),
+        ("namespace relabelled", |f| f.namespace_labels = Ok(labels("b")), "AccessDenied"),
         ("a project not allowed", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
         ("the API not allowed", |f| token(f, 0).zitadel_api = Some(true), "AccessDenied"),
         ("a project that is the API's own", |f| f.zitadel_project_id = Some("1".into()), "AccessDenied"),
         ("denied, and no key", |f| { instance(f).spec.access.clear(); f.key = Err(Reason::KeyNotJson); }, "AccessDenied"),
-        ("no instance", |f| f.instance = None, "InstanceMissing"),
-        ("namespace not known", |f| f.namespace_labels = None, "NamespaceMissing"),
+        ("no instance", |f| f.instance = Err(Reason::InstanceMissing), "InstanceMissing"),
+        ("namespace not known", |f| f.namespace_labels = Err(Reason::NamespaceMissing), "NamespaceMissing"),
         ("operator's namespace", |f| f.in_operator_namespace = true, "OperatorNamespace"),
         ("no key", |f| f.key = Err(Reason::KeySecretMissing), "KeySecretMissing"),
         ("no good key", |f| f.key = Err(Reason::KeyNotJson), "KeyNotJson"),
@@ -570,8 +570,8 @@ fn the_last_check_before_a_mint_knows_the_real_id() {
         ("pinned to it", |f| instance(f).spec.zitadel_project_id = Some("99".into()), Ok(&["1"])),
         ("pinned to another", |f| instance(f).spec.zitadel_project_id = Some("98".into()), Err(Reason::ProjectIdMismatch)),
         ("no key", |f| f.key = Err(Reason::KeyNotJson), Err(Reason::KeyNotJson)),
-        ("no instance", |f| f.instance = None, Err(Reason::InstanceMissing)),
-        ("no namespace", |f| f.namespace_labels = None, Err(Reason::NamespaceMissing)),
+        ("no instance", |f| f.instance = Err(Reason::InstanceMissing), Err(Reason::InstanceMissing)),
+        ("no namespace", |f| f.namespace_labels = Err(Reason::NamespaceMissing), Err(Reason::NamespaceMissing)),
     ];
     for (name, change, wanted) in rows {
         let mut facts = empty();

@@ -27,6 +27,7 @@ fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome
         }),
         not_before: None,
         held_back: false,
+        refused_by: None,
     }
 }
 
@@ -500,6 +501,7 @@ fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
                 held: Some(held),
                 not_before: None,
                 held_back: false,
+                refused_by: None,
             }
         })
         .collect();

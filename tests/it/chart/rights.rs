@@ -32,6 +32,15 @@ async fn an_operator_for_some_namespaces_has_the_rights_that_it_uses_there_and_n
     assert_eq!(granted.iter().find(everywhere), None);
 }
 
+/// Rights that no object of this test needs: API servers before Kubernetes 1.34 have no streaming lists, and only an
+/// object that cannot be read, or that finds no room, has its status patched.
+const UNUSED_HERE: &[(&str, &str)] = &[
+    ("secrets", "list"),
+    ("zitadel-tokens.dev/zitadelserviceusers", "list"),
+    ("zitadel-tokens.dev/zitadelserviceusers/status", "patch"),
+    ("zitadel-tokens.dev/zitadelinstances/status", "patch"),
+];
+
 /// What a release with these values is granted, after it was seen to use all of it and to need no more.
 async fn used(world: &World, more: Value) -> BTreeSet<Grant> {
     let home = format!("{}-home", world.name);
@@ -50,6 +59,7 @@ async fn used(world: &World, more: Value) -> BTreeSet<Grant> {
     let granted = granted(world, &home).await;
     let unused: Vec<_> = granted
         .iter()
+        .filter(|grant| !UNUSED_HERE.contains(&(&*grant.resource, &*grant.verb)))
         .filter(|grant| !requests.iter().any(|r| grant.is_used_by(r, world, &home)))
         .collect();
     assert!(unused.is_empty(), "granted and not used: {unused:#?}");

@@ -1,0 +1,526 @@
+//! What exists, as the watches last said: of each object only what decides who is woken, in which order, and what metrics
+//! show. What one namespace may take of it is limited, so that no tenant can use up the operator's memory.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use crate::api::ZitadelInstance;
+use crate::domain::facts::ObjectRef;
+use crate::domain::reason::Reason;
+use crate::domain::secret::SecretRef;
+use crate::domain::summary::UserSummary;
+
+/// Bytes charged for a Secret that a service user names, or that has our label.
+const CHARGE_SECRET: usize = 1024;
+
+/// So many objects of one namespace that are over its limit wait for being told so. The limit is told of all: each
+/// relist comes back to the rest.
+const MAX_REFUSED: usize = 64;
+
+/// What exists.
+pub struct Cache {
+    known: RwLock<Known>,
+    /// Bytes that the objects of one namespace may be charged with.
+    limit: usize,
+}
+
+#[derive(Default)]
+struct Known {
+    users: HashMap<ObjectRef, Arc<UserSummary>>,
+    instances: HashMap<ObjectRef, Option<Arc<ZitadelInstance>>>,
+    namespaces: HashMap<ObjectRef, KnownNamespace>,
+    /// In order, so that those of one namespace are found without the others.
+    secrets: BTreeMap<ObjectRef, Tracked>,
+    charges: HashMap<Arc<str>, Charge>,
+}
+
+/// What a namespace takes.
+#[derive(Default)]
+struct Charge {
+    bytes: usize,
+    /// Objects that found no room and are to be told so.
+    refused: HashSet<ObjectRef>,
+    /// Something found no room, told or not.
+    is_over: bool,
+}
+
+/// What is known of a namespace.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KnownNamespace {
+    /// Its labels; none if they are too large to be kept.
+    pub labels: Option<Arc<BTreeMap<String, String>>>,
+    /// It is being deleted: nothing can be created in it any more.
+    pub terminating: bool,
+}
+
+/// A Secret that concerns a service user.
+#[derive(Debug, Default)]
+struct Tracked {
+    /// Service users that name it, as key or token Secret.
+    named_by: BTreeSet<ObjectRef>,
+    /// None if it does not exist.
+    observed: Option<ObservedSecret>,
+}
+
+/// A Secret as the watch last saw it.
+#[derive(Debug)]
+pub struct ObservedSecret {
+    /// Its UID.
+    pub uid: String,
+    /// Its version.
+    pub resource_version: String,
+    /// Name of the service user in our label.
+    pub service_user: Option<String>,
+    /// UID of the object that controls it.
+    pub controller: Option<String>,
+}
+
+/// What a change of a service user means.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// This version was known.
+    Known,
+    /// It is new or another one.
+    Changed,
+    /// There is no room for it.
+    Refused {
+        /// It waits for being told so.
+        tell: bool,
+    },
+}
+
+impl Cache {
+    /// An empty cache, in which the objects of one namespace may be charged with so many bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self {
+            known: RwLock::default(),
+            limit,
+        }
+    }
+
+    /// A service user.
+    #[must_use]
+    pub fn user(&self, id: &ObjectRef) -> Option<Arc<UserSummary>> {
+        self.read().users.get(id).cloned()
+    }
+
+    /// An instance. None if there is none of that name, and an error if there is one that cannot be read: it must not
+    /// keep the rights that it gave before.
+    pub fn instance(&self, name: &str) -> Result<Arc<ZitadelInstance>, Reason> {
+        match self.read().instances.get(&ObjectRef::new("", name)) {
+            Some(Some(instance)) => Ok(instance.clone()),
+            Some(None) => Err(Reason::InstanceInvalid),
+            None => Err(Reason::InstanceMissing),
+        }
+    }
+
+    /// The labels of a namespace.
+    pub fn namespace_labels(&self, name: &str) -> Result<Arc<BTreeMap<String, String>>, Reason> {
+        let known = self.read();
+        let namespace = known.namespaces.get(&ObjectRef::new("", name));
+        let labels = &namespace.ok_or(Reason::NamespaceMissing)?.labels;
+        labels.clone().ok_or(Reason::NamespaceLabelsTooLarge)
+    }
+
+    /// Whether a namespace is being deleted.
+    #[must_use]
+    pub fn is_terminating(&self, namespace: &str) -> bool {
+        let known = self.read();
+        let namespace = known.namespaces.get(&ObjectRef::new("", namespace));
+        namespace.is_some_and(|namespace| namespace.terminating)
+    }
+
+    /// Secrets that `user` controls and its spec no longer names.
+    #[must_use]
+    pub fn leftovers(&self, id: &ObjectRef, uid: &str, names: &HashSet<&str>) -> Vec<SecretRef> {
+        self.of_user(id, uid, |name, observed| {
+            (!names.contains(name)).then(|| SecretRef {
+                name: name.to_owned(),
+                uid: observed.uid.clone(),
+                resource_version: observed.resource_version.clone(),
+            })
+        })
+    }
+
+    /// Names of the Secrets that exist, carry our label and are controlled by this object.
+    #[must_use]
+    pub fn written_for(&self, id: &ObjectRef, uid: &str) -> HashSet<String> {
+        let names = self.of_user(id, uid, |name, _| Some(name.to_owned()));
+        names.into_iter().collect()
+    }
+
+    fn of_user<T>(&self, id: &ObjectRef, uid: &str, each: impl Fn(&str, &ObservedSecret) -> Option<T>) -> Vec<T> {
+        let known = self.read();
+        let secrets = known.secrets.range(ObjectRef::new(&id.namespace, "")..);
+        let secrets = secrets.take_while(|(secret, _)| secret.namespace == id.namespace);
+        secrets
+            .filter_map(|(secret, tracked)| {
+                let observed = tracked.observed.as_ref()?;
+                // Ours by label and by owner: anybody can set the label.
+                let ours =
+                    observed.service_user.as_deref() == Some(&*id.name) && observed.controller.as_deref() == Some(uid);
+                if ours { each(&secret.name, observed) } else { None }
+            })
+            .collect()
+    }
+
+    /// The service users that are as `wanted`.
+    #[must_use]
+    pub fn users(&self, wanted: impl Fn(&ObjectRef, &UserSummary) -> bool) -> Vec<ObjectRef> {
+        let known = self.read();
+        let found = known.users.iter().filter(|(id, user)| wanted(id, user));
+        found.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// The service users of an instance.
+    #[must_use]
+    pub fn users_of(&self, instance: &str) -> Vec<ObjectRef> {
+        self.users(|_, user| user.is_of(instance))
+    }
+
+    /// All instances.
+    #[must_use]
+    pub fn instances(&self) -> Vec<ObjectRef> {
+        self.read().instances.keys().cloned().collect()
+    }
+
+    /// All service users with what is known of them.
+    #[must_use]
+    pub fn all_users(&self) -> Vec<(ObjectRef, Arc<UserSummary>)> {
+        let known = self.read();
+        known
+            .users
+            .iter()
+            .map(|(id, user)| (id.clone(), user.clone()))
+            .collect()
+    }
+
+    /// All instances that can be read.
+    #[must_use]
+    pub fn all_instances(&self) -> Vec<Arc<ZitadelInstance>> {
+        self.read().instances.values().flatten().cloned().collect()
+    }
+
+    /// Whether an object found no room since this was asked last.
+    #[must_use]
+    pub fn take_over_limit(&self) -> bool {
+        let is_over = |charge: &mut Charge| std::mem::take(&mut charge.is_over);
+        // Each is to be asked.
+        self.change(|known| {
+            known
+                .charges
+                .values_mut()
+                .filter_map(|charge| is_over(charge).then_some(()))
+                .count()
+                > 0
+        })
+    }
+
+    /// Whether this object found no room and is to be told so; once.
+    #[must_use]
+    pub fn take_refused(&self, id: &ObjectRef) -> bool {
+        self.change(|known| {
+            let charge = known.charges.get_mut(&id.namespace);
+            charge.is_some_and(|charge| charge.refused.remove(id))
+        })
+    }
+
+    /// A service user is there.
+    pub fn user_applied(&self, id: &ObjectRef, user: UserSummary) -> Applied {
+        self.change(|known| {
+            let before = known.users.get(id);
+            if before.is_some_and(|before| before.resource_version == user.resource_version && before.uid == user.uid) {
+                return Applied::Known;
+            }
+            let before = known.remove_user(id);
+            let secrets = named_secrets(id, &user);
+            let tracked = known.charges.get(&id.namespace).map_or(0, |charge| charge.bytes);
+            if tracked + user.charge() + secrets.len() * CHARGE_SECRET > self.limit {
+                known.charge(&id.namespace, 0).is_over = true;
+                let refused = &mut known.charge(&id.namespace, 0).refused;
+                let tell = refused.len() < MAX_REFUSED && refused.insert(id.clone());
+                return Applied::Refused { tell };
+            }
+            known.charge(&id.namespace, user.charge());
+            for secret in secrets {
+                known.track(&secret).named_by.insert(id.clone());
+            }
+            if let Some(before) = before {
+                known.drop_unused_secrets(id, &before);
+            }
+            known.users.insert(id.clone(), Arc::new(user));
+            Applied::Changed
+        })
+    }
+
+    /// A service user is gone.
+    pub fn user_gone(&self, id: &ObjectRef) {
+        self.change(|known| known.forget_user(id));
+    }
+
+    /// A read found that this very object is gone, and the watch has not told so yet. If it is there after all, the
+    /// watch's next list has it.
+    pub fn forget_user(&self, id: &ObjectRef, uid: &str) {
+        self.change(|known| {
+            if known.users.get(id).is_some_and(|user| &*user.uid == uid) {
+                known.forget_user(id);
+            }
+        });
+    }
+
+    /// An instance is there; none if it cannot be read. Returns what was known of it before.
+    pub fn instance_applied(
+        &self,
+        id: &ObjectRef,
+        instance: Option<Arc<ZitadelInstance>>,
+    ) -> Option<Option<Arc<ZitadelInstance>>> {
+        self.change(|known| known.instances.insert(id.clone(), instance))
+    }
+
+    /// An instance is gone.
+    pub fn instance_gone(&self, id: &ObjectRef) {
+        self.change(|known| known.instances.remove(id));
+    }
+
+    /// A namespace is there. Returns whether that is news.
+    pub fn namespace_applied(&self, id: &ObjectRef, namespace: &KnownNamespace) -> bool {
+        self.change(|known| known.namespaces.insert(id.clone(), namespace.clone()).as_ref() != Some(namespace))
+    }
+
+    /// A namespace is gone.
+    pub fn namespace_gone(&self, id: &ObjectRef) {
+        self.change(|known| known.namespaces.remove(id));
+    }
+
+    /// A Secret is there. Returns the service users that it concerns, if that is news.
+    pub fn secret_applied(&self, id: &ObjectRef, observed: ObservedSecret) -> BTreeSet<ObjectRef> {
+        let owner = observed.service_user.as_deref();
+        let owner = owner.map(|name| ObjectRef::new(&id.namespace, name));
+        self.change(|known| {
+            let taken = |known: &Known| known.charges.get(&id.namespace).map_or(0, |charge| charge.bytes);
+            if !known.secrets.contains_key(id) && (owner.is_none() || taken(known) + CHARGE_SECRET > self.limit) {
+                return BTreeSet::new();
+            }
+            let tracked = known.track(id);
+            let version = |observed: &ObservedSecret| observed.resource_version.clone();
+            if tracked.observed.as_ref().map(version) == Some(version(&observed)) {
+                return BTreeSet::new();
+            }
+            tracked.observed = Some(observed);
+            let mut concerned = tracked.named_by.clone();
+            concerned.extend(owner.filter(|owner| known.users.contains_key(owner)));
+            concerned
+        })
+    }
+
+    /// A Secret is gone. Returns the service users that name it.
+    pub fn secret_gone(&self, id: &ObjectRef) -> BTreeSet<ObjectRef> {
+        self.change(|known| {
+            let Some(tracked) = known.secrets.get_mut(id) else {
+                return BTreeSet::new();
+            };
+            tracked.observed = None;
+            let concerned = tracked.named_by.clone();
+            known.drop_secret_if_unused(id);
+            concerned
+        })
+    }
+
+    /// Names of what is known of one kind.
+    pub fn known(&self, kind: Kind) -> HashSet<ObjectRef> {
+        let known = self.read();
+        match kind {
+            Kind::Instances => known.instances.keys().cloned().collect(),
+            Kind::Namespaces => known.namespaces.keys().cloned().collect(),
+            Kind::Users => known.users.keys().cloned().collect(),
+            Kind::Secrets => known.secrets.keys().cloned().collect(),
+        }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Known) -> T) -> T {
+        change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What is watched.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// `ZitadelInstance`.
+    Instances,
+    /// `Namespace`.
+    Namespaces,
+    /// `ZitadelServiceUser`.
+    Users,
+    /// `Secret`.
+    Secrets,
+}
+
+impl Known {
+    /// Removes an object; Secrets that only it named stay, until [`Known::drop_unused_secrets`].
+    fn remove_user(&mut self, id: &ObjectRef) -> Option<Arc<UserSummary>> {
+        if let Some(charge) = self.charges.get_mut(&id.namespace) {
+            charge.refused.remove(id);
+        }
+        let user = self.users.remove(id)?;
+        for secret in named_secrets(id, &user) {
+            if let Some(tracked) = self.secrets.get_mut(&secret) {
+                tracked.named_by.remove(id);
+            }
+        }
+        self.discharge(&id.namespace, user.charge());
+        Some(user)
+    }
+
+    fn forget_user(&mut self, id: &ObjectRef) {
+        if let Some(user) = self.remove_user(id) {
+            self.drop_unused_secrets(id, &user);
+        }
+    }
+
+    fn drop_unused_secrets(&mut self, id: &ObjectRef, user: &UserSummary) {
+        for secret in named_secrets(id, user) {
+            self.drop_secret_if_unused(&secret);
+        }
+    }
+
+    /// A Secret that nobody names is kept only while it exists and has our label.
+    fn drop_secret_if_unused(&mut self, id: &ObjectRef) {
+        let unused = self.secrets.get(id).is_some_and(|tracked| {
+            let ours = tracked
+                .observed
+                .as_ref()
+                .is_some_and(|observed| observed.service_user.is_some());
+            tracked.named_by.is_empty() && !ours
+        });
+        if unused {
+            self.secrets.remove(id);
+            self.discharge(&id.namespace, CHARGE_SECRET);
+        }
+    }
+
+    fn track(&mut self, id: &ObjectRef) -> &mut Tracked {
+        if !self.secrets.contains_key(id) {
+            self.charge(&id.namespace, CHARGE_SECRET);
+        }
+        self.secrets.entry(id.clone()).or_default()
+    }
+
+    fn charge(&mut self, namespace: &Arc<str>, bytes: usize) -> &mut Charge {
+        let charge = self.charges.entry(namespace.clone()).or_default();
+        charge.bytes += bytes;
+        charge
+    }
+
+    fn discharge(&mut self, namespace: &Arc<str>, bytes: usize) {
+        let Some(charge) = self.charges.get_mut(namespace) else {
+            return;
+        };
+        charge.bytes = charge.bytes.saturating_sub(bytes);
+        if charge.bytes == 0 && charge.refused.is_empty() && !charge.is_over {
+            self.charges.remove(namespace);
+        }
+    }
+}
+
+/// The Secrets that a service user names.
+fn named_secrets(id: &ObjectRef, user: &UserSummary) -> BTreeSet<ObjectRef> {
+    user.secrets().map(|name| ObjectRef::new(&id.namespace, name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::summary::TokenSummary;
+
+    fn user(version: usize, tokens: usize) -> UserSummary {
+        let token = |i| TokenSummary {
+            name: format!("t{i}").into(),
+            secret: format!("s{i}").into(),
+            status: None,
+        };
+        UserSummary {
+            resource_version: version.to_string().into(),
+            key_secret: "key".into(),
+            tokens: (0..tokens).map(token).collect(),
+            ..UserSummary::default()
+        }
+    }
+
+    fn labelled(version: &str) -> ObservedSecret {
+        ObservedSecret {
+            uid: "u".into(),
+            resource_version: version.into(),
+            service_user: Some("o0".into()),
+            controller: None,
+        }
+    }
+
+    fn id(namespace: &str, name: &str) -> ObjectRef {
+        ObjectRef::new(namespace, name)
+    }
+
+    fn bytes(cache: &Cache, namespace: &str) -> usize {
+        cache.read().charges.get(namespace).map_or(0, |charge| charge.bytes)
+    }
+
+    #[test]
+    fn a_namespace_has_its_limit_and_others_have_theirs() {
+        let one = user(1, 1).charge() + 2 * CHARGE_SECRET;
+        let cache = Cache::new(3 * one);
+        let mut told = 0;
+        for i in 0..10 * MAX_REFUSED {
+            match cache.user_applied(&id("hostile", &format!("o{i}")), user(1, 1)) {
+                Applied::Refused { tell } => told += usize::from(tell),
+                applied => assert!(i < 5 && applied == Applied::Changed, "{i}"),
+            }
+        }
+        assert_eq!(told, MAX_REFUSED);
+        assert!(bytes(&cache, "hostile") <= 3 * one);
+        for i in 0..10_000 {
+            cache.secret_applied(&id("hostile", &format!("labelled-{i}")), labelled("1"));
+        }
+        assert!(bytes(&cache, "hostile") <= 3 * one);
+        assert_eq!(cache.user_applied(&id("quiet", "o"), user(1, 1)), Applied::Changed);
+        // Told once, and asked for at the next list.
+        assert!(cache.take_refused(&id("hostile", "o9")) && !cache.take_refused(&id("hostile", "o9")));
+        assert!(cache.take_over_limit() && !cache.take_over_limit());
+        // One that grows too large loses its place.
+        assert!(matches!(
+            cache.user_applied(&id("quiet", "o"), user(2, 16)),
+            Applied::Refused { tell: true }
+        ));
+        assert_eq!(cache.user(&id("quiet", "o")), None);
+    }
+
+    #[test]
+    fn what_goes_is_no_longer_charged() {
+        let cache = Cache::new(1 << 20);
+        let (a, b) = (id("shop", "a"), id("shop", "b"));
+        assert_eq!(cache.user_applied(&a, user(1, 3)), Applied::Changed);
+        assert_eq!(cache.user_applied(&a, user(1, 3)), Applied::Known);
+        assert_eq!(cache.user_applied(&b, user(1, 2)), Applied::Changed);
+        assert!(cache.secret_applied(&id("shop", "s0"), labelled("1")).contains(&a));
+        assert!(
+            cache.secret_applied(&id("shop", "s0"), labelled("1")).is_empty(),
+            "no news"
+        );
+        cache.secret_applied(&id("shop", "other"), labelled("1"));
+        assert_eq!(cache.user_applied(&a, user(2, 1)), Applied::Changed);
+        cache.user_gone(&a);
+        cache.user_gone(&b);
+        assert_eq!(
+            bytes(&cache, "shop"),
+            2 * CHARGE_SECRET,
+            "s0 and other are there and ours"
+        );
+        for name in ["s0", "other"] {
+            cache.secret_gone(&id("shop", name));
+        }
+        assert!(cache.read().charges.is_empty() && cache.read().secrets.is_empty());
+    }
+}

@@ -1,0 +1,214 @@
+//! What the watches decode. Each type keeps little and decodes every object, so that an object that nobody can read, or
+//! that is very large, costs neither memory nor the others.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{Namespace, Secret};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use kube::Resource;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+use crate::api::ZitadelServiceUser;
+use crate::api::metadata::LABEL_SERVICE_USER;
+use crate::domain::summary::UserSummary;
+
+/// Bytes of a namespace's labels that are kept. Real ones have some hundred.
+const MAX_NAMESPACE_LABELS: usize = 8 * 1024;
+
+/// A service user, reduced to its summary.
+#[derive(Clone, Debug)]
+pub struct WatchedUser {
+    metadata: ObjectMeta,
+    /// What is kept of it.
+    pub summary: UserSummary,
+}
+
+/// A namespace: its labels and whether it is being deleted.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(from = "Object")]
+pub struct WatchedNamespace {
+    metadata: ObjectMeta,
+    /// Whether the namespace is being deleted.
+    pub terminating: bool,
+    /// None if they are larger than what is kept: a selector that excludes a label must not match without it.
+    pub labels: Option<BTreeMap<String, String>>,
+}
+
+/// A Secret: its version, our label and its controller.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(from = "Object")]
+pub struct WatchedSecret {
+    metadata: ObjectMeta,
+    /// Name of the service user in our label.
+    pub service_user: Option<String>,
+    /// UID of the object that controls it.
+    pub controller: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Object {
+    metadata: Metadata,
+}
+
+/// Metadata without annotations, where `kubectl apply` keeps a copy of the whole object, and without managed fields,
+/// where a writer may set any depth and times that do not decode.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    name: Option<String>,
+    namespace: Option<String>,
+    uid: Option<String>,
+    resource_version: Option<String>,
+    #[serde(default)]
+    labels: Option<BTreeMap<String, String>>,
+    owner_references: Option<Vec<OwnerReference>>,
+    deletion_timestamp: Option<IgnoredAny>,
+}
+
+impl Metadata {
+    fn identity(&mut self) -> ObjectMeta {
+        ObjectMeta {
+            name: self.name.take(),
+            namespace: self.namespace.take(),
+            uid: self.uid.take(),
+            resource_version: self.resource_version.take(),
+            ..ObjectMeta::default()
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for WatchedUser {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Box::<RawValue>::deserialize(deserializer)?;
+        let unreadable = |_| serde::de::Error::custom("an object has no metadata");
+        let mut object: Object = serde_json::from_str(text.get()).map_err(unreadable)?;
+        Ok(Self {
+            metadata: object.metadata.identity(),
+            summary: serde_json::from_str(text.get()).map_err(unreadable)?,
+        })
+    }
+}
+
+impl From<Object> for WatchedNamespace {
+    fn from(Object { mut metadata }: Object) -> Self {
+        let labels = metadata.labels.take().unwrap_or_default();
+        let size: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+        Self {
+            terminating: metadata.deletion_timestamp.is_some(),
+            labels: (size <= MAX_NAMESPACE_LABELS).then_some(labels),
+            metadata: metadata.identity(),
+        }
+    }
+}
+
+impl From<Object> for WatchedSecret {
+    fn from(Object { mut metadata }: Object) -> Self {
+        let owners = metadata.owner_references.take().unwrap_or_default();
+        let controller = owners.into_iter().find(|owner| owner.controller == Some(true));
+        Self {
+            service_user: metadata
+                .labels
+                .take()
+                .and_then(|mut labels| labels.remove(LABEL_SERVICE_USER)),
+            controller: controller.map(|owner| owner.uid),
+            metadata: metadata.identity(),
+        }
+    }
+}
+
+/// The type is the resource `$resource`, of which it asks for metadata only or for all.
+macro_rules! is_resource {
+    ($type:ty, $resource:ty, metadata_only: $metadata_only:literal) => {
+        impl Resource for $type {
+            type DynamicType = ();
+            type Scope = <$resource as Resource>::Scope;
+
+            fn kind((): &()) -> Cow<'_, str> {
+                <$resource>::kind(&())
+            }
+            fn group((): &()) -> Cow<'_, str> {
+                <$resource>::group(&())
+            }
+            fn version((): &()) -> Cow<'_, str> {
+                <$resource>::version(&())
+            }
+            fn plural((): &()) -> Cow<'_, str> {
+                <$resource>::plural(&())
+            }
+            fn metadata_api() -> bool {
+                $metadata_only
+            }
+            fn meta(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+            fn meta_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+        }
+    };
+}
+
+is_resource!(WatchedUser, ZitadelServiceUser, metadata_only: false);
+is_resource!(WatchedNamespace, Namespace, metadata_only: true);
+is_resource!(WatchedSecret, Secret, metadata_only: true);
+
+#[cfg(test)]
+mod tests {
+    use kube::core::WatchEvent;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_large_object_is_kept_small() {
+        let long = "x".repeat(100_000);
+        let metadata = json!({"name": "n", "namespace": "s", "resourceVersion": "7",
+            "labels": {LABEL_SERVICE_USER: "billing", "a": &long},
+            "annotations": {"kubectl.kubernetes.io/last-applied-configuration": &long},
+            "managedFields": [{"manager": &long, "time": "9999-12-31T23:59:59Z"}],
+            "ownerReferences": [{"apiVersion": "v1", "kind": "K", "name": "o", "uid": "u", "controller": true}]});
+        // In the order in which the API server writes the two.
+        let event = |object: serde_json::Value| format!(r#"{{"type":"ADDED","object":{object}}}"#);
+        let secret = event(json!({"metadata": metadata}));
+        let WatchEvent::Added(secret) = serde_json::from_str::<WatchEvent<WatchedSecret>>(&secret).expect("an event")
+        else {
+            panic!("another event")
+        };
+        assert_eq!(
+            (secret.service_user.as_deref(), secret.controller.as_deref()),
+            (Some("billing"), Some("u"))
+        );
+        assert!(format!("{secret:?}").len() < 2_000);
+        let spec = json!({"instanceRef": {"name": "main"}, "tokens": [{"name": "t", "secret": {"name": "s", "template": {"a": &long}}}]});
+        let user = event(json!({"metadata": metadata, "spec": spec}));
+        let WatchEvent::Added(user) = serde_json::from_str::<WatchEvent<WatchedUser>>(&user).expect("an event") else {
+            panic!("another event")
+        };
+        assert_eq!(
+            (user.meta().name.as_deref(), &*user.summary.instance),
+            (Some("n"), "main")
+        );
+        assert!(format!("{user:?}").len() < 2_000);
+        let namespace: WatchedNamespace = serde_json::from_value(json!({"metadata": metadata})).expect("a namespace");
+        assert_eq!(namespace.labels, None, "as if no label were known");
+        let namespace: WatchedNamespace =
+            serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"a": "b"}}})).expect("a namespace");
+        assert_eq!(namespace.labels.map(|labels| labels.len()), Some(1));
+    }
+
+    #[test]
+    fn an_object_that_nobody_can_read_still_has_its_name() {
+        for spec in [
+            json!(7),
+            json!({"tokens": "none"}),
+            json!({"instanceRef": {"name": [1]}}),
+        ] {
+            let object = json!({"metadata": {"name": "n", "namespace": "s"}, "spec": spec}).to_string();
+            let user: WatchedUser = serde_json::from_str(&object).expect("a user");
+            assert_eq!((user.meta().name.as_deref(), &*user.summary.instance), (Some("n"), ""));
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! How much one tenant may have done at once and for long: token buckets for each object and each namespace.
+//!
+//! What a tenant does with its own objects (edit, delete and create again, ask for refreshes) costs requests to ZITADEL
+//! and to the API server. Buckets are kept by name and outlive the object, so that deleting it does not refill them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::domain::facts::ObjectRef;
+
+/// Size and rate of a bucket.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate {
+    /// So many at once after a quiet time.
+    pub burst: f64,
+    /// So many a second for long.
+    pub per_second: f64,
+}
+
+/// Below this many buckets nothing is pruned.
+const PRUNE_FROM: usize = 1024;
+
+/// The buckets of all objects and namespaces, for one kind of work. Time is the caller's monotonic clock, as a duration
+/// since any fixed moment.
+#[derive(Debug)]
+pub struct Allowances {
+    object: Rate,
+    namespace: Rate,
+    objects: HashMap<ObjectRef, Level>,
+    namespaces: HashMap<Arc<str>, Level>,
+    prune_at: usize,
+}
+
+/// What is left in a bucket. Negative if work was promised for later.
+#[derive(Clone, Copy, Debug)]
+struct Level {
+    left: f64,
+    at: Duration,
+}
+
+impl Level {
+    fn at(self, rate: Rate, now: Duration) -> f64 {
+        let since = now.saturating_sub(self.at).as_secs_f64();
+        (self.left + since * rate.per_second).min(rate.burst)
+    }
+}
+
+impl Allowances {
+    /// Full buckets for everybody.
+    #[must_use]
+    pub fn new(object: Rate, namespace: Rate) -> Self {
+        Self {
+            object,
+            namespace,
+            objects: HashMap::new(),
+            namespaces: HashMap::new(),
+            prune_at: PRUNE_FROM,
+        }
+    }
+
+    /// Takes one for `id`, or says how long it has to wait; then nothing is taken.
+    pub fn try_take(&mut self, now: Duration, id: &ObjectRef) -> Result<(), Duration> {
+        let wait = self.wait(now, id);
+        if wait.is_zero() {
+            self.take(now, id);
+            return Ok(());
+        }
+        Err(wait)
+    }
+
+    /// Takes one for `id` in any case, and says how long it has to wait for it.
+    pub fn reserve(&mut self, now: Duration, id: &ObjectRef) -> Duration {
+        let wait = self.wait(now, id);
+        self.take(now, id);
+        wait
+    }
+
+    fn wait(&self, now: Duration, id: &ObjectRef) -> Duration {
+        let wait = |level: Option<&Level>, rate: Rate| {
+            let missing = 1.0 - level.map_or(rate.burst, |level| level.at(rate, now));
+            Duration::try_from_secs_f64(missing.max(0.0) / rate.per_second).unwrap_or(Duration::MAX)
+        };
+        let object = wait(self.objects.get(id), self.object);
+        object.max(wait(self.namespaces.get(&id.namespace), self.namespace))
+    }
+
+    fn take(&mut self, now: Duration, id: &ObjectRef) {
+        if self.objects.len() >= self.prune_at {
+            let (object, namespace) = (self.object, self.namespace);
+            // A full bucket is like a new one.
+            self.objects.retain(|_, level| level.at(object, now) < object.burst);
+            self.namespaces
+                .retain(|_, level| level.at(namespace, now) < namespace.burst);
+            self.prune_at = PRUNE_FROM.max(2 * self.objects.len());
+        }
+        let less = |level: Option<Level>, rate: Rate| Level {
+            left: level.map_or(rate.burst, |level| level.at(rate, now)) - 1.0,
+            at: now,
+        };
+        let object = less(self.objects.get(id).copied(), self.object);
+        self.objects.insert(id.clone(), object);
+        let namespace = less(self.namespaces.get(&id.namespace).copied(), self.namespace);
+        self.namespaces.insert(id.namespace.clone(), namespace);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const OBJECT: Rate = Rate {
+        burst: 5.0,
+        per_second: 0.5,
+    };
+    const NAMESPACE: Rate = Rate {
+        burst: 20.0,
+        per_second: 4.0,
+    };
+
+    proptest! {
+        /// Whoever asks, and however often: each object and each namespace gets its burst and its rate and no more,
+        /// and what waits as long as it is told gets its turn.
+        #[test]
+        fn nobody_gets_more_than_burst_and_rate(
+            asks in prop::collection::vec((0_u64..400, 0_u8..2, 0_u8..8), 1..400), reserves in any::<bool>(),
+        ) {
+            let mut allowances = Allowances::new(OBJECT, NAMESPACE);
+            let mut now = Duration::ZERO;
+            let mut granted: Vec<(Duration, ObjectRef)> = Vec::new();
+            for (gap, namespace, name) in asks {
+                now += Duration::from_millis(gap);
+                let id = ObjectRef::new(&format!("n{namespace}"), &format!("o{name}"));
+                if reserves {
+                    granted.push((now + allowances.reserve(now, &id), id));
+                } else {
+                    match allowances.try_take(now, &id) {
+                        Ok(()) => granted.push((now, id)),
+                        Err(wait) => {
+                            now += wait + Duration::from_micros(1);
+                            prop_assert_eq!(allowances.try_take(now, &id), Ok(()), "after the wait");
+                            granted.push((now, id));
+                        }
+                    }
+                }
+            }
+            let check = |of: &dyn Fn(&ObjectRef) -> bool, rate: Rate| {
+                let times: Vec<Duration> = granted.iter().filter(|(_, id)| of(id)).map(|(at, _)| *at).collect();
+                times.iter().all(|start| {
+                    let within = |end: Duration| times.iter().filter(|at| (*start..=end).contains(*at)).count();
+                    times.iter().filter(|end| *end >= start).all(|end| {
+                        let allowed = rate.burst + rate.per_second * end.saturating_sub(*start).as_secs_f64();
+                        #[allow(clippy::cast_precision_loss, reason = "small numbers")]
+                        let count = within(*end) as f64;
+                        count <= allowed + 1.0
+                    })
+                })
+            };
+            for namespace in 0..2 {
+                let namespace: Arc<str> = format!("n{namespace}").into();
+                prop_assert!(check(&|id| id.namespace == namespace, NAMESPACE));
+                for name in 0..8 {
+                    let id = ObjectRef::new(&namespace, &format!("o{name}"));
+                    prop_assert!(check(&|other| *other == id, OBJECT));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn full_buckets_are_forgotten_and_others_are_not() {
+        let rate = |burst| Rate { burst, per_second: 1.0 };
+        let mut allowances = Allowances::new(rate(2.0), rate(1e9));
+        for i in 0..10 * PRUNE_FROM {
+            let id = ObjectRef::new("tenant", &format!("new-{i}"));
+            assert_eq!(allowances.try_take(Duration::from_millis(i as u64), &id), Ok(()));
+        }
+        // One is full again after a second, in which a thousand others came.
+        assert!(
+            allowances.objects.len() <= 3 * PRUNE_FROM,
+            "{}",
+            allowances.objects.len()
+        );
+        let spent = ObjectRef::new("tenant", "spent");
+        let now = Duration::from_mins(1);
+        assert_eq!(allowances.try_take(now, &spent), Ok(()));
+        assert_eq!(allowances.try_take(now, &spent), Ok(()));
+        allowances.prune_at = 0;
+        assert_eq!(allowances.try_take(now, &ObjectRef::new("tenant", "other")), Ok(()));
+        assert!(allowances.try_take(now, &spent).is_err(), "remembered");
+    }
+}
