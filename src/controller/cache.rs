@@ -27,7 +27,7 @@ pub struct Cache {
 #[derive(Default)]
 struct Known {
     users: HashMap<ObjectRef, Arc<UserSummary>>,
-    instances: HashMap<ObjectRef, Option<Arc<ZitadelInstance>>>,
+    instances: HashMap<ObjectRef, Readable>,
     namespaces: HashMap<ObjectRef, KnownNamespace>,
     /// In order, so that those of one namespace are found without the others.
     secrets: BTreeMap<ObjectRef, Tracked>,
@@ -43,6 +43,9 @@ struct Charge {
     /// Something found no room, told or not.
     is_over: bool,
 }
+
+/// An instance, or the generation of one that cannot be read.
+pub type Readable = Result<Arc<ZitadelInstance>, Option<i64>>;
 
 /// What is known of a namespace.
 #[derive(Clone, Debug, PartialEq)]
@@ -109,10 +112,16 @@ impl Cache {
     /// keep the rights that it gave before.
     pub fn instance(&self, name: &str) -> Result<Arc<ZitadelInstance>, Reason> {
         match self.read().instances.get(&ObjectRef::new("", name)) {
-            Some(Some(instance)) => Ok(instance.clone()),
-            Some(None) => Err(Reason::InstanceInvalid),
+            Some(Ok(instance)) => Ok(instance.clone()),
+            Some(Err(_)) => Err(Reason::InstanceInvalid),
             None => Err(Reason::InstanceMissing),
         }
+    }
+
+    /// The generation of an instance that cannot be read.
+    #[must_use]
+    pub fn unreadable_generation(&self, id: &ObjectRef) -> Option<i64> {
+        self.read().instances.get(id)?.as_ref().err().copied()?
     }
 
     /// The labels of a namespace.
@@ -269,12 +278,8 @@ impl Cache {
         });
     }
 
-    /// An instance is there; none if it cannot be read. Returns what was known of it before.
-    pub fn instance_applied(
-        &self,
-        id: &ObjectRef,
-        instance: Option<Arc<ZitadelInstance>>,
-    ) -> Option<Option<Arc<ZitadelInstance>>> {
+    /// An instance is there. Returns what was known of it before.
+    pub fn instance_applied(&self, id: &ObjectRef, instance: Readable) -> Option<Readable> {
         self.change(|known| known.instances.insert(id.clone(), instance))
     }
 

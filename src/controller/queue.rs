@@ -630,6 +630,40 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn changes_in_a_loop_are_limited_and_the_last_one_counts() {
+        let queue = queue();
+        let mut reconciles = 0;
+        for _ in 0..100 {
+            queue.changed(&id("a"), Some("7"));
+            if let Ok((id, held_back)) = queue.take(Timestamp::now()) {
+                let turn = Turn {
+                    id,
+                    held_back,
+                    queue: queue.clone(),
+                    ended: false,
+                };
+                // Another one comes meanwhile.
+                queue.changed(&turn.id.clone(), Some("8"));
+                turn.done(failed(Failed::now("t", Reason::KeyRejected)));
+                reconciles += 1;
+            }
+        }
+        assert!((30..35).contains(&reconciles), "{reconciles}");
+        {
+            let state = queue.lock();
+            assert!(state.entries[&id("a")].throttled);
+            // What it waits for is near, though what failed waits for ten minutes.
+            let (at, _) = state.timers.first().expect("a timer");
+            assert!(*at < Timestamp::now() + SignedDuration::from_secs(3));
+        }
+        // Others are not concerned, and neither is what no tenant can repeat.
+        queue.changed(&id("b"), None);
+        assert_eq!(queue.next().await.id, id("b"));
+        queue.wake(&id("a"));
+        assert_eq!(queue.next().await.id, id("a"));
+    }
+
+    #[tokio::test]
     async fn of_what_goes_while_another_leads_nothing_is_kept() {
         let queue = queue();
         for name in ["a", "b"] {

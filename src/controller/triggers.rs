@@ -194,22 +194,23 @@ impl Triggers {
 
     fn instance_applied(&self, instance: Guarded<ZitadelInstance>) {
         let id = reference(&instance);
-        let version = instance.resource_version();
-        let instance = instance.0.map(trimmed).ok().map(Arc::new);
-        let spec = instance.as_ref().map(|instance| instance.spec.clone());
-        let before = self.cache.instance_applied(&id, instance);
-        let known =
-            |before: &Option<Arc<ZitadelInstance>>| before.as_ref().map(|b| (b.resource_version(), b.spec.clone()));
-        let before = before.as_ref().map(known);
-        if before
-            .as_ref()
-            .is_some_and(|b| b.as_ref().is_some_and(|(v, _)| *v == version))
-        {
+        let (version, generation) = (instance.resource_version(), instance.meta().generation);
+        let instance = instance
+            .0
+            .map(|instance| Arc::new(trimmed(instance)))
+            .map_err(|_| generation);
+        let before = self.cache.instance_applied(&id, instance.clone());
+        let same = |is_same: &dyn Fn(&ZitadelInstance, &ZitadelInstance) -> bool| match (&before, &instance) {
+            (Some(Ok(before)), Ok(now)) => is_same(before, now),
+            (Some(Err(before)), Err(now)) => before == now,
+            _ => false,
+        };
+        if same(&|before, now| before.resource_version() == now.resource_version()) {
             return;
         }
         self.instances.changed(&id, version.as_deref());
         // The status of an instance is output: it decides nothing (decision K14).
-        if before.is_none_or(|before| before.map(|(_, spec)| spec) != spec) {
+        if !same(&|before, now| before.spec == now.spec) {
             self.users.wake_all(self.cache.users_of(&id.name));
         }
     }

@@ -31,6 +31,13 @@ async fn errors_of_the_api_server_cost_time_and_no_mint() {
         ("PATCH", "/secrets/{}-token", 409, 1),
         ("PUT", "/zitadelserviceusers/{}/status", 500, 2),
         ("PUT", "/zitadelserviceusers/{}/status", 409, 1),
+        // These come from something in between, or for a kind that is not served at the moment: they are not about the
+        // object.
+        ("PUT", "/zitadelserviceusers/{}/status", 404, 2),
+        ("GET", "/zitadelserviceusers/{}", 404, 2),
+        ("GET", "/secrets/{}-token", 404, 1),
+        ("GET", "/secrets/{}-key", 404, 1),
+        ("PATCH", "/secrets/{}-token", 404, 1),
         ("POST", "/events", 500, 3),
     ];
     for (i, (method, path, code, times)) in trouble.into_iter().enumerate() {

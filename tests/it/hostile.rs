@@ -5,15 +5,13 @@ use std::collections::BTreeSet;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::Client;
 use kube::api::{GetParams, ListParams, Patch, PatchParams, PostParams};
 use kube::core::Request;
-use kube::{Api, Client};
 use serde_json::{Value, json};
-use zitadel_tokens::api::crds;
 use zitadel_tokens::controller::guarded::Guarded;
 
-use crate::support::cluster::{Cluster, established};
+use crate::support::cluster::{Cluster, install_relaxed_crds};
 use crate::support::eventually;
 use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
@@ -120,7 +118,7 @@ impl Raw {
         assert!(stored.contains(time) && stored.contains(&deep), "{stored}");
     }
 
-    /// Waits until a service user's condition Ready has this status and reason.
+    /// Waits until an object's condition Ready has this status and reason.
     async fn ready(&self, name: &str, status: &str, reason: &str) {
         let what = format!("{name} Ready={status} {reason}");
         eventually(&what, async || {
@@ -137,23 +135,6 @@ impl Raw {
 
 fn bytes(object: &Value) -> Vec<u8> {
     serde_json::to_vec(object).expect("JSON")
-}
-
-/// The CRDs without any rule on spec and status, as if an administrator had relaxed them.
-async fn install_relaxed_crds(client: &Client) {
-    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
-    for crd in crds() {
-        let mut crd = serde_json::to_value(crd).expect("JSON");
-        let anything = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
-        let version = &mut crd["spec"]["versions"][0];
-        version["schema"]["openAPIV3Schema"] =
-            json!({"type": "object", "properties": {"spec": anything, "status": anything}});
-        version["selectableFields"] = json!([]);
-        version["additionalPrinterColumns"] = json!([]);
-        let crd: CustomResourceDefinition = serde_json::from_value(crd).expect("a CRD");
-        api.create(&PostParams::default(), &crd).await.expect("a CRD");
-    }
-    established(client).await;
 }
 
 /// A service user whose Secret is `NAME-token`, with one change.
@@ -244,10 +225,52 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
         users.create(&object).await;
     }
 
+    // Names that would be another path, or none.
+    let mut odd_names = Vec::new();
+    for odd in [
+        "../../default/secrets/k",
+        "a/b",
+        "",
+        "a\n",
+        "a?b",
+        "%2e%2e",
+        "..",
+        "A",
+        &"n".repeat(300),
+    ] {
+        for field in ["token", "key"] {
+            let name = format!("name-{}", odd_names.len());
+            let object = service_user(&world, &name, |spec| match field {
+                "token" => spec["tokens"][0]["secret"]["name"] = json!(odd),
+                _ => spec["keySecretRef"]["name"] = json!(odd),
+            });
+            users.create(&object).await;
+            odd_names.push(name);
+        }
+    }
+
     let mut operator = world.operator().await;
     for name in ["restored", "status"] {
         users.ready(name, "True", "Issued").await;
     }
+    for name in &odd_names {
+        users.ready(name, "False", "InvalidSpec").await;
+    }
+    let asked = cluster
+        .audit
+        .requests(&world.name)
+        .into_iter()
+        .chain(cluster.audit.requests("default"));
+    let asked: Vec<_> = asked
+        .filter(|r| r.agent.starts_with("zitadel-tokens") && r.resource == "secrets" && r.verb == "get")
+        .map(|r| r.name)
+        .collect();
+    assert!(
+        asked
+            .iter()
+            .all(|name| name.ends_with("-token") || name == "shared-key"),
+        "{asked:?}"
+    );
     for (name, _) in invalid {
         users.ready(name, "False", "InvalidSpec").await;
     }
@@ -279,6 +302,24 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     users.patch("no-spec", &json!({"spec": mended["spec"]})).await;
     users.ready("no-spec", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 3);
+
+    // An instance that cannot be read gives no right that it gave before.
+    let access = world.instance_spec()["access"].clone();
+    instances
+        .patch(&world.instance, &json!({"spec": {"access": "none"}}))
+        .await;
+    users.ready("status", "False", "InstanceInvalid").await;
+    instances.ready(&world.instance, "False", "InvalidSpec").await;
+    world.renew("status").await;
+    users.ready("status", "False", "InstanceInvalid").await;
+    assert_eq!(world.issuer.mints().await, 3);
+    instances
+        .patch(&world.instance, &json!({"spec": {"access": access}}))
+        .await;
+    instances.ready(&world.instance, "True", "InstanceReady").await;
+    users.ready("status", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 4);
+
     assert_calm(&operator);
     let warned = |line: &&String| line.contains("WARN") && line.contains("could not be written");
     assert_eq!(operator.log().iter().find(warned), None);

@@ -6,6 +6,7 @@
 mod support;
 
 mod access;
+mod amplification;
 mod api_server;
 mod architecture;
 mod chart;

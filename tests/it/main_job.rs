@@ -13,7 +13,7 @@ use crate::support::world::{PROJECT, World, claims, condition, one_token, until}
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_with_the_right_audience_is_in_the_secret() {
     let world = World::new("main-job").await;
-    let _operator = world.operator().await;
+    let operator = world.operator().await;
     world.instance().await;
     let user = world.simple("billing", json!({"tokenType": "JWT"})).await;
 
@@ -42,6 +42,21 @@ async fn a_token_with_the_right_audience_is_in_the_secret() {
         ("ZitadelServiceUser", Some(true))
     );
     assert_eq!(Some(&owner.uid), object.metadata.uid.as_ref());
+
+    // What an operator of the cluster reads at the usual level: each change once.
+    world
+        .secrets()
+        .delete("billing-key", &DeleteParams::default())
+        .await
+        .expect("deleted");
+    world.ready("billing", "False", "KeySecretMissing").await;
+    let lines = operator.log();
+    let lines = lines
+        .iter()
+        .filter(|line| line.contains("INFO") && line.contains("the outcome changed"));
+    let told: Vec<_> = lines.filter_map(|line| line.split("object=").nth(1)).collect();
+    let line = |reason: &str| format!(r#"{}/billing token="main" reason="{reason}""#, world.name);
+    assert_eq!(told, [line("Issued"), line("KeySecretMissing")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -98,7 +98,8 @@ async fn unreadable(ctx: &Context, id: &ObjectRef) -> Done {
     if !ctx.writes_instance_status {
         return Done::default();
     }
-    let patch = refusal(Reason::InvalidSpec, None, Timestamp::now());
+    let generation = ctx.cache.unreadable_generation(id);
+    let patch = refusal(Reason::InvalidSpec, generation, Timestamp::now());
     match ctx.writer.patch_instance_status(&id.name, &patch).await {
         Ok(version) => Done {
             written: vec![version],
