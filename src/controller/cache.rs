@@ -13,9 +13,9 @@ use crate::domain::summary::UserSummary;
 /// Bytes charged for a Secret that a service user names, or that has our label.
 const CHARGE_SECRET: usize = 1024;
 
-/// So many objects of one namespace that are over its limit wait for being told so. The limit is told of all: each
-/// relist comes back to the rest.
-const MAX_REFUSED: usize = 64;
+/// So many times between two relists an object of one namespace is told that it is over the limit: the objects that wait
+/// for being told take memory too.
+const MAX_REFUSALS: usize = 256;
 
 /// What exists.
 pub struct Cache {
@@ -38,10 +38,8 @@ struct Known {
 #[derive(Default)]
 struct Charge {
     bytes: usize,
-    /// Objects that found no room and are to be told so.
-    refused: HashSet<ObjectRef>,
-    /// Something found no room, told or not.
-    is_over: bool,
+    /// How often an object found no room since the last relist.
+    refusals: usize,
 }
 
 /// An instance, or the generation of one that cannot be read.
@@ -214,25 +212,22 @@ impl Cache {
     /// Whether an object found no room since this was asked last.
     #[must_use]
     pub fn take_over_limit(&self) -> bool {
-        let is_over = |charge: &mut Charge| std::mem::take(&mut charge.is_over);
-        // Each is to be asked.
         self.change(|known| {
-            known
+            let refusals = known
                 .charges
                 .values_mut()
-                .filter_map(|charge| is_over(charge).then_some(()))
-                .count()
-                > 0
+                .map(|charge| std::mem::take(&mut charge.refusals));
+            let is_over = refusals.sum::<usize>() > 0;
+            known.charges.retain(|_, charge| charge.bytes > 0);
+            is_over
         })
     }
 
-    /// Whether this object found no room and is to be told so; once.
+    /// Whether an object of this namespace found no room since the last relist.
     #[must_use]
-    pub fn take_refused(&self, id: &ObjectRef) -> bool {
-        self.change(|known| {
-            let charge = known.charges.get_mut(&id.namespace);
-            charge.is_some_and(|charge| charge.refused.remove(id))
-        })
+    pub fn is_over_limit(&self, namespace: &str) -> bool {
+        let known = self.read();
+        known.charges.get(namespace).is_some_and(|charge| charge.refusals > 0)
     }
 
     /// A service user is there.
@@ -246,10 +241,14 @@ impl Cache {
             let secrets = named_secrets(id, &user);
             let tracked = known.charges.get(&id.namespace).map_or(0, |charge| charge.bytes);
             if tracked + user.charge() + secrets.len() * CHARGE_SECRET > self.limit {
-                known.charge(&id.namespace, 0).is_over = true;
-                let refused = &mut known.charge(&id.namespace, 0).refused;
-                let tell = refused.len() < MAX_REFUSED && refused.insert(id.clone());
-                return Applied::Refused { tell };
+                if let Some(before) = before {
+                    known.drop_unused_secrets(id, &before);
+                }
+                let refusals = &mut known.charge(&id.namespace, 0).refusals;
+                *refusals += 1;
+                return Applied::Refused {
+                    tell: *refusals <= MAX_REFUSALS,
+                };
             }
             known.charge(&id.namespace, user.charge());
             for secret in secrets {
@@ -368,9 +367,6 @@ pub enum Kind {
 impl Known {
     /// Removes an object; Secrets that only it named stay, until [`Known::drop_unused_secrets`].
     fn remove_user(&mut self, id: &ObjectRef) -> Option<Arc<UserSummary>> {
-        if let Some(charge) = self.charges.get_mut(&id.namespace) {
-            charge.refused.remove(id);
-        }
         let user = self.users.remove(id)?;
         for secret in named_secrets(id, &user) {
             if let Some(tracked) = self.secrets.get_mut(&secret) {
@@ -426,7 +422,7 @@ impl Known {
             return;
         };
         charge.bytes = charge.bytes.saturating_sub(bytes);
-        if charge.bytes == 0 && charge.refused.is_empty() && !charge.is_over {
+        if charge.bytes == 0 && charge.refusals == 0 {
             self.charges.remove(namespace);
         }
     }
@@ -478,21 +474,20 @@ mod tests {
         let one = user(1, 1).charge() + 2 * CHARGE_SECRET;
         let cache = Cache::new(3 * one);
         let mut told = 0;
-        for i in 0..10 * MAX_REFUSED {
+        for i in 0..10 * MAX_REFUSALS {
             match cache.user_applied(&id("hostile", &format!("o{i}")), user(1, 1)) {
                 Applied::Refused { tell } => told += usize::from(tell),
                 applied => assert!(i < 5 && applied == Applied::Changed, "{i}"),
             }
         }
-        assert_eq!(told, MAX_REFUSED);
+        assert_eq!(told, MAX_REFUSALS);
         assert!(bytes(&cache, "hostile") <= 3 * one);
         for i in 0..10_000 {
             cache.secret_applied(&id("hostile", &format!("labelled-{i}")), labelled("1"));
         }
         assert!(bytes(&cache, "hostile") <= 3 * one);
         assert_eq!(cache.user_applied(&id("quiet", "o"), user(1, 1)), Applied::Changed);
-        // Told once, and asked for at the next list.
-        assert!(cache.take_refused(&id("hostile", "o9")) && !cache.take_refused(&id("hostile", "o9")));
+        assert!(cache.is_over_limit("hostile") && !cache.is_over_limit("quiet"));
         assert!(cache.take_over_limit() && !cache.take_over_limit());
         // One that grows too large loses its place.
         assert!(matches!(

@@ -27,6 +27,8 @@ pub enum Gathered {
         reason: Reason,
         /// Generation of its spec.
         generation: Option<i64>,
+        /// Whether its status says so already.
+        told: bool,
     },
     /// The object or its namespace is gone or going, or it is not ours to serve.
     Gone,
@@ -41,9 +43,9 @@ pub fn awaits_a_look(ctx: &Context, id: &ObjectRef) -> bool {
 
 /// Reads what decides about `id`.
 pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Result<Gathered, ReadError> {
-    let refused = ctx.cache.take_refused(id);
     // Where nothing can be created a token would be lost.
     let known = ctx.cache.user(id).filter(|user| !user.deleting);
+    let refused = known.is_none() && ctx.cache.is_over_limit(&id.namespace);
     if known.is_none() && !refused || ctx.cache.is_terminating(&id.namespace) {
         return Ok(Gathered::Gone);
     }
@@ -57,7 +59,14 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         Some(ReadUser::Unreadable { generation, .. }) => {
             tracing::warn!(object = %id, "a service user does not fit its schema and is not served");
             let reason = Reason::InvalidSpec;
-            return Ok(Gathered::Refused { reason, generation });
+            let told = known.is_some_and(|user| {
+                user.ready == Some((false, Some(reason))) && user.observed_generation == generation
+            });
+            return Ok(Gathered::Refused {
+                reason,
+                generation,
+                told,
+            });
         }
         Some(ReadUser::Readable(_)) => return Ok(Gathered::Gone),
         None => {
@@ -74,7 +83,16 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
     }
     if refused {
         let (reason, generation) = (Reason::NamespaceLimit, user.metadata.generation);
-        return Ok(Gathered::Refused { reason, generation });
+        let status = user
+            .status
+            .as_ref()
+            .filter(|status| status.observed_generation == generation);
+        let mut conditions = status.into_iter().flat_map(|status| &status.conditions);
+        return Ok(Gathered::Refused {
+            reason,
+            generation,
+            told: conditions.any(|condition| condition.reason == reason.name()),
+        });
     }
     let now = Timestamp::now();
     let skew = ctx.connections.skew(&instance_name);

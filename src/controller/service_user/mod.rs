@@ -35,7 +35,9 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     }
     let facts = match gather::gather(&ctx, &id, held_back).await {
         Ok(Gathered::Facts(facts)) => *facts,
-        Ok(Gathered::Refused { reason, generation }) => return refuse(&ctx, &id, reason, generation).await,
+        // Nothing is to be remembered of it until it changes.
+        Ok(Gathered::Refused { told: true, .. }) => return Done::forget(),
+        Ok(Gathered::Refused { reason, generation, .. }) => return refuse(&ctx, &id, reason, generation).await,
         Ok(Gathered::Gone) => {
             ctx.memory.forget(&id);
             if ctx.cache.is_terminating(&id.namespace) {
@@ -82,15 +84,8 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     }
 }
 
-/// Says in the status why an object is not served, unless it says so already.
+/// Says in the status why an object is not served.
 async fn refuse(ctx: &Context, id: &ObjectRef, reason: Reason, generation: Option<i64>) -> Done {
-    let told = ctx
-        .cache
-        .user(id)
-        .is_some_and(|user| user.ready == Some((false, Some(reason))) && user.observed_generation == generation);
-    if told {
-        return Done::default();
-    }
     let patch = refusal(reason, generation, Timestamp::now());
     match ctx.writer.patch_user_status(id, &patch).await {
         Ok(version) => {
