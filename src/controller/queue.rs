@@ -74,11 +74,11 @@ pub struct Turn {
 
 impl Entry {
     /// A change of input begins the back-offs anew.
-    fn begin_anew(&mut self) {
+    fn begin_anew(&mut self, now: Timestamp) {
         let before = std::mem::take(&mut self.backoffs);
         self.backoffs = before
             .into_iter()
-            .filter_map(|(what, b)| Some((what, b.anew()?)))
+            .filter_map(|(what, b)| Some((what, b.anew(now)?)))
             .collect();
         self.retrying = false;
     }
@@ -111,7 +111,7 @@ impl Queue {
             entry.dirty.push(version.map(str::to_owned));
             return;
         }
-        entry.begin_anew();
+        entry.begin_anew(Timestamp::now());
         entry.since.get_or_insert_with(Instant::now);
         state.waiting.push(id, urgency, &instance);
         self.changed.notify_one();
@@ -395,7 +395,7 @@ impl Turn {
                 state.timers.insert((at, self.id.clone()));
             }
         } else {
-            entry.begin_anew();
+            entry.begin_anew(now);
             entry.since = Some(Instant::now());
             state.waiting.push(&self.id, urgency, &instance);
         }

@@ -124,7 +124,7 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
 
 /// Ready: a token of the current inputs is there and valid. A renewal that fails does not change that.
 fn is_ready(outcome: &Outcome, now: Timestamp) -> bool {
-    outcome.held.is_some_and(|h| h.schedule.expires > now)
+    outcome.held.is_some_and(|h| h.schedule.is_valid(now))
 }
 
 fn line(
@@ -192,7 +192,8 @@ fn conditions(
         .map_or(now, |t| t.0);
     let stalls_at = shifted(since, PATIENCE);
     let waits = !all_ready && reason.retry() == Retry::Permanent;
-    let stalled = waits && stalls_at <= now;
+    // Not by a clock that cannot be used: who is told takes it for the end.
+    let stalled = waits && stalls_at <= now && facts.clock.check().is_ok();
     let mut set = |kind: &str, on: bool, reason: Reason, message: &str| {
         let value = if on { "True" } else { "False" };
         let same = |c: &&Condition| c.type_ == kind && c.status == value && c.last_transition_time.0 <= now;
@@ -216,7 +217,7 @@ fn conditions(
     let usable = key == Reason::KeyUsable;
     let message = if usable { key.meaning().to_owned() } else { key.advice() };
     set("KeyValid", usable, key, &message);
-    (waits && !stalled).then_some(stalls_at)
+    (waits && stalls_at > now).then_some(stalls_at)
 }
 
 /// What is wrong with a token of the spec, and what mends it.
@@ -235,7 +236,9 @@ fn sentence(facts: &Facts, index: usize, reason: Reason) -> String {
 fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
     match &facts.key {
         Err(reason) => *reason,
-        Ok(key) if key.expires.is_some_and(|expires| expires <= now) => Reason::KeyExpired,
+        Ok(key) if key.expires.is_some_and(|expires| expires <= now) => {
+            facts.clock.check().err().unwrap_or(Reason::KeyExpired)
+        }
         Ok(_) => outcomes
             .iter()
             .map(|o| o.reason)

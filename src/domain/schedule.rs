@@ -2,12 +2,15 @@
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::domain::clock::shifted;
+use crate::domain::clock::{is_past, shifted};
 use crate::domain::hash;
 use crate::domain::reason::Retry;
 
 /// A lifetime below this cannot be kept fresh: mint, write and mount take seconds.
 pub const SHORTEST_LIFETIME: SignedDuration = SignedDuration::from_secs(5);
+
+/// No token is believed to live longer; ZITADEL's default is 12 hours.
+pub const LONGEST_LIFETIME: SignedDuration = SignedDuration::from_hours(31 * 24);
 
 /// No token is due earlier than this after its issue, whatever the spec says.
 const SHORTEST_WAIT: SignedDuration = SignedDuration::from_secs(2);
@@ -47,6 +50,7 @@ impl Schedule {
     /// a write may take (design §3.2).
     #[must_use]
     pub fn new(issued: Timestamp, expires: Timestamp, renewal: Renewal, seed: &str) -> Self {
+        let expires = expires.min(shifted(issued, LONGEST_LIFETIME));
         let lifetime = expires.duration_since(issued).max(SignedDuration::ZERO);
         let wanted = match renewal {
             Renewal::Default => lifetime / 3,
@@ -65,6 +69,18 @@ impl Schedule {
             expires,
             clamped: renewal != Renewal::Default && (margin != wanted || on_time < earliest),
         }
+    }
+
+    /// Whether the token is accepted at this moment. One that is issued later is not, whatever wrote that time.
+    #[must_use]
+    pub fn is_valid(self, now: Timestamp) -> bool {
+        is_past(self.issued, now) && self.expires > now
+    }
+
+    /// Whether it is valid and not to be renewed yet.
+    #[must_use]
+    pub fn is_fresh(self, now: Timestamp) -> bool {
+        self.is_valid(now) && self.renew > now
     }
 }
 

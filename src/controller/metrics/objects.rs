@@ -14,7 +14,6 @@ use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::instance::Connections;
 use crate::controller::metrics::described;
 use crate::controller::triggers::Cache;
-use crate::domain::clock::shifted;
 use crate::domain::freshness::Freshness;
 use crate::domain::reason::Reason;
 use crate::ops::http::Probe;
@@ -81,7 +80,7 @@ impl Objects {
             let instance = known.get_key_value(wanted).map_or("", |(name, _)| *name);
             let (ready, reason) = ready(user.status.iter().flat_map(|s| &s.conditions));
             *conditions.entry([instance, ready, reason]).or_default() += 1.0;
-            let now = shifted(now, self.connections.skew(instance));
+            let now = self.connections.skew(instance).theirs(now);
             for token in &user.spec.tokens {
                 let status = user
                     .status
@@ -116,7 +115,7 @@ impl Objects {
             .collect();
         let skews = asked
             .iter()
-            .map(|(name, open)| ([*name], open.skew().estimate().as_secs_f64()));
+            .map(|(name, open)| ([*name], open.skew().measured().as_secs_f64()));
         described::INSTANCE_CLOCK_SKEW.encode(encoder, skews)?;
         let circuits = asked
             .iter()

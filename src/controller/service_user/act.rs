@@ -80,7 +80,9 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
         acted.written.extend(version);
     }
     acted.outcomes.sort_by_key(|outcome| outcome.token);
-    let now = shifted(Timestamp::now(), facts.skew);
+    // What was asked of the server may have shown that its clock, or ours, is another than assumed.
+    let clock = ctx.connections.skew(&facts.user.spec.instance_ref.name);
+    let now = clock.certain(Timestamp::now());
     for leftover in plan::may_go(facts, &plan.deletes, &acted.outcomes, now) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             tracing::warn!(object = %id, secret = leftover.name, %error, "a Secret that is no longer asked for could not be deleted");
@@ -109,7 +111,7 @@ impl Job<'_> {
     /// Left to the next pass, which may follow at once.
     fn not_now(&self, held: Option<Held>) -> Outcome {
         Outcome {
-            not_before: Some(shifted(Timestamp::now(), self.facts.skew)),
+            not_before: Some(self.facts.clock.theirs(Timestamp::now())),
             held_back: true,
             ..self.ended(Reason::InstanceUnreachable, held)
         }
@@ -122,7 +124,13 @@ impl Job<'_> {
                 self.ctx.unwritten.drop_token(self.id, &self.token.name);
                 (self.ended(Reason::Issued, Some(held)), None)
             }
-            Step::Refuse(reason, held) => (self.ended(reason, held), None),
+            Step::Refuse(reason, held) => {
+                let outcome = match self.facts.instance.as_deref() {
+                    Some(instance) => self.refused(instance, reason),
+                    None => self.ended(reason, None),
+                };
+                (Outcome { held, ..outcome }, None)
+            }
             Step::Wait(reason, held) => {
                 let held_back = true;
                 let outcome = self.ended(reason, held);
@@ -204,7 +212,7 @@ impl Job<'_> {
             }
         };
         let learned = connection.known_project_id().is_some() != learned_before;
-        if learned || is_news(facts.skew, connection.skew().estimate()) {
+        if learned || is_news(facts.clock.usable(), connection.skew().usable()) {
             // Its status shows the one, and by the other all of its service users reckon.
             look_at(ctx, instance);
         }
@@ -279,8 +287,7 @@ impl Job<'_> {
             schedule: facts.schedule(self.token, minted.issued, minted.expires),
             format: Format::of(minted.token.expose_secret()),
         };
-        ctx.forced
-            .minted(id, name, &request, held.schedule.renew, Timestamp::now());
+        ctx.forced.minted(id, name, &request, held.schedule.renew);
         // Kept before the write, so that a pass that is cut off there does not lose it.
         ctx.unwritten.keep(id, name, Unwritten { minted, record });
         self.write(&draft, held, request.fallback).await
@@ -296,7 +303,7 @@ impl Job<'_> {
             Ok(version) => {
                 ctx.unwritten.drop_token(id, name);
                 if draft.repair {
-                    ctx.forced.repaired(id, name, Timestamp::now());
+                    ctx.forced.repaired(id, name);
                 }
                 (self.ended(Reason::Issued, Some(held)), Some(version))
             }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::{try_join, try_join_all};
 use k8s_openapi::jiff::Timestamp;
@@ -12,7 +12,6 @@ use crate::api::ZitadelServiceUser;
 use crate::api::service_user::KeySecretRef;
 use crate::controller::Context;
 use crate::controller::secrets::WholeSecret;
-use crate::domain::clock::shifted;
 use crate::domain::facts::{CONTEST_WINDOW, Facts, HeldBack, Hold, ObjectRef, Unwritten};
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::plan::MintRequest;
@@ -69,24 +68,25 @@ pub struct Forced(Mutex<ForcedState>);
 
 #[derive(Default)]
 struct ForcedState {
-    times: HashMap<ObjectRef, Vec<(String, Timestamp)>>,
+    /// By a clock that nobody sets, else a count might last for years.
+    times: HashMap<ObjectRef, Vec<(String, Instant)>>,
     /// Inputs and renew time of the last mint of each token.
     last: HashMap<ObjectRef, BTreeMap<String, (String, Timestamp)>>,
 }
 
 impl Forced {
     /// Notes a repair.
-    pub fn repaired(&self, id: &ObjectRef, token: &str, now: Timestamp) {
-        self.lock().note(id, token, now);
+    pub fn repaired(&self, id: &ObjectRef, token: &str) {
+        self.lock().note(id, token);
     }
 
     /// Notes a mint.
-    pub fn minted(&self, id: &ObjectRef, token: &str, request: &MintRequest, renew: Timestamp, now: Timestamp) {
+    pub fn minted(&self, id: &ObjectRef, token: &str, request: &MintRequest, renew: Timestamp) {
         let mut state = self.lock();
         let this = (request.inputs.clone(), renew);
         state.last.entry(id.clone()).or_default().insert(token.to_owned(), this);
         if request.forced {
-            state.note(id, token, now);
+            state.note(id, token);
         }
     }
 
@@ -97,10 +97,10 @@ impl Forced {
         state.times.remove(id);
     }
 
-    fn counts(&self, id: &ObjectRef, now: Timestamp) -> BTreeMap<String, usize> {
+    fn counts(&self, id: &ObjectRef) -> BTreeMap<String, usize> {
         let state = self.lock();
         let times = state.times.get(id).into_iter().flatten();
-        let recent = times.filter(|(_, at)| *at + CONTEST_WINDOW > now);
+        let recent = times.filter(|(_, at)| at.elapsed() < CONTEST_WINDOW);
         recent.fold(BTreeMap::new(), |mut counts, (token, _)| {
             *counts.entry(token.clone()).or_default() += 1;
             counts
@@ -118,12 +118,15 @@ impl Forced {
 
 impl ForcedState {
     /// Notes one, and forgets all that are past.
-    fn note(&mut self, id: &ObjectRef, token: &str, now: Timestamp) {
+    fn note(&mut self, id: &ObjectRef, token: &str) {
         self.times.retain(|_, times| {
-            times.retain(|(_, at)| *at + CONTEST_WINDOW > now);
+            times.retain(|(_, at)| at.elapsed() < CONTEST_WINDOW);
             !times.is_empty()
         });
-        self.times.entry(id.clone()).or_default().push((token.to_owned(), now));
+        self.times
+            .entry(id.clone())
+            .or_default()
+            .push((token.to_owned(), Instant::now()));
     }
 }
 
@@ -163,9 +166,9 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         Err(ReadError::Forbidden) => (Err(Reason::SecretsForbidden), Vec::new()),
         Err(error) => return Err(error),
     };
-    let skew = ctx.connections.skew(&user.spec.instance_ref.name);
+    let clock = ctx.connections.skew(&user.spec.instance_ref.name);
     let held_back = held_back.into_iter().map(|(what, hold)| {
-        let until = shifted(hold.until, skew);
+        let until = clock.theirs(hold.until);
         (what, Hold { until, ..hold })
     });
     let secrets = secrets
@@ -176,13 +179,13 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         namespace_labels: ctx.cache.namespace_labels(&id.namespace),
         zitadel_project_id: instance.as_deref().and_then(|i| ctx.connections.known_project_id(i)),
         instance,
-        skew,
+        clock,
         key,
         secrets: secrets.collect(),
         unwritten: ctx.unwritten.of(id, &user),
         leftovers,
         held_back: held_back.collect(),
-        forced: ctx.forced.counts(id, Timestamp::now()),
+        forced: ctx.forced.counts(id),
         last_mints: ctx.forced.last_mints(id),
         user,
     }))

@@ -4,7 +4,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::domain::answer::Format;
-use crate::domain::fixtures::{DUE, FRESH, LIFETIME, at, edit, existing, filled, service_key, token, user};
+use crate::domain::fixtures::{
+    DUE, FRESH, LIFETIME, TEN_YEARS, at, clock, edit, existing, filled, service_key, token, user,
+};
 use crate::domain::plan::{Step, plan};
 
 use Reason::{
@@ -328,6 +330,35 @@ fn what_is_known_of_the_key() {
         let status = look(&mut facts, 1, &outcomes).status;
         let key = condition(&status, "KeyValid").expect("KeyValid");
         assert_eq!(format!("{}/{}", key.status, key.reason), *expected);
+    }
+}
+
+#[test]
+fn an_unusable_clock_ends_no_key_and_stalls_nothing() {
+    let mut facts = filled(&["a"]);
+    service_key(&mut facts).expires = Some(at(1));
+    let denied = [outcome(&facts, 0, AccessDenied, NONE)];
+    look(&mut facts, 1, &denied);
+    facts.clock = clock(TEN_YEARS);
+    let told = look(&mut facts, LIFETIME, &denied);
+    assert_eq!(shown(&told.status), "Ready=False/AccessDenied Reconciling");
+    let key = condition(&told.status, "KeyValid").expect("KeyValid");
+    assert_eq!((&*key.status, &*key.reason), ("False", "ClockSkew"));
+    assert_eq!(told.wake.at, None, "nothing is left to wait for");
+    facts.clock = clock(0);
+    let told = look(&mut facts, LIFETIME, &denied);
+    assert_eq!(shown(&told.status), "Ready=False/AccessDenied Stalled");
+}
+
+#[test]
+fn a_token_issued_in_the_future_is_not_ready() {
+    let mut facts = filled(&["a"]);
+    let good = [outcome(&facts, 0, Reason::ClockSkew, LIFETIME)];
+    for (seconds, expected) in [
+        (-599, "Ready=True/ClockSkew"),
+        (-602, "Ready=False/ClockSkew Reconciling"),
+    ] {
+        assert_eq!(shown(&look(&mut facts, seconds, &good).status), expected);
     }
 }
 
