@@ -186,10 +186,18 @@ async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_
     };
     let mut operator = start().await;
     world.instance().await;
+    let end = Timestamp::now() + SignedDuration::from_hours(1);
     for name in ["before", "after"] {
-        world
+        let user = world
             .simple(name, json!({"tokenType": "JWT", "lifetimeSeconds": 3_600}))
             .await;
+        let (_, key) = world
+            .issuer
+            .key(&user.id, json!({"expirationDate": end.to_string()}))
+            .await;
+        if name == "after" {
+            world.secret("after-key", json!({"key.json": key})).await;
+        }
         world.ready(name, "True", "Issued").await;
     }
     let tokens = (world.token("before-token").await, world.token("after-token").await);
@@ -212,13 +220,17 @@ async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_
         .service_user("after", another_token("after-new"))
         .await
         .expect("renamed");
-    world.ready("after", "False", "InstanceUnreachable").await;
+    world.ready("after", "False", "KeyExpired").await;
     world.sentinel().await;
     let kept = (world.token("before-token").await, world.token("after-token").await);
     assert_eq!(kept, tokens, "the valid tokens stay");
 
-    clock.set(0);
+    // As soon as the server answers, the clock is known to be the reason.
     world.issuer.clear_faults().await;
+    for name in ["before", "after"] {
+        world.ready(name, "False", "ClockSkew").await;
+    }
+    clock.set(0);
     for name in ["before", "after"] {
         world.ready(name, "True", "Issued").await;
         world.secret_gone(&format!("{name}-token")).await;
