@@ -176,6 +176,41 @@ async fn a_date_ten_years_back_keeps_no_expired_token_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn our_own_clock_far_ahead_signs_nothing_even_before_the_jump_is_noticed() {
+    let world = World::new("jumped").await;
+    let clock = Clock::new();
+    let flags = ["--watch-namespaces", &world.name];
+    let kubeconfig = &world.cluster.kubeconfig;
+    let operator = Operator::start_in(kubeconfig, &world.selector(), &flags, &clock.environment()).await;
+    world.instance().await;
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 3_600}))
+        .await;
+    world.ready("billing", "True", "Issued").await;
+    let token = world.token("billing-token").await;
+    let asked = async || {
+        let requests = world.issuer.requests().await;
+        requests.iter().filter(|r| r.path == "/oauth/v2/token").count()
+    };
+    let before = asked().await;
+
+    clock.set(7_200);
+    let expired = format!("tokens{{zitadel_instance=\"{}\",state=\"expired\"}} 1", world.instance);
+    eventually("the operator goes by the new time", async || {
+        operator.get("/metrics").await.1.contains(&expired)
+    })
+    .await;
+    world.renew("billing").await;
+    world.ready("billing", "False", "ClockSkew").await;
+    assert_eq!(asked().await, before, "nothing is signed");
+
+    clock.set(0);
+    world.secret_until("billing-token", |data| data["token"] != token).await;
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(asked().await, before + 1, "the renewal that was asked for");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_is_deleted() {
     let world = World::new("wrong").await;
     let clock = Clock::new();
