@@ -629,7 +629,7 @@ mod tests {
             Failed {
                 not_after: not_after.map(later),
                 not_before: not_before.map(later),
-                ..Failed::now("t", Reason::KeyRejected)
+                ..Failed::now("t", Reason::RequestRefused)
             }
         };
         // The reason alone would have it wait for about ten minutes.

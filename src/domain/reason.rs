@@ -6,8 +6,10 @@
 pub enum Retry {
     /// Nothing failed.
     No,
-    /// Waits for a change of any input, plus a slow retry, since a projection may lag (zitadel.md §2).
+    /// Waits for a change of any input, plus a slow retry.
     Permanent,
+    /// The same, after a few early retries: a new key or a reactivated user takes effect in ZITADEL with a delay.
+    Eventual,
     /// Grows from a second to five minutes.
     Transient,
     /// Grows from a second to ten: nobody is asked but the cluster's own API server, and a token that was due while it
@@ -124,10 +126,10 @@ reasons! {
     KeyExpired: Permanent,
         "The key's own expiration date has passed.",
         "Make a new key in ZITADEL and replace the Secret's content.";
-    KeyRejected: Permanent,
+    KeyRejected: Eventual,
         "The server refused the assertion signed with this key.",
         "Check that the key still exists in ZITADEL for this user and belongs to this instance; else make a new one.";
-    UserInactive: Permanent,
+    UserInactive: Eventual,
         "The service user is deactivated or locked in ZITADEL.",
         "Reactivate it in ZITADEL.";
     RequestRefused: Permanent,
@@ -196,6 +198,12 @@ reasons! {
 }
 
 impl Reason {
+    /// Whether it stays until somebody changes something.
+    #[must_use]
+    pub fn is_permanent(self) -> bool {
+        matches!(self.retry(), Retry::Permanent | Retry::Eventual)
+    }
+
     /// Whether it says that the key, or the user behind it, is not usable as it is.
     #[must_use]
     pub fn is_about_the_key(self) -> bool {
@@ -240,6 +248,7 @@ pub fn markdown() -> String {
         let retry = match reason.retry() {
             Retry::No => "none",
             Retry::Permanent => "on a change, and slowly",
+            Retry::Eventual => "on a change, after 1 s, 2 s and 4 s, and slowly",
             Retry::Transient => "1 s to 5 min",
             Retry::Soon => "1 s to 10 s",
         };

@@ -191,7 +191,7 @@ fn conditions(
         .and_then(|t| t.failing_since.as_ref())
         .map_or(now, |t| t.0);
     let stalls_at = shifted(since, PATIENCE);
-    let waits = !all_ready && reason.retry() == Retry::Permanent;
+    let waits = !all_ready && reason.is_permanent();
     // Not by a clock that cannot be used: who is told takes it for the end.
     let stalled = waits && stalls_at <= now && facts.clock.check().is_ok();
     let mut set = |kind: &str, on: bool, reason: Reason, message: &str| {
