@@ -1,12 +1,11 @@
 //! The ZITADEL stand-in, one process for each test, and its control port.
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::child::{Running, parts};
+use super::child::{Running, part};
 
 pub struct Issuer {
     running: Running,
@@ -52,7 +51,7 @@ const PROJECTION_LAG: &str = "100ms";
 
 impl Issuer {
     pub fn start(flags: &[&str]) -> Self {
-        let binary = PathBuf::from(parts()["issuer"].as_str().expect("a folder")).join("issuer");
+        let binary = part("issuer").join("issuer");
         let (running, ready) = Running::announced(
             "issuer",
             Command::new(binary)
