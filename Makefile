@@ -14,6 +14,8 @@ IMAGE_ARCHIVE ?= target/image/zitadel-tokens.tar
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 GO_TOOL := go -C tests/testbed/tools tool
 CHART := $(CURDIR)/charts/zitadel-tokens
+# The parts of the testbed that serve; the others are tools for single tests.
+SERVERS := cluster controlplane issuer
 # For each of the targets in fuzz/targets.rs.
 FUZZ_SECONDS ?= 10
 
@@ -24,7 +26,7 @@ help: ## List what can be made
 
 demo: ## Show the main job on this machine: a real API server, one token, one refresh
 	@echo "==> testbed (the first time it builds a Kubernetes control plane: about 10 minutes)"
-	@tests/testbed/build >/dev/null
+	@tests/testbed/build $(SERVERS) >/dev/null
 	@echo "==> operator"
 	@cargo build --quiet --bin zitadel-tokens --example demo
 	@target/debug/examples/demo
@@ -36,7 +38,7 @@ test: testbed ## Unit and integration tests against a real API server
 fuzz: ## Random inputs from outside: keys, answers, templates, records (FUZZ_SECONDS for each)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) cargo test --test fuzz -- --nocapture
 
-soak: testbed ## Endurance, kills and watch faults, in minutes (CI=true: fewer rounds)
+soak: servers ## Endurance, kills and watch faults, in minutes (CI=true: fewer rounds)
 	cargo test --test soak -- --test-threads=1 --nocapture
 
 e2e: ## Image and chart on a real node; E2E_KUBECONFIG takes a cluster of yours, BINARY another build
@@ -83,8 +85,12 @@ image: ## Write the image as an OCI archive; BINARY= takes another binary than t
 run: ## Run the operator against the current kubeconfig context
 	cargo run --bin zitadel-tokens -- run --listen 127.0.0.1:8080
 
-testbed: ## Build the control plane and the ZITADEL stand-in (cold: about 10 minutes)
+testbed: ## Build all that tests need: control plane, ZITADEL stand-in, Helm and more (cold: about 10 minutes)
 	@tests/testbed/build
+
+.PHONY: servers
+servers:
+	@tests/testbed/build $(SERVERS)
 
 crds: ## Write the CRDs from the types, for kubectl and for the chart
 	cargo run --quiet --bin zitadel-tokens -- crds > crds/zitadel-tokens.yaml
@@ -95,7 +101,7 @@ docs: ## Write the generated tables of docs/ and of the chart
 	cargo run --quiet --bin zitadel-tokens -- metrics > docs/metrics.md
 	@$(GO_TOOL) helm-docs --log-level warning --chart-search-root $(CHART) --sort-values-order file
 
-bench-quick: testbed ## Burst, newcomer and restart beside a floor: a table in about five minutes
+bench-quick: servers ## Burst, newcomer and restart beside a floor: a table in about five minutes
 	cargo bench --bench fleet -- quick
 
 bench: bench-quick ## The full benchmark

@@ -285,7 +285,7 @@ fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connectio
     let rank = move |id: &ObjectRef| match cache.user(id) {
         Some(user) => {
             let instance = &*user.instance;
-            let urgency = urgency(&user, connections.skew(instance), Timestamp::now());
+            let urgency = urgency(&user, connections.skew(instance).usable(), Timestamp::now());
             // A tenant must not get a share for each instance that it invents.
             let known = cache.instance(instance).map_or("", |_| instance);
             (urgency, known.into())

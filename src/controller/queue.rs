@@ -104,11 +104,11 @@ impl Entry {
     }
 
     /// A change of input begins the back-offs anew.
-    fn begin_anew(&mut self) {
+    fn begin_anew(&mut self, now: Timestamp) {
         let before = std::mem::take(&mut self.backoffs);
         self.backoffs = before
             .into_iter()
-            .filter_map(|(what, b)| Some((what, b.anew()?)))
+            .filter_map(|(what, b)| Some((what, b.anew(now)?)))
             .collect();
         self.retrying = false;
         self.throttled = false;
@@ -139,7 +139,7 @@ impl State {
             self.changes.reserve(started.elapsed(), id)
         };
         if wait.is_zero() {
-            entry.begin_anew();
+            entry.begin_anew(Timestamp::now());
             entry.since.get_or_insert_with(Instant::now);
             self.waiting.push(id, *urgency, instance);
             return;
@@ -196,7 +196,7 @@ impl Queue {
             entry.dirtied(None);
             return;
         }
-        entry.begin_anew();
+        entry.begin_anew(Timestamp::now());
         entry.since.get_or_insert_with(Instant::now);
         state.waiting.push(id, urgency, &instance);
         self.ready.notify_one();
@@ -344,7 +344,7 @@ impl Queue {
                 let (urgency, instance) = (self.rank)(&id);
                 // A token that is still good keeps its rank, else it would wait behind all that have none.
                 if entry.throttled {
-                    entry.begin_anew();
+                    entry.begin_anew(now);
                 }
                 let last = entry.retrying && !matches!(urgency, Urgency::Refresh(_));
                 let urgency = if last { Urgency::Retry } else { urgency };
@@ -746,7 +746,7 @@ mod tests {
             Failed {
                 not_after: not_after.map(later),
                 not_before: not_before.map(later),
-                ..Failed::now("t", Reason::KeyRejected)
+                ..Failed::now("t", Reason::RequestRefused)
             }
         };
         // The reason alone would have it wait for about ten minutes.

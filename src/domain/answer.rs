@@ -10,13 +10,10 @@ use serde::Deserialize;
 
 use crate::domain::clock::shifted;
 use crate::domain::reason::Reason;
-use crate::domain::schedule::SHORTEST_LIFETIME;
+use crate::domain::schedule::{LONGEST_LIFETIME, SHORTEST_LIFETIME};
 
 /// A token of more than this is none (ZITADEL's are about 1 kB).
 pub const MAX_TOKEN_BYTES: usize = 32 * 1024;
-
-/// No token is believed to live longer; ZITADEL's default is 12 hours.
-const MAX_LIFETIME: SignedDuration = SignedDuration::from_hours(31 * 24);
 
 /// RFC 6749 §5.1, the fields that we need.
 #[derive(Deserialize, Debug)]
@@ -114,7 +111,7 @@ pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Resu
         (Some(one), None) | (None, Some(one)) => one,
         (None, None) => return Err(Reason::MalformedAnswer),
     };
-    let expires = expires.min(shifted(sent, MAX_LIFETIME));
+    let expires = expires.min(shifted(sent, LONGEST_LIFETIME));
     if expires.duration_since(sent) < SHORTEST_LIFETIME {
         return Err(Reason::LifetimeTooShort);
     }

@@ -1,10 +1,14 @@
 //! How long something that failed is held back, from how it failed and how it did before.
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
+use crate::domain::clock::shifted;
 use crate::domain::facts::Hold;
 use crate::domain::report::Failed;
 use crate::domain::schedule::backoff;
+
+/// `Retry-After` is believed up to this.
+pub const LONGEST_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
 
 /// A back-off that runs, and what the next one must know of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +45,7 @@ impl Backoff {
             (last, not_before) => {
                 // The many tries before an expiry are not held against the object after it.
                 let failures = last.map_or(1, |last| last.failures.saturating_add(u32::from(!last.cut_short)));
-                let patient = now + backoff(reason.retry(), failures, seed);
+                let patient = shifted(now, backoff(reason.retry(), failures, seed));
                 let until = until(patient);
                 let until = not_before.map_or(until, |not_before| until.max(not_before));
                 Self {
@@ -55,14 +59,14 @@ impl Backoff {
     }
 
     /// What a change of the object leaves of it: the time that the server asked for, else whoever edits in a loop would
-    /// ask again each time.
+    /// ask again each time. Our own clock may have been set since: no server is believed to ask for more from now on.
     #[must_use]
-    pub fn anew(self) -> Option<Self> {
-        let until = self.asked?;
+    pub fn anew(self, now: Timestamp) -> Option<Self> {
+        let until = self.asked?.min(shifted(now, LONGEST_RETRY_AFTER));
         Some(Self {
             failures: 0,
             hold: Hold { until, ..self.hold },
-            asked: self.asked,
+            asked: Some(until),
             cut_short: false,
         })
     }
@@ -70,8 +74,6 @@ impl Backoff {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::jiff::SignedDuration;
-
     use super::*;
     use crate::domain::reason::Reason;
 
@@ -105,9 +107,12 @@ mod tests {
         // A server that asks for a second each time, until our own back-off is far longer.
         let long = after(Some(1), 12);
         assert!(long.hold.until > at(60));
-        let left = long.anew().expect("the second");
+        let left = long.anew(at(0)).expect("the second");
         assert_eq!((left.hold.until, left.failures), (at(1), 0));
-        assert_eq!(after(Some(900), 1).anew().map(|b| b.hold.until), Some(at(900)));
-        assert_eq!(after(None, 5).anew(), None);
+        assert_eq!(after(Some(900), 1).anew(at(0)).map(|b| b.hold.until), Some(at(900)));
+        assert_eq!(after(None, 5).anew(at(0)), None);
+        // Our own clock was years ahead when the server asked.
+        let left = after(Some(1_000_000), 1).anew(at(0)).expect("the server asked");
+        assert_eq!(left.hold.until, at(900));
     }
 }

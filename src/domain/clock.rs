@@ -4,13 +4,18 @@
 //! that the domain handles, and every time in a record or a status, is by that clock as far as it is known; where a
 //! pass begins and ends, the controller translates.
 
+use std::time::Instant;
+
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::domain::reason::Reason;
 
-/// A clock farther away than this is not followed, and nothing is signed: with a `Date` that lies, an assertion would
-/// become valid some time in the future (design §3.8).
+/// A skew beyond this is told and never used: neither to sign nor to judge a token. With a `Date` that lies, an
+/// assertion would become valid some time in the future, and a valid token would seem expired.
 const FARTHEST: SignedDuration = SignedDuration::from_mins(5);
+
+/// Two clocks that were used one after the other are at most this far apart.
+const FARTHEST_APART: SignedDuration = SignedDuration::from_mins(10);
 
 /// `status.clockSkew` is rounded to this, so that it does not change with every answer.
 const ROUNDED_TO: i64 = 5;
@@ -53,48 +58,82 @@ impl Sample {
 
 /// How far the server's clock is ahead of ours, negative if it is behind. Taken to be nothing until two answers agree
 /// that it is something, and kept until two agree that it is something else: a single `Date` proves nothing.
+///
+/// What was measured is told to users. What is used is the last that was measured within [`FARTHEST`], or nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Skew {
-    estimate: SignedDuration,
-    /// The last answer, if it contradicts the estimate.
+    measured: SignedDuration,
+    usable: SignedDuration,
+    /// Whether answers confirmed `measured` since our own clock was last set.
+    proven: bool,
+    /// The last answer, if it contradicts what was measured.
     contradiction: Option<Sample>,
 }
 
 impl Skew {
     /// Takes an answer into account.
     pub fn observe(&mut self, sample: Sample) {
-        if sample.allows(self.estimate) {
+        if sample.allows(self.measured) {
+            self.proven = true;
             self.contradiction = None;
         } else if let Some(both) = self.contradiction.and_then(|last| last.and(sample)) {
             // The smallest that both allow: a second's fraction that `Date` does not tell is no skew.
-            self.estimate = SignedDuration::ZERO.clamp(both.least, both.most);
+            self.measured = SignedDuration::ZERO.clamp(both.least, both.most);
+            self.proven = true;
             self.contradiction = None;
         } else {
             self.contradiction = Some(sample);
         }
+        if self.check().is_ok() {
+            self.usable = self.measured;
+        }
     }
 
-    /// The last answer contradicts the estimate: another one will tell.
+    /// What is left of it after our own clock was set: the usable skew until the server confirms or corrects it.
+    #[must_use]
+    pub fn unproven(self) -> Self {
+        Self {
+            measured: self.usable,
+            proven: false,
+            contradiction: None,
+            ..self
+        }
+    }
+
+    /// The last answer contradicts what was measured: another one will tell.
     #[must_use]
     pub fn is_in_doubt(self) -> bool {
         self.contradiction.is_some()
     }
 
-    /// How far the server's clock is ahead.
+    /// How far the server's clock is ahead by its answers, however far that is. For people, not for decisions.
     #[must_use]
-    pub fn estimate(self) -> SignedDuration {
-        self.estimate
+    pub fn measured(self) -> SignedDuration {
+        self.measured
     }
 
-    /// The moment `ours` by the server's clock.
+    /// How far the server's clock is taken to be ahead.
+    #[must_use]
+    pub fn usable(self) -> SignedDuration {
+        self.usable
+    }
+
+    /// The moment `ours` by the server's clock, as far as it is usable.
     #[must_use]
     pub fn theirs(self, ours: Timestamp) -> Timestamp {
-        shifted(ours, self.estimate)
+        shifted(ours, self.usable)
     }
 
-    /// Whether anything may be signed.
+    /// The moment `ours` by the server's clock, once answers have confirmed it: for what cannot be taken back.
+    #[must_use]
+    pub fn certain(self, ours: Timestamp) -> Option<Timestamp> {
+        let certain = self.proven && self.check().is_ok();
+        certain.then(|| self.theirs(ours))
+    }
+
+    /// Whether anything may be signed, or said to have expired.
     pub fn check(self) -> Result<(), Reason> {
-        if self.estimate.abs() <= FARTHEST {
+        if self.measured.abs() <= FARTHEST {
             Ok(())
         } else {
             Err(Reason::ClockSkew)
@@ -104,13 +143,29 @@ impl Skew {
     /// As shown in `status`, such as `-45s`; none below half of the rounding.
     #[must_use]
     pub fn rounded(self) -> Option<String> {
-        let seconds = self.estimate.as_secs();
+        let seconds = self.measured.as_secs();
         let steps = seconds.saturating_add(seconds.signum() * (ROUNDED_TO / 2)) / ROUNDED_TO;
         (steps != 0).then(|| format!("{}s", steps * ROUNDED_TO))
     }
 }
 
-/// Whether an estimate changed so much that what was reckoned by it has to be reckoned again.
+/// Our own clocks at one moment: the wall clock and a monotonic one.
+pub type Reading = (Timestamp, Instant);
+
+/// Whether the wall clock was set between two readings, or the machine slept.
+#[must_use]
+pub fn was_set(before: Reading, after: Reading) -> bool {
+    let passed = SignedDuration::try_from(after.1.duration_since(before.1)).unwrap_or(SignedDuration::MAX);
+    is_news(passed, after.0.duration_since(before.0))
+}
+
+/// Whether `time`, at which something happened, is not in the future of `now`, as far as clocks that were used can say.
+#[must_use]
+pub fn is_past(time: Timestamp, now: Timestamp) -> bool {
+    time <= shifted(now, FARTHEST_APART)
+}
+
+/// Whether a usable skew changed so much that what was reckoned by it has to be reckoned again.
 #[must_use]
 pub fn is_news(before: SignedDuration, after: SignedDuration) -> bool {
     after.saturating_sub(before).abs() >= NEWS
@@ -150,12 +205,12 @@ mod tests {
             let ahead = if right { 0.0 } else { ahead };
             let mut skew = Skew::default();
             skew.observe(answered(ahead, first, took));
-            prop_assert_eq!(skew.estimate(), SignedDuration::ZERO);
+            prop_assert_eq!(skew.measured(), SignedDuration::ZERO);
             skew.observe(answered(ahead, second, took));
-            let error = skew.estimate().as_secs_f64() - ahead;
+            let error = skew.measured().as_secs_f64() - ahead;
             prop_assert!(error.abs() <= 1.0 + took, "{error}");
             if right {
-                prop_assert_eq!(skew, Skew::default());
+                prop_assert_eq!(skew.measured(), SignedDuration::ZERO);
             }
         }
     }
@@ -163,7 +218,7 @@ mod tests {
     #[test]
     fn one_answer_proves_nothing_and_what_two_said_stays() {
         let mut skew = Skew::default();
-        let whole = |skew: Skew| skew.estimate().as_secs();
+        let whole = |skew: Skew| skew.measured().as_secs();
         let steps = [
             // A lie between two truths.
             (40.0, 0, true),
@@ -189,14 +244,61 @@ mod tests {
         assert_eq!(Sample::new(at(0.0), at(0.0), at(-3_600.0)), None);
     }
 
+    /// What two answers say after whatever was known before.
+    fn told(mut before: Skew, ahead: f64) -> Skew {
+        for sent in [0.0, 10.0] {
+            before.observe(answered(ahead, sent, 0.0));
+        }
+        before
+    }
+
+    #[test]
+    fn a_skew_beyond_the_bound_is_told_and_the_last_one_within_it_is_used() {
+        let mut skew = Skew::default();
+        let rows = [
+            (40.0, Some(40.0)),
+            (3.0e8, None),
+            (-3.0e8, None),
+            (302.0, None),
+            (-20.0, Some(-19.0)),
+            (-302.0, None),
+            (0.0, Some(0.0)),
+        ];
+        let mut used = 0.0;
+        for (ahead, certain) in rows {
+            skew = told(skew, ahead);
+            used = certain.unwrap_or(used);
+            assert_eq!(
+                (skew.theirs(at(0.0)), skew.certain(at(0.0))),
+                (at(used), certain.map(at)),
+                "{ahead}"
+            );
+            assert!((skew.measured().as_secs_f64() - ahead).abs() <= 1.0, "{ahead}");
+        }
+    }
+
+    #[test]
+    fn no_time_is_certain_before_an_answer() {
+        let mut skew = Skew::default();
+        assert_eq!(skew.certain(at(0.0)), None);
+        skew.observe(answered(0.0, 0.0, 0.0));
+        assert_eq!(skew.certain(at(0.0)), Some(at(0.0)));
+    }
+
+    #[test]
+    fn what_was_known_when_our_own_clock_was_set_has_to_be_confirmed() {
+        for before in [40.0, 3.0e8] {
+            let known = told(told(Skew::default(), 40.0), before).unproven();
+            assert_eq!((known.theirs(at(0.0)), known.certain(at(0.0))), (at(40.0), None));
+            assert_eq!(known.check(), Ok(()));
+            assert_eq!(told(known, 40.0).certain(at(0.0)), Some(at(40.0)));
+            assert_eq!(told(known, -3.0e8).check(), Err(Reason::ClockSkew));
+        }
+    }
+
     #[test]
     fn a_clock_more_than_five_minutes_away_is_not_followed() {
-        let skew = |ahead| {
-            let mut skew = Skew::default();
-            skew.observe(answered(ahead, 0.0, 0.0));
-            skew.observe(answered(ahead, 10.0, 0.0));
-            skew
-        };
+        let skew = |ahead| told(Skew::default(), ahead);
         let table = [
             (0.0, Ok(()), None),
             (2.0, Ok(()), None),

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use k8s_openapi::jiff::Timestamp;
 
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::domain::answer::{Format, Minted};
+use crate::domain::clock::Skew;
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
@@ -50,9 +52,10 @@ impl std::fmt::Display for ObjectRef {
 }
 
 /// Mints and repairs that somebody forced are counted over this time.
-pub const CONTEST_WINDOW: SignedDuration = SignedDuration::from_mins(10);
+pub const CONTEST_WINDOW: Duration = Duration::from_mins(10);
 
-/// Everything that decides about one service user. All times are by the clock of its instance (`clock`).
+/// Everything that decides about one service user. All times are by the clock of its instance, as far as
+/// it is usable (`clock`).
 #[derive(Debug)]
 pub struct Facts {
     /// The object.
@@ -65,8 +68,8 @@ pub struct Facts {
     pub instance: Result<Arc<ZitadelInstance>, Reason>,
     /// The real id behind the `zitadel` audience, once learned.
     pub zitadel_project_id: Option<String>,
-    /// How far the instance's clock was ahead of ours, as far as known, when the facts were gathered.
-    pub skew: SignedDuration,
+    /// What was known of the instance's clock when the facts were gathered.
+    pub clock: Skew,
     /// The key, or why there is none. It is read only if a token of the spec is admitted.
     pub key: Result<ServiceKey, Reason>,
     /// The Secrets that exist under the names of the spec, and the leftovers, by name.

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::domain::answer::Minted;
+use crate::domain::clock::{Sample, Skew};
 use crate::domain::facts::{Facts, Unwritten};
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::plan::{self, MintRequest, Step, plan};
@@ -26,6 +27,8 @@ pub const LIFETIME: i64 = 3_600;
 pub const FRESH: i64 = 2_000;
 /// Every token is due, whatever its jitter.
 pub const DUE: i64 = 2_400;
+/// Farther than any clock is followed.
+pub const TEN_YEARS: i64 = 10 * 365 * 24 * 3_600;
 /// Name of the object.
 pub const NAME: &str = "billing";
 /// UID of the object.
@@ -63,6 +66,15 @@ pub fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + seconds).expect("in range")
 }
 
+/// What is known of a clock that is so many seconds ahead, after two answers.
+pub fn clock(ahead: i64) -> Skew {
+    let mut skew = Skew::default();
+    for second in [0, 10] {
+        skew.observe(Sample::new(at(second + ahead), at(second), at(second)).expect("time goes on"));
+    }
+    skew
+}
+
 /// An object with these tokens before anything was written. Projects 1 and 2 are allowed.
 pub fn facts(tokens: &[&str]) -> Facts {
     let token = |name: &&str| {
@@ -85,7 +97,7 @@ pub fn facts(tokens: &[&str]) -> Facts {
         namespace_labels: Ok(labels("shop")),
         instance: Ok(Arc::new(serde_json::from_value(instance).expect("an instance"))),
         zitadel_project_id: None,
-        skew: SignedDuration::ZERO,
+        clock: clock(0),
         key: Ok(KEY.clone()),
         secrets: BTreeMap::new(),
         unwritten: BTreeMap::new(),

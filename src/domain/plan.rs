@@ -79,9 +79,14 @@ pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
 }
 
 /// Which of the Secrets that the spec no longer names may go after these outcomes. What a renamed entry leaves stays
-/// until its successor is there, or its token has expired.
+/// until its successor is there, or its token has expired. Without a time that is certain, nothing has expired.
 #[must_use]
-pub fn may_go<'a>(facts: &Facts, deletes: &'a [SecretRef], outcomes: &[Outcome], now: Timestamp) -> Vec<&'a SecretRef> {
+pub fn may_go<'a>(
+    facts: &Facts,
+    deletes: &'a [SecretRef],
+    outcomes: &[Outcome],
+    now: Option<Timestamp>,
+) -> Vec<&'a SecretRef> {
     // As a rule there is none, and what follows looks at every token.
     if deletes.is_empty() {
         return Vec::new();
@@ -92,7 +97,7 @@ pub fn may_go<'a>(facts: &Facts, deletes: &'a [SecretRef], outcomes: &[Outcome],
     };
     let mut tokens = facts.user.spec.tokens.iter().zip(outcomes);
     let all_there = tokens.all(|(token, outcome)| outcome.held.is_some() || is_ours(token));
-    let has_expired = |record: &Record| record.expires_at <= now;
+    let has_expired = |record: &Record| now.is_some_and(|now| record.expires_at <= now);
     // It may be the only good one of an entry that was given a Secret which is there and holds another token.
     let without = outcomes.iter().filter(|outcome| outcome.held.is_none());
     let missed: BTreeSet<String> = without
@@ -163,8 +168,8 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     let inputs = inputs(facts, admitted);
     let shape = secret::shape(facts, token);
     let fallback = match admitted.existing.and_then(|e| good(facts, token, e, admitted, &inputs)) {
-        Some((record, value, held)) if held.schedule.expires > now => {
-            if held.schedule.renew > now && !asked(facts, &record) {
+        Some((record, value, held)) if held.schedule.is_valid(now) => {
+            if held.schedule.is_fresh(now) && !asked(facts, &record) {
                 return keep_or_write(facts, token, value, &record, &shape, held);
             }
             Some(held)
@@ -173,7 +178,7 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     };
     if admitted.existing.is_none()
         && let Some((record, value, held)) = left_over(facts, token, admitted, &inputs)
-        && held.schedule.renew > now
+        && held.schedule.is_fresh(now)
         && !asked(facts, &record)
     {
         return keep_or_write(facts, token, value, &record, &shape, held);
@@ -182,6 +187,9 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         && let Some((draft, held)) = write_again(facts, token, unwritten, (&inputs, &shape), now)
     {
         return Step::Write(draft, held, fallback);
+    }
+    if let Err(reason) = facts.clock.check() {
+        return Step::Refuse(reason, fallback);
     }
     if admitted.key.expires.is_some_and(|expires| expires <= now) {
         return Step::Refuse(Reason::KeyExpired, fallback);
@@ -304,7 +312,7 @@ fn write_again(
 ) -> Option<(Box<SecretDraft>, Held)> {
     use secrecy::ExposeSecret;
     let schedule = facts.schedule(token, unwritten.minted.issued, unwritten.minted.expires);
-    if unwritten.record.inputs != inputs || schedule.renew <= now || asked(facts, &unwritten.record) {
+    if unwritten.record.inputs != inputs || !schedule.is_fresh(now) || asked(facts, &unwritten.record) {
         return None;
     }
     let value = &unwritten.minted.token;

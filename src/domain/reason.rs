@@ -6,8 +6,10 @@
 pub enum Retry {
     /// Nothing failed.
     No,
-    /// Waits for a change of any input, plus a slow retry, since a projection may lag (zitadel.md §2).
+    /// Waits for a change of any input, plus a slow retry.
     Permanent,
+    /// The same, after a few early retries: a new key or a reactivated user takes effect in ZITADEL with a delay.
+    Eventual,
     /// Grows from a second to five minutes.
     Transient,
     /// Grows from a second to ten: nobody is asked but the cluster's own API server, and a token that was due while it
@@ -139,10 +141,10 @@ reasons! {
     KeyExpired: Permanent,
         "The key's own expiration date has passed.",
         "Make a new key in ZITADEL and replace the Secret's content.";
-    KeyRejected: Permanent,
+    KeyRejected: Eventual,
         "The server refused the assertion signed with this key, or failed on it: up to v4.13 ZITADEL gives the same answer when an Action throws.",
         "Check that the key still exists in ZITADEL for this user and belongs to this instance, and make a new one if not. If the key is good, look at the log of ZITADEL's Actions for the flow \"Complement Token\".";
-    UserInactive: Permanent,
+    UserInactive: Eventual,
         "The service user is deactivated or locked in ZITADEL.",
         "Reactivate it in ZITADEL.";
     RequestRefused: Permanent,
@@ -214,6 +216,12 @@ reasons! {
 }
 
 impl Reason {
+    /// Whether it stays until somebody changes something.
+    #[must_use]
+    pub fn is_permanent(self) -> bool {
+        matches!(self.retry(), Retry::Permanent | Retry::Eventual)
+    }
+
     /// Whether it says that the key, or the user behind it, is not usable as it is.
     #[must_use]
     pub fn is_about_the_key(self) -> bool {
@@ -258,6 +266,7 @@ pub fn markdown() -> String {
         let retry = match reason.retry() {
             Retry::No => "none",
             Retry::Permanent => "on a change, and slowly",
+            Retry::Eventual => "on a change, after 1 s, 2 s and 4 s, and slowly",
             Retry::Transient => "1 s to 5 min",
             Retry::Soon => "1 s to 10 s",
         };

@@ -140,7 +140,7 @@ pub fn refusal(reason: Reason, generation: Option<i64>, now: Timestamp) -> serde
 
 /// Ready: a token of the current inputs is there and valid. A renewal that fails does not change that.
 fn is_ready(outcome: &Outcome, now: Timestamp) -> bool {
-    outcome.held.is_some_and(|h| h.schedule.expires > now)
+    outcome.held.is_some_and(|h| h.schedule.is_valid(now))
 }
 
 fn line(
@@ -205,8 +205,9 @@ fn conditions(
         .and_then(|t| t.failing_since.as_ref())
         .map_or(now, |t| t.0);
     let stalls_at = shifted(since, PATIENCE);
-    let waits = !all_ready && reason.retry() == Retry::Permanent;
-    let stalled = waits && stalls_at <= now;
+    let waits = !all_ready && reason.is_permanent();
+    // Not by a clock that cannot be used: who is told takes it for the end.
+    let stalled = waits && stalls_at <= now && facts.clock.check().is_ok();
     let mut set = |kind: &str, value: &str, reason: Reason, message: &str| {
         let same = |c: &&Condition| c.type_ == kind && c.status == value && c.last_transition_time.0 <= now;
         let last = before.conditions.iter().find(same);
@@ -237,7 +238,7 @@ fn conditions(
         key,
         &message,
     );
-    (waits && !stalled).then_some(stalls_at)
+    (waits && stalls_at > now).then_some(stalls_at)
 }
 
 /// What is wrong with a token of the spec, and the remedy.
@@ -261,7 +262,9 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
 fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
     match &facts.key {
         Err(reason) => *reason,
-        Ok(key) if key.expires.is_some_and(|expires| expires <= now) => Reason::KeyExpired,
+        Ok(key) if key.expires.is_some_and(|expires| expires <= now) => {
+            facts.clock.check().err().unwrap_or(Reason::KeyExpired)
+        }
         Ok(_) => outcomes
             .iter()
             .map(|o| o.reason)

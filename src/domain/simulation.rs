@@ -17,7 +17,8 @@ use serde_json::json;
 use crate::api::service_user::Token;
 use crate::domain::answer::{self, Format, TokenAnswer};
 use crate::domain::backoff::Backoff;
-use crate::domain::facts::{CONTEST_WINDOW, Facts, Held, Outcome, Unwritten};
+use crate::domain::clock::{Sample, Skew, is_past, shifted};
+use crate::domain::facts::{CONTEST_WINDOW, Facts, Held, Hold, Outcome, Unwritten};
 use crate::domain::fixtures::{self, at, jwt, user};
 use crate::domain::key::ServiceKey;
 use crate::domain::plan::{self, MintRequest, Step, plan};
@@ -47,6 +48,12 @@ struct World {
     now: Timestamp,
     /// By a clock that never steps.
     elapsed: SignedDuration,
+    /// By how much the server's `Date` lies.
+    date_ahead: SignedDuration,
+    /// By how much our own clock is wrong.
+    ours_ahead: SignedDuration,
+    /// What is known of the server's clock.
+    skew: Skew,
     /// Object, instance, key, and what is kept in memory.
     facts: Facts,
     /// All Secrets of the namespace.
@@ -73,6 +80,10 @@ struct World {
     quarrels: Vec<(String, SignedDuration)>,
 }
 
+fn window() -> SignedDuration {
+    SignedDuration::try_from(CONTEST_WINDOW).expect("short")
+}
+
 fn copy(of: &Existing) -> Existing {
     Existing {
         uid: of.uid.clone(),
@@ -89,12 +100,17 @@ fn copy(of: &Existing) -> Existing {
 impl World {
     fn new(lifetime: i64, opaque: bool) -> Self {
         let facts = fixtures::facts(&NAMES);
-        let key = facts.key.clone().expect("a key");
+        let mut key = facts.key.clone().expect("a key");
+        // Longer than a simulation, and not as long as a clock is wrong.
+        key.expires = Some(at(0) + SignedDuration::from_hours(365 * 24));
         Self {
             lifetime: SignedDuration::from_secs(lifetime),
             opaque,
             now: at(0) + SignedDuration::from_millis(300),
             elapsed: SignedDuration::ZERO,
+            date_ahead: SignedDuration::ZERO,
+            ours_ahead: SignedDuration::ZERO,
+            skew: Skew::default(),
             facts,
             secrets: BTreeMap::new(),
             backups: Vec::new(),
@@ -116,9 +132,40 @@ impl World {
         }
     }
 
+    /// Our own clock.
+    fn ours(&self) -> Timestamp {
+        shifted(self.now, self.ours_ahead)
+    }
+
+    /// The server's clock as it is thought to be.
+    fn theirs(&self) -> Timestamp {
+        self.skew.theirs(self.ours())
+    }
+
+    /// What theirs is wrong by.
+    fn error(&self) -> SignedDuration {
+        self.theirs().duration_since(self.now)
+    }
+
+    fn is_clock_off(&self) -> bool {
+        self.skew.check().is_err() || self.ours_ahead != SignedDuration::ZERO
+    }
+
+    /// Learns the server's clock from two answers, if it answers, as discovery does.
+    fn measure(&mut self) {
+        if self.mints_fail.is_none() {
+            let date = secret::whole_seconds(shifted(self.now, self.date_ahead));
+            let sample = Sample::new(date, self.ours(), self.ours()).expect("time goes on");
+            self.skew.observe(sample);
+            self.skew.observe(sample);
+        }
+    }
+
     /// Reads what decides, as `gather` does.
     fn gather(&mut self) {
+        let error = self.error();
         let facts = &mut self.facts;
+        facts.clock = self.skew;
         let tokens = &facts.user.spec.tokens;
         let (asked_for, rest): (Vec<_>, Vec<_>) = self
             .secrets
@@ -148,9 +195,13 @@ impl World {
         facts.held_back = self
             .backoffs
             .iter()
-            .map(|(what, backoff)| (what.clone(), backoff.hold))
+            .map(|(what, backoff)| {
+                let hold = backoff.hold;
+                let until = shifted(hold.until, error);
+                (what.clone(), Hold { until, ..hold })
+            })
             .collect();
-        self.forced.retain(|(_, when)| *when + CONTEST_WINDOW > self.elapsed);
+        self.forced.retain(|(_, when)| *when + window() > self.elapsed);
         facts.forced.clear();
         for (name, _) in &self.forced {
             *facts.forced.entry(name.clone()).or_default() += 1;
@@ -160,14 +211,18 @@ impl World {
     /// One pass, and what must hold after it.
     fn pass(&mut self) {
         self.dirty = false;
+        self.measure();
         self.gather();
-        let decided = plan(&self.facts, self.now);
+        let decided = plan(&self.facts, self.theirs());
         let steps = decided.steps.into_iter().enumerate();
         let outcomes: Vec<Outcome> = steps.map(|(index, step)| self.act(index, step)).collect();
-        for leftover in plan::may_go(&self.facts, &decided.deletes, &outcomes, self.now) {
-            self.secrets.remove(&leftover.name);
+        let certain = self.skew.certain(self.ours());
+        for leftover in plan::may_go(&self.facts, &decided.deletes, &outcomes, certain) {
+            let gone = self.secrets.remove(&leftover.name).expect("a Secret");
+            self.check_no_valid_token_is_lost(&gone);
         }
-        let told = report(&self.facts, &outcomes, self.now);
+        let mut told = report(&self.facts, &outcomes, self.theirs());
+        told.wake = told.wake.shifted(-self.error());
         user(&mut self.facts).status = Some(told.status.clone());
         self.wait(&told);
         self.check(&outcomes, &told);
@@ -204,6 +259,7 @@ impl World {
         if let Some(reason) = self.mints_fail {
             return Err(reason);
         }
+        self.skew.check()?;
         let given = Given {
             audience: expected.audience.clone(),
             key_id: self.key_id.clone(),
@@ -263,7 +319,8 @@ impl World {
         let due = [self.last.get(&token.name), there]
             .into_iter()
             .flatten()
-            .any(|last| renew(last) <= self.now);
+            // A token that was issued when both clocks were ahead is not valid yet.
+            .any(|last| renew(last) <= self.now || !is_past(last.issued, self.now));
         let first = !self.last.contains_key(&token.name);
         assert!(
             due || first || self.excuses.contains(&token.name),
@@ -355,7 +412,7 @@ impl World {
     fn check(&mut self, outcomes: &[Outcome], told: &Report) {
         let mut all_good = true;
         for name in NAMES {
-            let recent = |(of, when): &&(String, SignedDuration)| *of == name && *when + CONTEST_WINDOW > self.elapsed;
+            let recent = |(of, when): &&(String, SignedDuration)| *of == name && *when + window() > self.elapsed;
             // The product does not know of the first quarrel after a restart that it is one.
             for (fight, most) in [(&self.forced, 4), (&self.quarrels, 5)] {
                 assert!(
@@ -388,7 +445,9 @@ impl World {
             let ends = outcome
                 .held
                 .map(|held| held.schedule.expires)
-                .filter(|expires| *expires > self.now);
+                .filter(|expires| *expires > self.now)
+                // By a wrong clock of ours it may have ended; all is looked at again when that clock is set.
+                .filter(|_| self.ours_ahead == SignedDuration::ZERO);
             assert!(
                 ends.is_none_or(|ends| self.timer.is_some_and(|timer| timer <= ends)),
                 "its end is told late"
@@ -407,7 +466,11 @@ impl World {
             if refused || self.is_contested(token) || outcome.reason == Reason::SecretContested {
                 continue;
             }
-            let faults = self.mints_fail.is_some() || self.writes_fail;
+            assert!(
+                outcome.reason != Reason::KeyExpired || self.ours_ahead != SignedDuration::ZERO,
+                "the server's `Date` ends a key"
+            );
+            let faults = self.mints_fail.is_some() || self.writes_fail || self.is_clock_off();
             assert!(faults || outcome.held_back, "{outcome:?} while nothing fails");
             if let Some(given) = self.present(token).filter(|_| !faults && !good) {
                 let slack = SignedDuration::from_secs(3);
@@ -449,16 +512,37 @@ impl World {
         }
     }
 
+    /// What still is of use to an entry of the spec goes only when the entry has something as good.
+    fn check_no_valid_token_is_lost(&self, gone: &Existing) {
+        // What somebody edited goes when its record says so.
+        let unedited = |value: &&str| gone.record().is_some_and(|record| record.vouches_for(value));
+        let given = gone.token().filter(unedited).and_then(|value| self.given.get(value));
+        let Some(given) = given.filter(|given| secret::whole_seconds(given.expires) > self.now) else {
+            return;
+        };
+        for token in &self.facts.user.spec.tokens {
+            assert!(
+                self.secrets.contains_key(&token.secret.name),
+                "a valid token goes before {} has a Secret",
+                token.name
+            );
+            let audience: BTreeSet<String> = token.project_ids.iter().cloned().collect();
+            let wanted = given.audience == audience && given.key_id == self.key_id && !self.is_refused(token);
+            let alive = self.present(token).is_some_and(|given| given.expires > self.now);
+            assert!(alive || !wanted, "the last valid token of {} goes", token.name);
+        }
+    }
+
     /// A second pass at once does nothing and tells nothing.
     fn check_nothing_is_left(&mut self) {
         self.gather();
-        let steps = plan(&self.facts, self.now).steps.into_iter().enumerate();
+        let steps = plan(&self.facts, self.theirs()).steps.into_iter().enumerate();
         let outcomes = steps.map(|(index, step)| match step {
             Step::Keep(held) => Outcome::new(index, Reason::Issued, Some(held)),
             Step::Refuse(reason, held) | Step::Wait(reason, held) => Outcome::new(index, reason, held),
             Step::Mint(_) | Step::Write(..) => panic!("there is more to do: {step:?}"),
         });
-        let told = report(&self.facts, &outcomes.collect::<Vec<_>>(), self.now);
+        let told = report(&self.facts, &outcomes.collect::<Vec<_>>(), self.theirs());
         assert_eq!(
             Some(&told.status),
             self.facts.user.status.as_ref(),
@@ -506,6 +590,8 @@ impl World {
             Event::Allowed(true),
             Event::KeyThere(true),
             Event::MintsFail(None),
+            Event::Date(0),
+            Event::OurClock(0),
             Event::WritesFail(false),
             Event::Audience(0, 0),
             Event::Audience(1, 1),

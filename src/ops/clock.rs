@@ -3,8 +3,9 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-/// How often the two clocks are compared. Nothing outside the process is touched.
-const EVERY: Duration = Duration::from_secs(10);
+/// How often the two clocks are compared. What is computed by a wrong time until then is computed again; two changes that
+/// cancel each other out in between are not noticed.
+const EVERY: Duration = Duration::from_secs(1);
 
 /// They part by less than this while the wall clock is only slewed (500 ppm at most).
 const TOLERANCE: Duration = Duration::from_secs(1);

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -11,7 +12,8 @@ use reqwest::redirect::Policy;
 use reqwest::{Certificate, Proxy, RequestBuilder, Response};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
-use crate::domain::clock::{Sample, Skew, shifted};
+use crate::domain::backoff::LONGEST_RETRY_AFTER;
+use crate::domain::clock::{Reading, Sample, Skew, shifted, was_set};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::zitadel::instance::Settings;
@@ -23,9 +25,6 @@ const MAX_BODY: usize = 256 * 1024;
 /// Where the server does not tell: a token with many roles has about 4 KiB.
 const USUAL_BODY: usize = 16 * 1024;
 
-/// `Retry-After` is believed up to this.
-const MAX_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
-
 /// In front of a ZITADEL that is dialled by another name, tells which instance is meant (zitadel.md §5.2).
 const INSTANCE_HOST: HeaderName = HeaderName::from_static("x-zitadel-instance-host");
 
@@ -35,7 +34,33 @@ pub struct Http {
     origin: String,
     instance_host: Option<String>,
     limits: Arc<Limits>,
-    skew: Mutex<Skew>,
+    clock: Mutex<ServerClock>,
+}
+
+/// What the answers say of the server's clock, and when the last one came.
+#[derive(Default)]
+struct ServerClock {
+    skew: Skew,
+    last: Option<Reading>,
+}
+
+impl ServerClock {
+    /// Whether our own clock was set since the last answer.
+    fn is_outdated(&self, now: Reading) -> bool {
+        self.last.is_some_and(|last| was_set(last, now))
+    }
+
+    fn skew(&self, now: Reading) -> Skew {
+        if self.is_outdated(now) {
+            self.skew.unproven()
+        } else {
+            self.skew
+        }
+    }
+}
+
+fn read_clocks() -> Reading {
+    (Timestamp::now(), Instant::now())
 }
 
 impl std::fmt::Debug for Http {
@@ -112,13 +137,18 @@ impl Http {
             instance_host: issuer_host.filter(|host| Some(host.as_str()) != dialled_as),
             origin,
             limits,
-            skew: Mutex::default(),
+            clock: Mutex::default(),
         })
     }
 
     /// How far the server's clock is from ours, by all answers so far.
     pub fn skew(&self) -> Skew {
-        *self.lock()
+        self.lock().skew(read_clocks())
+    }
+
+    /// Whether our own clock was set since the last answer, so that the server's has to be measured again.
+    pub fn clock_was_set(&self) -> bool {
+        self.lock().is_outdated(read_clocks())
     }
 
     /// GET, with a bearer token if given.
@@ -143,10 +173,10 @@ impl Http {
             Some(host) => request.header(INSTANCE_HOST, host),
             None => request,
         };
-        let sent = Timestamp::now();
+        let sent = read_clocks();
         let response = request.send().await.map_err(|e| failure(&e))?;
-        let skew = self.observe(response.headers(), sent, Timestamp::now());
-        let sent = skew.theirs(sent);
+        let skew = self.observe(response.headers(), sent, read_clocks());
+        let sent = skew.theirs(sent.0);
         let status = response.status().as_u16();
         let retry_after = retry_after(response.headers(), sent);
         let body = match body(response).await {
@@ -163,19 +193,22 @@ impl Http {
     }
 
     /// Learns from the `Date` of an answer. One from a cache tells when it was made (RFC 9111 §5.1), which is not now.
-    fn observe(&self, headers: &HeaderMap, sent: Timestamp, received: Timestamp) -> Skew {
+    fn observe(&self, headers: &HeaderMap, sent: Reading, received: Reading) -> Skew {
         let date = headers.get(DATE).filter(|_| !headers.contains_key(AGE));
         let date = date.and_then(|value| rfc2822::parse(value.to_str().ok()?).ok());
-        let sample = date.and_then(|date| Sample::new(date.timestamp(), sent, received));
-        let mut skew = self.lock();
+        let date = date.filter(|_| !was_set(sent, received));
+        let sample = date.and_then(|date| Sample::new(date.timestamp(), sent.0, received.0));
+        let mut clock = self.lock();
+        clock.skew = clock.skew(received);
+        clock.last = Some(received);
         if let Some(sample) = sample {
-            skew.observe(sample);
+            clock.skew.observe(sample);
         }
-        *skew
+        clock.skew
     }
 
-    fn lock(&self) -> MutexGuard<'_, Skew> {
-        self.skew.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, ServerClock> {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -231,12 +264,15 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
         Ok(seconds) => shifted(now, SignedDuration::from_secs(seconds.into())),
         Err(_) => rfc2822::parse(text).ok()?.timestamp(),
     };
-    Some(at.clamp(now, shifted(now, MAX_RETRY_AFTER)))
+    Some(at.clamp(now, shifted(now, LONGEST_RETRY_AFTER)))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::domain::fixtures::TEN_YEARS;
 
     #[test]
     fn a_tls_error_is_found_however_deep_it_is_wrapped() {
@@ -245,6 +281,30 @@ mod tests {
         assert!(is_tls(&once));
         assert!(is_tls(&io::Error::other(once)));
         assert!(!is_tls(&io::Error::other(io::Error::other("reset"))));
+    }
+
+    #[test]
+    fn what_is_known_of_the_servers_clock_ends_when_ours_is_set() {
+        let then = (Timestamp::UNIX_EPOCH, Instant::now());
+        let mut skew = Skew::default();
+        skew.observe(Sample::new(then.0, then.0, then.0).expect("time goes on"));
+        let clock = ServerClock { skew, last: Some(then) };
+        // Seconds by the wall clock and by the monotonic one.
+        for (wall, monotonic, known) in [
+            (0, 0, true),
+            (3_600, 3_600, true),
+            (3_600, 0, false),
+            (-2, 0, false),
+            (TEN_YEARS, 5, false),
+            (-TEN_YEARS, 5, false),
+        ] {
+            let now = (
+                shifted(then.0, SignedDuration::from_secs(wall)),
+                then.1 + Duration::from_secs(monotonic),
+            );
+            assert_eq!(clock.is_outdated(now), !known, "{wall}");
+            assert_eq!(clock.skew(now).certain(now.0), known.then_some(now.0), "{wall}");
+        }
     }
 
     #[test]

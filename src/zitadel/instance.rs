@@ -135,11 +135,12 @@ impl Instance {
         }
     }
 
-    /// The discovery document, if need be asked for. So the issuer is known, and how far its clock is.
+    /// The discovery document. The server is asked if it is old, or if our clock was set: what follows goes by both
+    /// clocks.
     pub async fn discovery(&self) -> Result<Discovery, Failure> {
         let known = self.discovered().clone();
         match known {
-            Some((known, at)) if at.elapsed() < DISCOVERY_AGE => Ok(known),
+            Some((known, at)) if at.elapsed() < DISCOVERY_AGE && !self.http.clock_was_set() => Ok(known),
             _ => self.discover().await,
         }
     }
@@ -163,14 +164,15 @@ impl Instance {
     pub async fn exchange(&self, key: &ServiceKey, scope: &str) -> Result<Exchanged, Failure> {
         // Before anything is signed: the issuer must be the one that we know (zitadel.md §5.2).
         let path = self.discovery().await?.token_path;
-        let assumed = self.skew().estimate();
+        let assumed = self.skew().usable();
         match self.exchange_at(&path, key, scope).await {
             Err(failure) if failure.may_be_the_clock() => {
                 if self.skew().is_in_doubt() {
                     // Its failure would say less than the refusal does.
                     let _ = self.discover().await;
                 }
-                if is_news(assumed, self.skew().estimate()) {
+                self.skew().check()?;
+                if is_news(assumed, self.skew().usable()) {
                     self.exchange_at(&path, key, scope).await
                 } else {
                     Err(failure)

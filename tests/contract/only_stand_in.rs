@@ -21,6 +21,8 @@ use super::support::world::{PROJECT, claims};
 pub const DISCOVERY: &str = "/.well-known/openid-configuration";
 pub const TOKEN: &str = "/oauth/v2/token";
 
+const TEN_YEARS: i64 = 10 * 365 * 24 * 3600;
+
 /// Seconds that a token lives, ZITADEL's default.
 const LIFETIME: i64 = 12 * 3600;
 
@@ -161,6 +163,7 @@ async fn a_refused_assertion_is_known_in_both_dialects() {
 #[tokio::test]
 async fn a_clock_that_is_off_is_followed_for_five_minutes() {
     let table = [
+        (-TEN_YEARS, false),
         (-30 * 60, false),
         (-310, false),
         (-290, true),
@@ -173,6 +176,7 @@ async fn a_clock_that_is_off_is_followed_for_five_minutes() {
         (290, true),
         (310, false),
         (30 * 60, false),
+        (TEN_YEARS, false),
     ];
     let world = World::new().await;
     for (seconds, followed) in table {
@@ -255,6 +259,41 @@ async fn one_date_that_lies_moves_nothing() {
         .await;
     assert!(world.mint().await.is_ok(), "no date at all");
     assert_eq!(world.instance.skew().rounded(), None);
+}
+
+/// A `Date` beyond the bound is told, and what was measured before it stays in use.
+#[tokio::test]
+async fn a_date_beyond_the_bound_is_told_and_not_used() {
+    let world = World::new().await;
+    world.clock(40).await;
+    world.mint().await.expect("a token");
+    for ahead in [TEN_YEARS, -TEN_YEARS, 310, -310] {
+        let ours = Timestamp::now();
+        let used = world.instance.skew().theirs(ours);
+        assert_eq!(world.instance.skew().certain(ours), Some(used));
+        let lie = SignedDuration::from_secs(ahead);
+        let date = (Timestamp::now() + lie).strftime("%a, %d %b %Y %H:%M:%S GMT");
+        let headers = json!({"Date": date.to_string(), "Retry-After": "900"});
+        world.issuer.fault(json!({"path": DISCOVERY, "headers": headers})).await;
+        world.instance.discover().await.expect("discovered");
+        let skew = world.instance.skew();
+        assert_eq!(skew.check(), Err(Reason::ClockSkew), "{ahead}");
+        assert!(
+            skew.measured().as_secs().abs_diff(ahead) <= 2,
+            "{ahead}: {:?}",
+            skew.measured()
+        );
+        assert_eq!((skew.theirs(ours), skew.certain(ours)), (used, None), "{ahead}");
+
+        let before = world.token_requests().await.len();
+        assert_eq!(world.mint().await.err(), Some(Reason::ClockSkew), "{ahead}");
+        assert_eq!(world.token_requests().await.len(), before, "nothing is signed");
+        world.issuer.clear_faults().await;
+        world.instance.discover().await.expect("discovered");
+        let minted = world.mint().await.expect("a token");
+        let age = Timestamp::now().as_second() + 40 - minted.issued.as_second();
+        assert!((-1..=5).contains(&age), "issued {age} s ago by the server's clock");
+    }
 }
 
 /// §2: an assertion can be used again until it ends, hence two minutes at most. `aud` is the issuer to the letter,

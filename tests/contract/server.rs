@@ -1,15 +1,16 @@
 //! The server that a case runs on: the stand-in, or a real ZITADEL.
 
+use std::fmt::Debug;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, resume_unwind};
-use std::sync::{Mutex, Once};
-use std::time::{Duration, SystemTime};
+use std::sync::{Mutex, Once, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures::FutureExt;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use reqwest::Method;
+use reqwest::{Method, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use zitadel_tokens::domain::key::{self, ServiceKey};
@@ -26,151 +27,71 @@ pub enum Kind {
     Opaque,
 }
 
-pub enum Server {
-    StandIn(Issuer),
-    Zitadel(Zitadel),
+/// A server, and an administrator's token (`IAM_OWNER`) with which a case makes its users: by user v2 or, where the
+/// server has none (ZITADEL 3), by management v1.
+pub struct Server {
+    issuer: String,
+    organization: String,
+    token: SecretString,
+    http: reqwest::Client,
+    api: OnceLock<Api>,
+    /// Ids of the users to delete.
+    made: Mutex<Vec<String>>,
+    /// Serves as long as the case runs.
+    stand_in: Option<Issuer>,
 }
 
-/// Runs a case on the stand-in or, with `CONTRACT_SERVER=zitadel`, on the server of `TEST_ZITADEL_URL`. Users that
-/// the case made there are deleted, also when it fails.
-pub async fn on_any_server(case: impl AsyncFnOnce(&Server)) {
-    let server = match std::env::var("CONTRACT_SERVER").as_deref() {
-        Ok("zitadel") => Server::Zitadel(Zitadel::from_environment().await),
+/// The API by which a server makes users.
+#[derive(Clone, Copy, Debug)]
+enum Api {
+    UserV2,
+    ManagementV1,
+}
+
+/// Runs a case on the stand-in, with user v2 and without. With `CONTRACT_SERVER=zitadel` it runs on the server of
+/// `TEST_ZITADEL_URL`. Users that the case made are deleted, also when it fails.
+pub async fn on_any_server(case: impl AsyncFn(&Server)) {
+    match std::env::var("CONTRACT_SERVER").as_deref() {
+        Ok("zitadel") => on(&Server::from_environment().await, &case).await,
         Ok(other) => panic!("CONTRACT_SERVER is zitadel or not set, but not {other:?}"),
-        Err(_) => Server::StandIn(Issuer::start(&[])),
-    };
-    let outcome = AssertUnwindSafe(case(&server)).catch_unwind().await;
-    if let Server::Zitadel(zitadel) = &server {
-        zitadel.clean_up().await;
+        Err(_) => {
+            for user_v2 in [true, false] {
+                on(&Server::stand_in(user_v2).await, &case).await;
+            }
+        }
     }
+}
+
+async fn on(server: &Server, case: &impl AsyncFn(&Server)) {
+    let outcome = AssertUnwindSafe(case(server)).catch_unwind().await;
+    server.clean_up().await;
     if let Err(panic) = outcome {
+        eprintln!("on {}, by {:?}", server.issuer, server.api.get());
         resume_unwind(panic);
     }
 }
 
 impl Server {
-    pub fn issuer(&self) -> &str {
-        match self {
-            Self::StandIn(issuer) => &issuer.url,
-            Self::Zitadel(zitadel) => &zitadel.issuer,
-        }
-    }
-
-    /// A new connection, which knows nothing yet.
-    pub fn instance(&self) -> Instance {
-        connect(settings(self.issuer()))
-    }
-
-    /// The organization of the users.
-    pub fn organization(&self) -> &str {
-        match self {
-            // defaultOrganizationID in tests/testbed/issuer/control.go.
-            Self::StandIn(_) => "401085856582143014",
-            Self::Zitadel(zitadel) => &zitadel.organization,
-        }
-    }
-
-    /// A new service user and a key of it.
-    pub async fn user(&self, kind: Kind) -> ServiceKey {
-        match self {
-            Self::StandIn(issuer) => {
-                let user = issuer.user(json!({"tokenType": stand_in_kind(kind)})).await;
-                key::parse(user.key.as_bytes()).expect("a key file")
-            }
-            Self::Zitadel(zitadel) => {
-                let id = zitadel.user(kind).await;
-                zitadel.key(&id, Duration::from_hours(1)).await
-            }
-        }
-    }
-
-    /// Another key of a user, good for a few seconds: few enough to wait for, and enough to be used before.
-    pub async fn short_key(&self, user: &str) -> ServiceKey {
-        match self {
-            Self::StandIn(issuer) => {
-                let end = Timestamp::now() + SignedDuration::from_secs(5);
-                let (_, file) = issuer.key(user, json!({"expirationDate": end.to_string()})).await;
-                key::parse(file.as_bytes()).expect("a key file")
-            }
-            Self::Zitadel(zitadel) => zitadel.key(user, Duration::from_secs(15)).await,
-        }
-    }
-
-    pub async fn remove_key(&self, key: &ServiceKey) {
-        match self {
-            Self::StandIn(issuer) => issuer.remove_key(&key.user_id, &key.key_id).await,
-            Self::Zitadel(zitadel) => {
-                let path = format!("/v2/users/{}/keys/{}", key.user_id, key.key_id);
-                zitadel.call(Method::DELETE, &path, None).await;
-            }
-        }
-    }
-
-    pub async fn deactivate(&self, user: &str) {
-        match self {
-            Self::StandIn(issuer) => issuer.change_user(user, json!({"state": "inactive"})).await,
-            Self::Zitadel(zitadel) => zitadel.post(&format!("/v2/users/{user}/deactivate")).await,
-        }
-    }
-
-    pub async fn reactivate(&self, user: &str) {
-        match self {
-            Self::StandIn(issuer) => issuer.change_user(user, json!({"state": "active"})).await,
-            Self::Zitadel(zitadel) => zitadel.post(&format!("/v2/users/{user}/reactivate")).await,
-        }
-    }
-
-    pub async fn change_kind(&self, user: &str, kind: Kind) {
-        match self {
-            Self::StandIn(issuer) => {
-                issuer
-                    .change_user(user, json!({"tokenType": stand_in_kind(kind)}))
-                    .await;
-            }
-            Self::Zitadel(zitadel) => {
-                let body = json!({"machine": {"accessTokenType": zitadel_kind(kind)}});
-                zitadel
-                    .call(Method::PATCH, &format!("/v2/users/{user}"), Some(body))
-                    .await;
-            }
-        }
-    }
-}
-
-fn stand_in_kind(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Jwt => "JWT",
-        Kind::Opaque => "BEARER",
-    }
-}
-
-fn zitadel_kind(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Jwt => "ACCESS_TOKEN_TYPE_JWT",
-        Kind::Opaque => "ACCESS_TOKEN_TYPE_BEARER",
-    }
-}
-
-/// A real server, with the token of an administrator (`IAM_OWNER`). The calls are those of §6.3 and §10.3: user v2,
-/// so ZITADEL 4 or newer.
-pub struct Zitadel {
-    issuer: String,
-    organization: String,
-    token: SecretString,
-    http: reqwest::Client,
-    /// Ids of the users to delete.
-    made: Mutex<Vec<String>>,
-}
-
-impl Zitadel {
     async fn from_environment() -> Self {
         let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
-        let issuer = variable("TEST_ZITADEL_URL");
         let file = std::fs::read(variable("TEST_ZITADEL_ADMIN_KEY")).expect("TEST_ZITADEL_ADMIN_KEY is a file");
-        let admin = key::parse(&file).expect("TEST_ZITADEL_ADMIN_KEY is a machine key file");
+        let server = Self::with_administrator(variable("TEST_ZITADEL_URL"), &file, None).await;
+        server.say_version().await;
+        server
+    }
+
+    async fn stand_in(user_v2: bool) -> Self {
+        let issuer = Issuer::start(&[]);
+        issuer.settings(json!({"userV2": user_v2})).await;
+        let admin = issuer.user(json!({"administrator": true})).await;
+        Self::with_administrator(issuer.url.clone(), admin.key.as_bytes(), Some(issuer)).await
+    }
+
+    async fn with_administrator(issuer: String, key_file: &[u8], stand_in: Option<Issuer>) -> Self {
+        let admin = key::parse(key_file).expect("a machine key file");
         let scope = scope::field(&scope::zitadel_api()).expect("clean scopes");
         let exchanged = connect(settings(&issuer)).exchange(&admin, &scope).await;
-        let mut zitadel = Self {
+        let mut server = Self {
             issuer,
             organization: String::new(),
             token: exchanged.expect("the administrator's token").answer.access_token,
@@ -179,12 +100,126 @@ impl Zitadel {
                 .timeout(Duration::from_secs(30))
                 .build()
                 .expect("a client"),
+            api: OnceLock::new(),
             made: Mutex::default(),
+            stand_in,
         };
-        let iam = zitadel.call(Method::GET, "/management/v1/iam", None).await;
-        zitadel.organization = text(&iam, "defaultOrgId");
-        zitadel.say_version().await;
-        zitadel
+        let iam = server.call(Method::GET, "/management/v1/iam", None).await;
+        server.organization = text(&iam, "defaultOrgId");
+        server
+    }
+
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    /// A new connection, which knows nothing yet.
+    pub fn instance(&self) -> Instance {
+        connect(settings(&self.issuer))
+    }
+
+    /// The organization of the users.
+    pub fn organization(&self) -> &str {
+        &self.organization
+    }
+
+    /// A new service user and a key of it, which the token endpoint knows.
+    pub async fn user(&self, kind: Kind) -> ServiceKey {
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .expect("a time");
+        let name = format!("zitadel-tokens-contract-{}-{}", std::process::id(), now.as_nanos());
+        let id = self.make_user(&name, kind).await;
+        self.made.lock().expect("not poisoned").push(id.clone());
+        self.key(&id, Duration::from_hours(1)).await
+    }
+
+    async fn make_user(&self, name: &str, kind: Kind) -> String {
+        if !matches!(self.api.get(), Some(Api::ManagementV1)) {
+            let machine = json!({"name": name, "accessTokenType": zitadel_kind(kind)});
+            let body = json!({"organizationId": self.organization, "username": name, "machine": machine});
+            let answer = self.send(Method::POST, "/v2/users/new", Some(body)).await;
+            let answer = answer.expect("the server answers");
+            let absent = [
+                StatusCode::NOT_FOUND,
+                StatusCode::METHOD_NOT_ALLOWED,
+                StatusCode::NOT_IMPLEMENTED,
+            ];
+            if !absent.contains(&answer.status()) {
+                self.api.get_or_init(|| Api::UserV2);
+                return text(&json_of("/v2/users/new", answer).await, "id");
+            }
+            self.api.get_or_init(|| Api::ManagementV1);
+        }
+        let body = json!({"userName": name, "name": name, "accessTokenType": zitadel_kind(kind)});
+        let made = self
+            .call(Method::POST, "/management/v1/users/machine", Some(body))
+            .await;
+        text(&made, "userId")
+    }
+
+    /// The API that made the users, and where a user is in it.
+    fn place(&self, user: &str) -> (Api, String) {
+        match self.api.get() {
+            Some(Api::UserV2) => (Api::UserV2, format!("/v2/users/{user}")),
+            _ => (Api::ManagementV1, format!("/management/v1/users/{user}")),
+        }
+    }
+
+    /// Another key of a user, good for a few seconds: few enough to wait for, and enough to be used before.
+    pub async fn short_key(&self, user: &str) -> ServiceKey {
+        let seconds = if self.stand_in.is_some() { 5 } else { 15 };
+        self.key(user, Duration::from_secs(seconds)).await
+    }
+
+    async fn key(&self, user: &str, life: Duration) -> ServiceKey {
+        let end = Timestamp::now() + SignedDuration::try_from(life).expect("short");
+        let (api, place) = self.place(user);
+        let (kind, content) = match api {
+            Api::UserV2 => (None, "keyContent"),
+            Api::ManagementV1 => (Some("KEY_TYPE_JSON"), "keyDetails"),
+        };
+        let body = json!({"type": kind, "expirationDate": end.to_string()});
+        let made = self.call(Method::POST, &format!("{place}/keys"), Some(body)).await;
+        let file = STANDARD.decode(text(&made, content)).expect("base64");
+        let key = key::parse(&file).expect("a key file");
+        let instance = self.instance();
+        takes_effect(async || instance.exchange(&key, "openid").await, Result::is_ok)
+            .await
+            .expect("a token");
+        key
+    }
+
+    pub async fn remove_key(&self, key: &ServiceKey) {
+        let (_, place) = self.place(&key.user_id);
+        let path = format!("{place}/keys/{}", key.key_id);
+        self.call(Method::DELETE, &path, None).await;
+    }
+
+    pub async fn deactivate(&self, user: &str) {
+        self.set_state(user, "deactivate").await;
+    }
+
+    pub async fn reactivate(&self, user: &str) {
+        self.set_state(user, "reactivate").await;
+    }
+
+    async fn set_state(&self, user: &str, verb: &str) {
+        let path = match self.place(user) {
+            (Api::UserV2, place) => format!("{place}/{verb}"),
+            (Api::ManagementV1, place) => format!("{place}/_{verb}"),
+        };
+        self.call(Method::POST, &path, Some(json!({}))).await;
+    }
+
+    /// Gives the user another kind of access tokens. That it has this kind already is an error of management v1.
+    pub async fn change_kind(&self, user: &str, kind: Kind) {
+        let machine = json!({"name": user, "accessTokenType": zitadel_kind(kind)});
+        let (method, path, body) = match self.place(user) {
+            (Api::UserV2, place) => (Method::PATCH, place, json!({"machine": machine})),
+            (Api::ManagementV1, place) => (Method::PUT, format!("{place}/machine"), machine),
+        };
+        self.call(method, &path, Some(body)).await;
     }
 
     /// Once, and past the capture of test output: a result on a real server is worth what its version is.
@@ -210,66 +245,49 @@ impl Zitadel {
     }
 
     async fn call(&self, method: Method, path: &str, body: Option<Value>) -> Value {
-        let answer = self.send(method, path, body).await.expect("the server answers");
-        let status = answer.status();
-        let text = answer.text().await.expect("a body");
-        assert!(status.is_success(), "{path}: {status} {text}");
-        serde_json::from_str(&text).expect("JSON")
-    }
-
-    async fn post(&self, path: &str) {
-        self.call(Method::POST, path, Some(json!({}))).await;
-    }
-
-    async fn user(&self, kind: Kind) -> String {
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .expect("a time");
-        let name = format!("zitadel-tokens-contract-{}-{}", std::process::id(), now.as_nanos());
-        let body = json!({
-            "organizationId": self.organization,
-            "username": name,
-            "machine": {"name": name, "accessTokenType": zitadel_kind(kind)},
-        });
-        let id = text(&self.call(Method::POST, "/v2/users/new", Some(body)).await, "id");
-        self.made.lock().expect("not poisoned").push(id.clone());
-        id
-    }
-
-    async fn key(&self, user: &str, life: Duration) -> ServiceKey {
-        let end = Timestamp::now() + SignedDuration::try_from(life).expect("short");
-        let body = json!({"expirationDate": end.to_string()});
-        let made = self
-            .call(Method::POST, &format!("/v2/users/{user}/keys"), Some(body))
-            .await;
-        let file = STANDARD.decode(text(&made, "keyContent")).expect("base64");
-        let key = key::parse(&file).expect("a key file");
-        self.await_projection(&key).await;
-        key
-    }
-
-    /// A key that was made a moment ago may be refused at first (§2, §9.5): nothing tells when that is over, hence
-    /// the retries, here and nowhere else.
-    async fn await_projection(&self, key: &ServiceKey) {
-        let instance = connect(settings(&self.issuer));
-        for _ in 0..120 {
-            if instance.exchange(key, "openid").await.is_ok() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(500)).await;
-        }
-        panic!("a new key is still refused after a minute");
+        json_of(path, self.send(method, path, body).await.expect("the server answers")).await
     }
 
     /// Deletes what was made. A failure here is told, but does not hide how the case ended.
     async fn clean_up(&self) {
         let made = std::mem::take(&mut *self.made.lock().expect("not poisoned"));
         for user in made {
-            let outcome = self.send(Method::DELETE, &format!("/v2/users/{user}"), None).await;
+            let outcome = self.send(Method::DELETE, &self.place(&user).1, None).await;
             if let Err(e) = outcome.and_then(reqwest::Response::error_for_status) {
                 eprintln!("user {user} could not be deleted: {e}");
             }
         }
+    }
+}
+
+/// Longest wait for a change of a user or key to take effect.
+const TAKES_EFFECT: Duration = Duration::from_mins(1);
+
+/// Asks until the answer is as `wanted`. A server reads projections, which lag behind what it has confirmed, and nothing
+/// tells when they have caught up.
+pub async fn takes_effect<T: Debug>(ask: impl AsyncFn() -> T, wanted: impl Fn(&T) -> bool) -> T {
+    let deadline = Instant::now() + TAKES_EFFECT;
+    loop {
+        let got = ask().await;
+        if wanted(&got) {
+            return got;
+        }
+        assert!(Instant::now() < deadline, "not in time: {got:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn json_of(path: &str, answer: reqwest::Response) -> Value {
+    let status = answer.status();
+    let text = answer.text().await.expect("a body");
+    assert!(status.is_success(), "{path}: {status} {text}");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn zitadel_kind(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Jwt => "ACCESS_TOKEN_TYPE_JWT",
+        Kind::Opaque => "ACCESS_TOKEN_TYPE_BEARER",
     }
 }
 

@@ -1,12 +1,13 @@
 //! Clocks that are not right: the server's, and the operator's own.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::clock::Clock;
 use crate::support::eventually;
+use crate::support::issuer::User;
 use crate::support::operator::Operator;
-use crate::support::world::{World, claims, data};
+use crate::support::world::{World, claims, condition, data, one_token};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_two_minutes_behind_has_its_tokens_kept_fresh_and_its_skew_told() {
@@ -68,6 +69,207 @@ async fn a_server_half_an_hour_away_gets_no_assertion_until_its_clock_is_mended(
     world.issuer.settings(json!({"clockOffsetMillis": 0})).await;
     world.instance_ready("True", "InstanceReady").await;
     world.ready("billing", "True", "Issued").await;
+}
+
+/// Has every answer dated so many years ahead, and the instance reconciled.
+async fn lie(world: &World, years: i64) {
+    let date = Timestamp::now() + SignedDuration::from_hours(years * 365 * 24);
+    let headers = json!({"Date": date.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()});
+    for path in ["/.well-known/openid-configuration", "/oauth/v2/token"] {
+        world.issuer.fault(json!({"path": path, "headers": headers})).await;
+    }
+    // Any change of the instance has the server asked; this one keeps the connection and what is known by it.
+    let mut spec = world.instance_spec();
+    let rules = spec["access"].as_array_mut().expect("rules");
+    rules.push(json!({"namespaceSelector": {"matchLabels": {"no": "such"}}, "projectIds": ["1"]}));
+    world.apply_instance(spec).await.expect("an instance");
+    world.instance_ready("False", "ClockSkew").await;
+}
+
+/// One token of other inputs than [`one_token`], in this Secret.
+fn another_token(secret: &str) -> Value {
+    let mut spec = one_token(secret);
+    spec["tokens"][0]["projectIds"] = json!(["2"]);
+    spec
+}
+
+async fn a_date_so_many_years_off_is_told_and_changes_nothing(years: i64) {
+    let world = World::new("lie").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let unchanged = world.simple("moved", json!({"tokenType": "JWT"})).await;
+    let user = world.simple("changed", json!({"tokenType": "JWT"})).await;
+    let end = Timestamp::now() + SignedDuration::from_hours(365 * 24);
+    let (_, key) = world
+        .issuer
+        .key(&user.id, json!({"expirationDate": end.to_string()}))
+        .await;
+    world.secret("changed-key", json!({"key.json": key})).await;
+    world
+        .simple("short", json!({"tokenType": "JWT", "lifetimeSeconds": 20}))
+        .await;
+    for name in ["moved", "changed", "short"] {
+        world.ready(name, "True", "Issued").await;
+    }
+    lie(&world, years).await;
+    let (moved, changed) = (world.token("moved-token").await, world.token("changed-token").await);
+    let asked = async |user: &User| {
+        let requests = world.issuer.requests().await;
+        let tokens = requests
+            .iter()
+            .filter(|r| r.path == "/oauth/v2/token" && r.user_id == user.id);
+        tokens.count()
+    };
+    let mints = world.issuer.mints().await;
+    let before = (asked(&unchanged).await, asked(&user).await);
+
+    // A Secret that the spec no longer names goes when its token is in another, and not before.
+    world
+        .service_user("moved", one_token("moved-new"))
+        .await
+        .expect("renamed");
+    world.secret_until("moved-new", |data| data["token"] == moved).await;
+    world.secret_gone("moved-token").await;
+    world.ready("moved", "True", "Issued").await;
+    world
+        .service_user("changed", another_token("changed-new"))
+        .await
+        .expect("renamed");
+    let told = world.ready("changed", "False", "ClockSkew").await;
+    assert_eq!(
+        condition(&told, "KeyValid").map(|(_, reason, _)| reason),
+        Some("KeyUsable")
+    );
+
+    // It is due, and cannot be renewed: it is good until it expires, and no longer.
+    let exp = claims(&world.token("short-token").await)["exp"].as_i64().expect("exp");
+    let told = world.ready("short", "False", "ClockSkew").await;
+    let conditions = told.status.expect("a status").conditions;
+    let ready = conditions.iter().find(|c| c.type_ == "Ready").expect("Ready");
+    assert!(
+        ready.last_transition_time.0.as_second() >= exp - 1,
+        "{ready:?}, exp {exp}"
+    );
+
+    world.sentinel().await;
+    assert_eq!(world.token("changed-token").await, changed, "the valid token stays");
+    assert_eq!(world.issuer.mints().await, mints, "nothing is signed");
+
+    world.issuer.clear_faults().await;
+    world.instance_ready("True", "InstanceReady").await;
+    for name in ["moved", "changed", "short"] {
+        world.ready(name, "True", "Issued").await;
+    }
+    world.secret_gone("changed-token").await;
+    assert_eq!(world.token("moved-new").await, moved);
+    assert_eq!((asked(&unchanged).await, asked(&user).await), (before.0, before.1 + 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_date_ten_years_ahead_deletes_no_valid_token_and_ends_no_key() {
+    a_date_so_many_years_off_is_told_and_changes_nothing(10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_date_ten_years_back_keeps_no_expired_token_ready() {
+    a_date_so_many_years_off_is_told_and_changes_nothing(-10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_own_clock_far_ahead_signs_nothing_even_before_the_jump_is_noticed() {
+    let world = World::new("jumped").await;
+    let clock = Clock::new();
+    let flags = ["--watch-namespaces", &world.name];
+    let kubeconfig = &world.cluster.kubeconfig;
+    let operator = Operator::start_in(kubeconfig, &world.selector(), &flags, &clock.environment()).await;
+    world.instance().await;
+    world
+        .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 3_600}))
+        .await;
+    world.ready("billing", "True", "Issued").await;
+    let token = world.token("billing-token").await;
+    let asked = async || {
+        let requests = world.issuer.requests().await;
+        requests.iter().filter(|r| r.path == "/oauth/v2/token").count()
+    };
+    let before = asked().await;
+
+    clock.set(7_200);
+    let expired = format!("tokens{{zitadel_instance=\"{}\",state=\"expired\"}} 1", world.instance);
+    eventually("the operator goes by the new time", async || {
+        operator.get("/metrics").await.1.contains(&expired)
+    })
+    .await;
+    world.renew("billing").await;
+    world.ready("billing", "False", "ClockSkew").await;
+    assert_eq!(asked().await, before, "nothing is signed");
+
+    clock.set(0);
+    world.secret_until("billing-token", |data| data["token"] != token).await;
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(asked().await, before + 1, "the renewal that was asked for");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_is_deleted() {
+    let world = World::new("wrong").await;
+    let clock = Clock::new();
+    let flags = ["--watch-namespaces", &world.name];
+    let start = async || {
+        let kubeconfig = &world.cluster.kubeconfig;
+        Operator::start_in(kubeconfig, &world.selector(), &flags, &clock.environment()).await
+    };
+    let mut operator = start().await;
+    world.instance().await;
+    let end = Timestamp::now() + SignedDuration::from_hours(1);
+    for name in ["before", "after"] {
+        let user = world
+            .simple(name, json!({"tokenType": "JWT", "lifetimeSeconds": 3_600}))
+            .await;
+        let (_, key) = world
+            .issuer
+            .key(&user.id, json!({"expirationDate": end.to_string()}))
+            .await;
+        if name == "after" {
+            world.secret("after-key", json!({"key.json": key})).await;
+        }
+        world.ready(name, "True", "Issued").await;
+    }
+    let tokens = (world.token("before-token").await, world.token("after-token").await);
+    let down = ["/.well-known/openid-configuration", "/oauth/v2/token"];
+    for path in down {
+        world.issuer.fault(json!({"path": path, "reset": true})).await;
+    }
+
+    // Set while it runs, and two hours ahead when it starts.
+    clock.set(7_200);
+    operator.await_line("the clock of this machine was set").await;
+    world
+        .service_user("before", another_token("before-new"))
+        .await
+        .expect("renamed");
+    world.ready("before", "False", "InstanceUnreachable").await;
+    operator.terminate().await;
+    let _operator = start().await;
+    world
+        .service_user("after", another_token("after-new"))
+        .await
+        .expect("renamed");
+    world.ready("after", "False", "KeyExpired").await;
+    world.sentinel().await;
+    let kept = (world.token("before-token").await, world.token("after-token").await);
+    assert_eq!(kept, tokens, "the valid tokens stay");
+
+    // As soon as the server answers, the clock is known to be the reason.
+    world.issuer.clear_faults().await;
+    for name in ["before", "after"] {
+        world.ready(name, "False", "ClockSkew").await;
+    }
+    clock.set(0);
+    for name in ["before", "after"] {
+        world.ready(name, "True", "Issued").await;
+        world.secret_gone(&format!("{name}-token")).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,7 @@ use kube::api::{DeleteParams, Patch, PatchParams};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::support::child::parts;
+use crate::support::child::part;
 use crate::support::world::{PROJECT, World, condition, one_token};
 
 #[derive(Debug, Deserialize)]
@@ -21,7 +21,7 @@ struct Verdict {
 
 /// What both make of an object as the API server gives it.
 fn verdict(object: &str) -> Verdict {
-    let tool = format!("{}/gitops", parts()["gitops"].as_str().expect("a folder"));
+    let tool = part("gitops").join("gitops");
     let mut child = Command::new(tool)
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/gitops/argocd-health.lua"))
         .stdin(Stdio::piped())

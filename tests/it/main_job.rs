@@ -13,7 +13,7 @@ use crate::support::world::{PROJECT, World, claims, condition, one_token, until}
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_with_the_right_audience_is_in_the_secret() {
     let world = World::new("main-job").await;
-    let operator = world.operator().await;
+    let mut operator = world.operator().await;
     world.instance().await;
     let user = world.simple("billing", json!({"tokenType": "JWT"})).await;
 
@@ -49,7 +49,7 @@ async fn a_token_with_the_right_audience_is_in_the_secret() {
         .delete("billing-key", &DeleteParams::default())
         .await
         .expect("deleted");
-    world.ready("billing", "False", "KeySecretMissing").await;
+    operator.await_line(r#"reason="KeySecretMissing""#).await;
     let lines = operator.log();
     let lines = lines
         .iter()

@@ -1,6 +1,8 @@
 //! A child process whose output is kept.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -14,18 +16,22 @@ pub struct Running {
     reader: Option<JoinHandle<()>>,
 }
 
-/// The folder of each part of the testbed, built if need be.
-pub fn parts() -> serde_json::Value {
-    static PARTS: std::sync::LazyLock<serde_json::Value> = std::sync::LazyLock::new(|| {
-        let build = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/testbed/build");
-        let output = Command::new(build)
+/// The folder of a part of the testbed, built if need be.
+pub fn part(name: &str) -> PathBuf {
+    static KNOWN: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
+    let build = || {
+        let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/testbed/build"))
+            .arg(name)
             .stderr(Stdio::inherit())
             .output()
             .expect("tests/testbed/build runs");
         assert!(output.status.success(), "tests/testbed/build failed; see above");
-        serde_json::from_slice(&output.stdout).expect("tests/testbed/build prints JSON")
-    });
-    PARTS.clone()
+        let folders: BTreeMap<String, PathBuf> =
+            serde_json::from_slice(&output.stdout).expect("tests/testbed/build prints JSON");
+        folders[name].clone()
+    };
+    let mut known = KNOWN.lock().expect("not poisoned");
+    known.entry(name.to_owned()).or_insert_with(build).clone()
 }
 
 impl Running {

@@ -12,7 +12,7 @@ use kube::{Api, Client, Config};
 use serde_json::json;
 use zitadel_tokens::api::crds;
 
-use super::child::{Running, parts};
+use super::child::{Running, part};
 use super::{EVENTUALLY, audit::Audit};
 
 pub struct Cluster {
@@ -51,7 +51,7 @@ impl Cluster {
 
     /// One that runs already. Nobody here reads its audit log.
     pub fn existing(kubeconfig: &Path) -> Self {
-        let kubectl = PathBuf::from(parts()["controlplane"].as_str().expect("a folder")).join("kubectl");
+        let kubectl = part("controlplane").join("kubectl");
         Self {
             running: None,
             kubeconfig: kubeconfig.to_owned(),
@@ -63,13 +63,11 @@ impl Cluster {
     }
 
     fn up(options: &[String], flags: &[&str]) -> Self {
-        let parts = parts();
-        let path = |part: &str| PathBuf::from(parts[part].as_str().expect("a folder"));
         let (running, ready) = Running::announced(
             "cluster",
-            Command::new(path("cluster").join("cluster"))
+            Command::new(part("cluster").join("cluster"))
                 .args(["up", "--bin"])
-                .arg(path("controlplane"))
+                .arg(part("controlplane"))
                 .args(options)
                 .arg("--")
                 .args(flags),

@@ -12,7 +12,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 use serde_json::{Value, json};
 
-use super::child::parts;
+use super::child::part;
 use super::cluster::Cluster;
 use super::operator::Operator;
 
@@ -163,7 +163,7 @@ pub fn template(chart: &Path, values: &Value) -> String {
 }
 
 fn command() -> Command {
-    Command::new(PathBuf::from(parts()["helm"].as_str().expect("a folder")).join("helm"))
+    Command::new(part("helm").join("helm"))
 }
 
 fn run(mut command: Command) -> String {

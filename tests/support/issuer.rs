@@ -1,12 +1,11 @@
 //! The ZITADEL stand-in, one process for each test, and its control port.
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::child::{Running, parts};
+use super::child::{Running, part};
 
 pub struct Issuer {
     running: Running,
@@ -47,10 +46,18 @@ pub struct User {
     pub key_id: String,
 }
 
+/// A real server shows a change of a user to its token endpoint after some milliseconds, in a burst after some hundred.
+const PROJECTION_LAG: &str = "100ms";
+
 impl Issuer {
     pub fn start(flags: &[&str]) -> Self {
-        let binary = PathBuf::from(parts()["issuer"].as_str().expect("a folder")).join("issuer");
-        let (running, ready) = Running::announced("issuer", Command::new(binary).args(flags));
+        let binary = part("issuer").join("issuer");
+        let (running, ready) = Running::announced(
+            "issuer",
+            Command::new(binary)
+                .args(["--projection-lag", PROJECTION_LAG])
+                .args(flags),
+        );
         let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         Self {
@@ -75,15 +82,17 @@ impl Issuer {
         serde_json::from_str(&text).unwrap_or(Value::Null)
     }
 
-    /// Makes a user with one key. `fields` as the control port takes them: tokenType, lifetimeSeconds, roles.
+    /// Makes a user with one key, and waits until the token endpoint knows both. `fields` as the control port takes them:
+    /// tokenType, lifetimeSeconds, roles.
     pub async fn user(&self, fields: Value) -> User {
         let user = self.call(reqwest::Method::POST, "/users", Some(fields)).await;
         let id = user["id"].as_str().expect("an id").to_owned();
         let (key_id, key) = self.key(&id, json!({})).await;
+        self.settled().await;
         User { id, key, key_id }
     }
 
-    /// Makes another key: its id and file.
+    /// Makes another key: its id and file. The token endpoint does not know it yet, which the operator has to bear.
     pub async fn key(&self, user: &str, fields: Value) -> (String, String) {
         let key = self
             .call(reqwest::Method::POST, &format!("/users/{user}/keys"), Some(fields))
@@ -91,14 +100,23 @@ impl Issuer {
         (key["keyId"].as_str().expect("an id").to_owned(), key.to_string())
     }
 
+    /// Waits until the token endpoint sees every change so far.
+    async fn settled(&self) {
+        self.call(reqwest::Method::GET, "/settled", None).await;
+    }
+
+    /// Removes a key, and waits until the token endpoint knows.
     pub async fn remove_key(&self, user: &str, key: &str) {
         self.call(reqwest::Method::DELETE, &format!("/users/{user}/keys/{key}"), None)
             .await;
+        self.settled().await;
     }
 
+    /// Changes a user, and waits until the token endpoint knows.
     pub async fn change_user(&self, user: &str, fields: Value) {
         self.call(reqwest::Method::PATCH, &format!("/users/{user}"), Some(fields))
             .await;
+        self.settled().await;
     }
 
     pub async fn settings(&self, fields: Value) -> Value {

@@ -12,7 +12,7 @@ use secrecy::ExposeSecret;
 use crate::api::ZitadelInstance;
 use crate::api::instance::{Connection, EntryRef, ZitadelInstanceSpec};
 use crate::controller::Context;
-use crate::domain::clock::is_news;
+use crate::domain::clock::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
@@ -38,6 +38,8 @@ pub struct Connections {
 struct Look {
     /// By which skew its service users reckon.
     skew: SignedDuration,
+    /// Whether its clock may be used at all.
+    clock: Result<(), Reason>,
     ready: bool,
 }
 
@@ -46,7 +48,7 @@ struct Look {
 pub enum News {
     /// They waited for it, or reckoned by another clock: all have to be looked at.
     ForAll,
-    /// It works again: those that failed may come.
+    /// It works again, or its clock can be used again or no longer: those that failed may come.
     ForFailing,
 }
 
@@ -67,10 +69,9 @@ impl Connections {
 
     /// How far the clock of the instance is ahead of ours, as far as this process knows.
     #[must_use]
-    pub fn skew(&self, name: &str) -> SignedDuration {
+    pub fn skew(&self, name: &str) -> Skew {
         let open = lock(&self.open);
-        open.get(name)
-            .map_or(SignedDuration::ZERO, |open| open.instance.skew().estimate())
+        open.get(name).map_or_else(Skew::default, |open| open.instance.skew())
     }
 
     /// The connection of the instance, if this process has one.
@@ -95,18 +96,20 @@ impl Connections {
     /// Notes a look at the instance.
     pub fn look(&self, name: &str, ready: bool) -> Option<News> {
         let skew = self.skew(name);
+        let (skew, clock) = (skew.usable(), skew.check());
         let mut all = lock(&self.looked_at);
         let Some(before) = all.get_mut(name) else {
-            all.insert(name.to_owned(), Look { skew, ready });
+            all.insert(name.to_owned(), Look { skew, clock, ready });
             return Some(News::ForAll);
         };
-        let recovered = ready && !before.ready;
-        before.ready = ready;
+        // What fails by a clock that cannot be used is to say so, and to go on when it can be used again.
+        let news = ready && !before.ready || clock != before.clock;
+        (before.ready, before.clock) = (ready, clock);
         if is_news(before.skew, skew) {
             before.skew = skew;
             return Some(News::ForAll);
         }
-        recovered.then_some(News::ForFailing)
+        news.then_some(News::ForFailing)
     }
 
     /// The instances whose requests one circuit lets through.

@@ -13,7 +13,6 @@ use crate::api::ZitadelInstance;
 use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::described;
-use crate::domain::clock::shifted;
 use crate::domain::facts::ObjectRef;
 use crate::domain::freshness::Freshness;
 use crate::domain::reason::Reason;
@@ -82,7 +81,7 @@ impl Objects {
             let instance = known.get_key_value(&*user.instance).map_or("", |(name, _)| *name);
             let (ready, reason) = ready(user);
             *conditions.entry([instance, ready, reason]).or_default() += 1.0;
-            let now = shifted(now, self.connections.skew(instance));
+            let now = self.connections.skew(instance).theirs(now);
             for token in &user.tokens {
                 let state = Freshness::of(token.status.as_ref(), user.suspended, now);
                 *tokens.entry([instance, state.name()]).or_default() += 1.0;
@@ -115,7 +114,7 @@ impl Objects {
             .collect();
         let skews = asked
             .iter()
-            .map(|(name, open)| ([*name], open.skew().estimate().as_secs_f64()));
+            .map(|(name, open)| ([*name], open.skew().measured().as_secs_f64()));
         described::INSTANCE_CLOCK_SKEW.encode(encoder, skews)?;
         let circuits = asked
             .iter()

@@ -82,7 +82,9 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
         acted.written.extend(version);
     }
     acted.outcomes.sort_by_key(|outcome| outcome.token);
-    let now = shifted(Timestamp::now(), facts.skew);
+    // What was asked of the server may have shown that its clock, or ours, is another than assumed.
+    let clock = ctx.connections.skew(&facts.user.spec.instance_ref.name);
+    let now = clock.certain(Timestamp::now());
     for leftover in plan::may_go(facts, &plan.deletes, &acted.outcomes, now) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             error.log(id, &format!("Secret {}", leftover.name));
@@ -114,7 +116,7 @@ impl Job<'_> {
     /// Left to the next pass, which may follow at once.
     fn not_now(&self, held: Option<Held>) -> Outcome {
         Outcome {
-            not_before: Some(shifted(Timestamp::now(), self.facts.skew)),
+            not_before: Some(self.facts.clock.theirs(Timestamp::now())),
             held_back: true,
             ..self.ended(Reason::InstanceUnreachable, held)
         }
@@ -127,7 +129,13 @@ impl Job<'_> {
                 self.ctx.memory.written(self.id, &self.token.name);
                 (self.ended(Reason::Issued, Some(held)), None)
             }
-            Step::Refuse(reason, held) => (self.ended(reason, held), None),
+            Step::Refuse(reason, held) => {
+                let outcome = match self.facts.instance.as_deref() {
+                    Ok(instance) => self.refused(instance, reason),
+                    Err(_) => self.ended(reason, None),
+                };
+                (Outcome { held, ..outcome }, None)
+            }
             Step::Wait(reason, held) => {
                 let held_back = true;
                 let outcome = self.ended(reason, held);
@@ -212,7 +220,7 @@ impl Job<'_> {
             }
         };
         let learned = connection.known_project_id().is_some() != learned_before;
-        if learned || is_news(facts.skew, connection.skew().estimate()) {
+        if learned || is_news(facts.clock.usable(), connection.skew().usable()) {
             // Its status shows the one, and by the other all of its service users reckon.
             look_at(ctx, instance);
         }
@@ -288,8 +296,7 @@ impl Job<'_> {
         };
         // Kept before the write, so that a reconcile that is cut off there does not lose it.
         let (unwritten, renew) = (Unwritten { minted, record }, held.schedule.renew);
-        ctx.memory
-            .requested(id, name, &request, unwritten, renew, Timestamp::now());
+        ctx.memory.requested(id, name, &request, unwritten, renew);
         self.write(&draft, held, request.fallback).await
     }
 
@@ -303,7 +310,7 @@ impl Job<'_> {
             Ok(version) => {
                 ctx.memory.written(id, name);
                 if draft.repair {
-                    ctx.memory.repaired(id, name, Timestamp::now());
+                    ctx.memory.repaired(id, name);
                 }
                 (self.ended(Reason::Issued, Some(held)), Some(version))
             }

@@ -2,17 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use futures::future::try_join_all;
-use k8s_openapi::jiff::Timestamp;
-
 use crate::api::service_user::Token;
 use crate::controller::Context;
 use crate::controller::read::{ReadError, ReadUser};
-use crate::domain::clock::shifted;
 use crate::domain::facts::{Facts, HeldBack, Hold, ObjectRef};
 use crate::domain::plan;
 use crate::domain::reason::Reason;
 use crate::domain::secret::{Existing, Wanted};
+use futures::future::try_join_all;
 
 /// As many Secrets that the spec no longer names are read as there may be tokens.
 const MOST_LEFTOVERS: usize = 16;
@@ -94,14 +91,13 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
             told: conditions.any(|condition| condition.reason == reason.name()),
         });
     }
-    let now = Timestamp::now();
-    let skew = ctx.connections.skew(&instance_name);
+    let clock = ctx.connections.skew(&instance_name);
     let instance = ctx.cache.instance(&instance_name);
     let names: HashSet<&str> = user.spec.tokens.iter().map(|token| token.name.as_str()).collect();
-    let memory = ctx.memory.of(id, &names, now);
+    let memory = ctx.memory.of(id, &names);
     let of_memory = memory.iter();
     let hold = |(what, hold): (String, Hold)| {
-        let until = shifted(hold.until, skew);
+        let until = clock.theirs(hold.until);
         (what, Hold { until, ..hold })
     };
     let mut facts = Facts {
@@ -112,7 +108,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
             .ok()
             .and_then(|i| ctx.connections.known_project_id(i)),
         instance,
-        skew,
+        clock,
         key: Err(Reason::KeySecretMissing),
         secrets: BTreeMap::new(),
         unwritten: of_memory

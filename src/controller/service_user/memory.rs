@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
@@ -27,20 +28,21 @@ pub struct TokenMemory {
     pub write_failed: bool,
     /// Inputs and refresh time of the last token.
     pub last: Option<(String, Timestamp)>,
-    /// When it was requested before its time, or its Secret repaired, within [`CONTEST_WINDOW`].
-    pub forced: Vec<Timestamp>,
+    /// When it was requested before its time, or its Secret repaired, within [`CONTEST_WINDOW`]: by a clock that nobody
+    /// sets.
+    pub forced: Vec<Instant>,
 }
 
 impl Memory {
     /// What is remembered of an object. What its spec no longer names is forgotten.
     #[must_use]
-    pub fn of(&self, id: &ObjectRef, names: &HashSet<&str>, now: Timestamp) -> BTreeMap<String, TokenMemory> {
+    pub fn of(&self, id: &ObjectRef, names: &HashSet<&str>) -> BTreeMap<String, TokenMemory> {
         let mut all = self.lock();
         let Some(tokens) = all.get_mut(id) else {
             return BTreeMap::new();
         };
         tokens.retain(|name, memory| {
-            memory.forced.retain(|at| *at + CONTEST_WINDOW > now);
+            memory.forced.retain(|at| at.elapsed() < CONTEST_WINDOW);
             names.contains(name.as_str())
         });
         tokens.clone()
@@ -54,14 +56,13 @@ impl Memory {
         request: &MintRequest,
         unwritten: Unwritten,
         renew: Timestamp,
-        now: Timestamp,
     ) {
         let mut all = self.lock();
         let mine = all.entry(id.clone()).or_default().entry(token.to_owned()).or_default();
         mine.unwritten = None;
         mine.last = Some((request.inputs.clone(), renew));
         if request.forced {
-            mine.forced.push(now);
+            mine.forced.push(Instant::now());
         }
         let namespace = all
             .range(ObjectRef::new(&id.namespace, "")..)
@@ -91,8 +92,8 @@ impl Memory {
     }
 
     /// A Secret was repaired that somebody had changed.
-    pub fn repaired(&self, id: &ObjectRef, token: &str, now: Timestamp) {
-        self.change(id, token, |memory| memory.forced.push(now));
+    pub fn repaired(&self, id: &ObjectRef, token: &str) {
+        self.change(id, token, |memory| memory.forced.push(Instant::now()));
     }
 
     /// The object is gone or is not ours.

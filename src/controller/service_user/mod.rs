@@ -16,7 +16,6 @@ use crate::api::service_user::ZitadelServiceUserStatus;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
-use crate::domain::clock::shifted;
 use crate::domain::facts::{Facts, HeldBack, ObjectRef};
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
@@ -50,14 +49,14 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
             return Done::broken_off(Some(Reason::ApiServerUnavailable));
         }
     };
-    let plan = plan(&facts, shifted(Timestamp::now(), facts.skew));
+    let plan = plan(&facts, facts.clock.theirs(Timestamp::now()));
     let acted = act::act(&ctx, &id, &facts, plan).await;
     for outcome in &acted.outcomes {
         tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "looked at");
     }
     // What was asked of the server may have shown that its clock is another than assumed.
     let skew = ctx.connections.skew(&facts.user.spec.instance_ref.name);
-    let mut report = report(&facts, &acted.outcomes, shifted(Timestamp::now(), skew));
+    let mut report = report(&facts, &acted.outcomes, skew.theirs(Timestamp::now()));
     report.wake.failed.extend(acted.failed);
     let mut written = acted.written;
     // Who leads now, or after the restart, or the next pass tells how it is.
@@ -76,7 +75,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) ->
     }
     Done {
         // The queue goes by our own clock.
-        wake: report.wake.shifted(-skew),
+        wake: report.wake.shifted(-skew.usable()),
         written,
         mints: acted.mints,
         broken_off: acted.outdated,

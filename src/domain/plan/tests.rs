@@ -12,8 +12,8 @@ use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_SERVICE_US
 use crate::api::service_user::DeletionPolicy;
 use crate::domain::facts::Hold;
 use crate::domain::fixtures::{
-    DUE, FRESH, LIFETIME, apply, ask, at, claims, edit, existing, facts, fill, filled, instance, jwt, keep_unwritten,
-    labels, service_key, token, user,
+    DUE, FRESH, LIFETIME, TEN_YEARS, apply, ask, at, claims, clock, edit, existing, facts, fill, filled, instance, jwt,
+    keep_unwritten, labels, service_key, token, user,
 };
 use crate::domain::secret::{Controller, OWNER_KIND, Seen};
 
@@ -395,6 +395,50 @@ fn an_expired_key_is_missed_only_when_a_token_is_due() {
 }
 
 #[test]
+fn an_unusable_clock_is_said_before_what_only_time_says() {
+    fn expired_key(facts: &mut Facts) {
+        service_key(facts).expires = Some(at(-1));
+    }
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("fresh", |_| {}, FRESH, "keep"),
+        ("fresh, changed", |f| existing(f, 0).labels.clear(), 1, "write"),
+        ("due", |_| {}, DUE, "ClockSkew, fallback"),
+        ("due, key expired", expired_key, DUE, "ClockSkew, fallback"),
+        ("expired", |_| {}, LIFETIME, "ClockSkew"),
+        ("expired, key expired", expired_key, LIFETIME, "ClockSkew"),
+        ("issued in the future", |_| {}, -601, "ClockSkew"),
+        ("missing", |f| f.secrets.clear(), 1, "ClockSkew"),
+        ("missing, unwritten", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "write"),
+        ("missing, unwritten, issued in the future", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(602)); }, 1, "ClockSkew"),
+        ("renewal asked for", |f| ask(f, Some("a")), 1, "ClockSkew, fallback"),
+        ("contested", |f| { f.secrets.clear(); f.forced.insert("invoices".into(), 9); }, 1, "ClockSkew"),
+        ("no key", |f| f.key = Err(Reason::KeySecretMissing), DUE, "KeySecretMissing"),
+    ];
+    for (name, change, seconds, expected) in cases {
+        for ahead in [TEN_YEARS, -TEN_YEARS, 302, -302] {
+            let mut facts = one();
+            change(&mut facts);
+            facts.clock = clock(ahead);
+            let step = plan(&facts, facts.clock.theirs(at(*seconds))).steps.swap_remove(0);
+            assert_eq!(told(&step), *expected, "{name}, {ahead} s ahead");
+        }
+    }
+}
+
+#[test]
+fn a_record_of_impossible_times_is_not_believed() {
+    #[rustfmt::skip]
+    let cases: &[Case] = &[
+        ("issued in ten years", |f| fill(f, 0, "x", at(TEN_YEARS), at(TEN_YEARS + LIFETIME)), 0, "mint"),
+        ("issued while both clocks were ahead", |f| fill(f, 0, "x", at(599), at(LIFETIME)), 0, "keep"),
+        ("for ten years", |f| fill(f, 0, "x", at(0), at(TEN_YEARS)), 0, "keep"),
+        ("for ten years, after a month", |f| fill(f, 0, "x", at(0), at(TEN_YEARS)), 31 * 24 * 3_600, "mint"),
+    ];
+    check(one, cases);
+}
+
+#[test]
 fn an_unwritten_token_is_written_and_not_minted_again() {
     fn keep(facts: &mut Facts) {
         keep_unwritten(facts, 0, "eyJh.bGci.OiJB.MjU2.R0NN", at(0));
@@ -492,7 +536,7 @@ fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
     user(&mut facts).spec.tokens.truncate(1);
     let left = |facts: &Facts, held: Option<Held>, seconds| {
         let outcomes = [Outcome::new(0, Reason::AccessDenied, held)];
-        may_go(facts, &facts.leftovers, &outcomes, at(seconds)).len()
+        may_go(facts, &facts.leftovers, &outcomes, Some(at(seconds))).len()
     };
     let held = facts.recorded(&facts.user.spec.tokens[0]);
     assert_eq!(left(&facts, held, 1), 1);
@@ -507,6 +551,18 @@ fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
     );
     facts.secrets.remove("invoices-token");
     assert_eq!((left(&facts, None, 1), left(&facts, None, LIFETIME)), (0, 1), "missing");
+    let outcomes = [Outcome::new(0, Reason::ClockSkew, None)];
+    assert_eq!(
+        may_go(&facts, &facts.leftovers, &outcomes, None).len(),
+        0,
+        "no time is certain"
+    );
+    let outcomes = [Outcome::new(0, Reason::Issued, held)];
+    assert_eq!(
+        may_go(&facts, &facts.leftovers, &outcomes, None).len(),
+        1,
+        "its successor is there"
+    );
 }
 
 #[test]

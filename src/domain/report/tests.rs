@@ -4,7 +4,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::domain::answer::Format;
-use crate::domain::fixtures::{DUE, FRESH, LIFETIME, at, edit, existing, filled, service_key, token, user};
+use crate::domain::fixtures::{
+    DUE, FRESH, LIFETIME, TEN_YEARS, at, clock, edit, existing, filled, service_key, token, user,
+};
 use crate::domain::plan::{Step, plan};
 
 use Reason::{
@@ -333,6 +335,35 @@ fn what_is_known_of_the_key() {
 }
 
 #[test]
+fn an_unusable_clock_ends_no_key_and_stalls_nothing() {
+    let mut facts = filled(&["a"]);
+    service_key(&mut facts).expires = Some(at(1));
+    let denied = [outcome(&facts, 0, AccessDenied, NONE)];
+    look(&mut facts, 1, &denied);
+    facts.clock = clock(TEN_YEARS);
+    let told = look(&mut facts, LIFETIME, &denied);
+    assert_eq!(shown(&told.status), "Ready=False/AccessDenied Reconciling");
+    let key = condition(&told.status, "KeyValid").expect("KeyValid");
+    assert_eq!((&*key.status, &*key.reason), ("False", "ClockSkew"));
+    assert_eq!(told.wake.at, None, "nothing is left to wait for");
+    facts.clock = clock(0);
+    let told = look(&mut facts, LIFETIME, &denied);
+    assert_eq!(shown(&told.status), "Ready=False/AccessDenied Stalled");
+}
+
+#[test]
+fn a_token_issued_in_the_future_is_not_ready() {
+    let mut facts = filled(&["a"]);
+    let good = [outcome(&facts, 0, Reason::ClockSkew, LIFETIME)];
+    for (seconds, expected) in [
+        (-599, "Ready=True/ClockSkew"),
+        (-602, "Ready=False/ClockSkew Reconciling"),
+    ] {
+        assert_eq!(shown(&look(&mut facts, seconds, &good).status), expected);
+    }
+}
+
+#[test]
 fn a_broken_rule_is_told_with_its_field() {
     let mut facts = filled(&["a", "b"]);
     token(&mut facts, 1).organization_id = Some("1:x".into());
@@ -393,7 +424,7 @@ fn the_next_look() {
         ("an outage from the start", [(ServerError, 0, 0), (ServerError, 0, 0)], None, Some(Retry::Transient), None),
         ("an outage, both valid", [(ServerError, 50, 0), (ServerError, 40, 0)], Some(40), Some(Retry::Transient), None),
         ("an outage, one expired", [(ServerError, 50, 0), (ServerError, 1, 0)], Some(50), Some(Retry::Transient), None),
-        ("refused, both valid", [(KeyRejected, 5_000, 0), (KeyRejected, 4_000, 0)], Some(4_000), Some(Retry::Permanent), None),
+        ("refused, both valid", [(KeyRejected, 5_000, 0), (KeyRejected, 4_000, 0)], Some(4_000), Some(Retry::Eventual), None),
         ("the shorter retry", [(AccessDenied, 0, 0), (ServerError, 50, 0)], Some(50), Some(Retry::Transient), None),
         ("asked to wait", [(RateLimited, 50, 30), (RateLimited, 50, 20)], Some(50), Some(Retry::Transient), Some(30)),
         ("asked to wait, and no failure", [(Suspended, 50, 30), (Suspended, 0, 0)], Some(50), None, None),
@@ -550,8 +581,8 @@ proptest! {
             }
             if on("Stalled") {
                 let reason = condition(&status, "Stalled").map(|c| c.reason.clone());
-                let stalled = Reason::ALL.iter().find(|r| Some(r.name()) == reason.as_deref()).map(|r| r.retry());
-                prop_assert_eq!(stalled, Some(Retry::Permanent));
+                let stalled = Reason::ALL.iter().find(|r| Some(r.name()) == reason.as_deref());
+                prop_assert!(stalled.is_some_and(|reason| reason.is_permanent()));
             }
             for (line, outcome) in status.tokens.iter().zip(&outcomes) {
                 prop_assert_eq!(line.failing_since.is_some(), failing(outcome));

@@ -38,6 +38,10 @@ pub enum Event {
     WritesFail(bool),
     /// The estimate of the server's clock changes, in seconds.
     Clock(i64),
+    /// The server's `Date` is so many years ahead of its clock.
+    Date(i64),
+    /// Our own clock is set so many years ahead.
+    OurClock(i64),
     /// Percent of a lifetime pass.
     Time(u32),
     Restart,
@@ -46,8 +50,9 @@ pub enum Event {
 /// Events, how often each comes in a row, and whether there is a pass after each.
 pub fn events() -> impl Strategy<Value = Vec<(Event, usize, bool)>> {
     use Event::{
-        Allowed, Ask, Audience, Clock, Entries, KeyReplaced, KeyThere, Label, MetadataEdited, MintsFail, PutBack,
-        RecordEdited, Rename, RenewBefore, Restart, SecretDeleted, Suspend, Template, Time, TokenEdited, WritesFail,
+        Allowed, Ask, Audience, Clock, Date, Entries, KeyReplaced, KeyThere, Label, MetadataEdited, MintsFail,
+        OurClock, PutBack, RecordEdited, Rename, RenewBefore, Restart, SecretDeleted, Suspend, Template, Time,
+        TokenEdited, WritesFail,
     };
     let of = 0..2_usize;
     let event = prop_oneof![
@@ -70,6 +75,8 @@ pub fn events() -> impl Strategy<Value = Vec<(Event, usize, bool)>> {
         3 => proptest::option::of(any::<bool>()).prop_map(MintsFail),
         3 => any::<bool>().prop_map(WritesFail),
         1 => (-120..120_i64).prop_map(Clock),
+        2 => (-1..2_i64).prop_map(|n| Date(10 * n)),
+        1 => (-1..2_i64).prop_map(|n| OurClock(10 * n)),
         6 => (0..30_u32).prop_map(Time),
         4 => (0..150_u32).prop_map(Time),
         2 => Just(Restart),
@@ -127,6 +134,18 @@ impl World {
             }
             Event::Clock(seconds) => {
                 self.now += SignedDuration::from_secs(seconds);
+                self.healthy_since = self.now;
+            }
+            // One at a time: two that are wrong alike agree.
+            Event::Date(years) => {
+                self.date_ahead = SignedDuration::from_hours(years * 365 * 24);
+                self.ours_ahead = SignedDuration::ZERO;
+                self.healthy_since = self.now;
+            }
+            Event::OurClock(years) => {
+                self.ours_ahead = SignedDuration::from_hours(years * 365 * 24);
+                self.date_ahead = SignedDuration::ZERO;
+                self.skew = self.skew.unproven();
                 self.healthy_since = self.now;
             }
             Event::Time(_) => {}

@@ -37,6 +37,7 @@ func newControl(users *directory, keys keyMaker, front *front) http.Handler {
 		"DELETE /users/{id}":            c.deleteUser,
 		"POST /users/{id}/keys":         c.addKey,
 		"DELETE /users/{id}/keys/{key}": c.deleteKey,
+		"GET /settled":                  c.settled,
 		"POST /apps":                    c.addApp,
 		"GET /settings":                 c.settings,
 		"PATCH /settings":               c.changeSettings,
@@ -106,38 +107,38 @@ func (s userSettings) check() error {
 
 func (c *control) addUser(r *http.Request) (any, error) {
 	var in struct {
-		ID              string              `json:"id"`
-		Username        string              `json:"username"`
-		OrganizationID  string              `json:"organizationId"`
-		TokenType       string              `json:"tokenType"`
-		LifetimeSeconds int64               `json:"lifetimeSeconds"`
-		Roles           map[string][]string `json:"roles"`
+		userSettings
+		ID             string              `json:"id"`
+		OrganizationID string              `json:"organizationId"`
+		Roles          map[string][]string `json:"roles"`
 	}
 	if err := read(r, &in); err != nil {
 		return nil, err
 	}
-	if in.ID == "" {
-		in.ID = c.users.newID()
-	}
-	added := user{
-		userSettings: userSettings{
-			Username:        cmp.Or(in.Username, "machine-"+in.ID),
-			State:           stateActive,
-			TokenType:       cmp.Or(in.TokenType, tokenTypeBearer),
-			LifetimeSeconds: in.LifetimeSeconds,
-		},
+	added, err := c.users.createUser(user{
+		userSettings:   in.userSettings,
 		id:             in.ID,
-		organizationID: cmp.Or(in.OrganizationID, defaultOrganizationID),
+		organizationID: in.OrganizationID,
 		roles:          in.Roles,
-		keys:           map[string]userKey{},
-	}
-	if err := added.check(); err != nil {
-		return nil, err
-	}
-	if err := c.users.addUser(added); err != nil {
+	})
+	if err != nil {
 		return nil, err
 	}
 	return map[string]string{"id": added.id, "username": added.Username, "organizationId": added.organizationID}, nil
+}
+
+// createUser fills in what was not given.
+func (d *directory) createUser(u user) (user, error) {
+	u.id = cmp.Or(u.id, d.newID())
+	u.Username = cmp.Or(u.Username, "machine-"+u.id)
+	u.State = cmp.Or(u.State, stateActive)
+	u.TokenType = cmp.Or(u.TokenType, tokenTypeBearer)
+	u.organizationID = cmp.Or(u.organizationID, defaultOrganizationID)
+	u.keys = map[string]userKey{}
+	if err := u.check(); err != nil {
+		return user{}, err
+	}
+	return u, d.addUser(u)
 }
 
 func (c *control) changeUser(r *http.Request) (any, error) {
@@ -155,6 +156,14 @@ func (c *control) changeUser(r *http.Request) (any, error) {
 	return changed, c.users.changeUser(u.id, changed)
 }
 
+// settled answers when the token endpoint sees every change of before.
+func (c *control) settled(r *http.Request) (any, error) {
+	if !wait(r.Context(), c.users.settlesIn()) {
+		return nil, r.Context().Err()
+	}
+	return nil, nil
+}
+
 func (c *control) deleteUser(r *http.Request) (any, error) {
 	return nil, c.users.deleteUser(r.PathValue("id"))
 }
@@ -170,36 +179,43 @@ type keyFile struct {
 }
 
 func (c *control) addKey(r *http.Request) (any, error) {
-	var in struct {
-		ExpirationDate time.Time `json:"expirationDate"`
-		PKCS8          bool      `json:"pkcs8"`
-		PublicKey      string    `json:"publicKey"`
-	}
+	var in newKey
 	if err := read(r, &in); err != nil {
 		return nil, err
 	}
+	return c.users.createKey(c.keys, r.PathValue("id"), in)
+}
+
+// newKey is what may be said of a key that is made.
+type newKey struct {
+	ExpirationDate time.Time `json:"expirationDate"`
+	PKCS8          bool      `json:"pkcs8"`
+	PublicKey      string    `json:"publicKey"`
+}
+
+func (d *directory) createKey(keys keyMaker, userID string, in newKey) (keyFile, error) {
 	if in.PKCS8 && in.PublicKey != "" {
-		return nil, errors.New("pkcs8 and publicKey exclude each other")
+		return keyFile{}, errors.New("pkcs8 and publicKey exclude each other")
 	}
 	if in.ExpirationDate.IsZero() {
 		in.ExpirationDate = noExpiry
 	}
-	public, private, err := c.keyPair(in.PublicKey, in.PKCS8)
+	public, private, err := keys.pair(in.PublicKey, in.PKCS8)
 	if err != nil {
-		return nil, err
+		return keyFile{}, err
 	}
 	file := keyFile{
 		Type:           "serviceaccount",
-		KeyID:          c.users.newID(),
+		KeyID:          d.newID(),
 		Key:            private,
 		ExpirationDate: in.ExpirationDate.UTC(),
-		UserID:         r.PathValue("id"),
+		UserID:         userID,
 	}
-	return file, c.users.addKey(file.UserID, file.KeyID, userKey{public: public, expires: file.ExpirationDate})
+	return file, d.addKey(file.UserID, file.KeyID, userKey{public: public, expires: file.ExpirationDate})
 }
 
-// keyPair reads the public key that was given, or makes a pair and returns its private half as PEM.
-func (c *control) keyPair(publicPEM string, pkcs8 bool) (crypto.PublicKey, string, error) {
+// pair reads the public key that was given, or makes a pair and returns its private half as PEM.
+func (k keyMaker) pair(publicPEM string, pkcs8 bool) (crypto.PublicKey, string, error) {
 	if publicPEM != "" {
 		block, _ := pem.Decode([]byte(publicPEM))
 		if block == nil {
@@ -211,7 +227,7 @@ func (c *control) keyPair(publicPEM string, pkcs8 bool) (crypto.PublicKey, strin
 		}
 		return public, "", nil
 	}
-	private := c.keys.take()
+	private := k.take()
 	block := &pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)}
 	if pkcs8 {
 		der, err := x509.MarshalPKCS8PrivateKey(private)
@@ -252,6 +268,8 @@ func (s settings) check() error {
 		return errors.New("lifetimeSeconds must be positive")
 	case s.ExternalDomain == "" || strings.ContainsAny(s.ExternalDomain, ":/"):
 		return errors.New("externalDomain must be a host name without scheme and port")
+	case s.ProjectionLagMillis < 0:
+		return errors.New("projectionLagMillis must not be negative")
 	}
 	return nil
 }

@@ -32,7 +32,7 @@ func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if fault.AfterHandling {
 		handle()
 	}
-	if !wait(r.Context(), fault.LatencyMillis) {
+	if !wait(r.Context(), millis(fault.LatencyMillis)) {
 		return
 	}
 	if fault.Hang {
@@ -83,19 +83,21 @@ func (a *answer) send(ctx context.Context, w http.ResponseWriter, body io.Reader
 			return
 		}
 		flusher.Flush()
-		if !wait(ctx, millisPerByte) {
+		if !wait(ctx, millis(millisPerByte)) {
 			return
 		}
 	}
 }
 
+func millis(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
+
 // wait returns false when the client went away first.
-func wait(ctx context.Context, millis int64) bool {
-	if millis == 0 {
+func wait(ctx context.Context, passed time.Duration) bool {
+	if passed <= 0 {
 		return true
 	}
 	select {
-	case <-time.After(time.Duration(millis) * time.Millisecond):
+	case <-time.After(passed):
 		return true
 	case <-ctx.Done():
 		return false

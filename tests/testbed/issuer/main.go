@@ -1,7 +1,7 @@
 // Command issuer is a ZITADEL stand-in for tests. It is built on the library that ZITADEL's own token
 // endpoint is made of, and adds what reference/zitadel.md says about ZITADEL, nothing else.
 //
-//	issuer [--listen 127.0.0.1:0] [--tls]
+//	issuer [--listen 127.0.0.1:0] [--tls] [--projection-lag 0s]
 //
 // It prints one JSON line, {"issuer":URL,"control":URL,"ca":PEM or ""}, and serves until its stdin
 // reaches EOF. What the control port understands is listed in newControl.
@@ -44,6 +44,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) 
 	flags := flag.NewFlagSet("issuer", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:0", "address of the issuer port")
 	secure := flags.Bool("tls", false, "serve https on the issuer port")
+	lag := flags.Duration("projection-lag", 0, "how long the token endpoint does not see a change of a user")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -69,6 +70,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) 
 		LifetimeSeconds:  43200,
 		ExternalDomain:   host,
 		ExternalSecure:   *secure,
+
+		ProjectionLagMillis: lag.Milliseconds(),
+		UserV2:              true,
 	})
 	front := &front{next: newIssuer(users, keys), users: users}
 

@@ -1,21 +1,32 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/zitadel/oidc/v3/pkg/op"
 )
 
 // gRPC codes with the HTTP status that ZITADEL's REST gateway gives them (zitadel.md §5.5).
 const (
+	codeInvalidArgument = 3
 	codeNotFound        = 5
+	codeAlreadyExists   = 6
+	codeFailed          = 9
+	codeUnimplemented   = 12
 	codeUnauthenticated = 16
 )
 
 var statusOfCode = map[int]int{
+	codeInvalidArgument: http.StatusBadRequest,
 	codeNotFound:        http.StatusNotFound,
+	codeAlreadyExists:   http.StatusConflict,
+	codeFailed:          http.StatusBadRequest,
+	codeUnimplemented:   http.StatusMethodNotAllowed,
 	codeUnauthenticated: http.StatusUnauthorized,
 }
 
@@ -32,18 +43,22 @@ type apiErrorDetail struct {
 	Message string `json:"message"`
 }
 
+// withID is an error with an id of ZITADEL's.
+func withID(code int, id, message string) apiError {
+	detail := apiErrorDetail{Type: "type.googleapis.com/zitadel.v1.ErrorDetail", ID: id, Message: message}
+	return apiError{Code: code, Message: message + " (" + id + ")", Details: []apiErrorDetail{detail}}
+}
+
 var (
 	errNoAuthHeader = apiError{Code: codeUnauthenticated, Message: "auth header missing"}
-	errTokenInvalid = apiError{
-		Code:    codeUnauthenticated,
-		Message: "Errors.Token.Invalid (AUTH-7fs1e)",
-		Details: []apiErrorDetail{{
-			Type:    "type.googleapis.com/zitadel.v1.ErrorDetail",
-			ID:      "AUTH-7fs1e",
-			Message: "Errors.Token.Invalid",
-		}},
-	}
+	errTokenInvalid = withID(codeUnauthenticated, "AUTH-7fs1e", "Errors.Token.Invalid")
+	// Also where the caller may not know whether the user exists.
+	errNoMembership = withID(codeNotFound, "AUTHZ-cdgFk", "membership not found")
+	errAbsent       = apiError{Code: codeNotFound, Message: "Not Found"}
+	errNoMethod     = apiError{Code: codeUnimplemented, Message: "Method Not Allowed"}
 )
+
+func (e apiError) Error() string { return e.Message }
 
 func writeAPIError(w http.ResponseWriter, e apiError) { writeJSON(w, statusOfCode[e.Code], e) }
 
@@ -57,24 +72,246 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 	w.Write(text)
 }
 
-// iam answers GET /management/v1/iam: the call by which a client proves that its token is good for
-// ZITADEL's own API, that is, has the zitadel audience (zitadel.md §4.2, §10.3).
-func (i *issuer) iam(w http.ResponseWriter, r *http.Request) {
+// caller returns the user behind the token of a request to ZITADEL's own API. The token needs the zitadel
+// audience.
+func (i *issuer) caller(r *http.Request) (user, error) {
 	header := r.Header.Get("Authorization")
 	if header == "" {
-		writeAPIError(w, errNoAuthHeader)
-		return
+		return user{}, errNoAuthHeader
 	}
-	s := i.users.settings()
 	token, _ := strings.CutPrefix(header, "Bearer ")
 	session, err := i.users.session(token)
-	if err != nil || !session.isFor(s.ZitadelProjectID) || !session.isFrom(op.IssuerFromContext(r.Context())) {
-		writeAPIError(w, errTokenInvalid)
+	if err != nil || !session.isFor(i.users.settings().ZitadelProjectID) || !session.isFrom(op.IssuerFromContext(r.Context())) {
+		return user{}, errTokenInvalid
+	}
+	u, err := i.users.user(session.userID)
+	if err != nil {
+		return user{}, errTokenInvalid
+	}
+	return u, nil
+}
+
+// iam answers GET /management/v1/iam: the call by which a client learns the real id behind the zitadel audience.
+func (i *issuer) iam(w http.ResponseWriter, r *http.Request) {
+	if _, err := i.caller(r); err != nil {
+		writeError(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, map[string]string{
 		"globalOrgId":  defaultOrganizationID,
 		"defaultOrgId": defaultOrganizationID,
-		"iamProjectId": s.ZitadelProjectID,
+		"iamProjectId": i.users.settings().ZitadelProjectID,
 	})
+}
+
+// writeError answers with an error of the directory's as ZITADEL does.
+func writeError(w http.ResponseWriter, err error) {
+	var known apiError
+	switch {
+	case errors.As(err, &known):
+	case errors.Is(err, errTaken):
+		known = withID(codeAlreadyExists, "V3-DKcYh", "User already exists")
+	case errors.Is(err, errNoKey):
+		known = withID(codeNotFound, "COMMAND-4m77G", "Machine key not found")
+	case errors.Is(err, errNoUser):
+		known = withID(codeFailed, "COMMAND-bnipwm1", "User could not be found")
+	default:
+		known = apiError{Code: codeInvalidArgument, Message: err.Error()}
+	}
+	writeAPIError(w, known)
+}
+
+// management is the part of ZITADEL's API by which an administrator makes users and keys: user v2, and management
+// v1, which is all that ZITADEL 3 has.
+type management struct {
+	*issuer
+	keys keyMaker
+}
+
+// machine is what both versions say of a service user.
+type machine struct {
+	Name            string `json:"name"`
+	AccessTokenType string `json:"accessTokenType"`
+}
+
+func (m machine) tokenType() string {
+	return strings.TrimPrefix(m.AccessTokenType, "ACCESS_TOKEN_TYPE_")
+}
+
+func addManagement(mux *http.ServeMux, i *issuer, keys keyMaker) {
+	m := management{i, keys}
+	handle := func(pattern string, absent error, handle func(*http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			if absent != nil && !i.users.settings().UserV2 {
+				writeError(w, absent)
+				return
+			}
+			caller, err := i.caller(r)
+			if err == nil && !caller.Administrator {
+				err = errNoMembership
+			}
+			var body any
+			if err == nil {
+				body, err = handle(r)
+			}
+			if err != nil {
+				writeError(w, err)
+				return
+			}
+			writeJSON(w, http.StatusOK, body)
+		})
+	}
+	v2, v1 := "/v2/users", "/management/v1/users"
+	handle("GET /admin/v1/instances/me", nil, m.instance)
+	// Since v4.0.0.
+	handle("POST "+v2+"/new", errNoMethod, m.createUser)
+	handle("PATCH "+v2+"/{id}", errNoMethod, m.updateUser)
+	handle("POST "+v2+"/{id}/keys", errAbsent, m.addKey("keyContent", keyRequest.checkV2))
+	handle("DELETE "+v2+"/{id}/keys/{key}", errAbsent, m.removeKey)
+	handle("POST "+v2+"/{id}/deactivate", nil, m.setState("inactive"))
+	handle("POST "+v2+"/{id}/reactivate", nil, m.setState(stateActive))
+	handle("DELETE "+v2+"/{id}", nil, m.deleteUser)
+
+	handle("POST "+v1+"/machine", nil, m.createUserV1)
+	handle("PUT "+v1+"/{id}/machine", nil, m.updateUserV1)
+	handle("POST "+v1+"/{id}/keys", nil, m.addKey("keyDetails", keyRequest.checkV1))
+	handle("DELETE "+v1+"/{id}/keys/{key}", nil, m.removeKey)
+	handle("POST "+v1+"/{id}/_deactivate", nil, m.setState("inactive"))
+	handle("POST "+v1+"/{id}/_reactivate", nil, m.setState(stateActive))
+	handle("DELETE "+v1+"/{id}", nil, m.deleteUser)
+}
+
+// fields reads a body; ZITADEL's API ignores what it does not know.
+func fields(r *http.Request, into any) error { return json.NewDecoder(r.Body).Decode(into) }
+
+func now() string { return time.Now().UTC().Format(time.RFC3339Nano) }
+
+func (m management) instance(*http.Request) (any, error) {
+	version := "v4-stand-in"
+	if !m.users.settings().UserV2 {
+		version = "v3-stand-in"
+	}
+	return map[string]any{"instance": map[string]string{"version": version}}, nil
+}
+
+func (m management) createUser(r *http.Request) (any, error) {
+	var in struct {
+		OrganizationID string  `json:"organizationId"`
+		UserID         string  `json:"userId"`
+		Username       string  `json:"username"`
+		Machine        machine `json:"machine"`
+	}
+	if err := fields(r, &in); err != nil {
+		return nil, err
+	}
+	settings := userSettings{Username: in.Username, TokenType: in.Machine.tokenType()}
+	made, err := m.users.createUser(user{userSettings: settings, id: in.UserID, organizationID: in.OrganizationID})
+	return map[string]string{"id": made.id, "creationDate": now()}, err
+}
+
+func (m management) createUserV1(r *http.Request) (any, error) {
+	var in struct {
+		machine
+		UserName string `json:"userName"`
+	}
+	if err := fields(r, &in); err != nil {
+		return nil, err
+	}
+	if in.Name == "" {
+		return nil, errors.New("invalid AddMachineUserRequest.Name: value length must be between 1 and 200 runes, inclusive")
+	}
+	settings := userSettings{Username: in.UserName, TokenType: in.tokenType()}
+	made, err := m.users.createUser(user{userSettings: settings, organizationID: r.Header.Get("x-zitadel-orgid")})
+	return map[string]string{"userId": made.id}, err
+}
+
+func (m management) updateUser(r *http.Request) (any, error) {
+	var in struct {
+		Machine machine `json:"machine"`
+	}
+	if err := fields(r, &in); err != nil {
+		return nil, err
+	}
+	_, err := m.change(r, func(s *userSettings) { s.TokenType = cmp.Or(in.Machine.tokenType(), s.TokenType) })
+	return map[string]string{"changeDate": now()}, err
+}
+
+// updateUserV1 replaces what a service user is; a call that changes nothing fails.
+func (m management) updateUserV1(r *http.Request) (any, error) {
+	var in machine
+	if err := fields(r, &in); err != nil {
+		return nil, err
+	}
+	changed, err := m.change(r, func(s *userSettings) { s.TokenType = cmp.Or(in.tokenType(), tokenTypeBearer) })
+	if err == nil && !changed {
+		err = withID(codeFailed, "COMMAND-2n8vs", "Errors.User.NotChanged")
+	}
+	return struct{}{}, err
+}
+
+func (m management) setState(state string) func(*http.Request) (any, error) {
+	return func(r *http.Request) (any, error) {
+		_, err := m.change(r, func(s *userSettings) { s.State = state })
+		return map[string]string{"changeDate": now()}, err
+	}
+}
+
+// change tells whether anything is different now.
+func (m management) change(r *http.Request, change func(*userSettings)) (bool, error) {
+	u, err := m.users.user(r.PathValue("id"))
+	if err != nil {
+		return false, err
+	}
+	changed := u.userSettings
+	change(&changed)
+	if err := changed.check(); err != nil {
+		return false, err
+	}
+	return changed != u.userSettings, m.users.changeUser(u.id, changed)
+}
+
+func (m management) deleteUser(r *http.Request) (any, error) {
+	return map[string]string{"deletionDate": now()}, m.users.deleteUser(r.PathValue("id"))
+}
+
+// addKey answers with the key file under the name that the version of the API has for it.
+func (m management) addKey(content string, check func(keyRequest) error) func(*http.Request) (any, error) {
+	return func(r *http.Request) (any, error) {
+		var in keyRequest
+		if err := fields(r, &in); err != nil {
+			return nil, err
+		}
+		if err := check(in); err != nil {
+			return nil, err
+		}
+		made, err := m.users.createKey(m.keys, r.PathValue("id"), newKey{ExpirationDate: in.ExpirationDate})
+		if err != nil {
+			return nil, err
+		}
+		file, err := json.Marshal(made)
+		return map[string]any{"keyId": made.KeyID, content: file}, err
+	}
+}
+
+type keyRequest struct {
+	Type           string    `json:"type"` // v1 only
+	ExpirationDate time.Time `json:"expirationDate"`
+}
+
+func (k keyRequest) checkV2() error {
+	if k.ExpirationDate.IsZero() {
+		return errors.New("invalid AddKeyRequest.ExpirationDate: value is required")
+	}
+	return nil
+}
+
+func (k keyRequest) checkV1() error {
+	if k.Type != "KEY_TYPE_JSON" {
+		return errors.New("invalid AddMachineKeyRequest.Type: value must not be in list [0]")
+	}
+	return nil
+}
+
+func (m management) removeKey(r *http.Request) (any, error) {
+	return map[string]string{"deletionDate": now()}, m.users.deleteKey(r.PathValue("id"), r.PathValue("key"))
 }

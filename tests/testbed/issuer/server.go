@@ -54,6 +54,7 @@ func newIssuer(users *directory, keys keyMaker) http.Handler {
 
 	instance := http.NewServeMux()
 	instance.HandleFunc("GET /management/v1/iam", i.iam)
+	addManagement(instance, i, keys)
 	instance.Handle("/", op.RegisterServer(i, endpoints, op.WithFallbackLogger(slog.New(slog.DiscardHandler))))
 
 	// Probes need no host that names the instance (zitadel.md §5.3).
@@ -143,7 +144,7 @@ func (i *issuer) JWTProfile(ctx context.Context, r *op.Request[oidc.JWTProfileGr
 	if err != nil {
 		return nil, rejected(s, err)
 	}
-	u, err := i.users.user(assertion.Subject)
+	u, err := i.users.projected(assertion.Subject)
 	if err != nil {
 		return nil, rejected(s, err)
 	}

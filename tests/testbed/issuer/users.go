@@ -27,10 +27,18 @@ type settings struct {
 	ClockOffsetMillis int64  `json:"clockOffsetMillis"`
 	ExternalDomain    string `json:"externalDomain"`
 	ExternalSecure    bool   `json:"externalSecure"`
+	// How long the token endpoint does not see a change of a user.
+	ProjectionLagMillis int64 `json:"projectionLagMillis"`
+	// ZITADEL 3 has no user v2.
+	UserV2 bool `json:"userV2"`
+}
+
+func (s settings) projectionLag() time.Duration {
+	return millis(s.ProjectionLagMillis)
 }
 
 func (s settings) clockOffset() time.Duration {
-	return time.Duration(s.ClockOffsetMillis) * time.Millisecond
+	return millis(s.ClockOffsetMillis)
 }
 
 func (s settings) now() time.Time { return time.Now().Add(s.clockOffset()) }
@@ -49,6 +57,7 @@ type userSettings struct {
 	State           string `json:"state"`
 	TokenType       string `json:"tokenType"`
 	LifetimeSeconds int64  `json:"lifetimeSeconds"` // 0: as in settings
+	Administrator   bool   `json:"administrator"`   // may manage other users
 }
 
 type user struct {
@@ -57,6 +66,12 @@ type user struct {
 	organizationID string
 	roles          map[string][]string // granted role keys by project id
 	keys           map[string]userKey
+}
+
+// version is a user as it is since a change; nil if it was removed.
+type version struct {
+	since time.Time
+	user  *user
 }
 
 type userKey struct {
@@ -88,6 +103,8 @@ type directory struct {
 	mu       sync.Mutex
 	current  settings
 	users    map[string]user
+	versions map[string][]version // by user id, the last is in users
+	changed  time.Time            // the last change of a user
 	apps     map[string]app
 	sessions map[string]session // by access token
 	issued   int
@@ -98,6 +115,7 @@ func newDirectory(s settings) *directory {
 	return &directory{
 		current:  s,
 		users:    map[string]user{},
+		versions: map[string][]version{},
 		apps:     map[string]app{},
 		sessions: map[string]session{},
 		lastID:   401085850000000000,
@@ -146,13 +164,53 @@ func (d *directory) find(id string) (user, error) {
 	return u, nil
 }
 
+// put needs the lock.
+func (d *directory) put(id string, u *user) {
+	if u == nil {
+		delete(d.users, id)
+	} else {
+		d.users[id] = *u
+	}
+	d.changed = time.Now()
+	d.versions[id] = append(d.versions[id], version{d.changed, u})
+}
+
+// projected returns the user as the token endpoint sees it: ZITADEL reads a projection, which
+// lags behind.
+func (d *directory) projected(id string) (user, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.findProjected(id)
+}
+
+// findProjected needs the lock.
+func (d *directory) findProjected(id string) (user, error) {
+	visible := time.Now().Add(-d.current.projectionLag())
+	versions := d.versions[id]
+	for len(versions) > 1 && !versions[1].since.After(visible) {
+		versions = versions[1:]
+	}
+	d.versions[id] = versions
+	if len(versions) == 0 || versions[0].user == nil || versions[0].since.After(visible) {
+		return user{}, errNoUser
+	}
+	return *versions[0].user, nil
+}
+
+// settlesIn returns how long it takes until the token endpoint sees every change so far.
+func (d *directory) settlesIn() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return time.Until(d.changed.Add(d.current.projectionLag()))
+}
+
 func (d *directory) addUser(u user) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if _, found := d.users[u.id]; found || d.hasUsername(u.Username) {
 		return errTaken
 	}
-	d.users[u.id] = u
+	d.put(u.id, &u)
 	return nil
 }
 
@@ -177,7 +235,7 @@ func (d *directory) changeUser(id string, changed userSettings) error {
 		return errTaken
 	}
 	u.userSettings = changed
-	d.users[id] = u
+	d.put(id, &u)
 	if u.State != stateActive {
 		d.endSessions(id)
 	}
@@ -190,7 +248,7 @@ func (d *directory) deleteUser(id string) error {
 	if _, err := d.find(id); err != nil {
 		return err
 	}
-	delete(d.users, id)
+	d.put(id, nil)
 	d.endSessions(id)
 	return nil
 }
@@ -210,7 +268,7 @@ func (d *directory) addKey(userID, keyID string, key userKey) error {
 	}
 	u.keys = maps.Clone(u.keys)
 	u.keys[keyID] = key
-	d.users[userID] = u
+	d.put(userID, &u)
 	return nil
 }
 
@@ -227,7 +285,7 @@ func (d *directory) deleteKey(userID, keyID string) error {
 	}
 	u.keys = maps.Clone(u.keys)
 	delete(u.keys, keyID)
-	d.users[userID] = u
+	d.put(userID, &u)
 	return nil
 }
 
@@ -236,7 +294,7 @@ func (d *directory) deleteKey(userID, keyID string) error {
 func (d *directory) GetKeyByIDAndClientID(_ context.Context, keyID, userID string) (*jose.JSONWebKey, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	u, err := d.find(userID)
+	u, err := d.findProjected(userID)
 	if err != nil {
 		return nil, err
 	}
