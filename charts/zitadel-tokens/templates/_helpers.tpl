@@ -35,13 +35,26 @@
 {{- define "zitadel-tokens.image" -}}
 {{- $image := .Values.image -}}
 {{- $released := index (.Chart.Annotations | default dict) "zitadel-tokens.dev/image-digest" -}}
-{{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository -}}
+{{- with (.Values.global).imageRegistry | default $image.registry }}{{ . }}/{{ end }}{{ $image.repository -}}
 {{- with $image.digest | default (ternary $released "" (empty $image.tag)) }}@{{ . }}{{ else }}:{{ $image.tag | default $.Chart.AppVersion }}{{ end -}}
+{{- end }}
+
+{{- /* Of a chart that has this one as a part, and our own. Both kinds of list are common: names, and objects with one. */ -}}
+{{- define "zitadel-tokens.imagePullSecrets" -}}
+{{- $all := list -}}
+{{- range concat ((.Values.global).imagePullSecrets | default list) (.Values.imagePullSecrets | default list) -}}
+{{- $all = append $all (kindIs "string" . | ternary (dict "name" .) .) -}}
+{{- end -}}
+{{- with uniq $all }}{{ toYaml . }}{{ end -}}
 {{- end }}
 
 {{- /* Where and how a pod runs: the operator's, and that of `helm test`, which must be let onto the same nodes. */ -}}
 {{- define "zitadel-tokens.podSettings" -}}
-{{- range $field := list "imagePullSecrets" "priorityClassName" "runtimeClassName" "dnsPolicy" "dnsConfig" "hostAliases" "nodeSelector" "tolerations" "affinity" }}
+{{- with include "zitadel-tokens.imagePullSecrets" . }}
+imagePullSecrets:
+{{ . }}
+{{- end }}
+{{- range $field := list "priorityClassName" "runtimeClassName" "dnsPolicy" "dnsConfig" "hostAliases" "nodeSelector" "tolerations" "affinity" }}
 {{- with index $.Values $field }}
 {{ dict $field . | toYaml }}
 {{- end }}
