@@ -19,6 +19,7 @@ use crate::controller::queue::Queue;
 use crate::controller::service_user::{Forced, UnwrittenTokens};
 use crate::controller::triggers::Cache;
 use crate::controller::write::Writer;
+use crate::domain::allow_list::AllowList;
 
 /// What a pass needs.
 pub struct Context {
@@ -40,6 +41,8 @@ pub struct Context {
     pub forced: Forced,
     /// Counters.
     pub metrics: Metrics,
+    /// The labels and annotations that users may set on token Secrets.
+    pub allowed_metadata: Arc<AllowList>,
     /// The namespace that the operator runs in, if it runs in one.
     pub operator_namespace: Option<String>,
     /// Whether an instance that is not there may be another operator's.

@@ -7,6 +7,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::domain::allow_list::AllowList;
 use crate::domain::answer::{Format, Minted};
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;
@@ -56,6 +57,8 @@ pub const CONTEST_WINDOW: SignedDuration = SignedDuration::from_mins(10);
 pub struct Facts {
     /// The object.
     pub user: Arc<ZitadelServiceUser>,
+    /// The labels and annotations that it may set on its Secrets.
+    pub allowed_metadata: Arc<AllowList>,
     /// Whether it lies in the operator's own namespace.
     pub in_operator_namespace: bool,
     /// Labels of its namespace, once known.

@@ -223,7 +223,7 @@ fn conditions(
 fn sentence(facts: &Facts, index: usize, reason: Reason) -> String {
     let spec = &facts.user.spec;
     let name = spec.tokens.get(index).map_or("", |t| t.name.as_str());
-    match validate::token(facts.name(), spec, index) {
+    match validate::token(facts.name(), spec, index, &facts.allowed_metadata) {
         Err(violation) if reason == Reason::InvalidSpec => {
             format!("Token `{name}`: {} {violation} {}", reason.meaning(), reason.mend())
         }

@@ -1,5 +1,6 @@
 //! The chart, by the real Helm: what it installs and leaves, and releases beside each other.
 
+mod metadata;
 mod rights;
 
 use std::collections::BTreeSet;

@@ -80,3 +80,26 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- $choice := ternary "auto" (toString .Values.writeInstanceStatus) (kindIs "invalid" .Values.writeInstanceStatus) -}}
 {{- if eq $choice "auto" }}{{ or (empty .Values.watchNamespaces) (not (empty .Values.instanceSelector)) }}{{ else }}{{ $choice }}{{ end -}}
 {{- end }}
+
+{{- /* Labels and annotations that users may set on token Secrets, as variables of both admission policies. One source with
+the operator: `make crds` writes the file. */ -}}
+{{- define "zitadel-tokens.allowedMetadata" -}}
+{{- $keys := list -}}
+{{- $prefixes := list -}}
+{{- range concat (.Files.Lines "files/allowed-secret-metadata.txt") (.Values.allowedSecretMetadata | default list) -}}
+{{- if hasSuffix "/*" . -}}
+{{- $prefixes = append $prefixes (trimSuffix "/*" .) -}}
+{{- else -}}
+{{- $keys = append $keys . -}}
+{{- end -}}
+{{- end -}}
+- name: keys
+  expression: '{{ toJson $keys }}'
+- name: prefixes
+  expression: '{{ toJson $prefixes }}'
+{{- end }}
+
+{{- /* Whether `key` is in that list. */ -}}
+{{- define "zitadel-tokens.allowedKey" -}}
+(key in variables.keys || key.contains('/') && key.split('/')[0] in variables.prefixes)
+{{- end }}

@@ -172,6 +172,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         .into_iter()
         .filter_map(|(name, secret)| Some((name, secret?.into_existing())));
     Ok(Some(Facts {
+        allowed_metadata: ctx.allowed_metadata.clone(),
         in_operator_namespace: ctx.operator_namespace.as_deref() == Some(&*id.namespace),
         namespace_labels: ctx.cache.namespace_labels(&id.namespace),
         zitadel_project_id: instance.as_deref().and_then(|i| ctx.connections.known_project_id(i)),
