@@ -92,9 +92,10 @@ testbed: ## Build all that tests need: control plane, ZITADEL stand-in, Helm and
 servers:
 	@tests/testbed/build $(SERVERS)
 
-crds: ## Write the CRDs from the types, for kubectl and for the chart
+crds: ## Write the CRDs and the allowed labels from the types, for kubectl and for the chart
 	cargo run --quiet --bin zitadel-tokens -- crds > crds/zitadel-tokens.yaml
 	cp crds/zitadel-tokens.yaml $(CHART)/files/crds.yaml
+	cargo run --quiet --bin zitadel-tokens -- allowed-secret-metadata > $(CHART)/files/allowed-secret-metadata.txt
 
 docs: ## Write the generated tables of docs/ and of the chart
 	cargo run --quiet --bin zitadel-tokens -- reasons > docs/reasons.md

@@ -21,19 +21,15 @@ pub const ANNOTATION_RENEW_REQUEST: &str = "zitadel-tokens.dev/renew-request";
 /// Annotation of a foreign Secret: the name of the `ZitadelServiceUser` that may take it over.
 pub const ANNOTATION_ADOPT: &str = "zitadel-tokens.dev/adopt";
 
-/// Keys whose prefix is or ends in one of these make other controllers act, so that users may not set them on a
-/// token Secret (design §2.2): a token Secret must not become a service-account token, an Argo CD cluster or a copy
-/// in another namespace.
-pub const RESERVED_PREFIXES: [&str; 9] = [
-    "zitadel-tokens.dev",
-    "kubernetes.io",
-    "k8s.io",
-    "argoproj.io",
-    "fluxcd.io",
-    "mittwald.de",
-    "emberstack.com",
-    "cert-manager.io",
-    "bitnami.com",
+/// Labels and annotations that users may set on a token Secret; `PREFIX/*` stands for all keys with that prefix. The
+/// platform team can add more. Why these, and why not a list of what is denied:
+/// `docs/adr/0001-allow-list-for-secret-metadata.md`.
+pub const ALLOWED_SECRET_METADATA: [&str; 5] = [
+    "app.kubernetes.io/component",
+    "app.kubernetes.io/name",
+    "app.kubernetes.io/part-of",
+    "app.kubernetes.io/version",
+    "reloader.stakater.com/*",
 ];
 
 /// A Kubernetes name, as a pattern: lower-case labels with dots between.
@@ -44,6 +40,17 @@ pub(crate) const ID_PATTERN: &str = r"^[a-zA-Z0-9_-]+$";
 
 /// A duration, as a pattern.
 pub(crate) const DURATION_PATTERN: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
+
+/// Whether no user may ever set `key` on a token Secret, whatever the platform team allows: the operator sets it.
+#[must_use]
+pub fn is_operators_own(key: &str) -> bool {
+    let of_group = |(prefix, _): (&str, &str)| {
+        prefix
+            .strip_suffix(GROUP)
+            .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    };
+    key == LABEL_MANAGED_BY || key.split_once('/').is_some_and(of_group)
+}
 
 /// Whether `key` (of a label or annotation) is of ours.
 #[must_use]

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN, RESERVED_PREFIXES};
+use crate::api::metadata::{DURATION_PATTERN, GROUP, ID_PATTERN, LABEL_MANAGED_BY, NAME_PATTERN};
 
 /// A ZITADEL service user, the Secret with its key, and the tokens that are kept fresh for it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -159,19 +159,19 @@ pub struct TokenSecret {
     #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
     pub name: String,
 
-    /// Labels to add.
+    /// Labels to add, with keys that the platform team allows.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend(
         "maxProperties" = 32,
         "additionalProperties" = {"type": "string", "maxLength": 63, "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"}
     ))]
-    #[x_kube(validation = qualified("labels"), validation = reserved("labels"))]
+    #[x_kube(validation = qualified("labels"), validation = not_operators_own("labels"))]
     pub labels: BTreeMap<String, String>,
 
-    /// Annotations to add.
+    /// Annotations to add, with keys that the platform team allows.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 1024}))]
-    #[x_kube(validation = qualified("annotations"), validation = reserved("annotations"))]
+    #[x_kube(validation = qualified("annotations"), validation = not_operators_own("annotations"))]
     pub annotations: BTreeMap<String, String>,
 
     /// Further data keys. Each value is literal text in which `{{ token }}`, `{{ token_type }}`, `{{ expires_at }}`,
@@ -214,8 +214,8 @@ fn at_most(field: &str) -> kube::core::cel::Rule {
     .message(format!("spec.tokens[].secret.{field}: all tokens together have at most 64 KiB").as_str())
 }
 
-/// The rule on label and annotation keys. Kubernetes takes annotation prefixes in capitals too; they would pass the
-/// list of reserved ones by.
+/// The rule on the form of label and annotation keys. Kubernetes also accepts annotation prefixes in capitals, which would
+/// bypass the rules on prefixes.
 fn qualified(field: &str) -> kube::core::cel::Rule {
     kube::core::cel::Rule::new(
         "self.all(k, k.indexOf('/') <= 253 && k.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
@@ -226,16 +226,14 @@ fn qualified(field: &str) -> kube::core::cel::Rule {
     )
 }
 
-/// The rule on label and annotation keys of others, made from the one list of reserved prefixes.
-fn reserved(field: &str) -> kube::core::cel::Rule {
-    let prefixes = RESERVED_PREFIXES.join("|").replace('.', "[.]");
-    kube::core::cel::Rule::new(format!("!self.exists(k, k.matches('^([^/]*[.])?({prefixes})/'))")).message(
-        format!(
-            "secret.{field}: keys of {} make other controllers act and are not allowed here",
-            RESERVED_PREFIXES.join(", ")
-        )
-        .as_str(),
-    )
+/// The rule on keys that no list can allow (`is_operators_own`). Which others are allowed differs from cluster to cluster:
+/// the operator checks it, and the chart's admission policy.
+fn not_operators_own(field: &str) -> kube::core::cel::Rule {
+    let group = GROUP.replace('.', "[.]");
+    kube::core::cel::Rule::new(format!(
+        "!self.exists(k, k == '{LABEL_MANAGED_BY}' || k.matches('^([^/]*[.])?{group}/'))"
+    ))
+    .message(format!("secret.{field}: keys of {GROUP} and {LABEL_MANAGED_BY} are the operator's own").as_str())
 }
 
 /// What the operator did. Output only.

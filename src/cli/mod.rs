@@ -1,5 +1,6 @@
 //! The command line.
 
+mod allowed_secret_metadata;
 mod cluster;
 mod crds;
 mod metrics;
@@ -23,6 +24,8 @@ struct Arguments {
 enum Command {
     /// Run the operator against the current kubeconfig context, or in its cluster.
     Run(run::Arguments),
+    /// Print the labels and annotations that users may set on token Secrets by default.
+    AllowedSecretMetadata,
     /// Print the custom resource definitions as YAML, for `kubectl apply --server-side -f -`.
     Crds,
     /// Print what `/metrics` serves, as Markdown.
@@ -38,6 +41,10 @@ enum Command {
 pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Run(arguments) => run::run(arguments),
+        Command::AllowedSecretMetadata => {
+            allowed_secret_metadata::print();
+            Ok(())
+        }
         Command::Crds => crds::print(),
         Command::Metrics => {
             metrics::print();

@@ -23,6 +23,7 @@ use crate::controller::service_user::{Memory, TIME_TO_WRITE};
 use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests, instance, service_user};
+use crate::domain::allow_list::AllowList;
 use crate::domain::facts::ObjectRef;
 use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::election::Election;
@@ -49,6 +50,11 @@ pub struct Arguments {
     /// Whether to write the status of instances. Of several operators that serve the same ones, one should.
     #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
     write_instance_status: bool,
+
+    /// Labels and annotations that users may set on token Secrets, besides those of `allowed-secret-metadata`: keys and
+    /// whole prefixes, such as `team,example.com/*`.
+    #[arg(long, env, value_delimiter = ',')]
+    allow_secret_metadata: Vec<String>,
 
     /// Where /livez, /readyz and /metrics are served.
     #[arg(long, env, default_value = "0.0.0.0:8080")]
@@ -99,6 +105,7 @@ pub struct Arguments {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(arguments: Arguments) -> Result<(), String> {
+    let allowed = allow_list(&arguments.allow_secret_metadata)?;
     let panics = Counter::default();
     telemetry::start(
         arguments.log_format,
@@ -115,10 +122,10 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
         .install_default()
         .map_err(|_| "a signing backend was chosen twice")?;
     let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("no runtime: {e}"))?;
-    runtime.block_on(serve(arguments, panics))
+    runtime.block_on(serve(arguments, allowed, panics))
 }
 
-async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
+async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Result<(), String> {
     let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
     let client = cluster::client().await?;
     let mut registry = Registry::default();
@@ -162,6 +169,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         memory: Memory::default(),
         requests: Requests::default(),
         metrics,
+        allowed_metadata: Arc::new(allowed),
         operator_namespace: arguments.namespace,
         serves_some_instances_only,
         writes_instance_status: arguments.write_instance_status,
@@ -216,6 +224,12 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     health.abort();
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The keys that users may set on token Secrets. An empty variable of the environment is one empty entry.
+fn allow_list(added: &[String]) -> Result<AllowList, String> {
+    let added: Vec<_> = added.iter().filter(|entry| !entry.is_empty()).collect();
+    AllowList::with(&added).map_err(|error| format!("--allow-secret-metadata: {error}"))
 }
 
 /// Where to watch, each place once; None is everywhere. An empty variable of the environment is one empty name.

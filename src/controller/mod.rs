@@ -24,6 +24,7 @@ use crate::controller::queue::Queue;
 use crate::controller::read::Reader;
 use crate::controller::service_user::Memory;
 use crate::controller::write::Writer;
+use crate::domain::allow_list::AllowList;
 use crate::domain::allowance::{Allowances, Rate};
 use crate::domain::facts::ObjectRef;
 use crate::domain::reason::Reason;
@@ -50,6 +51,8 @@ pub struct Context {
     pub requests: Requests,
     /// Counters.
     pub metrics: Metrics,
+    /// The labels and annotations that users may set on token Secrets.
+    pub allowed_metadata: Arc<AllowList>,
     /// The namespace that the operator runs in, if it runs in one.
     pub operator_namespace: Option<String>,
     /// Whether an instance that is not there may be another operator's.

@@ -8,6 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::domain::allow_list::AllowList;
 use crate::domain::answer::{Format, Minted};
 use crate::domain::clock::Skew;
 use crate::domain::hash;
@@ -60,6 +61,8 @@ pub const CONTEST_WINDOW: Duration = Duration::from_mins(10);
 pub struct Facts {
     /// The object.
     pub user: Arc<ZitadelServiceUser>,
+    /// The labels and annotations that it may set on its Secrets.
+    pub allowed_metadata: Arc<AllowList>,
     /// Whether it lies in the operator's own namespace.
     pub in_operator_namespace: bool,
     /// Labels of its namespace, or why they are not known.

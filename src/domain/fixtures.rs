@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::domain::allow_list::AllowList;
 use crate::domain::answer::Minted;
 use crate::domain::clock::{Sample, Skew};
 use crate::domain::facts::{Facts, Unwritten};
@@ -91,7 +92,9 @@ pub fn facts(tokens: &[&str]) -> Facts {
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance", "metadata": {"name": "main"},
         "spec": {"issuer": "https://auth.example.com", "access": [{
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}}, "projectIds": ["1", "2"]}]}});
+    let allowed = AllowList::with(&["team", "note", "x", "example.com/*"]).expect("well-formed");
     Facts {
+        allowed_metadata: Arc::new(allowed),
         user: Arc::new(serde_json::from_value(user).expect("a service user")),
         in_operator_namespace: false,
         namespace_labels: Ok(labels("shop")),

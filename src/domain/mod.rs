@@ -1,6 +1,7 @@
 //! The decisions: plain functions over plain data. No I/O, no clock, no Kubernetes client; `now` is an argument.
 
 pub mod access;
+pub mod allow_list;
 pub mod allowance;
 pub mod answer;
 pub mod assertion;

@@ -70,8 +70,8 @@ reasons! {
         "The object is suspended; nothing is changed.",
         "Set spec.suspend to false or remove it.";
     InvalidSpec: Permanent,
-        "The object breaks a rule of its schema, which the API server of this version would refuse.",
-        "Correct the field, and apply the CRDs of the operator's version.";
+        "A field breaks a rule of the operator's schema, or has a key that the platform team does not allow.",
+        "Correct the field that the message names.";
     InstanceReady: No,
         "The server answers and names the issuer of the ZitadelInstance.",
         "Nothing is to be done.";

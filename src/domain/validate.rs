@@ -2,22 +2,25 @@
 //! stored under them, and some rules guard a secret or an access (design §2): what the API server should have refused
 //! is refused here. `tests/it/schema.rs` checks that both refuse the same.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use k8s_openapi::jiff::SignedDuration;
 
 use crate::api::instance::{AccessRule, Connection, ZitadelInstanceSpec};
-use crate::api::metadata::RESERVED_PREFIXES;
+use crate::api::metadata::is_operators_own;
 use crate::api::service_user::{MAX_TEXT, Token, TokenSecret, ZitadelServiceUserSpec};
+use crate::domain::allow_list::AllowList;
 use crate::domain::schedule::duration;
 use crate::domain::scope::ZITADEL_ALIAS;
 
-/// A rule that is broken, and where. Its text is of ours: nothing that a user wrote is in it but positions.
+/// A rule that is broken, and where. Its text is ours. Of what a user wrote it holds positions, and the key of a label or
+/// annotation if that is well-formed, so that its length and characters are bounded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     field: String,
-    rule: &'static str,
+    rule: Cow<'static, str>,
 }
 
 impl std::fmt::Display for Violation {
@@ -32,7 +35,10 @@ fn must(kept: bool, field: impl FnOnce() -> String, rule: &'static str) -> Check
     if kept {
         return Ok(());
     }
-    Err(Violation { field: field(), rule })
+    Err(Violation {
+        field: field(),
+        rule: rule.into(),
+    })
 }
 
 const SHORT_NAME: &str = "at most 63 characters, because it becomes a label value";
@@ -44,15 +50,15 @@ const ALIAS: &str = "`zitadel` is the ZITADEL API itself; use zitadelApi: true f
 const INSECURE: &str = "http:// needs spec.connection.allowInsecureHttp: true; better, use https://";
 const FAR: &str = "http:// goes only to loopback or *.svc; use https://";
 
-/// Whether a service user of this name and spec is such as the schema lets through.
-pub fn service_user(name: &str, spec: &ZitadelServiceUserSpec) -> Checked {
-    (0..spec.tokens.len()).try_for_each(|index| token(name, spec, index))?;
+/// Whether a service user of this name and spec is such as the schema and the platform team let through.
+pub fn service_user(name: &str, spec: &ZitadelServiceUserSpec, allowed: &AllowList) -> Checked {
+    (0..spec.tokens.len()).try_for_each(|index| token(name, spec, index, allowed))?;
     head(name, spec)
 }
 
 /// The same for what decides about one token, so that a mistake in one stops no other: the token, and what it shares
 /// with all.
-pub fn token(name: &str, spec: &ZitadelServiceUserSpec, index: usize) -> Checked {
+pub fn token(name: &str, spec: &ZitadelServiceUserSpec, index: usize, allowed: &AllowList) -> Checked {
     head(name, spec)?;
     let Some(token) = spec.tokens.get(index) else {
         return Ok(());
@@ -89,7 +95,7 @@ pub fn token(name: &str, spec: &ZitadelServiceUserSpec, index: usize) -> Checked
         name,
         "two tokens name the same Secret; give each its own",
     )?;
-    secret(&token.secret, |field| at(&format!(".secret{field}")))
+    secret(&token.secret, allowed, |field| at(&format!(".secret{field}")))
 }
 
 /// One of the maps of a token's Secret.
@@ -173,7 +179,7 @@ fn renewal(token: &Token, at: impl Fn(&str) -> String) -> Checked {
     )
 }
 
-fn secret(secret: &TokenSecret, at: impl Fn(&str) -> String) -> Checked {
+fn secret(secret: &TokenSecret, allowed: &AllowList, at: impl Fn(&str) -> String) -> Checked {
     for (map, field) in [(&secret.labels, ".labels"), (&secret.annotations, ".annotations")] {
         let field = || at(field);
         must(map.len() <= 32, field, "at most 32 are allowed")?;
@@ -183,10 +189,19 @@ fn secret(secret: &TokenSecret, at: impl Fn(&str) -> String) -> Checked {
             "a key is a name of at most 63 characters, or one with a lower-case DNS name and / before it",
         )?;
         must(
-            !map.keys().any(|key| is_reserved(key)),
+            !map.keys().any(|key| is_operators_own(key)),
             field,
-            "keys of kubernetes.io, argoproj.io and their like make other controllers act and are not allowed here",
+            "keys of zitadel-tokens.dev and app.kubernetes.io/managed-by are the operator's own; remove them",
         )?;
+        if let Some(key) = map.keys().find(|key| !allowed.allows(key)) {
+            let rule = format!(
+                "`{key}` is not among the keys that the platform team allows; remove it, or ask the platform team to add it to allowedSecretMetadata"
+            );
+            return Err(Violation {
+                field: field(),
+                rule: rule.into(),
+            });
+        }
     }
     must(
         secret.labels.values().all(|value| is_label_value(value)),
@@ -437,22 +452,11 @@ fn is_label_value(text: &str) -> bool {
     text.is_empty() || is_made_of(text, b"-_.", 63) && has_plain_ends(text)
 }
 
-/// A label's or annotation's key. Kubernetes takes annotation prefixes in capitals too; they would pass the list of
-/// reserved ones by.
-fn is_qualified(key: &str) -> bool {
+/// A label's or annotation's key. Kubernetes also accepts annotation prefixes in capitals, which would bypass the rules on
+/// prefixes.
+pub(super) fn is_qualified(key: &str) -> bool {
     let (prefix, name) = key.split_once('/').map_or((None, key), |(p, n)| (Some(p), n));
     !name.is_empty() && is_label_value(name) && prefix.is_none_or(|p| is_name(p, 253))
-}
-
-fn is_reserved(key: &str) -> bool {
-    let Some((prefix, _)) = key.split_once('/') else {
-        return false;
-    };
-    RESERVED_PREFIXES.iter().any(|reserved| {
-        prefix
-            .strip_suffix(reserved)
-            .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-    })
 }
 
 fn is_duration(text: &str, least: SignedDuration, most: SignedDuration) -> bool {
@@ -487,6 +491,7 @@ fn is_further_scope(scope: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::fixtures::{facts, user};
 
     #[test]
     fn plain_http_goes_nowhere_far() {
@@ -506,16 +511,51 @@ mod tests {
     }
 
     #[test]
-    fn reserved_keys_are_those_of_a_domain_and_what_is_below() {
-        for (key, reserved) in [
-            ("kubernetes.io/x", true),
-            ("app.kubernetes.io/name", true),
-            ("notkubernetes.io/x", false),
-            ("kubernetes.io", false),
-            ("kubernetes.io.example.com/x", false),
-            ("zitadel-tokens.dev/record", true),
+    fn a_label_or_annotation_must_be_allowed() {
+        let allowed = AllowList::with(&["team", "example.com/*"]).expect("well-formed");
+        for (key, said) in [
+            ("app.kubernetes.io/part-of", ""),
+            ("reloader.stakater.com/match", ""),
+            ("team", ""),
+            ("example.com/note", ""),
+            ("owner", "`owner` is not among"),
+            (
+                "kubernetes.io/service-account.name",
+                "`kubernetes.io/service-account.name` is not among",
+            ),
+            (
+                "app.kubernetes.io/instance",
+                "`app.kubernetes.io/instance` is not among",
+            ),
+            ("istio/multiCluster", "`istio/multiCluster` is not among"),
+            ("a.example.com/note", "`a.example.com/note` is not among"),
+            ("zitadel-tokens.dev/record", "the operator's own"),
+            ("x.zitadel-tokens.dev/record", "the operator's own"),
+            ("app.kubernetes.io/managed-by", "the operator's own"),
+            ("Example.com/note", "a key is a name of at most 63 characters"),
+            ("example.com/`\n", "a key is a name of at most 63 characters"),
         ] {
-            assert_eq!(is_reserved(key), reserved, "{key}");
+            let mut facts = facts(&["a", "b"]);
+            let user = user(&mut facts);
+            for (map, field) in [("labels", ".labels: "), ("annotations", ".annotations: ")] {
+                let secret = &mut user.spec.tokens[1].secret;
+                (secret.labels, secret.annotations) = (BTreeMap::new(), BTreeMap::new());
+                let entries = if map == "labels" {
+                    &mut secret.labels
+                } else {
+                    &mut secret.annotations
+                };
+                entries.insert(key.into(), "v".into());
+                let told = token("billing", &user.spec, 1, &allowed).err().map(|v| v.to_string());
+                let told = told.unwrap_or_default();
+                assert_eq!(told.is_empty(), said.is_empty(), "{key}: {told}");
+                assert!(told.contains(said), "{key}: {told}");
+                assert!(
+                    told.is_empty() || told.starts_with(&format!("spec.tokens[1].secret{field}")),
+                    "{told}"
+                );
+                assert!(!told.contains('\n'), "{told}");
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The chart, by the real Helm: what it installs and leaves, and releases beside each other.
 
+mod metadata;
 mod rights;
 
 use std::collections::BTreeSet;
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 use zitadel_tokens::api::ZitadelServiceUser;
 
 use crate::support::cluster::{Cluster, established};
-use crate::support::helm::{NAME, Release, chart, template};
+use crate::support::helm::{NAME, Release, chart, refused, template};
 use crate::support::issuer::Issuer;
 use crate::support::operator::binary;
 use crate::support::world::{World, one_token, until};
@@ -291,6 +292,57 @@ fn the_chart_has_the_version_of_the_crate() {
     for key in ["version", "appVersion"] {
         let line = format!("\n{key}: {}\n", env!("CARGO_PKG_VERSION"));
         assert!(metadata.contains(&line), "{key} of the chart is another");
+    }
+}
+
+/// Of `main` they may be gone when an installed version needs them.
+#[test]
+fn links_of_the_chart_lead_to_its_own_version() {
+    let find = Command::new("grep")
+        .args(["-rhoE", "--exclude-dir=tests", "/blob/[^/]+/"])
+        .arg(chart())
+        .output();
+    let found = String::from_utf8(find.expect("grep runs").stdout).expect("UTF-8");
+    let ours = concat!("/blob/v", env!("CARGO_PKG_VERSION"), "/");
+    // Filled in by Helm and by helm-docs.
+    let filled_in = [
+        "/blob/v{{ .Chart.AppVersion }}/",
+        "/blob/v{{ template \"chart.appVersion\" . }}/",
+    ];
+    let wrong: BTreeSet<_> = found.lines().filter(|l| *l != ours && !filled_in.contains(l)).collect();
+    assert!(found.lines().any(|l| l == ours) && wrong.is_empty(), "{wrong:?}");
+}
+
+/// A user's null removes the default before the schema is checked. A value that has no meaning of its own without one
+/// must be refused then: a boolean would be false (CRDs that are deleted with the release, a policy that is off), and the
+/// operator does not start with an empty setting.
+#[test]
+fn null_is_refused_where_it_has_no_meaning() {
+    let values: Value =
+        serde_saphyr::from_str(&std::fs::read_to_string(chart().join("values.yaml")).expect("values")).expect("YAML");
+    let mut paths = vec![
+        "concurrent".to_owned(),
+        "leaderElection.leaseName".into(),
+        "log.level".into(),
+        "log.format".into(),
+    ];
+    booleans("", &values, &mut paths);
+    assert!(paths.len() > 15, "{paths:?}");
+    for path in paths {
+        let said = refused(&chart(), &json!({&path: null}));
+        let name = path.rsplit('.').next().expect("a name");
+        assert!(said.contains(&format!("missing property '{name}'")), "{path}: {said}");
+    }
+}
+
+/// Paths of all values that are true or false, but for those that are handed on to Kubernetes as they are.
+fn booleans(at: &str, value: &Value, paths: &mut Vec<String>) {
+    for (key, value) in value.as_object().into_iter().flatten() {
+        match value {
+            Value::Bool(_) => paths.push(format!("{at}{key}")),
+            _ if key.to_lowercase().ends_with("securitycontext") => {}
+            _ => booleans(&format!("{at}{key}."), value, paths),
+        }
     }
 }
 

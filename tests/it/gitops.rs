@@ -278,8 +278,8 @@ async fn the_whole_spec_comes_back_as_it_was_written() {
             "instanceRef": {"name": world.instance}, "keySecretRef": {"name": "full-key", "key": "key.json"}, "suspend": false,
             "tokens": [
                 {"name": "b", "projectIds": [PROJECT, "1"], "zitadelApi": false, "projectRoles": true, "scopes": [],
-                 "renewBefore": "90m0s", "secret": {"name": "full-b", "labels": {"z": "", "a": "x"}, "deletionPolicy": "Delete",
-                 "annotations": {"example.com/note": ""}, "template": {"header": "Authorization: {{ token_type }} {{token}}\n"}}},
+                 "renewBefore": "90m0s", "secret": {"name": "full-b", "labels": {"app.kubernetes.io/version": "", "app.kubernetes.io/name": "x"}, "deletionPolicy": "Delete",
+                 "annotations": {"reloader.stakater.com/match": ""}, "template": {"header": "Authorization: {{ token_type }} {{token}}\n"}}},
                 {"name": "a", "projectIds": [PROJECT], "scopes": ["profile", "openid"], "renewBeforePercentage": 33, "secret": {"name": "full-a"}},
             ],
         },

@@ -357,6 +357,12 @@ async fn an_instance_that_cannot_be_read_gives_no_rights() {
     assert_calm(&operator);
 }
 
+/// An operator whose platform team allows these labels and annotations too.
+async fn with_metadata(world: &World, entry: &str) -> Operator {
+    let flags = ["--allow-secret-metadata", entry];
+    Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_at_its_limit_is_served() {
     let base = World::new("limits").await;
@@ -365,7 +371,8 @@ async fn everything_at_its_limit_is_served() {
         .await
         .with_instance(&long(&format!("{}-", base.name), 63));
     assert_eq!((world.name.len(), world.instance.len()), (63, 63));
-    let operator = world.operator().await;
+    let prefix = "p".repeat(253);
+    let operator = with_metadata(&world, &format!("{prefix}/*")).await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     let key = long("key", 253);
@@ -373,7 +380,7 @@ async fn everything_at_its_limit_is_served() {
 
     let projects = |i: usize| (0..32).map(|j| long(&format!("{i}_{j}_"), 64)).collect::<BTreeSet<_>>();
     let secret_name = |i: usize| long(&format!("s{i}"), 253);
-    let label = format!("{}/{}", "p".repeat(253), "l".repeat(63));
+    let label = format!("{prefix}/{}", "l".repeat(63));
     let tokens = (0..16).map(|i| {
         json!({
             "name": long(&format!("t{i}"), 63), "projectIds": projects(i), "projectRoles": true,
@@ -382,12 +389,12 @@ async fn everything_at_its_limit_is_served() {
     });
     let mut tokens: Vec<Value> = tokens.collect();
     // Four bytes are one character for the limits of one text, and four for that of all: a Secret of about 120 KiB.
-    let wide = |count: usize, length: usize| -> Value {
-        let entries = (0..count).map(|i| (format!("e{i}"), json!("𝄞".repeat(length))));
+    let wide = |count: usize, key: &str, length: usize| -> Value {
+        let entries = (0..count).map(|i| (format!("{key}{i}"), json!("𝄞".repeat(length))));
         Value::Object(entries.collect())
     };
-    tokens[0]["secret"]["template"] = wide(1, 16 * 1024 - 1);
-    tokens[0]["secret"]["annotations"] = wide(12, 1024);
+    tokens[0]["secret"]["template"] = wide(1, "e", 16 * 1024 - 1);
+    tokens[0]["secret"]["annotations"] = wide(12, &format!("{prefix}/e"), 1024);
     let name = long("u", 63);
     world
         .service_user(&name, json!({"keySecretRef": {"name": key}, "tokens": tokens}))
@@ -589,11 +596,11 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renew_request_of_any_length_is_served_once() {
     let world = World::new("request").await;
-    let operator = world.operator().await;
+    let operator = with_metadata(&world, "example.com/*").await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
-    let notes = (0..15).map(|i| (format!("n{i}"), json!("𝄞".repeat(1024))));
+    let notes = (0..15).map(|i| (format!("example.com/n{i}"), json!("𝄞".repeat(1024))));
     let mut spec = one_token("billing-token");
     spec["tokens"][0]["secret"]["annotations"] = Value::Object(notes.collect());
     world.service_user("billing", spec).await.expect("accepted");

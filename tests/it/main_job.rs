@@ -230,7 +230,7 @@ async fn drift_around_the_token_is_repaired_without_a_mint_and_an_edited_token_c
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
     let mut spec = one_token("billing-token");
-    spec["tokens"][0]["secret"]["labels"] = json!({"team": "shop"});
+    spec["tokens"][0]["secret"]["labels"] = json!({"app.kubernetes.io/part-of": "shop"});
     spec["tokens"][0]["secret"]["template"] = json!({"header": "Authorization: {{ token_type }} {{ token }}"});
     world.service_user("billing", spec).await.expect("accepted");
     let token = world.token("billing-token").await;
@@ -238,13 +238,13 @@ async fn drift_around_the_token_is_repaired_without_a_mint_and_an_edited_token_c
     world
         .edit_secret(
             "billing-token",
-            json!({"metadata": {"labels": {"team": "other", "theirs": "stays"}}, "stringData": {"header": "gone"}}),
+            json!({"metadata": {"labels": {"app.kubernetes.io/part-of": "other", "theirs": "stays"}}, "stringData": {"header": "gone"}}),
         )
         .await;
     let wanted = format!("Authorization: Bearer {token}");
     let repaired = until(world.secrets(), "billing-token", EVENTUALLY, |s| {
         let labels = s.metadata.labels.clone().unwrap_or_default();
-        labels["team"] == "shop" && crate::support::world::data(s)["header"] == wanted
+        labels["app.kubernetes.io/part-of"] == "shop" && crate::support::world::data(s)["header"] == wanted
     })
     .await;
     assert_eq!(repaired.metadata.labels.expect("labels")["theirs"], "stays");

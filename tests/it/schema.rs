@@ -5,6 +5,7 @@ use kube::api::{ApiResource, DynamicObject, PostParams};
 use kube::{Api, Client};
 use serde_json::{Value, json};
 use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser, crds};
+use zitadel_tokens::domain::allow_list::AllowList;
 use zitadel_tokens::domain::validate::{self, Violation};
 
 use crate::support::cluster::Cluster;
@@ -189,19 +190,14 @@ const SECRETS: &[Case] = &[
 
     ("labels of their own", |o| secret(o)["labels"] = json!({"example.com/team": "shop", "team": "", "A_b.c-1": "A_b.c-1"}), None),
     ("annotations of their own", |o| secret(o)["annotations"] = json!({"example.com/note": "any text: {}", "note": ""}), None),
-    ("a label of another tool", |o| labels(o, "argocd.argoproj.io/secret-type", "cluster"), Some("spec.tokens[0].secret.labels")),
-    ("a name below a reserved one", |o| labels(o, "a.b.fluxcd.io/x", "y"), Some("make other controllers act")),
-    ("names like reserved ones", |o| secret(o)["labels"] = json!({"myfluxcd.io/x": "y", "kubernetes.io": "y"}), None),
+    ("labels that are allowed by default", |o| secret(o)["labels"] = json!({"app.kubernetes.io/part-of": "y", "reloader.stakater.com/match": "true"}), None),
+    ("names like the operator's", |o| secret(o)["labels"] = json!({"myzitadel-tokens.dev/x": "y", "zitadel-tokens.dev": "y"}), None),
     ("a label in capitals", |o| labels(o, "Kubernetes.io/x", "y"), Some("spec.tokens[0].secret.labels")),
     ("an annotation in capitals", |o| notes(o, "Replicator.V1.Mittwald.DE/replicate-to", "*"), Some("spec.tokens[0].secret.annotations")),
-    ("a reserved name with a dot", |o| notes(o, "kubernetes.io./x", "y"), Some("spec.tokens[0].secret.annotations")),
-    ("an annotation of ours", |o| notes(o, "zitadel-tokens.dev/record", "{}"), Some("make other controllers act")),
-    ("k8s.io", |o| notes(o, "x.k8s.io/a", "b"), Some("make other controllers act")),
-    ("mittwald.de", |o| notes(o, "replicator.v1.mittwald.de/replicate-to", "*"), Some("make other controllers act")),
-    ("emberstack.com", |o| notes(o, "reflector.v1.k8s.emberstack.com/a", "b"), Some("make other controllers act")),
-    ("cert-manager.io", |o| notes(o, "cert-manager.io/a", "b"), Some("make other controllers act")),
-    ("bitnami.com", |o| notes(o, "sealedsecrets.bitnami.com/a", "b"), Some("make other controllers act")),
-    ("kubernetes.io", |o| notes(o, "kubernetes.io/service-account.name", "b"), Some("make other controllers act")),
+    ("a prefix that ends in a dot", |o| notes(o, "example.com./x", "y"), Some("spec.tokens[0].secret.annotations")),
+    ("an annotation of the operator's", |o| notes(o, "zitadel-tokens.dev/record", "{}"), Some("the operator's own")),
+    ("a label below the operator's", |o| labels(o, "a.zitadel-tokens.dev/x", "y"), Some("the operator's own")),
+    ("the label by which tools know what they manage", |o| labels(o, "app.kubernetes.io/managed-by", "Helm"), Some("the operator's own")),
     ("two slashes", |o| notes(o, "example.com/a/b", "c"), Some("spec.tokens[0].secret.annotations")),
     ("a key without a name", |o| notes(o, "example.com/", "c"), Some("spec.tokens[0].secret.annotations")),
     ("a key without a prefix", |o| notes(o, "/a", "c"), Some("spec.tokens[0].secret.annotations")),
@@ -245,24 +241,74 @@ const SECRETS: &[Case] = &[
     ("17 placeholders", |o| template(o, "a", &"{{ token }}".repeat(17)), Some("spec.tokens[0].secret.template")),
 ];
 
+/// The keys of the cases, as a platform team may allow them.
+fn allowed() -> AllowList {
+    let mut keys: Vec<String> = (0..33).map(|i| format!("e{i}")).collect();
+    keys.push(format!("{}/*", "p".repeat(253)));
+    let more = [
+        "example.com/*",
+        "myzitadel-tokens.dev/*",
+        "zitadel-tokens.dev",
+        "team",
+        "A_b.c-1",
+        "note",
+        "a",
+    ];
+    keys.extend(more.map(str::to_owned));
+    AllowList::with(&keys).expect("well-formed")
+}
+
+/// The schema is the same in all clusters and cannot know what a platform team allows. The operator does, and so does the
+/// chart's admission policy (chart/metadata.rs).
 #[tokio::test(flavor = "multi_thread")]
-async fn service_users() {
-    let world = World::new("schema").await;
+async fn the_operator_alone_refuses_keys_that_the_platform_team_does_not_allow() {
+    let world = World::new("schema-keys").await;
+    let dry_run = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    for key in [
+        "owner",
+        "app.kubernetes.io/instance",
+        "argocd.argoproj.io/secret-type",
+        "istio/multiCluster",
+    ] {
+        for (change, field) in [(labels as fn(&mut Value, &str, &str), "labels"), (notes, "annotations")] {
+            let mut object = good();
+            change(&mut object, key, "x");
+            let user: ZitadelServiceUser = serde_json::from_value(object).expect("a service user");
+            let told = validate::service_user("good", &user.spec, &allowed())
+                .expect_err(key)
+                .to_string();
+            let said =
+                format!("spec.tokens[0].secret.{field}: `{key}` is not among the keys that the platform team allows");
+            assert!(told.starts_with(&said), "{told}");
+            world.users().create(&dry_run, &user).await.expect(key);
+        }
+    }
+}
+
+fn good() -> Value {
     let mut spec = one_token("good-token");
     spec["instanceRef"] = json!({"name": "main"});
     spec["keySecretRef"] = json!({"name": "key"});
-    let good = json!({
+    json!({
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser",
         "metadata": {"name": "good"}, "spec": spec,
-    });
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn service_users() {
+    let world = World::new("schema").await;
     let check = |object: &Value| {
         let user: ZitadelServiceUser = serde_json::from_value(object.clone()).expect("a service user");
-        validate::service_user(user.metadata.name.as_deref().expect("a name"), &user.spec).err()
+        validate::service_user(user.metadata.name.as_deref().expect("a name"), &user.spec, &allowed()).err()
     };
     let resource = ApiResource::erase::<ZitadelServiceUser>(&());
     let api = Api::namespaced_with(world.client.clone(), &world.name, &resource);
-    judge(&api, &good, USERS, check).await;
-    judge(&api, &good, SECRETS, check).await;
+    judge(&api, &good(), USERS, check).await;
+    judge(&api, &good(), SECRETS, check).await;
 }
 
 /// An instance with this issuer and nothing else that counts.
@@ -458,7 +504,15 @@ fn the_schema_keeps_the_rules_of_the_house() {
 
 #[test]
 fn the_files_in_the_tree_are_what_the_binary_prints() {
-    for (command, file) in [("crds", "crds/zitadel-tokens.yaml"), ("reasons", "docs/reasons.md")] {
+    let files = [
+        ("crds", "crds/zitadel-tokens.yaml"),
+        ("reasons", "docs/reasons.md"),
+        (
+            "allowed-secret-metadata",
+            "charts/zitadel-tokens/files/allowed-secret-metadata.txt",
+        ),
+    ];
+    for (command, file) in files {
         let printed = std::process::Command::new(crate::support::operator::binary())
             .arg(command)
             .output()

@@ -182,7 +182,7 @@ async fn a_leader_whose_renewals_are_lost_has_stopped_before_the_other_begins() 
         while Instant::now() < until {
             round += 1;
             let mut spec = one_token("billing-token");
-            spec["tokens"][0]["secret"]["labels"] = json!({"round": round.to_string()});
+            spec["tokens"][0]["secret"]["labels"] = json!({"app.kubernetes.io/version": round.to_string()});
             world.service_user("billing", spec).await.expect("accepted");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -234,7 +234,7 @@ async fn until_labelled(world: &World, round: &str) {
             .metadata
             .labels
             .as_ref()
-            .and_then(|l| l.get("round"))
+            .and_then(|l| l.get("app.kubernetes.io/version"))
             .is_some_and(|l| l == round)
     };
     until(world.secrets(), "billing-token", SOON, labelled).await;
@@ -493,7 +493,7 @@ async fn a_pass_that_outlives_the_lease_writes_nothing_until_it_is_renewed() {
     // What it reads comes when the lease has run out: it is all that a write needs.
     let hold = proxy.hold_before("GET", "/secrets/billing-token");
     let mut spec = one_token("billing-token");
-    spec["tokens"][0]["secret"]["labels"] = json!({"round": "1"});
+    spec["tokens"][0]["secret"]["labels"] = json!({"app.kubernetes.io/version": "1"});
     world.service_user("billing", spec).await.expect("accepted");
     hold.reached().await;
     proxy.lose("PUT", "/leases/");

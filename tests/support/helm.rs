@@ -156,10 +156,21 @@ pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) -> String 
 
 /// What a chart makes of these values, without a cluster.
 pub fn template(chart: &Path, values: &Value) -> String {
+    run(templating(chart, values))
+}
+
+/// What Helm says when a chart takes no such values.
+pub fn refused(chart: &Path, values: &Value) -> String {
+    let output = templating(chart, values).output().expect("helm runs");
+    assert!(!output.status.success(), "{values} is accepted");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn templating(chart: &Path, values: &Value) -> Command {
     let mut command = command();
     command.arg("template").arg(chart);
     command.arg(format!("--set-json={}", flat(values)));
-    run(command)
+    command
 }
 
 fn command() -> Command {

@@ -35,13 +35,26 @@
 {{- define "zitadel-tokens.image" -}}
 {{- $image := .Values.image -}}
 {{- $released := index (.Chart.Annotations | default dict) "zitadel-tokens.dev/image-digest" -}}
-{{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository -}}
+{{- with (.Values.global).imageRegistry | default $image.registry }}{{ . }}/{{ end }}{{ $image.repository -}}
 {{- with $image.digest | default (ternary $released "" (empty $image.tag)) }}@{{ . }}{{ else }}:{{ $image.tag | default $.Chart.AppVersion }}{{ end -}}
+{{- end }}
+
+{{- /* Of a chart that has this one as a part, and our own. Both kinds of list are common: names, and objects with one. */ -}}
+{{- define "zitadel-tokens.imagePullSecrets" -}}
+{{- $all := list -}}
+{{- range concat ((.Values.global).imagePullSecrets | default list) (.Values.imagePullSecrets | default list) -}}
+{{- $all = append $all (kindIs "string" . | ternary (dict "name" .) .) -}}
+{{- end -}}
+{{- with uniq $all }}{{ toYaml . }}{{ end -}}
 {{- end }}
 
 {{- /* Where and how a pod runs: the operator's, and that of `helm test`, which must be let onto the same nodes. */ -}}
 {{- define "zitadel-tokens.podSettings" -}}
-{{- range $field := list "imagePullSecrets" "priorityClassName" "runtimeClassName" "dnsPolicy" "dnsConfig" "hostAliases" "nodeSelector" "tolerations" "affinity" }}
+{{- with include "zitadel-tokens.imagePullSecrets" . }}
+imagePullSecrets:
+{{ . }}
+{{- end }}
+{{- range $field := list "priorityClassName" "runtimeClassName" "dnsPolicy" "dnsConfig" "hostAliases" "nodeSelector" "tolerations" "affinity" }}
 {{- with index $.Values $field }}
 {{ dict $field . | toYaml }}
 {{- end }}
@@ -66,4 +79,27 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- define "zitadel-tokens.writesInstanceStatus" -}}
 {{- $choice := ternary "auto" (toString .Values.writeInstanceStatus) (kindIs "invalid" .Values.writeInstanceStatus) -}}
 {{- if eq $choice "auto" }}{{ or (empty .Values.watchNamespaces) (not (empty .Values.instanceSelector)) }}{{ else }}{{ $choice }}{{ end -}}
+{{- end }}
+
+{{- /* Labels and annotations that users may set on token Secrets, as variables of both admission policies. One source with
+the operator: `make crds` writes the file. */ -}}
+{{- define "zitadel-tokens.allowedMetadata" -}}
+{{- $keys := list -}}
+{{- $prefixes := list -}}
+{{- range concat (.Files.Lines "files/allowed-secret-metadata.txt") (.Values.allowedSecretMetadata | default list) -}}
+{{- if hasSuffix "/*" . -}}
+{{- $prefixes = append $prefixes (trimSuffix "/*" .) -}}
+{{- else -}}
+{{- $keys = append $keys . -}}
+{{- end -}}
+{{- end -}}
+- name: keys
+  expression: '{{ toJson $keys }}'
+- name: prefixes
+  expression: '{{ toJson $prefixes }}'
+{{- end }}
+
+{{- /* Whether `key` is in that list. */ -}}
+{{- define "zitadel-tokens.allowedKey" -}}
+(key in variables.keys || key.contains('/') && key.split('/')[0] in variables.prefixes)
 {{- end }}

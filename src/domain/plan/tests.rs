@@ -658,7 +658,7 @@ proptest! {
         opaque: bool,
         api: bool,
         before in proptest::option::of(1_u32..=2_678_400),
-        labels in proptest::collection::btree_map("[a-z]{1,3}", "[a-z]{0,3}", 0..3),
+        labels in proptest::collection::btree_map("example[.]com/[a-z]{1,3}", "[a-z]{0,3}", 0..3),
         drifted: bool,
     ) {
         let mut facts = empty();

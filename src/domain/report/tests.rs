@@ -383,6 +383,23 @@ fn a_broken_rule_is_told_with_its_field() {
     }
 }
 
+/// The API server refuses an Event with a note of more than 1024 bytes.
+#[test]
+fn a_key_that_is_not_allowed_is_named_in_condition_and_event() {
+    let mut facts = filled(&["a"]);
+    let key = format!("{}/{}", "p".repeat(253), "n".repeat(63));
+    let first = token(&mut facts, 0);
+    first.name = "t".repeat(63);
+    first.secret.annotations.insert(key.clone(), String::new());
+    let refused = [outcome(&facts, 0, Reason::InvalidSpec, NONE)];
+    let told = look(&mut facts, 1, &refused);
+    let ready = condition(&told.status, "Ready").expect("Ready");
+    for text in [&ready.message, &told.events[0].text] {
+        let said = format!("spec.tokens[0].secret.annotations: `{key}` is not among the keys");
+        assert!(text.contains(&said) && text.len() <= 1024, "{text}");
+    }
+}
+
 #[test]
 fn events_tell_of_changes_only() {
     let mut facts = filled(&["a", "b"]);

@@ -183,7 +183,7 @@ impl World {
             }
             Event::Label(index, n) => {
                 if let Some(token) = self.spec(index) {
-                    token.secret.labels = (0..n).map(|i| (format!("l{i}"), n.to_string())).collect();
+                    token.secret.labels = (0..n).map(|i| (format!("example.com/l{i}"), n.to_string())).collect();
                 }
             }
             Event::Template(index, n) => {

@@ -304,8 +304,6 @@ async fn a_stolen_pod_can_write_token_secrets_and_no_others() {
     let another_kind = with(&owned, "/metadata/ownerReferences/0/kind", json!("ConfigMap"));
     let another_group = with(&owned, "/metadata/ownerReferences/0/apiVersion", json!("v1"));
     let no_controller = with(&owned, "/metadata/ownerReferences/0/controller", json!(false));
-    let mut cluster = owned.clone();
-    cluster["metadata"]["labels"] = json!({"argocd.argoproj.io/secret-type": "cluster"});
     let no_record = with(&retained, "/metadata/annotations", json!({}));
     for (what, secret, said) in [
         ("a token of a service account", token, "only Secrets of type Opaque"),
@@ -326,7 +324,6 @@ async fn a_stolen_pod_can_write_token_secrets_and_no_others() {
             no_controller,
             "belongs to a ZitadelServiceUser",
         ),
-        ("a cluster for Argo CD", cluster, "makes another controller act"),
         ("a label without a record", no_record, "belongs to a ZitadelServiceUser"),
     ] {
         let refused = create(&theirs, secret).await.expect_err(what);
