@@ -11,6 +11,7 @@
 )]
 
 pub mod audit;
+pub mod cgroup;
 pub mod child;
 pub mod clock;
 pub mod cluster;

@@ -1,12 +1,13 @@
 //! The operator, always a real child process.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::cgroup::MemoryCgroup;
 use super::child::Running;
 use super::clock::Clock;
 use super::{SOON, cluster::Cluster};
@@ -15,6 +16,8 @@ pub struct Operator {
     running: Running,
     pub pid: u32,
     stdout: Option<JoinHandle<String>>,
+    /// Dropped after `running`, since it must be empty then.
+    cgroup: Option<MemoryCgroup>,
 }
 
 /// The binary under test: cargo's, or the one beside this executable (the demo is an example, which cargo does not tell).
@@ -42,6 +45,18 @@ impl Operator {
         Self::start_in(&cluster.kubeconfig, selector, &[], &clock.environment()).await
     }
 
+    /// Starts an operator with the limits of a small container, and waits until it watches: this many bytes of memory
+    /// (where the machine has no cgroups for it, compare [`Operator::peak_memory`] with it), and 1,024 descriptors.
+    pub async fn start_limited(cluster: &Cluster, selector: &str, bytes: u64) -> Self {
+        let cgroup = MemoryCgroup::new(bytes);
+        let mut prefix: Vec<OsString> = cgroup.iter().flat_map(MemoryCgroup::prefix).collect();
+        prefix.extend(["prlimit".into(), "--nofile=1024:1024".into()]);
+        let mut operator = Self::spawn_behind(&prefix, &cluster.kubeconfig, selector, &[], &[]);
+        operator.cgroup = cgroup;
+        operator.await_line("watching").await;
+        operator
+    }
+
     /// Starts an operator with these flags, in this environment, and waits until it watches.
     pub async fn start_in(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         let mut operator = Self::spawn(kubeconfig, selector, flags, environment);
@@ -51,24 +66,36 @@ impl Operator {
 
     /// Starts an operator that knows only what is in this environment, and waits until it watches.
     pub async fn start_as_told(kubeconfig: &Path, environment: &[(&str, &OsStr)]) -> Self {
-        let mut operator = Self::launch(kubeconfig, &[], environment);
+        let mut operator = Self::launch(&[], kubeconfig, &[], environment);
         operator.await_line("watching").await;
         operator
     }
 
     /// Starts an operator, and waits for nothing.
     pub fn spawn(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
-        let flags = [&["--instance-selector", selector], flags].concat();
-        let environment = [&[("RUST_LOG", OsStr::new("debug"))], environment].concat();
-        Self::launch(kubeconfig, &flags, &environment)
+        Self::spawn_behind(&[], kubeconfig, selector, flags, environment)
     }
 
-    fn launch(kubeconfig: &Path, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
+    /// Starts an operator by a command line that begins with `prefix`.
+    fn spawn_behind(
+        prefix: &[OsString],
+        kubeconfig: &Path,
+        selector: &str,
+        flags: &[&str],
+        environment: &[(&str, &OsStr)],
+    ) -> Self {
+        let flags = [&["--instance-selector", selector], flags].concat();
+        let environment = [&[("RUST_LOG", OsStr::new("debug"))], environment].concat();
+        Self::launch(prefix, kubeconfig, &flags, &environment)
+    }
+
+    fn launch(prefix: &[OsString], kubeconfig: &Path, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         // setpriv: a test that is killed takes its operator with it.
         let (running, mut stdout) = Running::start(
             "operator",
             Command::new("setpriv")
                 .args(["--pdeathsig", "KILL"])
+                .args(prefix)
                 .arg(binary())
                 .args(["run", "--listen", "127.0.0.1:0"])
                 .args(flags)
@@ -87,6 +114,7 @@ impl Operator {
             running,
             pid,
             stdout: Some(stdout),
+            cgroup: None,
         }
     }
 
@@ -144,6 +172,22 @@ impl Operator {
             .filter_map(|l| l.rsplit(' ').next())
             .map(|count| count.parse::<u64>().expect("a count"))
             .sum()
+    }
+
+    /// The most memory that it took so far, in bytes: by its cgroup, or what was resident if it has none.
+    pub fn peak_memory(&self) -> u64 {
+        if let Some(peak) = self.cgroup.as_ref().and_then(MemoryCgroup::peak) {
+            return peak;
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).expect("it runs");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = peak.expect("a peak").trim().trim_end_matches(" kB");
+        kilobytes.parse::<u64>().expect("a number") * 1024
+    }
+
+    /// Whether it has ended, for instance because it took more memory than it may.
+    pub fn has_ended(&mut self) -> bool {
+        self.running.child.try_wait().expect("a child").is_some()
     }
 
     /// kill -9.
