@@ -10,6 +10,7 @@ mod freshness;
 mod kills;
 mod memory;
 mod neighbours;
+mod port;
 mod sampler;
 mod watches;
 
