@@ -93,8 +93,12 @@ impl Instance {
         if scheme != "https" && !(settings.allow_insecure_http && near) {
             return Err(Reason::InsecureHttp.into());
         }
+        // All that decides, besides the host, whether a request gets through: these settings of one instance must not
+        // open the circuit breaker of another.
+        let timeout = settings.timeout.as_millis().to_string();
         let way = [&settings.ca, &settings.tls_server_name, &settings.proxy];
-        let way = hash::of(way.map(|part| part.as_deref().unwrap_or_default().as_bytes()));
+        let way = way.map(|part| part.as_deref().unwrap_or_default());
+        let way = hash::of(way.into_iter().chain([scheme, &timeout]).map(str::as_bytes));
         let limits = hosts.dial(&settings.name, authority, &way, settings.rate);
         let http = Http::new(&settings, origin, limits.clone())?;
         Ok(Self {
@@ -123,6 +127,14 @@ impl Instance {
     #[must_use]
     pub fn skew(&self) -> Skew {
         self.http.skew()
+    }
+
+    /// How long the server asked to wait, from now on.
+    #[must_use]
+    pub fn retry_in(&self, failure: Failure) -> Duration {
+        let now = self.skew().theirs(Timestamp::now());
+        let left = failure.retry_after().map(|at| at.duration_since(now));
+        left.and_then(|left| Duration::try_from(left).ok()).unwrap_or_default()
     }
 
     /// Asks for the discovery document now; twice where the answer casts doubt on the server's clock, so that two tell.

@@ -1,6 +1,7 @@
 //! What goes wrong is told by its own reason, and a valid token stays where it is.
 
 use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::api::DeleteParams;
 use serde_json::{Value, json};
 
@@ -125,6 +126,23 @@ async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_
     let asked = world.issuer.requests().await;
     let asked = asked.iter().filter(|r| r.scopes.iter().any(|s| s == limited)).count();
     assert_eq!(asked, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn discovery_is_not_asked_again_before_the_server_wants_it() {
+    let wait = SignedDuration::from_secs(6);
+    let world = World::new("later").await;
+    let path = "/.well-known/openid-configuration";
+    let busy = json!({"path": path, "times": 1, "status": 503, "headers": {"Retry-After": wait.as_secs().to_string()}});
+    world.issuer.fault(busy).await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.instance_ready("True", "InstanceReady").await;
+    let requests = world.issuer.requests().await.into_iter();
+    let times = requests.map(|r| r.time.parse::<Timestamp>().expect("a time"));
+    let times: Vec<Timestamp> = times.collect();
+    let pause = times[1].duration_since(times[0]);
+    assert!(pause >= wait, "asked again after {pause:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

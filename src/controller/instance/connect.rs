@@ -16,7 +16,7 @@ use crate::domain::clock::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
-use crate::zitadel::{Hosts, Instance, Limits, Rate, Settings};
+use crate::zitadel::{Breaker, Hosts, Instance, Rate, Settings};
 
 /// Entry of a ConfigMap or Secret with certificates, as trust-manager and cert-manager name it.
 const CA_ENTRY: &str = "ca.crt";
@@ -112,13 +112,13 @@ impl Connections {
         news.then_some(News::ForFailing)
     }
 
-    /// The instances whose requests one circuit lets through.
+    /// The instances that share this circuit breaker.
     #[must_use]
-    pub fn that_share(&self, limits: &Limits) -> Vec<String> {
+    pub fn that_share(&self, breaker: &Arc<Breaker>) -> Vec<String> {
         let open = lock(&self.open);
         let those = open
             .iter()
-            .filter(|(_, open)| open.instance.limits().share_circuit(limits));
+            .filter(|(_, open)| Arc::ptr_eq(open.instance.limits().breaker(), breaker));
         those.map(|(name, _)| name.clone()).collect()
     }
 
