@@ -290,8 +290,12 @@ impl Job<'_> {
         classify(failure, discovery_works)
     }
 
-    /// The token endpoint works.
+    /// The token endpoint works. An instance that is not called Ready is looked at again: others wait for it.
     fn worked(&self, connection: &Instance, permit: Permit) {
+        let instance = &connection.settings().name;
+        if !self.ctx.connections.is_ready(instance) {
+            self.ctx.instances.wake(&ObjectRef::new("", instance), None);
+        }
         if permit.succeeded() {
             self.ctx.breaker_closed(connection.limits().breaker());
         }
