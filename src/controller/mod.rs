@@ -26,8 +26,11 @@ use crate::controller::service_user::Memory;
 use crate::controller::write::Writer;
 use crate::domain::allow_list::AllowList;
 use crate::domain::allowance::{Allowances, Rate};
+use crate::domain::backoff::Recovery;
 use crate::domain::facts::ObjectRef;
+use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
+use crate::zitadel::{Breaker, Instance};
 
 /// What a pass needs.
 pub struct Context {
@@ -63,8 +66,24 @@ pub struct Context {
 
 impl Context {
     /// What kept the service users of an instance from their tokens is over.
-    pub fn wake_failing_users_of(&self, instance: &str) {
-        self.users.wake_failing(self.cache.users_of(instance));
+    pub fn wake_failing_users_of(&self, instance: &str, recovery: Recovery) {
+        let users = self.cache.users_of(instance);
+        self.users.wake_failing(users, recovery);
+    }
+
+    /// Tells the circuit breaker how discovery ended.
+    pub fn record_discovery(&self, connection: &Instance, ended: Result<(), Failure>) {
+        let breaker = connection.limits().breaker();
+        if breaker.record_discovery(&connection.settings().name, ended) {
+            self.breaker_closed(breaker);
+        }
+    }
+
+    /// Wakes those whom the breaker refused, of all instances that share it.
+    pub fn breaker_closed(&self, breaker: &Arc<Breaker>) {
+        for instance in self.connections.that_share(breaker) {
+            self.wake_failing_users_of(&instance, Recovery::Breaker);
+        }
     }
 
     /// Whether service users of this instance are ours to serve. An instance that does not exist may be another

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use crate::domain::allowance::{Allowances, Rate};
-use crate::domain::backoff::Backoff;
+use crate::domain::backoff::{Backoff, Recovery};
 use crate::domain::facts::{HeldBack, ObjectRef};
 use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Reason;
@@ -79,6 +79,8 @@ struct Entry {
     throttled: bool,
     /// What failed, by name.
     backoffs: BTreeMap<String, Backoff>,
+    /// What recovered while a pass ran.
+    recovery: Option<Recovery>,
 }
 
 /// One pass over one object, to be ended by [`Turn::done`]. Dropped without it (a panic, a timeout), it counts as a
@@ -112,6 +114,22 @@ impl Entry {
             .collect();
         self.retrying = false;
         self.throttled = false;
+    }
+
+    /// Ends the back-offs whose cause is over. Returns whether there were any.
+    fn recover(&mut self, recovery: Recovery, now: Timestamp) -> bool {
+        let before = std::mem::take(&mut self.backoffs);
+        let left = before.iter().filter_map(|(what, backoff)| {
+            let left = backoff.after_recovery(recovery, now)?;
+            Some((what.clone(), left))
+        });
+        self.backoffs = left.collect();
+        let recovered = self.backoffs != before;
+        if recovered {
+            self.retrying = false;
+            self.throttled = false;
+        }
+        recovered
     }
 }
 
@@ -225,19 +243,24 @@ impl Queue {
         }
     }
 
-    /// What made them fail is over: wakes those of them that failed, as far as their passes have told by now.
-    pub fn wake_failing(&self, ids: Vec<ObjectRef>) {
-        let failing = {
-            let state = self.lock();
-            let failing = |id: &ObjectRef| {
-                state
-                    .entries
-                    .get(id)
-                    .is_some_and(|e| e.running || !e.backoffs.is_empty())
+    /// What made them fail is over: wakes those of them whose back-offs that ends, now or at the end of their pass.
+    pub fn wake_failing(&self, ids: Vec<ObjectRef>, recovery: Recovery) {
+        let now = Timestamp::now();
+        for id in ids {
+            let (urgency, instance) = (self.rank)(&id);
+            let mut state = self.lock();
+            let state = &mut *state;
+            let Some(entry) = state.entries.get_mut(&id) else {
+                continue;
             };
-            ids.into_iter().filter(failing).collect()
-        };
-        self.wake_all(failing);
+            if entry.running {
+                entry.recovery = entry.recovery.max(Some(recovery));
+            } else if entry.recover(recovery, now) {
+                entry.since.get_or_insert_with(Instant::now);
+                state.waiting.push(&id, urgency, &instance);
+                self.ready.notify_one();
+            }
+        }
     }
 
     /// The next object; waits until there is one.
@@ -473,6 +496,8 @@ impl Turn {
                 entry.backoffs.entry(what).or_insert(backoff);
             }
         }
+        let recovered = entry.recovery.take();
+        let recovered = recovered.is_some_and(|recovery| entry.recover(recovery, now));
         // One that has run, and that a pass which broke off did not come to, waits for what broke it off.
         let holds = entry.backoffs.values().map(|b| b.hold.until);
         let retry = holds.filter(|at| !done.broken_off || *at > now).min();
@@ -480,6 +505,10 @@ impl Turn {
         if let Some(at) = retry.into_iter().chain(done.wake.at).min() {
             entry.timer = Some(at);
             state.timers.insert((at, self.id.clone()));
+        }
+        if recovered {
+            entry.since = Some(Instant::now());
+            state.waiting.push(&self.id, urgency, &instance);
         }
         if !news.is_empty() {
             state.push_changed(&self.id, &(urgency, instance), self.queue.started);
@@ -728,13 +757,48 @@ mod tests {
         let [well, fails, running] = turns;
         well.done(Done::default());
         fails.done(failed(Failed::now("t", Reason::InstanceUnreachable)));
-        queue.wake_failing(["well", "failed", "running", "unknown"].map(id).into());
+        queue.wake_failing(
+            ["well", "failed", "running", "unknown"].map(id).into(),
+            Recovery::Instance,
+        );
         let again = queue.next().await;
         assert_eq!(again.id, id("failed"));
         assert!(again.held_back.is_empty() && nothing(&queue));
         // It was refused while the way was closed, and tells so only now.
         running.done(failed(Failed::now("t", Reason::InstanceUnreachable)));
         assert_eq!(queue.next().await.id, id("running"));
+        assert!(nothing(&queue));
+    }
+
+    #[tokio::test]
+    async fn a_breaker_that_closes_brings_back_what_it_refused_and_nothing_that_failed_by_itself() {
+        let queue = queue();
+        let names = ["failed", "refused", "running"];
+        for name in names {
+            queue.wake(&id(name));
+        }
+        let failing = Failed::now("failing", Reason::ServerError);
+        let refused = Failed {
+            what: "refused".to_owned(),
+            not_before: Some(Timestamp::now() + SignedDuration::from_mins(5)),
+            held_back: true,
+            ..failing.clone()
+        };
+        let mut both = failed(failing.clone());
+        both.wake.failed.push(refused.clone());
+        let (one, two, running) = (queue.next().await, queue.next().await, queue.next().await);
+        one.done(failed(failing.clone()));
+        two.done(both);
+        queue.wake_failing(names.map(id).into(), Recovery::Breaker);
+        let again = queue.next().await;
+        assert_eq!(again.id, id("refused"));
+        assert!(again.held_back["refused"].until <= Timestamp::now());
+        assert!(again.held_back["failing"].until > Timestamp::now());
+        assert!(nothing(&queue));
+        // It was refused before the breaker closed, and tells so only now.
+        running.done(failed(refused));
+        assert_eq!(queue.next().await.id, id("running"));
+        again.done(failed(failing));
         assert!(nothing(&queue));
     }
 

@@ -4,6 +4,8 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::domain::clock::shifted;
 use crate::domain::facts::Hold;
+use crate::domain::failure::concerns_the_instance;
+use crate::domain::reason::Reason;
 use crate::domain::report::Failed;
 use crate::domain::schedule::backoff;
 
@@ -21,6 +23,17 @@ pub struct Backoff {
     asked: Option<Timestamp>,
     /// It is tried before the back-off has run, since a good token is about to expire.
     cut_short: bool,
+    /// It was not tried, because the circuit breaker refused it.
+    refused: bool,
+}
+
+/// What works again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Recovery {
+    /// The circuit breaker closed.
+    Breaker,
+    /// The instance became Ready.
+    Instance,
 }
 
 impl Backoff {
@@ -38,9 +51,11 @@ impl Backoff {
                 hold: Hold {
                     reason,
                     until: until(not_before.unwrap_or(now)),
+                    is_retry: last.is_some_and(|last| last.failures > 0),
                 },
                 asked: None,
                 cut_short: true,
+                refused: reason != Reason::RequestsThrottled,
             },
             (last, not_before) => {
                 // The many tries before an expiry are not held against the object after it.
@@ -50,9 +65,14 @@ impl Backoff {
                 let until = not_before.map_or(until, |not_before| until.max(not_before));
                 Self {
                     failures,
-                    hold: Hold { reason, until },
+                    hold: Hold {
+                        reason,
+                        until,
+                        is_retry: true,
+                    },
                     asked: not_before,
                     cut_short: until < patient,
+                    refused: false,
                 }
             }
         }
@@ -65,9 +85,28 @@ impl Backoff {
         let until = self.asked?.min(shifted(now, LONGEST_RETRY_AFTER));
         Some(Self {
             failures: 0,
-            hold: Hold { until, ..self.hold },
+            hold: Hold {
+                until,
+                is_retry: false,
+                ..self.hold
+            },
             asked: Some(until),
             cut_short: false,
+            refused: false,
+        })
+    }
+
+    /// What a recovery leaves of it. What the breaker refused is tried now. What failed by itself keeps its back-off,
+    /// unless the instance was the cause: else each recovery would bring back all who fail through their own fault.
+    #[must_use]
+    pub fn after_recovery(self, recovery: Recovery, now: Timestamp) -> Option<Self> {
+        if recovery == Recovery::Instance && concerns_the_instance(self.hold.reason) {
+            return self.anew(now);
+        }
+        let until = if self.refused { now } else { self.hold.until };
+        Some(Self {
+            hold: Hold { until, ..self.hold },
+            ..self
         })
     }
 }
@@ -75,7 +114,6 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::reason::Reason;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::UNIX_EPOCH + SignedDuration::from_secs(second)

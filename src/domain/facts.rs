@@ -120,6 +120,8 @@ pub struct Hold {
     pub reason: Reason,
     /// Until when.
     pub until: Timestamp,
+    /// What is tried next is a retry of the same, not something that a change asks for.
+    pub is_retry: bool,
 }
 
 /// How one token fared in this pass.

@@ -38,6 +38,12 @@ impl Failure {
         error == Some(OAuthError::InternalError)
     }
 
+    /// Whether the token endpoint judged the request and refused it, as it should: it works.
+    #[must_use]
+    pub fn is_refusal(self) -> bool {
+        matches!(self, Self::Status { code, error: Some(_), .. } if code < 500 && code != 429)
+    }
+
     /// The server asked not to come back before.
     #[must_use]
     pub fn retry_after(self) -> Option<Timestamp> {

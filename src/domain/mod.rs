@@ -6,7 +6,7 @@ pub mod allowance;
 pub mod answer;
 pub mod assertion;
 pub mod backoff;
-pub mod circuit;
+pub mod circuit_breaker;
 pub mod clock;
 pub mod facts;
 pub mod failure;

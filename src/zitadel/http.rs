@@ -175,10 +175,11 @@ impl Http {
         };
         let sent = read_clocks();
         let response = request.send().await.map_err(|e| failure(&e))?;
-        let skew = self.observe(response.headers(), sent, read_clocks());
+        let received = read_clocks();
+        let skew = self.observe(response.headers(), sent, received);
         let sent = skew.theirs(sent.0);
         let status = response.status().as_u16();
-        let retry_after = retry_after(response.headers(), sent);
+        let retry_after = retry_after(response.headers(), skew.theirs(received.0));
         let body = match body(response).await {
             // What a status says counts without its body, which only an OAuth error explains.
             Err(Failure::Malformed) if status != 200 => Vec::new().into(),

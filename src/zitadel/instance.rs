@@ -24,6 +24,9 @@ use crate::zitadel::token;
 /// Discovery is asked again after this, when it is needed.
 const DISCOVERY_AGE: Duration = Duration::from_hours(1);
 
+/// A failed discovery is not repeated before this for whoever needs it: the users of an instance must not all find out.
+const DISCOVERY_PAUSE: Duration = Duration::from_secs(5);
+
 /// Where the management API names the instance's own project (zitadel.md §6.2).
 const IAM_PATH: &str = "/management/v1/iam";
 
@@ -72,13 +75,20 @@ pub struct Exchanged {
     pub sent: Timestamp,
 }
 
+/// The last discovery that succeeded, and the last one if it failed.
+#[derive(Debug, Default)]
+struct Discoveries {
+    known: Option<(Discovery, Instant)>,
+    failed: Option<(Failure, Instant)>,
+}
+
 /// A connected instance.
 #[derive(Debug)]
 pub struct Instance {
     settings: Settings,
     http: Http,
     limits: Arc<Limits>,
-    discovery: Mutex<Option<(Discovery, Instant)>>,
+    discovery: Mutex<Discoveries>,
     project_id: OnceLock<String>,
     learning: tokio::sync::Mutex<()>,
 }
@@ -93,8 +103,12 @@ impl Instance {
         if scheme != "https" && !(settings.allow_insecure_http && near) {
             return Err(Reason::InsecureHttp.into());
         }
+        // All that decides, besides the host, whether a request gets through: these settings of one instance must not
+        // open the circuit breaker of another.
+        let timeout = settings.timeout.as_millis().to_string();
         let way = [&settings.ca, &settings.tls_server_name, &settings.proxy];
-        let way = hash::of(way.map(|part| part.as_deref().unwrap_or_default().as_bytes()));
+        let way = way.map(|part| part.as_deref().unwrap_or_default());
+        let way = hash::of(way.into_iter().chain([scheme, &timeout]).map(str::as_bytes));
         let limits = hosts.dial(&settings.name, authority, &way, settings.rate);
         let http = Http::new(&settings, origin, limits.clone())?;
         Ok(Self {
@@ -125,6 +139,14 @@ impl Instance {
         self.http.skew()
     }
 
+    /// How long the server asked to wait, from now on.
+    #[must_use]
+    pub fn retry_in(&self, failure: Failure) -> Duration {
+        let now = self.skew().theirs(Timestamp::now());
+        let left = failure.retry_after().map(|at| at.duration_since(now));
+        left.and_then(|left| Duration::try_from(left).ok()).unwrap_or_default()
+    }
+
     /// Asks for the discovery document now; twice where the answer casts doubt on the server's clock, so that two tell.
     pub async fn discover(&self) -> Result<Discovery, Failure> {
         let found = self.ask_discovery().await?;
@@ -138,14 +160,35 @@ impl Instance {
     /// The discovery document. The server is asked if it is old, or if our clock was set: what follows goes by both
     /// clocks.
     pub async fn discovery(&self) -> Result<Discovery, Failure> {
-        let known = self.discovered().clone();
-        match known {
-            Some((known, at)) if at.elapsed() < DISCOVERY_AGE && !self.http.clock_was_set() => Ok(known),
-            _ => self.discover().await,
+        {
+            let discoveries = self.discoveries();
+            if let Some((known, at)) = &discoveries.known
+                && at.elapsed() < DISCOVERY_AGE
+                && !self.http.clock_was_set()
+            {
+                return Ok(known.clone());
+            }
+            if let Some((failure, at)) = discoveries.failed
+                && at.elapsed() < DISCOVERY_PAUSE
+            {
+                return Err(failure);
+            }
         }
+        self.discover().await
     }
 
     async fn ask_discovery(&self) -> Result<Discovery, Failure> {
+        let asked = self.request_discovery().await;
+        let now = Instant::now();
+        let mut discoveries = self.discoveries();
+        discoveries.failed = asked.as_ref().err().map(|failure| (*failure, now));
+        if let Ok(found) = &asked {
+            discoveries.known = Some((found.clone(), now));
+        }
+        asked
+    }
+
+    async fn request_discovery(&self) -> Result<Discovery, Failure> {
         let reply = self.http.get(discovery::PATH, None).await?;
         if reply.status != 200 {
             return Err(Failure::Status {
@@ -154,9 +197,7 @@ impl Instance {
                 retry_after: reply.retry_after,
             });
         }
-        let found = discovery::parse(reply.body.expose_secret(), &self.settings.issuer)?;
-        *self.discovered() = Some((found.clone(), Instant::now()));
-        Ok(found)
+        Ok(discovery::parse(reply.body.expose_secret(), &self.settings.issuer)?)
     }
 
     /// Exchanges an assertion of `key` for a token with these scopes (the value of the `scope` field). Where a refusal
@@ -244,7 +285,7 @@ impl Instance {
         Ok(id)
     }
 
-    fn discovered(&self) -> std::sync::MutexGuard<'_, Option<(Discovery, Instant)>> {
+    fn discoveries(&self) -> std::sync::MutexGuard<'_, Discoveries> {
         self.discovery.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

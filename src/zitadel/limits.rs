@@ -1,4 +1,4 @@
-//! Budget, concurrency and circuit toward each dialled host, shared by all instances that dial it.
+//! Budget, concurrency and circuit breaker of each dialled host, shared by all instances that dial it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -6,10 +6,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::domain::circuit::{Circuit, Fault, Refused};
-use crate::domain::facts::ObjectRef;
 use crate::domain::limits::Bucket;
-use crate::domain::reason::Reason;
+use crate::zitadel::circuit_breaker::Breaker;
 
 /// What an instance asks for its host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +35,7 @@ impl Rate {
 #[derive(Debug)]
 pub struct Limits {
     budget: Arc<Budget>,
-    circuit: Arc<Mutex<Circuit>>,
+    breaker: Arc<Breaker>,
 }
 
 /// What a host is asked at most, whichever way.
@@ -55,37 +53,10 @@ struct Now {
 }
 
 impl Limits {
-    /// Whether a token may be asked for, by this user.
-    pub fn may_ask(&self, user: &ObjectRef) -> Result<(), Refused> {
-        self.circuit().admit(self.budget.elapsed(), user)
-    }
-
-    /// A token request was answered as it should be. True if the circuit was open.
+    /// The circuit breaker of this way.
     #[must_use]
-    pub fn worked(&self) -> bool {
-        self.circuit().worked()
-    }
-
-    /// Nothing was sent for this user after all, or it tells nothing of the host.
-    pub fn gave_up(&self, user: &ObjectRef) {
-        self.circuit().gave_up(user);
-    }
-
-    /// A request failed through the host's fault, or so it seems.
-    pub fn failed(&self, reason: Reason, fault: Fault) {
-        self.circuit().failed(self.budget.elapsed(), reason, fault);
-    }
-
-    /// Whether the host fails, so that requests are refused.
-    #[must_use]
-    pub fn is_open(&self) -> bool {
-        self.circuit().is_open()
-    }
-
-    /// Whether both are of one way to one host.
-    #[must_use]
-    pub fn share_circuit(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.circuit, &other.circuit)
+    pub fn breaker(&self) -> &Arc<Breaker> {
+        &self.breaker
     }
 
     /// Waits for a place among the concurrent requests and for the budget. The place is held until the permit drops.
@@ -97,10 +68,6 @@ impl Limits {
             tokio::time::sleep(wait).await;
         }
         Some(permit)
-    }
-
-    fn circuit(&self) -> MutexGuard<'_, Circuit> {
-        self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -146,8 +113,8 @@ struct Host {
     budget: Arc<Budget>,
     /// What each instance asks for.
     wanted: BTreeMap<String, Rate>,
-    /// By way: certificates and proxy of one instance say nothing of those of another.
-    circuits: HashMap<String, Weak<Mutex<Circuit>>>,
+    /// By way: what fails with the connection settings of one instance may work with those of another.
+    breakers: HashMap<String, Weak<Breaker>>,
 }
 
 impl Hosts {
@@ -158,16 +125,16 @@ impl Hosts {
         let host = hosts.entry(host.to_owned()).or_insert_with(|| Host {
             budget: Arc::new(Budget::new(rate)),
             wanted: BTreeMap::new(),
-            circuits: HashMap::new(),
+            breakers: HashMap::new(),
         });
         host.wanted.insert(instance.to_owned(), rate);
         let smallest = host.wanted.values().copied().fold(rate, Rate::min);
         host.budget.change(smallest);
-        host.circuits.retain(|_, circuit| circuit.strong_count() > 0);
-        let circuit = host.circuits.get(way).and_then(Weak::upgrade).unwrap_or_default();
-        host.circuits.insert(way.to_owned(), Arc::downgrade(&circuit));
+        host.breakers.retain(|_, breaker| breaker.strong_count() > 0);
+        let breaker = host.breakers.get(way).and_then(Weak::upgrade).unwrap_or_default();
+        host.breakers.insert(way.to_owned(), Arc::downgrade(&breaker));
         let budget = host.budget.clone();
-        Arc::new(Limits { budget, circuit })
+        Arc::new(Limits { budget, breaker })
     }
 
     /// `instance` dials no more. What a host has used of its budget is remembered as long as the process lives: an
@@ -187,6 +154,7 @@ impl Hosts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::failure::Failure;
 
     #[test]
     fn the_smallest_rate_of_those_who_dial_counts() {
@@ -207,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_one_way_is_not_refused_another() {
+    fn instances_share_a_breaker_only_if_they_dial_the_same_way() {
         let rate = Rate {
             per_second: 1,
             burst: 1,
@@ -216,9 +184,9 @@ mod tests {
         let hosts = Hosts::default();
         let [one, same, other] = ["a", "a", "b"].map(|way| hosts.dial(way, "h", way, rate));
         for _ in 0..3 {
-            one.failed(Reason::TlsFailure, Fault::Host);
+            let _ = one.breaker().record_discovery("one", Err(Failure::Tls));
         }
-        assert!(one.is_open() && same.is_open() && !other.is_open());
-        assert!(one.share_circuit(&same) && !one.share_circuit(&other));
+        let open = [&one, &same, &other].map(|limits| limits.breaker().is_open());
+        assert_eq!(open, [true, true, false]);
     }
 }

@@ -1,12 +1,14 @@
 //! HTTP to ZITADEL: discovery, the token exchange, and the limits that protect the server. Knows no Kubernetes and
 //! passes on no word of the server's.
 
+mod circuit_breaker;
 pub mod discovery;
 mod http;
 mod instance;
 mod limits;
 mod token;
 
+pub use circuit_breaker::{Breaker, Permit};
 pub use discovery::Discovery;
 pub use instance::{Exchanged, Instance, Settings};
 pub use limits::{Hosts, Limits, Rate};

@@ -528,6 +528,15 @@ async fn retry_after_reaches_the_failure_as_seconds_and_as_a_date() {
         );
         assert_eq!(classify(failure, true), reason);
 
+        // It is counted from the answer.
+        let slow = SignedDuration::from_millis(1_500);
+        let mut late = refusal(status, "7".into());
+        late["latencyMillis"] = json!(1_500);
+        world.issuer.fault(late).await;
+        let before = Timestamp::now();
+        let (_, at) = refused(&world).await;
+        assert!(at.is_some_and(|at| at >= before + slow + seven), "{at:?}");
+
         let wanted = Timestamp::now() + SignedDuration::from_mins(2);
         let date = wanted.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
         world.issuer.fault(refusal(status, date)).await;

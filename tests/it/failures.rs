@@ -1,8 +1,11 @@
 //! What goes wrong is told by its own reason, and a valid token stays where it is.
 
 use k8s_openapi::api::core::v1::Secret;
-use kube::api::DeleteParams;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
+use zitadel_tokens::api::ZitadelInstance;
 
 use crate::support::issuer::Issuer;
 use crate::support::world::{World, condition, one_token, until};
@@ -125,6 +128,72 @@ async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_
     let asked = world.issuer.requests().await;
     let asked = asked.iter().filter(|r| r.scopes.iter().any(|s| s == limited)).count();
     assert_eq!(asked, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn discovery_is_not_asked_again_before_the_server_wants_it() {
+    let wait = SignedDuration::from_secs(6);
+    let world = World::new("later").await;
+    let path = "/.well-known/openid-configuration";
+    let busy = json!({"path": path, "times": 1, "status": 503, "headers": {"Retry-After": wait.as_secs().to_string()}});
+    world.issuer.fault(busy).await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.instance_ready("True", "InstanceReady").await;
+    let requests = world.issuer.requests().await.into_iter();
+    let times = requests.map(|r| r.time.parse::<Timestamp>().expect("a time"));
+    let times: Vec<Timestamp> = times.collect();
+    let pause = times[1].duration_since(times[0]);
+    assert!(pause >= wait, "asked again after {pause:#}");
+}
+
+/// The users of an instance do not each find out that its discovery fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_discovery_is_shared_by_the_users_of_the_instance() {
+    const USERS: usize = 24;
+    let world = World::new("shared").await;
+    let path = "/.well-known/openid-configuration";
+    world.issuer.fault(json!({"path": path, "status": 503})).await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    let names: Vec<String> = (0..USERS).map(|i| format!("user-{i}")).collect();
+    for name in &names {
+        world.key_secret(&format!("{name}-key"), &user).await;
+        let spec = one_token(&format!("{name}-token"));
+        world.service_user(name, spec).await.expect("accepted");
+    }
+    let _operator = world.operator().await;
+    for name in &names {
+        world.ready(name, "False", "ServerError").await;
+    }
+    let asked = world.issuer.requests().await.len();
+    assert!(asked < USERS / 2, "{asked} requests for {USERS} objects");
+    world.issuer.clear_faults().await;
+    for name in &names {
+        world.ready(name, "True", "Issued").await;
+    }
+}
+
+/// Its own next discovery would be five minutes later.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_gives_a_token_becomes_ready() {
+    let world = World::new("recovered").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    world.token("billing-token").await;
+    let path = "/.well-known/openid-configuration";
+    let busy = json!({"path": path, "times": 1, "status": 503, "headers": {"Retry-After": "300"}});
+    world.issuer.fault(busy).await;
+    let edit = json!({"metadata": {"annotations": {"example.com/edited": "true"}}});
+    Api::<ZitadelInstance>::all(world.client.clone())
+        .patch(&world.instance, &PatchParams::default(), &Patch::Merge(&edit))
+        .await
+        .expect("edited");
+    world.instance_ready("False", "ServerError").await;
+    world.simple("orders", json!({"tokenType": "JWT"})).await;
+    world.token("orders-token").await;
+    world.instance_ready("True", "InstanceReady").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

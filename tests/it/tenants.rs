@@ -1,6 +1,8 @@
 //! No tenant hurts another: what the server does to the requests of one, it need not do to those of another.
 
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::support::eventually;
 use crate::support::issuer::{Issuer, User};
@@ -167,6 +169,116 @@ async fn when_a_host_works_again_the_users_of_all_its_instances_come() {
         }
     }
     assert_eq!(one.issuer.mints().await, 16);
+}
+
+/// Two instances dial one host; the issuer of one is wrong, so that the host answers its discovery by 404.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_with_a_wrong_issuer_does_not_stop_another_that_dials_the_same_host() {
+    const WRONG: &str = "wrong.example.com";
+    let good = World::new("issuer").await;
+    let wrong = World::beside(&good, "wrong").await;
+    let wrong = wrong.with_instance(&format!("{}-wrong", good.instance));
+    let more = World::beside(&good, "more").await.with_instance(&wrong.instance);
+    let selector = format!("test in ({}, {})", good.instance, wrong.instance);
+    let operator = Operator::start(good.cluster, &selector).await;
+    let mut spec = good.instance_spec();
+    spec["connection"]["endpoint"] = json!(good.issuer.url);
+    spec["access"][0]["namespaceSelector"] = json!({});
+    good.apply_instance(spec.clone()).await.expect("an instance");
+    good.instance_ready("True", "InstanceReady").await;
+    spec["issuer"] = json!(format!("https://{WRONG}"));
+    wrong.apply_instance(spec).await.expect("an instance");
+    eventually("discovery is tried again", async || {
+        let requests = good.issuer.requests().await;
+        requests.iter().filter(|r| r.instance_host == WRONG).count() >= 4
+    })
+    .await;
+    assert!(!circuit_is_open(&operator, &good).await);
+    let user = good.issuer.user(json!({"tokenType": "JWT"})).await;
+    for world in [&wrong, &more] {
+        service_users(world, &user, 3).await;
+        fail(world, 3, "MalformedAnswer").await;
+    }
+    assert!(!circuit_is_open(&operator, &good).await);
+    good.simple("billing", json!({"tokenType": "JWT"})).await;
+    good.token("billing-token").await;
+    let requests = good.issuer.requests().await;
+    assert!(requests.iter().all(|r| r.instance_host != WRONG || r.path != TOKEN));
+}
+
+/// An operator starts while its host is down. No token is due, so that nobody but discovery finds out, then and later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_breaker_that_discovery_opens_is_closed_by_discovery() {
+    let world = World::new("restart").await;
+    world.instance().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let operator = world.operator().await;
+    let token = world.token("billing-token").await;
+    world.ready("billing", "True", "Issued").await;
+    operator.terminate().await;
+
+    // A port that nobody else gets, and that takes no connections yet.
+    let port = TcpSocket::new_v4().expect("a socket");
+    port.bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
+    let mut spec = world.instance_spec();
+    spec["connection"]["endpoint"] = json!(format!("http://{}", port.local_addr().expect("an address")));
+    world.apply_instance(spec).await.expect("an instance");
+    let operator = world.operator().await;
+    eventually("the breaker opens", async || circuit_is_open(&operator, &world).await).await;
+
+    let host = world.issuer.url.replace("http://", "");
+    let port = port.listen(16).expect("listens");
+    let relay = tokio::spawn(async move {
+        while let Ok((mut from, _)) = port.accept().await {
+            let mut to = TcpStream::connect(&host).await.expect("the issuer");
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut from, &mut to).await });
+        }
+    });
+    eventually("the breaker closes", async || !circuit_is_open(&operator, &world).await).await;
+    world.instance_ready("True", "InstanceReady").await;
+    assert_eq!(world.token("billing-token").await, token);
+    assert_eq!(world.issuer.mints().await, 1);
+    relay.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_asks_all_to_wait_is_asked_by_nobody_until_then() {
+    const USERS: usize = 12;
+    let wait = SignedDuration::from_secs(10);
+    let one = World::new("quota").await;
+    let worlds = [World::beside(&one, "two").await, World::beside(&one, "three").await];
+    let worlds = || worlds.iter().chain([&one]);
+    let _operator = one.operator().await;
+    one.instance_for_all().await;
+    one.instance_ready("True", "InstanceReady").await;
+    let limited = json!({"path": TOKEN, "status": 429, "headers": {"Retry-After": wait.as_secs().to_string()}});
+    one.issuer.fault(limited).await;
+    let user = one.issuer.user(json!({"tokenType": "JWT"})).await;
+    for world in worlds() {
+        service_users(world, &user, USERS).await;
+    }
+    for world in worlds() {
+        fail(world, USERS, "RateLimited").await;
+    }
+    let asked = async || {
+        let requests = one.issuer.requests().await.into_iter();
+        let times = requests
+            .filter(|r| r.path == TOKEN)
+            .map(|r| r.time.parse().expect("a time"));
+        times.collect::<Vec<Timestamp>>()
+    };
+    // Each has been asked for or refused by now.
+    let before = asked().await.len();
+    assert!(before < 2 * USERS, "{before} requests");
+    one.issuer.clear_faults().await;
+    for world in worlds() {
+        for i in 0..USERS {
+            world.token(&format!("user-{i}-token")).await;
+        }
+    }
+    let all = asked().await;
+    let pause = all[before].duration_since(all[before - 1]);
+    assert!(pause >= wait, "asked again after {pause:#}");
 }
 
 /// A pass that takes long does not go by what was true when it began.

@@ -6,7 +6,7 @@ use futures::{StreamExt, stream};
 use k8s_openapi::api::core::v1::ResourceQuota;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, PostParams};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::reduced;
 use crate::sampler::sample;
@@ -93,6 +93,75 @@ async fn a_noisy_tenant_costs_a_quiet_one_no_token() {
     assert!(seen.margin > window / 4.0, "{seen}");
     quiet.ready("late", "True", "Issued").await;
     drop(operator);
+}
+
+/// Two namespaces whose requests fail at once look like an outage.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_tenants_whose_requests_fail_keep_the_circuit_breaker_closed_for_others() {
+    let (objects, lifetime, lifetimes) = if reduced() { (20, 20, 3) } else { (50, 60, 3) };
+    let quiet = World::new("served").await;
+    let failing = [World::beside(&quiet, "one").await, World::beside(&quiet, "two").await];
+    let user = quiet.issuer.user(json!({"tokenType": "JWT"})).await;
+    let fault = json!({"path": "/oauth/v2/token", "userId": user.id, "status": 503});
+    quiet.issuer.fault(fault).await;
+    let operator = quiet.operator().await;
+    quiet.instance_for_all().await;
+    for world in &failing {
+        world.key_secret("key", &user).await;
+        for i in 0..15 {
+            let tokens = (0..4).map(|token| {
+                let mut entry = one_token(&format!("failing-{i}-{token}"))["tokens"][0].clone();
+                entry["name"] = json!(format!("token-{token}"));
+                entry
+            });
+            let tokens: Vec<Value> = tokens.collect();
+            let spec = json!({"keySecretRef": {"name": "key"}, "tokens": tokens});
+            world
+                .service_user(&format!("failing-{i}"), spec)
+                .await
+                .expect("accepted");
+        }
+    }
+    let fields = json!({"tokenType": "JWT", "lifetimeSeconds": lifetime});
+    quiet.key_secret("key", &quiet.issuer.user(fields).await).await;
+    let names: Vec<String> = (0..objects).map(|i| format!("token-{i}")).collect();
+    for name in &names {
+        let mut spec = one_token(name);
+        spec["keySecretRef"] = json!({"name": "key"});
+        quiet.service_user(name, spec).await.expect("accepted");
+    }
+    for name in &names {
+        quiet.token(name).await;
+    }
+
+    let started = Instant::now();
+    let time = Duration::from_secs(lifetime * lifetimes);
+    let going = || started.elapsed() < time;
+    let is_open = format!("circuit_open{{zitadel_instance=\"{}\"}} 1", quiet.instance);
+    let watch = async {
+        let (mut open, mut last) = (Duration::ZERO, Instant::now());
+        while going() {
+            if operator.get("/metrics").await.1.contains(&is_open) {
+                open += last.elapsed();
+            }
+            last = Instant::now();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        open
+    };
+    let before = quiet.issuer.requests().await.len();
+    let (seen, open) = tokio::join!(sample(&quiet, &names, going), watch);
+    let failed = quiet.issuer.requests().await.split_off(before).into_iter();
+    let failed = failed.filter(|r| r.user_id == user.id).count();
+    println!(
+        "{seen}; open for {:.1} s of {} s; {failed} failed requests",
+        open.as_secs_f64(),
+        time.as_secs()
+    );
+    assert!(open < time / 20, "open for {open:?}");
+    // As in `a_noisy_tenant_costs_a_quiet_one_no_token`.
+    let window = Duration::from_secs(lifetime - 1).as_secs_f64() / 3.0;
+    assert!(seen.margin > window / 4.0, "{seen}");
 }
 
 /// A server that is down costs its host few calls, and the tokens of another instance nothing.

@@ -22,6 +22,8 @@ pub struct Issuer {
 #[serde(rename_all = "camelCase", default)]
 pub struct Recorded {
     pub seq: u64,
+    /// When it came, in RFC 3339.
+    pub time: String,
     pub method: String,
     pub path: String,
     pub host: String,

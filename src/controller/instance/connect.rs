@@ -16,7 +16,7 @@ use crate::domain::clock::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
-use crate::zitadel::{Hosts, Instance, Limits, Rate, Settings};
+use crate::zitadel::{Breaker, Hosts, Instance, Rate, Settings};
 
 /// Entry of a ConfigMap or Secret with certificates, as trust-manager and cert-manager name it.
 const CA_ENTRY: &str = "ca.crt";
@@ -102,23 +102,24 @@ impl Connections {
             all.insert(name.to_owned(), Look { skew, clock, ready });
             return Some(News::ForAll);
         };
-        // What fails by a clock that cannot be used is to say so, and to go on when it can be used again.
-        let news = ready && !before.ready || clock != before.clock;
-        (before.ready, before.clock) = (ready, clock);
-        if is_news(before.skew, skew) {
-            before.skew = skew;
+        let recovered = ready && !before.ready;
+        before.ready = ready;
+        // Under a clock that cannot be used every service user says so, whatever it said before, and goes on when the clock
+        // can be used again.
+        if is_news(before.skew, skew) || clock != before.clock {
+            (before.skew, before.clock) = (skew, clock);
             return Some(News::ForAll);
         }
-        news.then_some(News::ForFailing)
+        recovered.then_some(News::ForFailing)
     }
 
-    /// The instances whose requests one circuit lets through.
+    /// The instances that share this circuit breaker.
     #[must_use]
-    pub fn that_share(&self, limits: &Limits) -> Vec<String> {
+    pub fn that_share(&self, breaker: &Arc<Breaker>) -> Vec<String> {
         let open = lock(&self.open);
         let those = open
             .iter()
-            .filter(|(_, open)| open.instance.limits().share_circuit(limits));
+            .filter(|(_, open)| Arc::ptr_eq(open.instance.limits().breaker(), breaker));
         those.map(|(name, _)| name.clone()).collect()
     }
 

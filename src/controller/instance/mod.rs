@@ -10,8 +10,8 @@ pub use connect::{Connections, News, connect};
 
 use crate::controller::Context;
 use crate::controller::queue::Done;
-use crate::domain::circuit::Fault;
-use crate::domain::clock::Skew;
+use crate::domain::backoff::Recovery;
+use crate::domain::clock::{Skew, shifted};
 use crate::domain::facts::ObjectRef;
 use crate::domain::failure::{Failure, classify};
 use crate::domain::instance::status;
@@ -39,16 +39,13 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     let discovered = match connection {
         Ok(connection) => {
             let discovered = connection.discover().await;
-            if let Err(failure) = discovered
-                && !matches!(failure, Failure::Known(_) | Failure::Malformed)
-            {
-                connection.limits().failed(classify(failure, false), Fault::Host);
-            }
+            ctx.record_discovery(&connection, discovered.as_ref().map(drop).map_err(|failure| *failure));
             skew = connection.skew();
             discovered.and_then(|d| skew.check().map(|()| d).map_err(Failure::from))
         }
         Err(failure) => Err(failure),
     };
+    let retry_after = discovered.as_ref().err().and_then(|failure| failure.retry_after());
     let discovered = discovered
         .map(|d| d.token_path)
         .map_err(|failure| classify(failure, false));
@@ -67,10 +64,14 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     match ctx.connections.look(&id.name, wanted.is_ready()) {
         Some(News::ForAll) => ctx.users.wake_all(ctx.cache.users_of(&id.name)),
         // They back off, maybe for longer than their tokens last.
-        Some(News::ForFailing) => ctx.wake_failing_users_of(&id.name),
+        Some(News::ForFailing) => ctx.wake_failing_users_of(&id.name, Recovery::Instance),
         None => {}
     }
-    let failed = discovered.err().map(|reason| Failed::now("", reason));
+    let failed = discovered.err().map(|reason| Failed {
+        // The queue goes by our own clock.
+        not_before: retry_after.map(|at| shifted(at, -skew.usable())),
+        ..Failed::now("", reason)
+    });
     let mut done = Done {
         wake: Wake {
             at: None,

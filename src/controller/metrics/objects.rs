@@ -116,10 +116,10 @@ impl Objects {
             .iter()
             .map(|(name, open)| ([*name], open.skew().measured().as_secs_f64()));
         described::INSTANCE_CLOCK_SKEW.encode(encoder, skews)?;
-        let circuits = asked
+        let breakers = asked
             .iter()
-            .map(|(name, open)| ([*name], truth(open.limits().is_open())));
-        described::INSTANCE_CIRCUIT_OPEN.encode(encoder, circuits)
+            .map(|(name, open)| ([*name], truth(open.limits().breaker().is_open())));
+        described::INSTANCE_CIRCUIT_OPEN.encode(encoder, breakers)
     }
 }
 

@@ -12,7 +12,6 @@ use crate::controller::Context;
 use crate::controller::instance::connect;
 use crate::controller::write::WriteError;
 use crate::domain::answer::{Expected, Format, Minted, accept};
-use crate::domain::circuit::Fault;
 use crate::domain::clock::{is_news, shifted};
 use crate::domain::facts::{Facts, Held, ObjectRef, Outcome, Unwritten};
 use crate::domain::failure::{Failure, classify, concerns_the_instance};
@@ -20,7 +19,7 @@ use crate::domain::plan::{self, MintRequest, Plan, Step};
 use crate::domain::reason::Reason;
 use crate::domain::report::Failed;
 use crate::domain::secret::{self, SecretDraft};
-use crate::zitadel::{Exchanged, Instance};
+use crate::zitadel::{Exchanged, Instance, Permit};
 
 /// A mint begins only if we lead for the time of the exchange and this, as far as a lease lasts (`Fence::may_begin`): the
 /// write must still be ours. A shutdown waits as long.
@@ -48,6 +47,13 @@ struct Job<'a> {
     facts: &'a Facts,
     index: usize,
     token: &'a Token,
+}
+
+/// Which request failed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Discovery,
+    Token,
 }
 
 /// Carries out `plan`, one token after another: an object must not take more of the host's concurrency than another. For
@@ -185,34 +191,40 @@ impl Job<'_> {
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| self.write_failed(error, None))?;
         }
-        if !request.scheduled {
+        let permit = connection.limits().breaker().admit(self.id).map_err(|open| Outcome {
+            not_before: Some(later(connection.skew().theirs(Timestamp::now()), open.retry_in)),
+            held_back: true,
+            ..refused(open.reason)
+        })?;
+        // Neither what the breaker refuses nor a retry is counted: a new object would wait on after an outage.
+        let is_retry = facts.held_back.get(&self.token.name).is_some_and(|hold| hold.is_retry);
+        if !request.scheduled && !is_retry {
             ctx.requests.take(self.id).map_err(|wait| Outcome {
                 not_before: Some(later(connection.skew().theirs(Timestamp::now()), wait)),
                 held_back: true,
                 ..refused(Reason::RequestsThrottled)
             })?;
         }
-        connection.limits().may_ask(self.id).map_err(|closed| Outcome {
-            not_before: Some(later(connection.skew().theirs(Timestamp::now()), closed.retry_in)),
-            held_back: true,
-            ..refused(closed.reason)
-        })?;
         let learned_before = connection.known_project_id().is_some();
         let began = Instant::now();
-        let asked = ctx.writer.fence().while_leading(self.ask(&connection, &request.scope));
+        let asked = ctx.writer.fence().while_leading(async {
+            let discovered = connection.discovery().await;
+            discovered.map_err(|failure| (Asked::Discovery, failure))?;
+            let asked = self.ask(&connection, &request.scope).await;
+            asked.map_err(|failure| (Asked::Token, failure))
+        });
         let Ok(asked) = asked.await else {
-            connection.limits().gave_up(self.id);
             return Err(refused(Reason::NotLeading));
         };
         ctx.metrics
             .asked(&connection.settings().name, began.elapsed(), asked.is_ok());
         let minted = match asked {
             Ok((got, expected)) => {
-                self.worked(&connection);
+                self.worked(&connection, permit);
                 accept(got.answer, &expected, got.sent).map_err(|reason| self.refused(instance, reason))
             }
-            Err(failure) => {
-                let reason = self.judge(&connection, failure).await;
+            Err((what, failure)) => {
+                let reason = self.judge(&connection, permit, what, failure).await;
                 Err(Outcome {
                     not_before: failure.retry_after(),
                     ..self.refused(instance, reason)
@@ -256,33 +268,37 @@ impl Job<'_> {
         self.ended(reason, None)
     }
 
-    /// The reason of a failure, and what it says of the host. Up to v4.13 a refused assertion and an outage are the same
-    /// 500: discovery tells them apart.
-    async fn judge(&self, connection: &Instance, failure: Failure) -> Reason {
-        let limits = connection.limits();
+    /// The reason of a failure. Tells the circuit breaker what it says of the host: up to v4.13 a refused assertion and an
+    /// outage are the same 500, and discovery tells them apart.
+    async fn judge(&self, connection: &Instance, permit: Permit, what: Asked, failure: Failure) -> Reason {
+        if what == Asked::Discovery {
+            permit.failed_discovery(&connection.settings().name, failure, connection.retry_in(failure));
+            return classify(failure, false);
+        }
         let mut discovery_works = false;
         if failure.is_ambiguous() {
-            discovery_works = connection.discover().await.is_ok();
-            if !discovery_works {
-                limits.failed(Reason::ServerError, Fault::Host);
-            }
+            let discovered = connection.discover().await.map(drop);
+            discovery_works = discovered.is_ok();
+            self.ctx.record_discovery(connection, discovered);
         }
-        let says_nothing = discovery_works || matches!(failure, Failure::Known(_));
-        match Fault::of(failure, self.id) {
-            _ if says_nothing => limits.gave_up(self.id),
-            Some(fault) => limits.failed(classify(failure, false), fault),
-            // It works, whatever it thinks of this user.
-            None => self.worked(connection),
+        if discovery_works || matches!(failure, Failure::Known(_)) {
+            drop(permit);
+        } else if failure.is_refusal() {
+            self.worked(connection, permit);
+        } else {
+            permit.failed(failure, connection.retry_in(failure));
         }
         classify(failure, discovery_works)
     }
 
-    /// The host answered. If its circuit was open, those who were refused may come, of all instances that dial it.
-    fn worked(&self, connection: &Instance) {
-        if connection.limits().worked() {
-            for instance in self.ctx.connections.that_share(connection.limits()) {
-                self.ctx.wake_failing_users_of(&instance);
-            }
+    /// The token endpoint works. An instance that is not called Ready is looked at again: others wait for it.
+    fn worked(&self, connection: &Instance, permit: Permit) {
+        let instance = &connection.settings().name;
+        if !self.ctx.connections.is_ready(instance) {
+            self.ctx.instances.wake(&ObjectRef::new("", instance));
+        }
+        if permit.succeeded() {
+            self.ctx.breaker_closed(connection.limits().breaker());
         }
     }
 

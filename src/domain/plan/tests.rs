@@ -709,6 +709,7 @@ fn what_failed_a_moment_ago_waits_and_what_is_valid_meanwhile_is_told() {
     let hold = |reason, until| Hold {
         reason,
         until: at(until),
+        is_retry: true,
     };
     let mut facts = one();
     // A repair that was refused: the token is as good as before.

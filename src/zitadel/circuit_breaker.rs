@@ -1,0 +1,122 @@
+//! The circuit breaker that instances share, and the permit for one token request.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::domain::circuit_breaker::{Admission, CircuitBreaker, Refused};
+use crate::domain::facts::ObjectRef;
+use crate::domain::failure::Failure;
+
+/// A circuit breaker with its clock.
+#[derive(Debug)]
+pub struct Breaker {
+    started: Instant,
+    state: Mutex<CircuitBreaker>,
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            state: Mutex::default(),
+        }
+    }
+}
+
+impl Breaker {
+    /// A user asks to send a token request.
+    pub fn admit(self: &Arc<Self>, user: &ObjectRef) -> Result<Permit, Refused> {
+        let admission = self.lock().admit(self.now(), user)?;
+        Ok(Permit {
+            breaker: self.clone(),
+            admission,
+            ended: false,
+        })
+    }
+
+    /// How discovery of an instance ended. True if that closed the breaker.
+    #[must_use]
+    pub fn record_discovery(&self, instance: &str, ended: Result<(), Failure>) -> bool {
+        self.lock().record_discovery(self.now(), instance, ended)
+    }
+
+    /// Whether requests are refused.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.lock().is_open(self.now())
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, CircuitBreaker> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A token request that may be sent. Dropped without an outcome, it proves nothing: a reconcile that is cut off leaves no
+/// probe behind.
+#[derive(Debug)]
+#[must_use]
+pub struct Permit {
+    breaker: Arc<Breaker>,
+    admission: Admission,
+    ended: bool,
+}
+
+impl Permit {
+    /// The request succeeded, or its refusal shows that the host works. True if that closed the breaker.
+    #[must_use]
+    pub fn succeeded(mut self) -> bool {
+        self.ended = true;
+        self.breaker.lock().record_success(self.breaker.now(), &self.admission)
+    }
+
+    /// The request failed, and the server asked to wait for `retry_after` from now on.
+    pub fn failed(mut self, failure: Failure, retry_after: Duration) {
+        self.ended = true;
+        let mut breaker = self.breaker.lock();
+        breaker.record_failure(self.breaker.now(), &self.admission, failure, retry_after);
+    }
+
+    /// No token was asked for, because discovery of the instance failed.
+    pub fn failed_discovery(mut self, instance: &str, failure: Failure, retry_after: Duration) {
+        self.ended = true;
+        let mut breaker = self.breaker.lock();
+        breaker.record_no_discovery(self.breaker.now(), &self.admission, instance, failure, retry_after);
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.breaker.lock().release(&self.admission);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_is_cut_off_makes_room_for_the_next() {
+        let breaker = Arc::new(Breaker::default());
+        let user = |name: &str| ObjectRef::new("shop", name);
+        for _ in 0..3 {
+            let permit = breaker.admit(&user("billing")).expect("closed");
+            permit.failed(Failure::Connect, Duration::ZERO);
+        }
+        assert!(breaker.is_open());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let probe = breaker.admit(&user("billing")).expect("a probe");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(breaker.admit(&user("orders")).is_err());
+        drop(probe);
+        let probe = breaker.admit(&user("orders")).expect("the next probe");
+        assert!(probe.succeeded() && !breaker.is_open());
+    }
+}
