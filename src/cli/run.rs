@@ -10,7 +10,6 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
 
 use crate::cli::cluster;
 use crate::controller::instance::Connections;
@@ -27,7 +26,7 @@ use crate::ops::election::Election;
 use crate::ops::http::Probe;
 use crate::ops::lease::Fence;
 use crate::ops::shutdown::Shutdown;
-use crate::ops::{clock, http, memory, telemetry};
+use crate::ops::{clock, descriptors, http, memory, telemetry};
 
 /// A pass may ask for 16 tokens one after another, each of which may take the default timeout; longer than this it
 /// hangs.
@@ -103,6 +102,9 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
         // A sandbox may forbid it; tokens are needed all the same.
         tracing::warn!(error = %error.kind(), "core dumps could not be turned off");
     }
+    if let Err(error) = descriptors::raise_limit() {
+        tracing::warn!(error = %error.kind(), "the limit of open files could not be raised");
+    }
     super::choose_tls()?;
     jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER
         .install_default()
@@ -115,9 +117,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
     let client = cluster::client().await?;
     let mut registry = Registry::default();
-    let listener = TcpListener::bind(arguments.listen)
-        .await
-        .map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
+    let listener = http::listen(arguments.listen).map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
 
     let (election, fence) = candidate(&arguments, &client, &shutdown)?;
@@ -173,13 +173,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
         let watches = watches.abort_handle();
         Arc::new(move || !watches.is_finished())
     };
-    let health = tokio::spawn(http::serve(
-        listener,
-        alive,
-        probe,
-        Arc::new(registry),
-        shutdown.clone(),
-    ));
+    let port = tokio::spawn(http::serve(listener, alive, probe, Arc::new(registry)));
 
     let mut early = shutdown.clone();
     tokio::select! {
@@ -204,8 +198,7 @@ async fn serve(arguments: Arguments, panics: Counter) -> Result<(), String> {
     }
     watches.abort();
     jumps.abort();
-    // A client that keeps its connection open must not keep the process.
-    health.abort();
+    port.abort();
     tracing::info!("stopped");
     Ok(())
 }

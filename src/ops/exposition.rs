@@ -1,45 +1,81 @@
 //! How metrics look on the wire: `OpenMetrics` to who asks for it, as Prometheus does, and else the older text format, the
 //! only one that many agents and `promtool check metrics` read.
 
-use std::fmt::{self, Write};
+use std::fmt;
+use std::sync::Arc;
 
 use prometheus_client::encoding::text;
 use prometheus_client::registry::Registry;
 
-/// A text, and its type.
-#[derive(Debug)]
-pub struct Exposition {
-    /// The value of `Content-Type`.
-    pub content_type: &'static str,
-    /// The metrics.
-    pub text: String,
-}
+/// About how many bytes of a text are sent at once.
+const PART: usize = 16 * 1024;
 
-/// Whether `accept`, a request's header, asks for `OpenMetrics`.
-#[must_use]
-pub fn asks_for_open_metrics(accept: &str) -> bool {
-    accept.contains("application/openmetrics-text")
-}
-
-/// The metrics of `registry`.
-pub fn expose(registry: &Registry, open_metrics: bool) -> Result<Exposition, fmt::Error> {
+/// The metrics of `registry`, in `OpenMetrics`.
+pub fn expose(registry: &Registry) -> Result<String, fmt::Error> {
     let mut text = String::new();
     text::encode(&mut text, registry)?;
-    if open_metrics {
-        return Ok(Exposition {
-            content_type: "application/openmetrics-text; version=1.0.0; charset=utf-8",
-            text,
-        });
+    Ok(text)
+}
+
+/// How metrics are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// As they are exposed.
+    OpenMetrics,
+    /// The older text format of Prometheus.
+    Text,
+}
+
+impl Format {
+    /// The format for a request with this header `Accept`.
+    #[must_use]
+    pub fn asked_for_by(accept: &str) -> Self {
+        if accept.contains("application/openmetrics-text") {
+            Self::OpenMetrics
+        } else {
+            Self::Text
+        }
     }
-    Ok(Exposition {
-        content_type: "text/plain; version=0.0.4; charset=utf-8",
-        text: older(&text)?,
-    })
+
+    /// The value of `Content-Type`.
+    #[must_use]
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Text => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+
+    /// What was exposed, in this format, in small parts: a text can be large, and many clients may read it slowly.
+    pub fn parts(self, exposed: Arc<String>) -> impl Iterator<Item = String> + Send {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let part = first_part(&exposed[at..]);
+            at += part.len();
+            match self {
+                _ if part.is_empty() => None,
+                Self::OpenMetrics => Some(part.to_owned()),
+                Self::Text => Some(older(part)),
+            }
+        })
+    }
+}
+
+/// Whole lines, and not the help of a family without its type.
+fn first_part(text: &str) -> &str {
+    let mut end = 0;
+    for line in text.split_inclusive('\n') {
+        end += line.len();
+        if end >= PART && !line.starts_with("# HELP ") {
+            break;
+        }
+    }
+    &text[..end]
 }
 
 /// The same metrics in the older format. Samples look alike in both; there a family has the name of its samples, and
 /// there are neither units nor infos (`OpenMetrics` 1.0, "Prometheus Compatibility").
-fn older(open_metrics: &str) -> Result<String, fmt::Error> {
+fn older(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len());
     let mut help = None;
     for line in open_metrics.lines() {
@@ -54,14 +90,14 @@ fn older(open_metrics: &str) -> Result<String, fmt::Error> {
                 other => ("", other),
             };
             if let Some((_, help)) = help.take() {
-                writeln!(text, "# HELP {name}{suffix} {help}")?;
+                text.extend(["# HELP ", name, suffix, " ", help, "\n"]);
             }
-            writeln!(text, "# TYPE {name}{suffix} {kind}")?;
+            text.extend(["# TYPE ", name, suffix, " ", kind, "\n"]);
         } else if !line.starts_with('#') {
-            writeln!(text, "{line}")?;
+            text.extend([line, "\n"]);
         }
     }
-    Ok(text)
+    text
 }
 
 #[cfg(test)]
@@ -73,6 +109,12 @@ mod tests {
 
     use super::*;
 
+    fn sent(registry: &Registry, accept: &str) -> (&'static str, String) {
+        let format = Format::asked_for_by(accept);
+        let exposed = Arc::new(expose(registry).expect("a text"));
+        (format.content_type(), format.parts(exposed).collect())
+    }
+
     #[test]
     fn each_asker_gets_a_format_that_it_reads() {
         let mut registry = Registry::default();
@@ -80,18 +122,39 @@ mod tests {
         registry.register_with_unit("oldest", "Oldest", Unit::Seconds, Gauge::<i64>::default());
         registry.register("build", "Build", Info::new([("version", "1 # 2")]));
 
-        let older = expose(&registry, asks_for_open_metrics("*/*")).expect("a text");
-        assert_eq!(older.content_type, "text/plain; version=0.0.4; charset=utf-8");
+        let (content_type, older) = sent(&registry, "*/*");
+        assert_eq!(content_type, "text/plain; version=0.0.4; charset=utf-8");
         assert_eq!(
-            older.text,
+            older,
             "# HELP panics_total Panics.\n# TYPE panics_total counter\npanics_total 0\n\
              # HELP oldest_seconds Oldest.\n# TYPE oldest_seconds gauge\noldest_seconds 0\n\
              # HELP build_info Build.\n# TYPE build_info gauge\nbuild_info{version=\"1 # 2\"} 1\n"
         );
 
         let accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5";
-        let newer = expose(&registry, asks_for_open_metrics(accept)).expect("a text");
-        assert!(newer.content_type.starts_with("application/openmetrics-text"));
-        assert!(newer.text.contains("# TYPE panics counter\n") && newer.text.ends_with("# EOF\n"));
+        let (content_type, newer) = sent(&registry, accept);
+        assert!(content_type.starts_with("application/openmetrics-text"));
+        assert!(newer.contains("# TYPE panics counter\n") && newer.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn long_text_is_the_same_in_parts() {
+        let mut registry = Registry::default();
+        for i in 0..2_000 {
+            registry.register(format!("panics_{i}"), "Panics", Counter::<u64>::default());
+        }
+        let exposed = Arc::new(expose(&registry).expect("a text"));
+        for format in [Format::OpenMetrics, Format::Text] {
+            let parts: Vec<String> = format.parts(exposed.clone()).collect();
+            assert!(
+                parts.len() > 5 && parts.iter().all(|part| part.len() < 2 * PART),
+                "{format:?}"
+            );
+            let whole = match format {
+                Format::OpenMetrics => exposed.to_string(),
+                Format::Text => older(&exposed),
+            };
+            assert!(parts.concat() == whole, "{format:?}");
+        }
     }
 }

@@ -1,132 +1,264 @@
 //! The operator's own HTTP port: `/livez`, `/readyz`, `/metrics`.
+//!
+//! A client may be hostile, so connections are bounded in time, memory and number. See docs/architecture.md, "The port".
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod connections;
+mod scrapes;
+#[cfg(test)]
+mod tests;
 
-use axum::Router;
-use axum::body::Bytes;
-use axum::http::header::{ACCEPT, CONTENT_TYPE};
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hyper::body::{Body, Bytes, Frame, Incoming};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
-use tokio::sync::Mutex;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout};
 
-use crate::ops::exposition::{asks_for_open_metrics, expose};
-use crate::ops::shutdown::Shutdown;
+use crate::ops::exposition::Format;
+use connections::Connections;
+use scrapes::Scrapes;
 
 /// A question about the process, asked at each probe.
 pub type Probe = Arc<dyn Fn() -> bool + Send + Sync>;
 
-/// Serves until shutdown.
-pub async fn serve(
-    listener: TcpListener,
+/// What a connection may cost.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Connections that do not read metrics. Few enough to leave most of 1,024 descriptors to the API server and ZITADEL.
+    open: usize,
+    /// Connections that read metrics.
+    scraping: usize,
+    /// From accept to the end of the headers.
+    headers: Duration,
+    /// From accept to close, whatever the client does.
+    lifetime: Duration,
+}
+
+const LIMITS: Limits = Limits {
+    open: 112,
+    scraping: 16,
+    headers: Duration::from_secs(5),
+    lifetime: Duration::from_secs(15),
+};
+
+/// Longest header block; also the most that is buffered of an answer. Prometheus sends about 300 bytes.
+const HEADERS: usize = 16 * 1024;
+
+/// What the kernel may hold of one connection, in each direction. It doubles both numbers for its bookkeeping (socket(7)).
+const RECEIVE_BUFFER: u32 = 16 * 1024;
+const SEND_BUFFER: u32 = 128 * 1024;
+
+/// Connections that the kernel completes while the accept loop is busy. Beyond that, clients try again after a second, and
+/// so would a probe.
+const BACKLOG: u32 = 4096;
+
+/// How much of what the client sends after the headers is read and dropped.
+const REST: u64 = 16 * 1024;
+
+/// Before the next attempt to accept, after one failed.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// At most one log line about a failed accept in this time.
+const SILENCE: Duration = Duration::from_mins(1);
+
+/// Opens the port.
+pub fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    socket.set_reuseaddr(true)?;
+    // Accepted connections inherit both.
+    socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    socket.set_send_buffer_size(SEND_BUFFER)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Serves until it is aborted.
+pub async fn serve(listener: TcpListener, live: Probe, ready: Probe, registry: Arc<Registry>) {
+    Port::new(live, ready, registry, LIMITS).serve(listener).await;
+}
+
+struct Port {
     live: Probe,
     ready: Probe,
-    registry: Arc<Registry>,
-    mut shutdown: Shutdown,
-) -> std::io::Result<()> {
-    let scrapes = Arc::new(Scrapes {
-        registry,
-        last: Mutex::default(),
-    });
-    let app = Router::new()
-        .route("/livez", get(move || answer(live())))
-        .route("/readyz", get(move || answer(ready())))
-        .route(
-            "/metrics",
-            get(move |headers: HeaderMap| scrapes.clone().answer(headers)),
-        );
-    axum::serve(listener, app)
-        .with_graceful_shutdown(async move { shutdown.requested().await })
-        .await
+    scrapes: Scrapes,
+    limits: Limits,
+    open: Mutex<Open>,
 }
 
-fn answer(good: bool) -> std::future::Ready<(StatusCode, &'static str)> {
-    std::future::ready(if good {
-        (StatusCode::OK, "ok\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "not yet\n")
-    })
+/// Connections by what they do. Many of one kind close none of the other.
+struct Open {
+    last_id: u64,
+    waiting: Connections<AbortHandle>,
+    scraping: Connections<AbortHandle>,
 }
 
-/// Whoever reaches the port may ask, and a large fleet has much to tell: one at a time, away from the threads that renew
-/// the lease, and all who ask within a moment share one text.
-struct Scrapes {
-    registry: Arc<Registry>,
-    last: Mutex<Option<Scrape>>,
-}
-
-#[derive(Clone)]
-struct Scrape {
-    at: Instant,
-    open_metrics: bool,
-    content_type: &'static str,
-    text: Bytes,
-}
-
-/// For how long a text is shown.
-const MOMENT: Duration = Duration::from_millis(500);
-
-impl Scrapes {
-    async fn answer(self: Arc<Self>, headers: HeaderMap) -> Response {
-        let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
-        let open_metrics = accept.is_some_and(asks_for_open_metrics);
-        let mut last = self.last.lock().await;
-        let fresh = last
-            .clone()
-            .filter(|l| l.open_metrics == open_metrics && l.at.elapsed() < MOMENT);
-        let scrape = match fresh {
-            Some(scrape) => Some(scrape),
-            None => self.clone().scrape(open_metrics).await,
-        };
-        last.clone_from(&scrape);
-        drop(last);
-        match scrape {
-            Some(scrape) => ([(CONTENT_TYPE, scrape.content_type)], scrape.text).into_response(),
-            None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-        }
+impl Open {
+    fn close_one(&mut self) -> Option<AbortHandle> {
+        self.waiting.close_one().or_else(|| self.scraping.close_one())
     }
+}
 
-    async fn scrape(self: Arc<Self>, open_metrics: bool) -> Option<Scrape> {
-        let shown = tokio::task::spawn_blocking(move || expose(&self.registry, open_metrics)).await;
-        let shown = shown.ok()?.ok()?;
-        Some(Scrape {
-            at: Instant::now(),
-            open_metrics,
-            content_type: shown.content_type,
-            text: shown.text.into(),
+impl Port {
+    fn new(live: Probe, ready: Probe, registry: Arc<Registry>, limits: Limits) -> Arc<Self> {
+        let open = Open {
+            last_id: 0,
+            waiting: Connections::new(limits.open),
+            scraping: Connections::new(limits.scraping),
+        };
+        Arc::new(Self {
+            live,
+            ready,
+            scrapes: Scrapes::new(registry),
+            limits,
+            open: Mutex::new(open),
         })
     }
+
+    async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let mut told: Option<Instant> = None;
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) => self.admit(stream, peer.ip()),
+                // Most likely the process has no descriptors left. Each connection that is closed here lets one in.
+                Err(error) => {
+                    if told.is_none_or(|at| at.elapsed() > SILENCE) {
+                        tracing::warn!(%error, "the HTTP port cannot accept a connection");
+                        told = Some(Instant::now());
+                    }
+                    self.open().close_one().inspect(AbortHandle::abort);
+                    sleep(PAUSE).await;
+                }
+            }
+            // Other tasks run first, so a request that has arrived is answered before newer connections close its own.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn admit(self: &Arc<Self>, stream: TcpStream, peer: IpAddr) {
+        // The lock is held until the task is listed, because the task removes itself when it ends.
+        let mut open = self.open();
+        open.last_id += 1;
+        let id = open.last_id;
+        let task = tokio::spawn(self.clone().keep(stream, id)).abort_handle();
+        open.waiting.add(id, peer, task).inspect(AbortHandle::abort);
+    }
+
+    fn begins_to_scrape(&self, id: u64) {
+        let mut open = self.open();
+        if let Some((peer, task)) = open.waiting.remove(id) {
+            open.scraping.add(id, peer, task).inspect(AbortHandle::abort);
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a connection for one request.
+    async fn keep(self: Arc<Self>, mut stream: TcpStream, id: u64) {
+        // A close then drops what the client did not read. Otherwise the kernel keeps it for minutes, outside all limits.
+        if stream.set_zero_linger().is_ok() {
+            // Errors and the timeout concern only the client.
+            let _ = timeout(self.limits.lifetime, self.converse(&mut stream, id)).await;
+        }
+        let mut open = self.open();
+        open.waiting.remove(id);
+        open.scraping.remove(id);
+    }
+
+    async fn converse(&self, stream: &mut TcpStream, id: u64) -> std::io::Result<()> {
+        let service =
+            service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(self.answer(&request, id).await));
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .keep_alive(false)
+            .half_close(true)
+            .max_buf_size(HEADERS)
+            .header_read_timeout(self.limits.headers)
+            .serve_connection(TokioIo::new(&mut *stream), service)
+            .await;
+        if served.is_err_and(|error| error.is_timeout()) {
+            return Ok(());
+        }
+        // After any other error there may be an answer too, 400 or 431. Wait until the client has it and closes: a close
+        // that leaves bytes of the client unread could take the answer back (RFC 9112 §9.6).
+        stream.shutdown().await?;
+        tokio::io::copy(&mut stream.take(REST), &mut tokio::io::sink()).await?;
+        Ok(())
+    }
+
+    /// Answers from the headers alone; a body is never read.
+    async fn answer(&self, request: &Request<Incoming>, id: u64) -> Response<Text> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut answer = line(StatusCode::METHOD_NOT_ALLOWED, "use GET\n");
+            answer
+                .headers_mut()
+                .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return answer;
+        }
+        match request.uri().path() {
+            "/livez" => health((self.live)()),
+            "/readyz" => health((self.ready)()),
+            "/metrics" => {
+                self.begins_to_scrape(id);
+                let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok());
+                let format = Format::asked_for_by(accept.unwrap_or_default());
+                match self.scrapes.text().await {
+                    Some(text) => answer(format.content_type(), Box::new(format.parts(text).map(Bytes::from))),
+                    None => line(StatusCode::INTERNAL_SERVER_ERROR, "no metrics\n"),
+                }
+            }
+            _ => line(StatusCode::NOT_FOUND, "not found\n"),
+        }
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn health(good: bool) -> Response<Text> {
+    if good {
+        line(StatusCode::OK, "ok\n")
+    } else {
+        line(StatusCode::SERVICE_UNAVAILABLE, "not yet\n")
+    }
+}
 
-    #[tokio::test]
-    async fn each_probe_tells_of_its_own_question() {
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        for (live, ready) in [(true, true), (true, false), (false, true)] {
-            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-            let address = listener.local_addr().expect("an address");
-            let shutdown = Shutdown::on_signal().expect("signals");
-            let registry = Arc::new(Registry::default());
-            let server = tokio::spawn(serve(
-                listener,
-                Arc::new(move || live),
-                Arc::new(move || ready),
-                registry,
-                shutdown,
-            ));
-            for (path, good) in [("livez", live), ("readyz", ready)] {
-                let answer = reqwest::get(format!("http://{address}/{path}"))
-                    .await
-                    .expect("an answer");
-                assert_eq!(answer.status().as_u16(), if good { 200 } else { 503 }, "{path}");
-            }
-            server.abort();
-        }
+fn line(status: StatusCode, line: &'static str) -> Response<Text> {
+    let part = std::iter::once(Bytes::from_static(line.as_bytes()));
+    let mut answer = answer("text/plain; charset=utf-8", Box::new(part));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_LENGTH, line.len().into());
+    answer
+}
+
+fn answer(content_type: &'static str, parts: Box<dyn Iterator<Item = Bytes> + Send>) -> Response<Text> {
+    let mut answer = Response::new(Text(parts));
+    let content_type = HeaderValue::from_static(content_type);
+    answer.headers_mut().insert(CONTENT_TYPE, content_type);
+    answer
+}
+
+/// A body in parts; each is made after the client has read those before.
+struct Text(Box<dyn Iterator<Item = Bytes> + Send>);
+
+impl Body for Text {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.0.next().map(|part| Ok(Frame::data(part))))
     }
 }

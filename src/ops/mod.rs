@@ -1,6 +1,7 @@
-//! Running as a service: logs, health, leadership, shutdown, memory. A leaf: knows nothing of tokens.
+//! Running as a service: logs, health, leadership, shutdown, memory, descriptors. A leaf: knows nothing of tokens.
 
 pub mod clock;
+pub mod descriptors;
 pub mod election;
 pub mod exposition;
 pub mod http;

@@ -9,6 +9,7 @@ mod failover;
 mod freshness;
 mod kills;
 mod neighbours;
+mod port;
 mod sampler;
 mod watches;
 
