@@ -12,3 +12,21 @@ pub fn raise_limit() -> std::io::Result<()> {
     };
     Ok(setrlimit(Resource::Nofile, raised)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn soft_limit_is_raised_to_the_hard_one() {
+        let before = getrlimit(Resource::Nofile);
+        // Enough for the tests that run beside this one.
+        let lowered = Rlimit {
+            current: before.maximum.map(|most| most.min(1_000)).or(Some(1_000)),
+            ..before
+        };
+        setrlimit(Resource::Nofile, lowered).expect("lowered");
+        raise_limit().expect("raised");
+        assert_eq!(getrlimit(Resource::Nofile).current, before.maximum);
+    }
+}

@@ -1,7 +1,6 @@
 //! The operator's own HTTP port: `/livez`, `/readyz`, `/metrics`.
 //!
-//! Every pod that reaches the port can use it as it likes, so each connection is bounded in time, memory and number. See
-//! docs/architecture.md, "The port".
+//! A client may be hostile, so connections are bounded in time, memory and number. See docs/architecture.md, "The port".
 
 mod connections;
 mod scrapes;
@@ -41,7 +40,7 @@ struct Limits {
     open: usize,
     /// Connections that read metrics.
     scraping: usize,
-    /// From the first byte to the end of the headers.
+    /// From accept to the end of the headers.
     headers: Duration,
     /// From accept to close, whatever the client does.
     lifetime: Duration,
@@ -65,7 +64,7 @@ const SEND_BUFFER: u32 = 128 * 1024;
 /// so would a probe.
 const BACKLOG: u32 = 4096;
 
-/// What is read and dropped after the answer.
+/// How much of what the client sends after the headers is read and dropped.
 const REST: u64 = 16 * 1024;
 
 /// Before the next attempt to accept, after one failed.
@@ -101,7 +100,7 @@ struct Port {
     open: Mutex<Open>,
 }
 
-/// Connections by what they do. A crowd of one kind closes none of the other.
+/// Connections by what they do. Many of one kind close none of the other.
 struct Open {
     last_id: u64,
     waiting: Connections<AbortHandle>,
@@ -135,7 +134,7 @@ impl Port {
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) => self.admit(stream, peer.ip()),
-                // Most likely the descriptors are used up. Each of ours that closes lets one in.
+                // Most likely the process has no descriptors left. Each connection that is closed here lets one in.
                 Err(error) => {
                     if told.is_none_or(|at| at.elapsed() > SILENCE) {
                         tracing::warn!(%error, "the HTTP port cannot accept a connection");
@@ -145,13 +144,13 @@ impl Port {
                     sleep(PAUSE).await;
                 }
             }
-            // A request that has arrived is answered before a later connection can push this one out.
+            // Other tasks run first, so a request that has arrived is answered before newer connections close its own.
             tokio::task::yield_now().await;
         }
     }
 
     fn admit(self: &Arc<Self>, stream: TcpStream, peer: IpAddr) {
-        // Locked until the task is listed, since the task removes itself at its end.
+        // The lock is held until the task is listed, because the task removes itself when it ends.
         let mut open = self.open();
         open.last_id += 1;
         let id = open.last_id;
@@ -172,9 +171,9 @@ impl Port {
 
     /// Keeps a connection for one request.
     async fn keep(self: Arc<Self>, mut stream: TcpStream, id: u64) {
-        // Closing drops what the client did not read. Else the kernel would hold it for minutes, outside of all limits.
+        // A close then drops what the client did not read. Otherwise the kernel keeps it for minutes, outside all limits.
         if stream.set_zero_linger().is_ok() {
-            // Neither an error nor the end of the time is anybody's concern but the client's.
+            // Errors and the timeout concern only the client.
             let _ = timeout(self.limits.lifetime, self.converse(&mut stream, id)).await;
         }
         let mut open = self.open();
@@ -193,10 +192,11 @@ impl Port {
             .header_read_timeout(self.limits.headers)
             .serve_connection(TokioIo::new(&mut *stream), service)
             .await;
-        // After an error too: the answer may be 400 or 431.
-        drop(served);
-        // Until the client has the whole answer and closes. What it still sends is not read for its sake, but since a
-        // close with unread bytes takes the answer back (RFC 9112 §9.6).
+        if served.is_err_and(|error| error.is_timeout()) {
+            return Ok(());
+        }
+        // After any other error there may be an answer too, 400 or 431. Wait until the client has it and closes: a close
+        // that leaves bytes of the client unread could take the answer back (RFC 9112 §9.6).
         stream.shutdown().await?;
         tokio::io::copy(&mut stream.take(REST), &mut tokio::io::sink()).await?;
         Ok(())
@@ -251,7 +251,7 @@ fn answer(content_type: &'static str, parts: Box<dyn Iterator<Item = Bytes> + Se
     answer
 }
 
-/// A body whose parts are made when the client has read those before.
+/// A body in parts; each is made after the client has read those before.
 struct Text(Box<dyn Iterator<Item = Bytes> + Send>);
 
 impl Body for Text {

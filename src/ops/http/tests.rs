@@ -12,11 +12,19 @@ use super::*;
 /// Long enough for a loaded machine, far shorter than a test that hangs.
 const SOON: Duration = Duration::from_secs(20);
 
+const HOUR: Duration = Duration::from_hours(1);
+
+/// No connection ends by itself.
+const PATIENT: Limits = Limits {
+    headers: HOUR,
+    lifetime: HOUR,
+    ..LIMITS
+};
+
 /// For tests that wait for the end of a connection.
 const SHORT: Limits = Limits {
-    headers: Duration::from_millis(200),
     lifetime: Duration::from_millis(400),
-    ..LIMITS
+    ..PATIENT
 };
 
 struct Server {
@@ -26,7 +34,7 @@ struct Server {
 
 impl Server {
     fn start() -> Self {
-        Self::with(LIMITS, Registry::default())
+        Self::with(PATIENT, Registry::default())
     }
 
     fn with(limits: Limits, registry: Registry) -> Self {
@@ -184,7 +192,7 @@ async fn only_three_paths_are_served_and_only_read() {
 
 #[tokio::test]
 async fn head_has_the_headers_and_no_body() {
-    let server = Server::with(LIMITS, counted(0));
+    let server = Server::with(PATIENT, counted(0));
     for path in ["/livez", "/metrics"] {
         let answer = server
             .asked(format!("HEAD {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
@@ -195,7 +203,7 @@ async fn head_has_the_headers_and_no_body() {
 
 #[tokio::test]
 async fn old_http_is_answered() {
-    let server = Server::with(LIMITS, counted(100_000));
+    let server = Server::with(PATIENT, counted(100_000));
     assert_eq!(body(&server.asked(b"GET /livez HTTP/1.0\r\n\r\n").await), "ok\n");
     let metrics = server.asked(b"GET /metrics HTTP/1.0\r\n\r\n").await;
     assert!(!metrics.contains("chunked") && body(&metrics).starts_with("# HELP made"));
@@ -203,7 +211,7 @@ async fn old_http_is_answered() {
 
 #[tokio::test]
 async fn each_scraper_gets_its_format() {
-    let server = Server::with(LIMITS, counted(0));
+    let server = Server::with(PATIENT, counted(0));
     for (accept, kind) in [
         ("*/*", "text/plain; version=0.0.4"),
         (
@@ -267,7 +275,7 @@ async fn body_that_trickles_is_cut_off() {
 
 #[tokio::test]
 async fn half_closed_client_gets_its_answer() {
-    let server = Server::with(LIMITS, counted(LARGE));
+    let server = Server::with(PATIENT, counted(LARGE));
     for path in ["/livez", "/metrics"] {
         let mut stream = server.sent(&get(path)).await;
         stream.shutdown().await.expect("half-closed");
@@ -339,7 +347,11 @@ async fn large_headers_are_read_no_further_than_the_limit() {
 
 #[tokio::test]
 async fn unfinished_headers_are_cut_off() {
-    let server = Server::with(SHORT, Registry::default());
+    let limits = Limits {
+        headers: Duration::from_millis(200),
+        ..PATIENT
+    };
+    let server = Server::with(limits, Registry::default());
     for bytes in ["", "G", "GET /livez HTTP/1.1\r\nhost: a\r\n"] {
         let mut stream = server.sent(bytes.as_bytes()).await;
         assert_eq!(rest_of(&mut stream).await, "", "{bytes:?}");
@@ -369,7 +381,7 @@ async fn client_that_does_not_read_is_cut_off_and_the_kernel_keeps_nothing_for_i
 
 #[tokio::test]
 async fn probes_are_answered_beyond_the_limit_of_connections() {
-    let limits = Limits { open: 8, ..LIMITS };
+    let limits = Limits { open: 8, ..PATIENT };
     let server = Server::with(limits, Registry::default());
     let mut open = Vec::new();
     for i in 0..100 {
@@ -384,8 +396,20 @@ async fn probes_are_answered_beyond_the_limit_of_connections() {
 }
 
 #[tokio::test]
+async fn closed_connections_do_not_count() {
+    let limits = Limits { open: 8, ..PATIENT };
+    let server = Server::with(limits, Registry::default());
+    let mut waiting = server.sent(b"GET /livez HTTP/1.1\r\nhost: a\r\n").await;
+    for _ in 0..50 {
+        assert_eq!(status(&server.get("/livez").await), "200");
+    }
+    waiting.write_all(b"\r\n").await.expect("open");
+    assert_eq!(status(&rest_of(&mut waiting).await), "200");
+}
+
+#[tokio::test]
 async fn idle_crowd_does_not_close_a_scrape() {
-    let limits = Limits { open: 8, ..LIMITS };
+    let limits = Limits { open: 8, ..PATIENT };
     let server = Server::with(limits, counted(LARGE));
     let mut scrape = server.sent_by_slow_reader(&get("/metrics")).await;
     let mut first = [0; 100];
@@ -400,7 +424,7 @@ async fn idle_crowd_does_not_close_a_scrape() {
 
 #[tokio::test]
 async fn crowd_of_slow_scrapers_closes_no_waiting_connection_and_no_probe() {
-    let limits = Limits { scraping: 4, ..LIMITS };
+    let limits = Limits { scraping: 4, ..PATIENT };
     let server = Server::with(limits, counted(LARGE));
     let mut waiting = server.sent(b"GET /livez HTTP/1.1\r\nhost: a\r\n").await;
     let mut crowd = Vec::new();
@@ -512,7 +536,7 @@ impl Collector for Failing {
 async fn scrape_that_fails_is_tried_again() {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Failing(AtomicUsize::new(0))));
-    let server = Server::with(LIMITS, registry);
+    let server = Server::with(PATIENT, registry);
     for wanted in ["500", "500", "200"] {
         assert_eq!(status(&server.get("/metrics").await), wanted);
     }
