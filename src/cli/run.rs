@@ -266,6 +266,7 @@ async fn work(ctx: Arc<Context>, fence: Fence, shutdown: Shutdown) {
 /// This process leads from now on. Whoever led before may have died in the middle of anything. Tokens of ours that are
 /// not written yet are still there.
 fn take_over(ctx: &Context) {
+    ctx.memory.retain(|id| ctx.cache.user(id).is_some());
     ctx.connections.forget_looks();
     look_at_all(ctx);
 }

@@ -13,8 +13,8 @@ use crate::domain::summary::UserSummary;
 /// Bytes charged for a Secret that a service user names, or that has our label.
 const CHARGE_SECRET: usize = 1024;
 
-/// So many times between two relists an object of one namespace is told that it is over the limit: the objects that wait
-/// for being told take memory too.
+/// Objects of one namespace that are told between two relists that they found no room: those that wait for it take memory
+/// too.
 const MAX_REFUSALS: usize = 256;
 
 /// What exists.
@@ -38,8 +38,18 @@ struct Known {
 #[derive(Default)]
 struct Charge {
     bytes: usize,
-    /// How often an object found no room since the last relist.
+    /// Objects that found no room since the last relist and are to be told so.
     refusals: usize,
+    /// Whether an object found no room since the last relist.
+    is_over: bool,
+    /// Whether one found no room before it.
+    was_over: bool,
+}
+
+impl Charge {
+    fn is_of_use(&self) -> bool {
+        self.bytes > 0 || self.is_over || self.was_over
+    }
 }
 
 /// An instance, or the generation of one that cannot be read.
@@ -74,6 +84,8 @@ pub struct ObservedSecret {
     pub service_user: Option<String>,
     /// UID of the object that controls it.
     pub controller: Option<String>,
+    /// Whether it is being deleted.
+    pub terminating: bool,
 }
 
 /// What a change of a service user means.
@@ -142,7 +154,7 @@ impl Cache {
     #[must_use]
     pub fn leftovers(&self, id: &ObjectRef, uid: &str, names: &HashSet<&str>) -> Vec<SecretRef> {
         self.of_user(id, uid, |name, observed| {
-            (!names.contains(name)).then(|| SecretRef {
+            (!names.contains(name) && !observed.terminating).then(|| SecretRef {
                 name: name.to_owned(),
                 uid: observed.uid.clone(),
                 resource_version: observed.resource_version.clone(),
@@ -209,25 +221,42 @@ impl Cache {
         self.read().instances.values().flatten().cloned().collect()
     }
 
-    /// Whether an object found no room since this was asked last.
+    /// Whether an object found no room since this was asked last, in this namespace or in any.
     #[must_use]
-    pub fn take_over_limit(&self) -> bool {
+    pub fn take_over_limit(&self, within: Option<&str>) -> bool {
         self.change(|known| {
-            let refusals = known
-                .charges
-                .values_mut()
-                .map(|charge| std::mem::take(&mut charge.refusals));
-            let is_over = refusals.sum::<usize>() > 0;
-            known.charges.retain(|_, charge| charge.bytes > 0);
-            is_over
+            let mut any = false;
+            for (namespace, charge) in &mut known.charges {
+                if within.is_none_or(|within| within == &**namespace) {
+                    charge.refusals = 0;
+                    charge.was_over = std::mem::take(&mut charge.is_over);
+                    any |= charge.was_over;
+                }
+            }
+            known.charges.retain(|_, charge| charge.is_of_use());
+            any
         })
     }
 
-    /// Whether an object of this namespace found no room since the last relist.
+    /// The namespaces in which an object finds no room, as far as it was tried lately.
+    #[must_use]
+    pub fn over_limit(&self) -> Vec<Arc<str>> {
+        let known = self.read();
+        let over = known
+            .charges
+            .iter()
+            .filter(|(_, charge)| charge.is_over || charge.was_over);
+        over.map(|(namespace, _)| namespace.clone()).collect()
+    }
+
+    /// Whether an object of this namespace finds no room.
     #[must_use]
     pub fn is_over_limit(&self, namespace: &str) -> bool {
         let known = self.read();
-        known.charges.get(namespace).is_some_and(|charge| charge.refusals > 0)
+        known
+            .charges
+            .get(namespace)
+            .is_some_and(|charge| charge.is_over || charge.was_over)
     }
 
     /// A service user is there.
@@ -239,16 +268,20 @@ impl Cache {
             }
             let before = known.remove_user(id);
             let secrets = named_secrets(id, &user);
-            let tracked = known.charges.get(&id.namespace).map_or(0, |charge| charge.bytes);
-            if tracked + user.charge() + secrets.len() * CHARGE_SECRET > self.limit {
+            let taken = known.charges.get(&id.namespace).map_or(0, |charge| charge.bytes);
+            // Those that it named before are charged already.
+            let new = secrets.iter().filter(|secret| !known.secrets.contains_key(secret));
+            if taken + user.charge() + new.count() * CHARGE_SECRET > self.limit {
                 if let Some(before) = before {
                     known.drop_unused_secrets(id, &before);
                 }
-                let refusals = &mut known.charge(&id.namespace, 0).refusals;
-                *refusals += 1;
-                return Applied::Refused {
-                    tell: *refusals <= MAX_REFUSALS,
-                };
+                let charge = known.charge(&id.namespace, 0);
+                charge.is_over = true;
+                let told = user.ready == Some((false, Some(Reason::NamespaceLimit)))
+                    && user.observed_generation == user.generation;
+                charge.refusals += usize::from(!told);
+                let tell = !told && charge.refusals <= MAX_REFUSALS;
+                return Applied::Refused { tell };
             }
             known.charge(&id.namespace, user.charge());
             for secret in secrets {
@@ -422,7 +455,7 @@ impl Known {
             return;
         };
         charge.bytes = charge.bytes.saturating_sub(bytes);
-        if charge.bytes == 0 && charge.refusals == 0 {
+        if !charge.is_of_use() {
             self.charges.remove(namespace);
         }
     }
@@ -458,6 +491,7 @@ mod tests {
             resource_version: version.into(),
             service_user: Some("o0".into()),
             controller: None,
+            terminating: false,
         }
     }
 
@@ -488,7 +522,28 @@ mod tests {
         assert!(bytes(&cache, "hostile") <= 3 * one);
         assert_eq!(cache.user_applied(&id("quiet", "o"), user(1, 1)), Applied::Changed);
         assert!(cache.is_over_limit("hostile") && !cache.is_over_limit("quiet"));
-        assert!(cache.take_over_limit() && !cache.take_over_limit());
+        assert_eq!(cache.over_limit(), ["hostile".into()]);
+        assert!(!cache.take_over_limit(Some("quiet")));
+        assert!(cache.take_over_limit(Some("hostile")) && !cache.take_over_limit(None));
+        assert!(!cache.is_over_limit("hostile"), "nothing was refused in between");
+        // Who was told is not counted again.
+        let told = UserSummary {
+            ready: Some((false, Some(Reason::NamespaceLimit))),
+            ..user(2, 1)
+        };
+        assert_eq!(
+            cache.user_applied(&id("hostile", "o9"), told),
+            Applied::Refused { tell: false }
+        );
+        assert_eq!(cache.read().charges["hostile"].refusals, 0);
+        assert!(cache.is_over_limit("hostile"));
+        // One that is served and changes keeps its place.
+        for version in 2..20 {
+            assert_eq!(
+                cache.user_applied(&id("hostile", "o0"), user(version, 1)),
+                Applied::Changed
+            );
+        }
         // One that grows too large loses its place.
         assert!(matches!(
             cache.user_applied(&id("quiet", "o"), user(2, 16)),

@@ -12,7 +12,7 @@ pub mod watch;
 pub mod watched;
 pub mod write;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kube::Client;
@@ -123,9 +123,17 @@ impl Default for Requests {
 }
 
 impl Requests {
-    /// Takes one for `id`, or says how long it has to wait.
-    pub fn take(&self, id: &ObjectRef) -> Result<(), Duration> {
-        let mut allowances = self.allowances.lock().unwrap_or_else(PoisonError::into_inner);
-        allowances.try_take(self.started.elapsed(), id)
+    /// Takes one for `id`, or says when its turn comes.
+    pub fn claim(&self, id: &ObjectRef) -> Result<(), Duration> {
+        self.lock().claim(self.started.elapsed(), id)
+    }
+
+    /// What `id` took was not used.
+    pub fn give_back(&self, id: &ObjectRef) {
+        self.lock().give_back(self.started.elapsed(), id);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Allowances> {
+        self.allowances.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

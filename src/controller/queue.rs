@@ -64,10 +64,16 @@ struct State {
 }
 
 #[derive(Default)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each says something else, and most go together with others"
+)]
 struct Entry {
     running: bool,
     /// Since when it waits for its pass, or for the end of it.
     since: Option<Instant>,
+    /// It was woken during its reconcile for a reason that is not limited.
+    woken: bool,
     /// Versions of what changed while a pass ran; without a version: something that has none.
     dirty: Vec<Option<String>>,
     /// Versions that our own last pass wrote and whose echo has not come yet.
@@ -204,14 +210,14 @@ impl Queue {
         self.ready.notify_one();
     }
 
-    /// `id` is to be reconciled for a reason that no tenant can repeat at will.
+    /// `id` is to be reconciled, however often it was: its instance changed, it is gone, this process leads now.
     pub fn wake(&self, id: &ObjectRef) {
         let (urgency, instance) = (self.rank)(id);
         let mut state = self.lock();
         let state = &mut *state;
         let entry = state.entries.entry(id.clone()).or_default();
         if entry.running {
-            entry.dirtied(None);
+            entry.woken = true;
             return;
         }
         entry.begin_anew(Timestamp::now());
@@ -380,6 +386,7 @@ impl Queue {
         if let Some(id) = state.waiting.pop(now, self.slots) {
             let entry = state.entries.entry(id.clone()).or_default();
             entry.running = true;
+            entry.woken = false;
             entry.dirty.clear();
             if let Some(at) = entry.timer.take() {
                 state.timers.remove(&(at, id.clone()));
@@ -475,7 +482,7 @@ impl Turn {
             .partition(|v| v.as_ref().is_some_and(|v| done.written.contains(v)));
         done.written.retain(|w| !echoes.contains(&Some(w.clone())));
         entry.written = done.written;
-        if news.is_empty() && done.forget {
+        if news.is_empty() && !entry.woken && done.forget {
             state.entries.remove(&self.id);
             self.queue.ready.notify_one();
             return;
@@ -510,7 +517,11 @@ impl Turn {
             entry.since = Some(Instant::now());
             state.waiting.push(&self.id, urgency, &instance);
         }
-        if !news.is_empty() {
+        if std::mem::take(&mut entry.woken) {
+            entry.begin_anew(now);
+            entry.since = Some(Instant::now());
+            state.waiting.push(&self.id, urgency, &instance);
+        } else if !news.is_empty() {
             state.push_changed(&self.id, &(urgency, instance), self.queue.started);
         }
         self.queue.ready.notify_one();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use k8s_openapi::api::core::v1::Secret;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::api::GetParams;
 use kube::core::{Request, Status};
 use kube::{Client, Resource};
@@ -27,6 +27,7 @@ use crate::domain::facts::ObjectRef;
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::reason::Reason;
 use crate::domain::secret::{Controller, Existing, MAX_BYTES, Wanted};
+use crate::domain::summary::MAX_TOKENS;
 
 /// Longest time of one read.
 const DEADLINE: Duration = Duration::from_secs(15);
@@ -134,9 +135,9 @@ impl Reader {
     {
         let request = Request::new(K::url_path(&(), Some(namespace))).get(name, &GetParams::default());
         let request = request.map_err(|_| ReadError::Unavailable)?;
+        // Closed never; who waits for a place does not use up its time.
+        let _place = self.at_once.acquire().await;
         let whole = async {
-            // The semaphore lives as long as the reader and is never closed.
-            let _place = self.at_once.acquire().await;
             let text = self.client.request_text(request).await.map(SecretString::from)?;
             Ok(read(text.expose_secret()))
         };
@@ -169,15 +170,31 @@ fn read_user(text: &str) -> Option<ReadUser> {
     let meta = guarded.meta();
     let (uid, generation) = (meta.uid.clone().unwrap_or_default(), meta.generation);
     Some(match guarded.0 {
-        Ok(mut user) if fits => {
-            // Other tools' annotations are most of an object. A status is written without touching them.
-            if let Some(annotations) = &mut user.metadata.annotations {
-                annotations.retain(|key, _| is_ours(key));
-            }
+        Ok(mut user) if fits && user.spec.tokens.len() <= MAX_TOKENS => {
+            user.metadata = needed(user.metadata);
             ReadUser::Readable(Arc::new(user))
         }
         _ => ReadUser::Unreadable { uid, generation },
     })
+}
+
+/// Of an object's metadata what decides. Labels, owners and other tools' annotations may be most of an object, and a
+/// status is written without touching them.
+fn needed(metadata: ObjectMeta) -> ObjectMeta {
+    let annotations = metadata.annotations.map(|mut annotations| {
+        annotations.retain(|key, _| is_ours(key));
+        annotations
+    });
+    ObjectMeta {
+        name: metadata.name,
+        namespace: metadata.namespace,
+        uid: metadata.uid,
+        resource_version: metadata.resource_version,
+        generation: metadata.generation,
+        deletion_timestamp: metadata.deletion_timestamp,
+        annotations,
+        ..ObjectMeta::default()
+    }
 }
 
 /// A Secret as text. Its values are not looked into before it is known which are needed.
@@ -424,7 +441,7 @@ mod tests {
     fn a_service_user_is_read_or_said_to_be_unreadable() {
         let user = |spec: Value| {
             json!({"apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser",
-                "metadata": {"name": "n", "uid": "u", "generation": 3,
+                "metadata": {"name": "n", "uid": "u", "generation": 3, "labels": {"a": "b"},
                     "annotations": {"zitadel-tokens.dev/renew-request": "now", "other": "x".repeat(200_000)}},
                 "spec": spec})
             .to_string()
@@ -441,7 +458,14 @@ mod tests {
             annotations.keys().collect::<Vec<_>>(),
             ["zitadel-tokens.dev/renew-request"]
         );
-        for spec in [json!({}), spec(json!("none")), spec(token(&"x".repeat(MAX_SPEC)))] {
+        assert_eq!(read.metadata.labels, None);
+        let many: Vec<Value> = (0..=MAX_TOKENS).map(|_| token("a")[0].clone()).collect();
+        for spec in [
+            json!({}),
+            spec(json!("none")),
+            spec(json!(many)),
+            spec(token(&"x".repeat(MAX_SPEC))),
+        ] {
             let Some(ReadUser::Unreadable { uid, generation }) = read_user(&user(spec)) else {
                 panic!("readable")
             };

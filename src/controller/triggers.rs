@@ -90,8 +90,8 @@ impl Triggers {
                 Self::namespace_gone
             ),
             join_all(self.within.iter().map(Option::as_deref).map(|within| {
-                let cache = self.cache.clone();
-                let relist = move || cache.take_over_limit();
+                let (cache, place) = (self.cache.clone(), within.map(str::to_owned));
+                let relist = move || cache.take_over_limit(place.as_deref());
                 let config = watcher::Config::default;
                 let users = endless(api(&client, within), config(), List::Streaming, RELIST, relist);
                 let secrets = endless(api(&client, within), config(), List::Streaming, RELIST, || false);
@@ -173,12 +173,15 @@ impl Triggers {
     fn user_applied(&self, user: WatchedUser) {
         let id = reference(&user);
         let version = user.summary.resource_version.clone();
-        if user.summary.instance.is_empty() {
-            tracing::warn!(object = %id, "a service user names no instance and is not served");
-        }
+        let names_none = user.summary.instance.is_empty();
         match self.cache.user_applied(&id, user.summary) {
             Applied::Known | Applied::Refused { tell: false } => {}
-            Applied::Changed => self.users.changed(&id, Some(&version)),
+            Applied::Changed => {
+                if names_none {
+                    tracing::warn!(object = %id, "a service user names no instance and is not served");
+                }
+                self.users.changed(&id, Some(&version));
+            }
             Applied::Refused { tell: true } => {
                 tracing::warn!(object = %id, "its namespace takes more memory than one may (--namespace-memory)");
                 self.users.changed(&id, Some(&version));
@@ -246,6 +249,7 @@ impl Triggers {
             resource_version: version.clone(),
             service_user: secret.service_user,
             controller: secret.controller,
+            terminating: secret.terminating,
         };
         for user in self.cache.secret_applied(&id, observed) {
             self.users.changed(&user, Some(&version));

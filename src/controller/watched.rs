@@ -15,8 +15,14 @@ use crate::api::ZitadelServiceUser;
 use crate::api::metadata::LABEL_SERVICE_USER;
 use crate::domain::summary::UserSummary;
 
-/// Bytes of a namespace's labels that are kept. Real ones have some hundred.
+/// Bytes of a namespace's labels that are kept, with [`LABEL_COST`] for each. Real ones have some hundred.
 const MAX_NAMESPACE_LABELS: usize = 8 * 1024;
+
+/// What a label takes beside its characters.
+const LABEL_COST: usize = 64;
+
+/// Longest UID that is kept. Kubernetes makes them of 36 characters and lets a writer name an owner by any text.
+const MAX_UID: usize = 64;
 
 /// A service user, reduced to its summary.
 #[derive(Clone, Debug)]
@@ -46,6 +52,8 @@ pub struct WatchedSecret {
     pub service_user: Option<String>,
     /// UID of the object that controls it.
     pub controller: Option<String>,
+    /// Whether it is being deleted.
+    pub terminating: bool,
 }
 
 #[derive(Deserialize)]
@@ -95,7 +103,10 @@ impl<'de> Deserialize<'de> for WatchedUser {
 impl From<Object> for WatchedNamespace {
     fn from(Object { mut metadata }: Object) -> Self {
         let labels = metadata.labels.take().unwrap_or_default();
-        let size: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let size: usize = labels
+            .iter()
+            .map(|(key, value)| key.len() + value.len() + LABEL_COST)
+            .sum();
         Self {
             terminating: metadata.deletion_timestamp.is_some(),
             labels: (size <= MAX_NAMESPACE_LABELS).then_some(labels),
@@ -113,7 +124,8 @@ impl From<Object> for WatchedSecret {
                 .labels
                 .take()
                 .and_then(|mut labels| labels.remove(LABEL_SERVICE_USER)),
-            controller: controller.map(|owner| owner.uid),
+            controller: controller.map(|owner| owner.uid).filter(|uid| uid.len() <= MAX_UID),
+            terminating: metadata.deletion_timestamp.is_some(),
             metadata: metadata.identity(),
         }
     }
@@ -182,6 +194,10 @@ mod tests {
             (Some("billing"), Some("u"))
         );
         assert!(format!("{secret:?}").len() < 2_000);
+        let owner = json!({"apiVersion": "v1", "kind": "K", "name": "o", "uid": &long, "controller": true});
+        let secret: WatchedSecret =
+            serde_json::from_value(json!({"metadata": {"name": "n", "ownerReferences": [owner]}})).expect("a Secret");
+        assert_eq!(secret.controller, None, "nobody's UID");
         let spec = json!({"instanceRef": {"name": "main"}, "tokens": [{"name": "t", "secret": {"name": "s", "template": {"a": &long}}}]});
         let user = event(json!({"metadata": metadata, "spec": spec}));
         let WatchEvent::Added(user) = serde_json::from_str::<WatchEvent<WatchedUser>>(&user).expect("an event") else {
@@ -194,6 +210,10 @@ mod tests {
         assert!(format!("{user:?}").len() < 2_000);
         let namespace: WatchedNamespace = serde_json::from_value(json!({"metadata": metadata})).expect("a namespace");
         assert_eq!(namespace.labels, None, "as if no label were known");
+        let many: BTreeMap<String, &str> = (0..200).map(|i| (format!("{i}"), "")).collect();
+        let namespace: WatchedNamespace =
+            serde_json::from_value(json!({"metadata": {"name": "n", "labels": many}})).expect("a namespace");
+        assert_eq!(namespace.labels, None, "each takes more than its characters");
         let namespace: WatchedNamespace =
             serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"a": "b"}}})).expect("a namespace");
         assert_eq!(namespace.labels.map(|labels| labels.len()), Some(1));

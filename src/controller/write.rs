@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
-use kube::core::NamespaceResourceScope;
+use kube::core::{NamespaceResourceScope, Request};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource, ResourceExt};
 use secrecy::{ExposeSecret, SecretString};
 use serde::ser::{SerializeMap, Serializer};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::Semaphore;
 
 use crate::api::metadata::{GROUP, MANAGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
-use crate::controller::guarded::Guarded;
 use crate::controller::triggers::reference;
 use crate::controller::watched::WatchedSecret;
 use crate::domain::allowance::{Allowances, Rate};
@@ -31,6 +31,9 @@ use crate::ops::lease::{Fence, NotLeading};
 
 /// Longest time of one write; the API server's own limit is a minute.
 const DEADLINE: Duration = Duration::from_secs(15);
+
+/// So many status writes at once.
+const AT_ONCE: usize = 4;
 
 /// Events of one object: as many as client-go's recorder lets through at once
 /// (`tools/record/events_cache.go`), and more of them for long.
@@ -54,6 +57,8 @@ pub struct Writer {
     takes_secrets: Mutex<HashSet<String>>,
     events: Mutex<Allowances>,
     started: Instant,
+    /// The answer to a status write is a whole object, which may have more than a megabyte.
+    at_once: Semaphore,
 }
 
 /// Why a write did not happen.
@@ -120,6 +125,7 @@ impl Writer {
             takes_secrets: Mutex::default(),
             events: Mutex::new(Allowances::new(EVENTS_OF_OBJECT, EVENTS_OF_NAMESPACE)),
             started: Instant::now(),
+            at_once: Semaphore::new(AT_ONCE),
         }
     }
 
@@ -190,54 +196,73 @@ impl Writer {
     /// Replaces the status of a service user: replaced, not applied, so that nothing foreign stays in it
     /// (decision K13). Returns the new version.
     pub async fn replace_user_status(&self, user: &ZitadelServiceUser) -> Result<String, WriteError> {
-        let api = Api::namespaced(self.client.clone(), &user.namespace().unwrap_or_default());
-        self.replace_status(api, user).await
+        self.replace_status(user.metadata.namespace.as_deref(), user).await
     }
 
     /// Replaces the status of an instance. Returns the new version.
     pub async fn replace_instance_status(&self, instance: &ZitadelInstance) -> Result<String, WriteError> {
-        self.replace_status(Api::all(self.client.clone()), instance).await
+        self.replace_status(None, instance).await
     }
 
-    async fn replace_status<K>(&self, api: Api<Guarded<K>>, object: &K) -> Result<String, WriteError>
+    async fn replace_status<K>(&self, namespace: Option<&str>, object: &K) -> Result<String, WriteError>
     where
-        K: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone + std::fmt::Debug,
+        K: Resource<DynamicType = ()> + Serialize,
     {
         let params = PostParams {
             field_manager: Some(MANAGER.into()),
             ..PostParams::default()
         };
-        let written = self
-            .bounded(api.replace_status(&object.name_any(), &params, &Guarded(Ok(object.clone()))))
-            .await?;
-        Ok(written.resource_version().unwrap_or_default())
+        let body = serde_json::to_vec(object).map_err(|_| WriteError::Unavailable)?;
+        let request = Request::new(K::url_path(&(), namespace));
+        self.write_status(request.replace_subresource("status", &object.name_any(), &params, body))
+            .await
+    }
+
+    /// The answer is the whole object, and of it only the version is decoded.
+    async fn write_status(
+        &self,
+        request: Result<hyper::Request<Vec<u8>>, kube::core::request::Error>,
+    ) -> Result<String, WriteError> {
+        #[derive(Deserialize)]
+        struct Object {
+            metadata: Metadata,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Metadata {
+            resource_version: String,
+        }
+        let request = request.map_err(|_| WriteError::Unavailable)?;
+        // Closed never.
+        let _place = self.at_once.acquire().await;
+        let written = self.bounded(self.client.request_text(request)).await?;
+        let object: Object = serde_json::from_str(&written).map_err(|_| WriteError::Unavailable)?;
+        Ok(object.metadata.resource_version)
     }
 
     /// Says in the status of a service user why it is not served at all, with a merge patch: a status that cannot be
     /// read can be patched. Returns the new version.
     pub async fn patch_user_status(&self, id: &ObjectRef, patch: &Value) -> Result<String, WriteError> {
-        let api: Api<Guarded<ZitadelServiceUser>> = Api::namespaced(self.client.clone(), &id.namespace);
-        self.patch_status(api, &id.name, patch).await
+        self.patch_status::<ZitadelServiceUser>(Some(&id.namespace), &id.name, patch)
+            .await
     }
 
     /// The same for an instance.
     pub async fn patch_instance_status(&self, name: &str, patch: &Value) -> Result<String, WriteError> {
-        let api: Api<Guarded<ZitadelInstance>> = Api::all(self.client.clone());
-        self.patch_status(api, name, patch).await
+        self.patch_status::<ZitadelInstance>(None, name, patch).await
     }
 
-    async fn patch_status<K>(&self, api: Api<Guarded<K>>, name: &str, patch: &Value) -> Result<String, WriteError>
+    async fn patch_status<K>(&self, namespace: Option<&str>, name: &str, patch: &Value) -> Result<String, WriteError>
     where
-        K: Resource<DynamicType = ()> + DeserializeOwned + Clone + std::fmt::Debug,
+        K: Resource<DynamicType = ()>,
     {
         let params = PatchParams {
             field_manager: Some(MANAGER.into()),
             ..PatchParams::default()
         };
-        let written = self
-            .bounded(api.patch_status(name, &params, &Patch::Merge(patch)))
-            .await?;
-        Ok(written.resource_version().unwrap_or_default())
+        let request = Request::new(K::url_path(&(), namespace));
+        self.write_status(request.patch_subresource("status", name, &params, &Patch::Merge(patch)))
+            .await
     }
 
     /// Publishes an Event. It tells, and decides nothing: a failure is logged and forgotten, and so is an Event of an

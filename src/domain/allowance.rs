@@ -21,6 +21,12 @@ pub struct Rate {
 /// Below this many buckets nothing is pruned.
 const PRUNE_FROM: usize = 1024;
 
+/// Work is promised for so much later at most. Names that come and go would otherwise leave a debt that others pay.
+const LONGEST_WAIT: Duration = Duration::from_mins(1);
+
+/// A claim that nobody comes for is dropped after this.
+const CLAIM_LASTS: Duration = Duration::from_mins(10);
+
 /// The buckets of all objects and namespaces, for one kind of work. Time is the caller's monotonic clock, as a duration
 /// since any fixed moment.
 #[derive(Debug)]
@@ -29,6 +35,8 @@ pub struct Allowances {
     namespace: Rate,
     objects: HashMap<ObjectRef, Level>,
     namespaces: HashMap<Arc<str>, Level>,
+    /// When those may go on that were told to wait.
+    claims: HashMap<ObjectRef, Duration>,
     prune_at: usize,
 }
 
@@ -55,6 +63,7 @@ impl Allowances {
             namespace,
             objects: HashMap::new(),
             namespaces: HashMap::new(),
+            claims: HashMap::new(),
             prune_at: PRUNE_FROM,
         }
     }
@@ -67,6 +76,33 @@ impl Allowances {
             return Ok(());
         }
         Err(wait)
+    }
+
+    /// Takes one for `id`, or says when its turn comes: those that wait get different times, so that none comes in vain. If
+    /// too many wait, `id` has no turn yet and asks again after the longest wait.
+    pub fn claim(&mut self, now: Duration, id: &ObjectRef) -> Result<(), Duration> {
+        if let Some(at) = self.claims.get(id).copied() {
+            if at > now {
+                return Err(at.saturating_sub(now));
+            }
+            self.claims.remove(id);
+            return Ok(());
+        }
+        let wait = self.wait(now, id);
+        if wait >= LONGEST_WAIT {
+            return Err(wait);
+        }
+        self.take(now, id);
+        if wait.is_zero() {
+            return Ok(());
+        }
+        self.claims.insert(id.clone(), now + wait);
+        Err(wait)
+    }
+
+    /// What `id` took was not used: its next claim is free.
+    pub fn give_back(&mut self, now: Duration, id: &ObjectRef) {
+        self.claims.insert(id.clone(), now);
     }
 
     /// Takes one for `id` in any case, and says how long it has to wait for it.
@@ -86,17 +122,22 @@ impl Allowances {
     }
 
     fn take(&mut self, now: Duration, id: &ObjectRef) {
-        if self.objects.len() >= self.prune_at {
+        if self.objects.len().max(self.claims.len()) >= self.prune_at {
             let (object, namespace) = (self.object, self.namespace);
             // A full bucket is like a new one.
             self.objects.retain(|_, level| level.at(object, now) < object.burst);
             self.namespaces
                 .retain(|_, level| level.at(namespace, now) < namespace.burst);
-            self.prune_at = PRUNE_FROM.max(2 * self.objects.len());
+            self.claims.retain(|_, at| now < *at + CLAIM_LASTS);
+            self.prune_at = PRUNE_FROM.max(2 * self.objects.len().max(self.claims.len()));
         }
-        let less = |level: Option<Level>, rate: Rate| Level {
-            left: level.map_or(rate.burst, |level| level.at(rate, now)) - 1.0,
-            at: now,
+        let less = |level: Option<Level>, rate: Rate| {
+            let debt = rate.per_second * LONGEST_WAIT.as_secs_f64();
+            let left = level.map_or(rate.burst, |level| level.at(rate, now)) - 1.0;
+            Level {
+                left: left.max(-debt),
+                at: now,
+            }
         };
         let object = less(self.objects.get(id).copied(), self.object);
         self.objects.insert(id.clone(), object);
@@ -167,6 +208,49 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Many objects of a namespace wait: each comes back once, when its turn is, and the rate is used fully.
+    #[test]
+    fn those_that_wait_get_turns_one_after_another() {
+        let mut allowances = Allowances::new(OBJECT, NAMESPACE);
+        let id = |i: usize| ObjectRef::new("n", &format!("o{i}"));
+        let mut due: Vec<(Duration, usize)> = (0..500).map(|i| (Duration::ZERO, i)).collect();
+        let (mut asks, mut granted) = (0, Vec::new());
+        while let Some(next) = due.iter().min().copied().filter(|(at, _)| *at < Duration::from_mins(5)) {
+            due.retain(|other| *other != next);
+            asks += 1;
+            match allowances.claim(next.0, &id(next.1)) {
+                Ok(()) => granted.push(next.0),
+                Err(wait) => due.push((next.0 + wait.max(Duration::from_millis(1)), next.1)),
+            }
+        }
+        assert_eq!(granted.len(), 500);
+        // 480 at four a second, after 20 at once.
+        let last = granted.last().expect("one").as_secs_f64();
+        assert!((118.0..=200.0).contains(&last), "{last}");
+        assert!(asks < 3 * 500, "{asks}");
+        // What was not used is not lost.
+        let spent = ObjectRef::new("other", "spent");
+        for _ in 0..5 {
+            assert_eq!(allowances.claim(Duration::ZERO, &spent), Ok(()));
+        }
+        allowances.give_back(Duration::ZERO, &spent);
+        assert_eq!(allowances.claim(Duration::ZERO, &spent), Ok(()));
+        assert!(allowances.claim(Duration::ZERO, &spent).is_err());
+    }
+
+    #[test]
+    fn names_that_come_and_go_leave_no_long_debt() {
+        let mut allowances = Allowances::new(OBJECT, NAMESPACE);
+        let one = ObjectRef::new("n", "one");
+        for _ in 0..10_000 {
+            allowances.reserve(Duration::ZERO, &one);
+        }
+        assert!(allowances.reserve(Duration::ZERO, &one) <= LONGEST_WAIT + Duration::from_secs(3));
+        assert!(
+            allowances.reserve(Duration::ZERO, &ObjectRef::new("n", "two")) <= LONGEST_WAIT + Duration::from_secs(3)
+        );
     }
 
     #[test]

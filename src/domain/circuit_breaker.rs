@@ -8,9 +8,9 @@
 //! 2. A successful token request closes the breaker. Every namespace that failed before, or while that request succeeded,
 //!    is then a suspect until ten minutes after its last failure: its failures count only if no request at all has
 //!    succeeded for a minute.
-//! 3. While the breaker is open, it admits one probe at a time, at most one per second. Namespaces whose last request did
-//!    not fail go first, then those whose last failure is oldest. A namespace whose probe failed waits 1, 2, 4 .. 30 s,
-//!    or for its `Retry-After`, which holds up the others for 30 s at most.
+//! 3. While the breaker is open, it admits one probe at a time, at most one per second, but for rule 4. Namespaces whose
+//!    last request did not fail go first, then those whose last failure is oldest. A namespace whose probe failed or said
+//!    nothing waits 1, 2, 4 .. 30 s, or for its `Retry-After`, which holds up the others for 30 s at most.
 //! 4. As long as the host answers, a namespace whose last request did not fail is refused for 30 s at most.
 //! 5. A host is silent if no connection is made, or discovery gets no answer. Successful discovery closes the breaker of a
 //!    silent host; of any other host discovery proves only that it answers.
@@ -258,9 +258,13 @@ impl CircuitBreaker {
         recovered && self.close()
     }
 
-    /// The request was not sent, or its outcome says nothing.
-    pub fn release(&mut self, request: &Admission) {
-        self.end(request);
+    /// The request was not sent, or its outcome says nothing. The namespace waits as after a failed probe, else one whose
+    /// probes never say anything would keep its place at the head of the line.
+    pub fn release(&mut self, now: Duration, request: &Admission) {
+        if self.end(request) {
+            self.blame(now, &request.user.namespace, false);
+            self.postpone(now, &request.user.namespace, true, Duration::ZERO);
+        }
     }
 
     /// Whether it refuses requests, or would if somebody asked. If nobody asks any more, it is half-open.

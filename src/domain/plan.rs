@@ -201,7 +201,10 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         return Step::Refuse(Reason::SecretContested, fallback);
     }
     let recorded = admitted.existing.and_then(Existing::record);
-    let scheduled = !forced && recorded.is_some_and(|record| record.inputs == inputs);
+    let requested_lately = last.is_some_and(|(_, renew)| *renew > now);
+    let scheduled = !forced
+        && !requested_lately
+        && recorded.is_some_and(|record| record.inputs == inputs && record.owner == facts.uid());
     Step::Mint(Box::new(MintRequest {
         scope: admitted.scope.clone(),
         inputs,

@@ -72,6 +72,9 @@ reasons! {
     InvalidSpec: Permanent,
         "A field breaks a rule of the operator's schema, or has a key that the platform team does not allow.",
         "Correct the field that the message names.";
+    ObjectUnreadable: Permanent,
+        "The object does not match the CRD of this operator version, or its spec is larger than 256 KiB, and it is not served.",
+        "Apply the CRDs of the operator's version, then apply the object again.";
     InstanceReady: No,
         "The server answers and names the issuer of the ZitadelInstance.",
         "Nothing is to be done.";
@@ -80,7 +83,7 @@ reasons! {
         "Create it, or correct spec.instanceRef.name.";
     InstanceInvalid: Permanent,
         "The ZitadelInstance of spec.instanceRef breaks a rule of its schema; nothing is asked of it.",
-        "Ask the platform team to mend it; its condition Ready names the field.";
+        "Ask the platform team to correct it; its condition Ready says what is wrong.";
     NamespaceMissing: Transient,
         "The labels of the object's namespace are not known yet.",
         "Nothing is to be done; they arrive with the namespace.";
@@ -88,11 +91,11 @@ reasons! {
         "The labels of the object's namespace have more than 8 KiB, so that no rule about labels is applied to them.",
         "Remove labels from the namespace.";
     NamespaceLimit: Permanent,
-        "The service users and labelled Secrets of this namespace would take more of the operator's memory than one namespace may, and the operator does not serve this one.",
-        "Remove service users or tokens that are not needed, or ask the platform team to raise --namespace-memory.";
+        "The namespace has reached its memory limit in the operator, so this service user is not served.",
+        "Remove service users, tokens or Secrets with the label zitadel-tokens.dev/service-user that are not needed, or ask the platform team to raise --namespace-memory.";
     RequestsThrottled: Transient,
         "The object, or all objects of its namespace together, asked for too many tokens besides the scheduled refreshes. Each new object, each change of an audience, scope or key and each lost Secret asks for one.",
-        "Find out what creates or changes them again and again; no action needed otherwise, the operator goes on more slowly.";
+        "Find out what creates or changes them again and again. If nothing does, no action is needed: the operator requests the token when the limit allows.";
     KeyUsable: No,
         "The key can be read, has not expired, and was not refused.",
         "Nothing is to be done.";

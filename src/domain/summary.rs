@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use crate::domain::reason::Reason;
 
 /// The schema allows so many tokens; an outdated CRD may allow more.
-const MAX_TOKENS: usize = 16;
+pub const MAX_TOKENS: usize = 16;
 
 /// The longest name that Kubernetes takes. A longer one names nothing.
 const MAX_NAME: usize = 253;

@@ -93,7 +93,8 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         if !self.ended {
-            self.breaker.lock().release(&self.admission);
+            let mut breaker = self.breaker.lock();
+            breaker.release(self.breaker.now(), &self.admission);
         }
     }
 }
@@ -116,6 +117,8 @@ mod tests {
         tokio::time::advance(Duration::from_secs(1)).await;
         assert!(breaker.admit(&user("orders")).is_err());
         drop(probe);
+        // Others go first.
+        tokio::time::advance(Duration::from_secs(1)).await;
         let probe = breaker.admit(&user("orders")).expect("the next probe");
         assert!(probe.succeeded() && !breaker.is_open());
     }

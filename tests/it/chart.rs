@@ -95,7 +95,8 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
         let gone = await_condition(crds.clone(), &name, |crd: Option<&CustomResourceDefinition>| {
             crd.is_none()
         });
-        tokio::time::timeout(EVENTUALLY, gone)
+        // The API server tries again ever more seldom while objects are left.
+        tokio::time::timeout(2 * EVENTUALLY, gone)
             .await
             .expect("gone")
             .expect("watched");

@@ -247,7 +247,7 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
         assert!(line.contains("WARN"), "{line}");
         // Without an instance nobody knows whose it is.
         if name != "no-spec" {
-            users.ready(name, "False", "InvalidSpec").await;
+            users.ready(name, "False", "ObjectUnreadable").await;
         }
     }
 
@@ -255,7 +255,7 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     let secret = |policy: &str| json!({"spec": {"tokens": [{"name": "main", "projectIds": [PROJECT], "secret": {"name": "restored-token", "deletionPolicy": policy}}]}});
     users.patch("restored", &secret("Shred")).await;
     operator.await_line(&not_served("restored")).await;
-    users.ready("restored", "False", "InvalidSpec").await;
+    users.ready("restored", "False", "ObjectUnreadable").await;
     Raw::secrets(&world)
         .set_managed_fields("status-token", NO_MOMENT, 200)
         .await;
@@ -344,7 +344,7 @@ async fn an_instance_that_cannot_be_read_gives_no_rights() {
         .patch(&world.instance, &json!({"spec": {"access": "none"}}))
         .await;
     users.ready("billing", "False", "InstanceInvalid").await;
-    instances.ready(&world.instance, "False", "InvalidSpec").await;
+    instances.ready(&world.instance, "False", "ObjectUnreadable").await;
     world.renew("billing").await;
     users.ready("billing", "False", "InstanceInvalid").await;
     assert_eq!(world.issuer.mints().await, 1);

@@ -100,7 +100,7 @@ async fn unreadable(ctx: &Context, id: &ObjectRef) -> Done {
         return Done::default();
     }
     let generation = ctx.cache.unreadable_generation(id);
-    let patch = refusal(Reason::InvalidSpec, generation, Timestamp::now());
+    let patch = refusal(Reason::ObjectUnreadable, generation, Timestamp::now());
     match ctx.writer.patch_instance_status(&id.name, &patch).await {
         Ok(version) => Done {
             written: vec![version],

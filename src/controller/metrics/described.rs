@@ -58,6 +58,8 @@ metrics! {
         "Tokens: fresh, due (to be renewed), stale (due for half of the time that was left), expired, missing, suspended";
     EARLIEST_KEY_EXPIRATION: Gauge "zitadel_tokens_earliest_key_expiration_timestamp_seconds" ["zitadel_instance"]
         "When the first of the instance's keys expires; absent if no key file says";
+    NAMESPACES_OVER_LIMIT: Gauge "zitadel_tokens_namespaces_over_limit" []
+        "Namespaces in which service users are not served because the namespace has reached its memory limit";
     INSTANCE_UP: Gauge "zitadel_tokens_instance_up" ["zitadel_instance" "reason"]
         "1 while the instance's condition Ready is True, else 0; with the condition's reason";
     INSTANCE_CLOCK_SKEW: Gauge "zitadel_tokens_instance_clock_skew_seconds" ["zitadel_instance"]

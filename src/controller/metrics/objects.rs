@@ -61,6 +61,9 @@ impl Collector for Objects {
             each_user(&mut encoder, &users)?;
         }
         self.all_users(&mut encoder, &users, &known)?;
+        #[allow(clippy::cast_precision_loss, reason = "counts of namespaces are small")]
+        let over = self.cache.over_limit().len() as f64;
+        described::NAMESPACES_OVER_LIMIT.encode(&mut encoder, [([], over)])?;
         self.instances(&mut encoder, &known)
     }
 }

@@ -21,8 +21,7 @@ use crate::domain::report::Failed;
 use crate::domain::secret::{self, SecretDraft};
 use crate::zitadel::{Exchanged, Instance, Permit};
 
-/// A mint begins only if we lead for the time of the exchange and this, as far as a lease lasts (`Fence::may_begin`): the
-/// write must still be ours. A shutdown waits as long.
+/// A shutdown waits for the request under way and so much longer, for its write.
 pub const TIME_TO_WRITE: Duration = Duration::from_secs(5);
 
 /// What came of a plan.
@@ -191,20 +190,25 @@ impl Job<'_> {
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| self.write_failed(error, None))?;
         }
-        let permit = connection.limits().breaker().admit(self.id).map_err(|open| Outcome {
-            not_before: Some(later(connection.skew().theirs(Timestamp::now()), open.retry_in)),
-            held_back: true,
-            ..refused(open.reason)
-        })?;
-        // Neither what the breaker refuses nor a retry is counted: a new object would wait on after an outage.
+        // A retry is not counted: a new object would wait on after an outage.
         let is_retry = facts.held_back.get(&self.token.name).is_some_and(|hold| hold.is_retry);
-        if !request.scheduled && !is_retry {
-            ctx.requests.take(self.id).map_err(|wait| Outcome {
-                not_before: Some(later(connection.skew().theirs(Timestamp::now()), wait)),
-                held_back: true,
-                ..refused(Reason::RequestsThrottled)
-            })?;
+        let is_free = || request.scheduled && ctx.memory.try_scheduled(self.id, &self.token.name);
+        let counts = !is_retry && !is_free();
+        let held_back = |reason, wait| Outcome {
+            not_before: Some(later(connection.skew().theirs(Timestamp::now()), wait)),
+            held_back: true,
+            ..refused(reason)
+        };
+        if counts {
+            let claimed = ctx.requests.claim(self.id);
+            claimed.map_err(|wait| held_back(Reason::RequestsThrottled, wait))?;
         }
+        let permit = connection.limits().breaker().admit(self.id).map_err(|open| {
+            if counts {
+                ctx.requests.give_back(self.id);
+            }
+            held_back(open.reason, open.retry_in)
+        })?;
         let learned_before = connection.known_project_id().is_some();
         let began = Instant::now();
         let asked = ctx.writer.fence().while_leading(async {

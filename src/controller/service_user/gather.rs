@@ -8,8 +8,7 @@ use crate::controller::read::{ReadError, ReadUser};
 use crate::domain::facts::{Facts, HeldBack, Hold, ObjectRef};
 use crate::domain::plan;
 use crate::domain::reason::Reason;
-use crate::domain::secret::{Existing, Wanted};
-use futures::future::try_join_all;
+use crate::domain::secret::Wanted;
 
 /// As many Secrets that the spec no longer names are read as there may be tokens.
 const MOST_LEFTOVERS: usize = 16;
@@ -55,7 +54,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
         Some(ReadUser::Readable(user)) if user.metadata.deletion_timestamp.is_none() => user,
         Some(ReadUser::Unreadable { generation, .. }) => {
             tracing::warn!(object = %id, "a service user does not fit its schema and is not served");
-            let reason = Reason::InvalidSpec;
+            let reason = Reason::ObjectUnreadable;
             let told = known.is_some_and(|user| {
                 user.ready == Some((false, Some(reason))) && user.observed_generation == generation
             });
@@ -143,37 +142,40 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
     let refused = (0..tokens.len()).map(|index| plan::may_read(facts, index).err());
     let refused: Vec<Option<Reason>> = refused.collect();
     let named: HashSet<&str> = tokens.iter().map(|token| token.secret.name.as_str()).collect();
-    let leftovers = ctx.cache.leftovers(id, facts.uid(), &named);
+    let mut leftovers = ctx.cache.leftovers(id, facts.uid(), &named);
+    // What is not read is not judged: the rest is for the next reconciles.
+    leftovers.truncate(MOST_LEFTOVERS);
     let written = ctx.cache.written_for(id, facts.uid());
     let wanted = tokens.iter().zip(&refused);
     let wanted = wanted.filter(|(token, refused)| refused.is_none() || written.contains(&token.secret.name));
     let mut secrets: HashMap<&str, Option<&Token>> = wanted
         .map(|(token, _)| (token.secret.name.as_str(), Some(token)))
         .collect();
-    for leftover in leftovers.iter().take(MOST_LEFTOVERS) {
+    for leftover in &leftovers {
         secrets.insert(&leftover.name, None);
     }
-    let read = secrets.into_iter().map(|(name, token)| async move {
-        let wanted = Wanted::of(token);
-        let secret = ctx.reader.token_secret(&id.namespace, name, &wanted).await?;
-        Ok::<_, ReadError>(secret.map(|secret| (name.to_owned(), secret)))
-    });
-    let read_key = async {
-        match refused.iter().min_by_key(|reason| reason.is_some()) {
-            // No token is allowed: the key is nobody's business.
-            Some(Some(reason)) => Ok(Err(*reason)),
-            _ => ctx.reader.key(&id.namespace, &facts.user.spec.key_secret_ref).await,
-        }
-    };
-    let (key, secrets): (_, Vec<Option<(String, Existing)>>) =
-        match futures::future::try_join(read_key, try_join_all(read)).await {
-            Ok(read) => read,
-            // Told in the status: only somebody else can change it.
-            Err(ReadError::Forbidden) => (Err(Reason::SecretsForbidden), Vec::new()),
-            Err(error) => return Err(error),
+    // One after another: an object must not take more of the places for reads than another.
+    let read = async {
+        let key = match refused.iter().min_by_key(|reason| reason.is_some()) {
+            // No token is allowed: the key is not needed.
+            Some(Some(reason)) => Err(*reason),
+            _ => ctx.reader.key(&id.namespace, &facts.user.spec.key_secret_ref).await?,
         };
+        let mut found = BTreeMap::new();
+        for (name, token) in secrets {
+            let secret = ctx.reader.token_secret(&id.namespace, name, &Wanted::of(token)).await?;
+            found.extend(secret.map(|secret| (name.to_owned(), secret)));
+        }
+        Ok((key, found))
+    };
+    let (key, secrets) = match read.await {
+        Ok(read) => read,
+        // Told in the status: only somebody else can change it.
+        Err(ReadError::Forbidden) => (Err(Reason::SecretsForbidden), BTreeMap::new()),
+        Err(error) => return Err(error),
+    };
     facts.key = key;
-    facts.secrets = secrets.into_iter().flatten().collect();
+    facts.secrets = secrets;
     facts.leftovers = leftovers;
     Ok(())
 }

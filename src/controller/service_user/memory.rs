@@ -28,6 +28,8 @@ pub struct TokenMemory {
     pub write_failed: bool,
     /// Inputs and refresh time of the last token.
     pub last: Option<(String, Timestamp)>,
+    /// A scheduled request was tried that was not counted, and no token came of it yet.
+    pub tried: bool,
     /// When it was requested before its time, or its Secret repaired, within [`CONTEST_WINDOW`]: by a clock that nobody
     /// sets.
     pub forced: Vec<Instant>,
@@ -60,6 +62,7 @@ impl Memory {
         let mut all = self.lock();
         let mine = all.entry(id.clone()).or_default().entry(token.to_owned()).or_default();
         mine.unwritten = None;
+        mine.tried = false;
         mine.last = Some((request.inputs.clone(), renew));
         if request.forced {
             mine.forced.push(Instant::now());
@@ -76,6 +79,15 @@ impl Memory {
         {
             mine.unwritten = Some(Arc::new(unwritten));
         }
+    }
+
+    /// Whether a scheduled request of this token need not be counted: one for each token that was issued. A record can be
+    /// forged, and each change of the object begins its back-off anew.
+    #[must_use]
+    pub fn try_scheduled(&self, id: &ObjectRef, token: &str) -> bool {
+        let mut all = self.lock();
+        let memory = all.entry(id.clone()).or_default().entry(token.to_owned()).or_default();
+        !std::mem::replace(&mut memory.tried, true)
     }
 
     /// The Secret of a token holds what it should.
@@ -99,6 +111,11 @@ impl Memory {
     /// The object is gone or is not ours.
     pub fn forget(&self, id: &ObjectRef) {
         self.lock().remove(id);
+    }
+
+    /// Keeps what is remembered of these objects only. A standby hears that objects go and reconciles none.
+    pub fn retain(&self, is_there: impl Fn(&ObjectRef) -> bool) {
+        self.lock().retain(|id, _| is_there(id));
     }
 
     fn change(&self, id: &ObjectRef, token: &str, change: impl FnOnce(&mut TokenMemory)) {

@@ -249,7 +249,7 @@ fn a_probe_that_is_given_up_makes_room_and_one_of_before_proves_nothing() {
     breaker
         .admit(at(3), &user("d", "1"))
         .expect_err("that of c is in flight");
-    breaker.release(&probe);
+    breaker.release(at(3), &probe);
     breaker.admit(at(3), &user("d", "1")).expect("a probe");
 }
 
@@ -279,7 +279,7 @@ fn the_namespace_that_failed_longest_ago_goes_first_and_one_that_did_not_fail_be
     // Who does not come loses its place.
     let busy = breaker.admit(at(20), &user("new", "1")).expect("a probe");
     breaker.admit(at(20), &user("gone", "1")).expect_err("busy");
-    breaker.release(&busy);
+    breaker.release(at(20), &busy);
     breaker.admit(at(25), &user("a", "1")).expect_err("it is expected");
     breaker.admit(at(26), &user("a", "1")).expect("it did not come");
 }
@@ -356,14 +356,14 @@ fn a_success_clears_what_its_own_namespace_and_the_probes_of_others_did() {
     for namespace in ["a", "b"] {
         breaker.admit(at(101), &user(namespace, "1")).expect_err("busy");
     }
-    breaker.release(&busy);
+    breaker.release(at(101), &busy);
     breaker
         .admit(at(102), &user("a", "1"))
         .expect_err("its last request failed");
     let probe = breaker
         .admit(at(102), &user("b", "1"))
         .expect("its last request succeeded");
-    breaker.release(&probe);
+    breaker.release(at(102), &probe);
     let probe = breaker.admit(at(103), &user("a", "1")).expect("a probe");
     breaker.record_failure(at(103), &probe, status(503), NO_WAIT);
     assert_eq!(retry_in(&mut breaker, 103, &user("a", "1")), 1);
