@@ -146,7 +146,7 @@ reasons! {
         "Make a new key in ZITADEL and replace the Secret's content.";
     KeyRejected: Eventual,
         "The server refused the assertion signed with this key, or failed on it: up to v4.13 ZITADEL gives the same answer when an Action throws.",
-        "Check that the key still exists in ZITADEL for this user and belongs to this instance, and make a new one if not. If the key is good, look at the log of ZITADEL's Actions for the flow \"Complement Token\".";
+        "Check that the key still exists in ZITADEL for this user and belongs to this instance, and make a new one if not. If the key is good, look at ZITADEL's log and its Actions.";
     UserInactive: Eventual,
         "The service user is deactivated or locked in ZITADEL.",
         "Reactivate it in ZITADEL.";
@@ -185,7 +185,7 @@ reasons! {
         "Check what stands between the operator and the server.";
     TokenMismatch: Permanent,
         "The token that was minted is not the one that was asked for: issuer, user, audience or organization differ. It was dropped.",
-        "Check spec.organizationId, and what stands between the operator and the server.";
+        "Check spec.tokens[].organizationId, and what stands between the operator and the server.";
     LifetimeTooShort: Permanent,
         "The server gives tokens of less than five seconds.",
         "Raise the access token lifetime in ZITADEL.";

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use kube::api::DeleteParams;
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{DeleteParams, PostParams};
 use serde_json::{Value, json};
 
-use crate::support::world::World;
+use crate::support::world::{World, one_token};
 
 /// So many tokens of an object may be requested at once besides the scheduled refreshes, and one more in 20 s.
 const BURST: usize = 48;
@@ -111,4 +112,103 @@ async fn suspending_in_a_loop_costs_few_reads_and_events_and_the_last_change_cou
         events() - before.1
     );
     assert_eq!(world.issuer.mints().await, 16);
+}
+
+async fn create_secret(world: &World, object: Value) {
+    let object: Secret = serde_json::from_value(object).expect("a Secret");
+    let created = world.secrets().create(&PostParams::default(), &object).await;
+    created.expect("created");
+}
+
+/// A record says which request is the scheduled one, and whoever may edit Secrets can write it.
+#[tokio::test(flavor = "multi_thread")]
+async fn forged_records_and_changes_in_a_loop_cost_few_requests() {
+    let world = World::new("forged").await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let _operator = world.operator().await;
+    let mut probe = sixteen("openid");
+    probe["tokens"].as_array_mut().expect("a list").truncate(1);
+    world.service_user("probe", probe).await.expect("accepted");
+    world.ready("probe", "True", "Issued").await;
+    let secret = world.secrets().get("s0").await.expect("there");
+    let record = secret.metadata.annotations.expect("annotations")["zitadel-tokens.dev/record"].clone();
+    let mut record: Value = serde_json::from_str(&record).expect("a record");
+    record["issuedAt"] = json!("2020-01-01T00:00:00Z");
+    record["expiresAt"] = json!("2020-01-01T12:00:00Z");
+    let deleted = world.users().delete("probe", &DeleteParams::default()).await;
+    deleted.expect("deleted");
+    world.secret_gone("s0").await;
+    world.issuer.remove_key(&user.id, &user.key_id).await;
+
+    let mut spec = sixteen("openid");
+    spec["suspend"] = json!(true);
+    let billing = world.service_user("billing", spec).await.expect("accepted");
+    record["owner"] = json!(billing.metadata.uid);
+    for i in 0..16 {
+        let annotations =
+            json!({"zitadel-tokens.dev/adopt": "billing", "zitadel-tokens.dev/record": record.to_string()});
+        create_secret(
+            &world,
+            json!({"metadata": {"name": format!("s{i}"), "annotations": annotations}}),
+        )
+        .await;
+    }
+    let asked = async || {
+        let requests = world.issuer.requests().await;
+        requests.iter().filter(|r| r.path == "/oauth/v2/token").count()
+    };
+    let (before, since) = (asked().await, Instant::now());
+    world
+        .service_user("billing", sixteen("openid"))
+        .await
+        .expect("accepted");
+    world.ready("billing", "False", "KeyRejected").await;
+    for round in 0..40 {
+        world.annotate("billing", "renew-request", &round.to_string()).await;
+    }
+    world.ready("billing", "False", "RequestsThrottled").await;
+    // One that is not counted for each token, and three early retries at most while nothing changes.
+    let bound = most(since) + 16 * 4;
+    let requests = asked().await - before;
+    assert!(requests <= bound, "{requests} requests, at most {bound}");
+}
+
+/// A finalizer keeps a Secret that the operator deletes.
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_that_do_not_go_are_deleted_once() {
+    const JUNK: usize = 40;
+    let world = World::new("stay").await;
+    world.instance().await;
+    let _operator = world.operator().await;
+    let user = world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let uid = world.ready("billing", "True", "Issued").await.metadata.uid;
+    for i in 0..JUNK {
+        let owner = json!({"apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "name": "billing",
+            "uid": uid, "controller": true});
+        let metadata = json!({"name": format!("junk-{i}"), "finalizers": ["example.com/hold"],
+            "labels": {"zitadel-tokens.dev/service-user": "billing"}, "ownerReferences": [owner]});
+        create_secret(&world, json!({"metadata": metadata})).await;
+    }
+    for round in 0..20 {
+        let mut spec = one_token("billing-token");
+        spec["tokens"][0]["projectIds"] = json!([format!("{round}")]);
+        world.service_user("billing", spec).await.expect("accepted");
+        world.ready("billing", "True", "Issued").await;
+    }
+    world.sentinel().await;
+    let requests = world.cluster.audit.requests(&world.name);
+    let deletes = requests
+        .iter()
+        .filter(|r| r.verb == "delete" && r.name.starts_with("junk-"))
+        .count();
+    assert!((1..=2 * JUNK).contains(&deletes), "{deletes} deletes of {JUNK} Secrets");
+    // Without this the namespace would stay.
+    for i in 0..JUNK {
+        world
+            .edit_secret(&format!("junk-{i}"), json!({"metadata": {"finalizers": null}}))
+            .await;
+    }
+    drop(user);
 }

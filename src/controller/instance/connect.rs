@@ -46,9 +46,9 @@ struct Look {
 /// What a look at an instance means for its service users.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum News {
-    /// They waited for it, or reckoned by another clock: all have to be looked at.
+    /// They waited for it, or its clock is another, can be used again or no longer: all are reconciled.
     ForAll,
-    /// It works again, or its clock can be used again or no longer: those that failed may come.
+    /// It works again: those that failed because of it may come.
     ForFailing,
 }
 
