@@ -48,7 +48,7 @@ const LONGEST: Duration = Duration::from_secs(30);
 /// A namespace loses its place in the line if its user comes so much later than it was told.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Users beyond the first few of their namespace are woken when the breaker closes. Should that fail, they come back
+/// Users beyond the first of their namespace are woken when the breaker closes. Should that fail, they come back
 /// after this.
 const PATIENCE: Duration = Duration::from_mins(5);
 

@@ -138,7 +138,7 @@ fn every_fault_in_the_docs_is_shown_by_a_test() {
         let tests = quoted(cells[5]);
         assert!(!tests.is_empty(), "nothing shows: {row}");
         for test in tests {
-            assert!(code.contains(&format!("fn {test}()")), "no test is called {test}");
+            assert!(code.contains(&format!("fn {test}(")), "no test is called {test}");
         }
         for reason in quoted(cells[1]) {
             let named =

@@ -65,7 +65,7 @@ metrics! {
     INSTANCE_CLOCK_SKEW: Gauge "zitadel_tokens_instance_clock_skew_seconds" ["zitadel_instance"]
         "How far the instance's clock is ahead of the operator's";
     INSTANCE_CIRCUIT_OPEN: Gauge "zitadel_tokens_instance_circuit_open" ["zitadel_instance"]
-        "1 while the circuit breaker of the instance's host refuses token requests, else 0; also 0 once nobody has asked for seven minutes";
+        "1 while the circuit breaker of the instance's host is open and refuses token requests, else 0; 0 too if nobody has asked for seven minutes";
     MINTS: Counter "zitadel_tokens_mints_total" ["zitadel_instance" "result" "reason"]
         "Attempts to get a token, by how they ended: success or failure, and the reason";
     MINT_DURATION: Histogram "zitadel_tokens_mint_duration_seconds" ["zitadel_instance" "result"]
