@@ -131,7 +131,11 @@ fn head(name: &str, spec: &ZitadelServiceUserSpec) -> Checked {
         let entries = spec.tokens.iter().flat_map(|token| map(&token.secret));
         let bytes: usize = entries.map(|(key, value)| key.len() + value.len()).sum();
         let field = || format!("spec.tokens[].secret.{name}");
-        must(bytes <= MAX_TEXT, field, "all tokens together have at most 64 KiB; shorten or remove entries")
+        must(
+            bytes <= MAX_TEXT,
+            field,
+            "all tokens together have at most 64 KiB; shorten or remove entries",
+        )
     })
 }
 
