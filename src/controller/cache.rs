@@ -526,7 +526,7 @@ mod tests {
         assert!(!cache.take_over_limit(Some("quiet")));
         assert!(cache.take_over_limit(Some("hostile")) && !cache.take_over_limit(None));
         assert!(!cache.is_over_limit("hostile"), "nothing was refused in between");
-        // Who was told is not counted again.
+        // An object whose status already names the limit is not counted again.
         let told = UserSummary {
             ready: Some((false, Some(Reason::NamespaceLimit))),
             ..user(2, 1)

@@ -25,10 +25,11 @@ use crate::controller::read::Reader;
 use crate::controller::service_user::Memory;
 use crate::controller::write::Writer;
 use crate::domain::allow_list::AllowList;
-use crate::domain::allowance::{Allowances, Rate};
+use crate::domain::allowance::Allowances;
 use crate::domain::backoff::Recovery;
 use crate::domain::facts::ObjectRef;
 use crate::domain::failure::Failure;
+use crate::domain::limits::Rate;
 use crate::domain::reason::Reason;
 use crate::zitadel::{Breaker, Instance};
 

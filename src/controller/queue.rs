@@ -11,9 +11,10 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use crate::domain::allowance::{Allowances, Rate};
+use crate::domain::allowance::Allowances;
 use crate::domain::backoff::{Backoff, Recovery};
 use crate::domain::facts::{HeldBack, ObjectRef};
+use crate::domain::limits::Rate;
 use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};

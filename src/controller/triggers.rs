@@ -1,4 +1,4 @@
-//! Who is woken when something changes.
+//! Which objects are reconciled when something changes.
 
 use std::sync::Arc;
 use std::time::Duration;

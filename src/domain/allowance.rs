@@ -8,15 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::domain::facts::ObjectRef;
-
-/// Size and rate of a bucket.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rate {
-    /// So many at once after a quiet time.
-    pub burst: f64,
-    /// So many a second for long.
-    pub per_second: f64,
-}
+use crate::domain::limits::{Level, Rate};
 
 /// Below this many buckets nothing is pruned.
 const PRUNE_FROM: usize = 1024;
@@ -38,20 +30,6 @@ pub struct Allowances {
     /// When those may go on that were told to wait.
     claims: HashMap<ObjectRef, Duration>,
     prune_at: usize,
-}
-
-/// What is left in a bucket. Negative if work was promised for later.
-#[derive(Clone, Copy, Debug)]
-struct Level {
-    left: f64,
-    at: Duration,
-}
-
-impl Level {
-    fn at(self, rate: Rate, now: Duration) -> f64 {
-        let since = now.saturating_sub(self.at).as_secs_f64();
-        (self.left + since * rate.per_second).min(rate.burst)
-    }
 }
 
 impl Allowances {
@@ -114,7 +92,7 @@ impl Allowances {
 
     fn wait(&self, now: Duration, id: &ObjectRef) -> Duration {
         let wait = |level: Option<&Level>, rate: Rate| {
-            let missing = 1.0 - level.map_or(rate.burst, |level| level.at(rate, now));
+            let missing = 1.0 - level.map_or(rate.burst, |level| level.left_at(rate, now));
             Duration::try_from_secs_f64(missing.max(0.0) / rate.per_second).unwrap_or(Duration::MAX)
         };
         let object = wait(self.objects.get(id), self.object);
@@ -125,15 +103,16 @@ impl Allowances {
         if self.objects.len().max(self.claims.len()) >= self.prune_at {
             let (object, namespace) = (self.object, self.namespace);
             // A full bucket is like a new one.
-            self.objects.retain(|_, level| level.at(object, now) < object.burst);
+            self.objects
+                .retain(|_, level| level.left_at(object, now) < object.burst);
             self.namespaces
-                .retain(|_, level| level.at(namespace, now) < namespace.burst);
+                .retain(|_, level| level.left_at(namespace, now) < namespace.burst);
             self.claims.retain(|_, at| now < *at + CLAIM_LASTS);
             self.prune_at = PRUNE_FROM.max(2 * self.objects.len().max(self.claims.len()));
         }
         let less = |level: Option<Level>, rate: Rate| {
             let debt = rate.per_second * LONGEST_WAIT.as_secs_f64();
-            let left = level.map_or(rate.burst, |level| level.at(rate, now)) - 1.0;
+            let left = level.map_or(rate.burst, |level| level.left_at(rate, now)) - 1.0;
             Level {
                 left: left.max(-debt),
                 at: now,
@@ -162,7 +141,7 @@ mod tests {
     };
 
     proptest! {
-        /// Whoever asks, and however often: each object and each namespace gets its burst and its rate and no more,
+        /// However often somebody asks, each object and each namespace gets its burst and its rate and no more,
         /// and what waits as long as it is told gets its turn.
         #[test]
         fn nobody_gets_more_than_burst_and_rate(

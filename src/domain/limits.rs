@@ -1,14 +1,39 @@
-//! Limits toward one ZITADEL host, as pure state machines.
+//! Token buckets, as pure state machines. Time is the caller's monotonic clock, as a duration since any fixed moment.
 
 use std::time::Duration;
 
-/// A token bucket. Time is the caller's monotonic clock, as a duration since any fixed moment.
+/// Size and rate of a bucket.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate {
+    /// So many at once after a quiet time.
+    pub burst: f64,
+    /// So many a second for long.
+    pub per_second: f64,
+}
+
+/// What was left in a bucket at a moment. Negative if work was promised for later.
+#[derive(Clone, Copy, Debug)]
+pub struct Level {
+    /// So many may be taken without a wait.
+    pub left: f64,
+    /// When that was so.
+    pub at: Duration,
+}
+
+impl Level {
+    /// What is left now.
+    #[must_use]
+    pub fn left_at(self, rate: Rate, now: Duration) -> f64 {
+        let since = now.saturating_sub(self.at).as_secs_f64();
+        (self.left + since * rate.per_second).min(rate.burst)
+    }
+}
+
+/// The budget of requests to one ZITADEL host.
 #[derive(Debug)]
 pub struct Bucket {
-    per_second: f64,
-    burst: f64,
-    level: f64,
-    at: Duration,
+    rate: Rate,
+    level: Level,
 }
 
 impl Bucket {
@@ -17,32 +42,35 @@ impl Bucket {
     #[must_use]
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self {
-            per_second: f64::from(per_second.max(1)),
-            burst: f64::from(burst.max(1)),
-            level: f64::from(burst.min(per_second).max(1)),
-            at: Duration::ZERO,
+            rate: at_least_one(per_second, burst),
+            level: Level {
+                left: f64::from(burst.min(per_second).max(1)),
+                at: Duration::ZERO,
+            },
         }
     }
 
     /// Changes rate and size; what is in it stays, as far as it fits.
     pub fn resize(&mut self, per_second: u32, burst: u32) {
-        self.per_second = f64::from(per_second.max(1));
-        self.burst = f64::from(burst.max(1));
-        self.level = self.level.min(self.burst);
+        self.rate = at_least_one(per_second, burst);
+        self.level.left = self.level.left.min(self.rate.burst);
     }
 
     /// Takes one request out of the budget and says how long it must wait. Takers are served in the order of their
     /// calls: the level may go below zero, which is the queue.
     pub fn take(&mut self, now: Duration) -> Duration {
-        let elapsed = now.saturating_sub(self.at);
-        self.at = self.at.max(now);
-        self.level = (self.level + elapsed.as_secs_f64() * self.per_second).min(self.burst);
-        self.level -= 1.0;
-        if self.level >= 0.0 {
-            Duration::ZERO
-        } else {
-            Duration::from_secs_f64(-self.level / self.per_second)
-        }
+        self.level = Level {
+            left: self.level.left_at(self.rate, now) - 1.0,
+            at: self.level.at.max(now),
+        };
+        Duration::from_secs_f64((-self.level.left).max(0.0) / self.rate.per_second)
+    }
+}
+
+fn at_least_one(per_second: u32, burst: u32) -> Rate {
+    Rate {
+        burst: f64::from(burst.max(1)),
+        per_second: f64::from(per_second.max(1)),
     }
 }
 

@@ -24,7 +24,8 @@ use crate::zitadel::token;
 /// Discovery is asked again after this, when it is needed.
 const DISCOVERY_AGE: Duration = Duration::from_hours(1);
 
-/// A failed discovery is not repeated before this for whoever needs it: the users of an instance must not all find out.
+/// After a failed discovery no user of the instance starts another one before this time has passed: not every user
+/// has to find the failure by a request of its own.
 const DISCOVERY_PAUSE: Duration = Duration::from_secs(5);
 
 /// Where the management API names the instance's own project (zitadel.md §6.2).

@@ -120,7 +120,7 @@ async fn create_secret(world: &World, object: Value) {
     created.expect("created");
 }
 
-/// A record says which request is the scheduled one, and whoever may edit Secrets can write it.
+/// A record says which request is the scheduled one, and everybody who may edit Secrets can write it.
 #[tokio::test(flavor = "multi_thread")]
 async fn forged_records_and_changes_in_a_loop_cost_few_requests() {
     let world = World::new("forged").await;

@@ -180,23 +180,28 @@ async fn no_more_secrets(world: &World) -> Api<ResourceQuota> {
     quotas
 }
 
+/// Creates the service user `billing`, whose token Secret a quota refuses, and waits until its status says so.
+async fn refused_by_a_quota(world: &World) -> Api<ResourceQuota> {
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let quotas = no_more_secrets(world).await;
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+    let told = world.ready("billing", "False", "SecretWriteFailed").await;
+    let (_, _, message) = condition(&told, "Ready").expect("a condition");
+    assert!(message.contains("refused by ResourceQuota `full`"), "{message}");
+    quotas
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tried_again() {
     let world = World::new("quota").await;
     let _operator = world.operator().await;
     world.instance().await;
     first(&world).await;
-    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
-    world.key_secret("billing-key", &user).await;
-    let quotas = no_more_secrets(&world).await;
-    world
-        .service_user("billing", one_token("billing-token"))
-        .await
-        .expect("accepted");
-
-    let told = world.ready("billing", "False", "SecretWriteFailed").await;
-    let (_, _, message) = condition(&told, "Ready").expect("a condition");
-    assert!(message.contains("refused by ResourceQuota `full`"), "{message}");
+    let quotas = refused_by_a_quota(&world).await;
     let tries = || {
         world
             .cluster
@@ -218,16 +223,7 @@ async fn a_namespace_that_takes_no_secret_costs_no_request() {
     let world = World::new("full").await;
     let _operator = world.operator().await;
     world.instance().await;
-    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
-    world.key_secret("billing-key", &user).await;
-    let quotas = no_more_secrets(&world).await;
-    world
-        .service_user("billing", one_token("billing-token"))
-        .await
-        .expect("accepted");
-    let told = world.ready("billing", "False", "SecretWriteFailed").await;
-    let (_, _, message) = condition(&told, "Ready").expect("a condition");
-    assert!(message.contains("refused by ResourceQuota `full`"), "{message}");
+    let quotas = refused_by_a_quota(&world).await;
     assert_eq!(world.issuer.mints().await, 0);
     quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
     world.ready("billing", "True", "Issued").await;

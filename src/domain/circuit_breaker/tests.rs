@@ -276,7 +276,7 @@ fn the_namespace_that_failed_longest_ago_goes_first_and_one_that_did_not_fail_be
         }
     }
     assert_eq!(order, ["good", "a", "b"]);
-    // Who does not come loses its place.
+    // A waiter that does not come back loses its place.
     let busy = breaker.admit(at(20), &user("new", "1")).expect("a probe");
     breaker.admit(at(20), &user("gone", "1")).expect_err("busy");
     breaker.release(at(20), &busy);

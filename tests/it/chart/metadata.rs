@@ -106,7 +106,7 @@ fn entry(key: &str, value: &str) -> Value {
     Value::Object([(key.to_owned(), json!(value))].into_iter().collect())
 }
 
-/// Whoever may judge a key, and what they say to it.
+/// The places where a key is checked, and what each of them says about it.
 struct Judges {
     allowed: AllowList,
     users: Api<ZitadelServiceUser>,
