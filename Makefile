@@ -19,7 +19,7 @@ SERVERS := cluster controlplane issuer
 # For each of the targets in fuzz/targets.rs.
 FUZZ_SECONDS ?= 10
 
-.PHONY: help demo test fuzz soak e2e lint chart fmt build image run testbed crds docs bench bench-quick test-zitadel ci
+.PHONY: help demo test fuzz soak e2e lint chart fmt build image run testbed generate bench bench-quick test-zitadel ci
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,8 @@ lint: ## Format, clippy, licences, generated files
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --test soak --test e2e -- -D warnings # not among all targets, since `cargo test` leaves them out
 	$(MAKE) --no-print-directory deny
-	$(MAKE) --no-print-directory chart crds docs
-	@git diff --exit-code --stat -- crds charts docs/reasons.md docs/metrics.md || { echo "generated files differ; commit what 'make crds docs' wrote"; exit 1; }
+	$(MAKE) --no-print-directory generate chart
+	@git diff --exit-code --stat -- crds charts docs || { echo "generated files differ; commit what 'make generate' wrote"; exit 1; }
 
 .PHONY: deny
 deny: $(TOOLS)/bin/cargo-deny
@@ -92,14 +92,8 @@ testbed: ## Build all that tests need: control plane, ZITADEL stand-in, Helm and
 servers:
 	@tests/testbed/build $(SERVERS)
 
-crds: ## Write the CRDs and the allowed labels from the types, for kubectl and for the chart
-	cargo run --quiet --bin zitadel-tokens -- crds > crds/zitadel-tokens.yaml
-	cp crds/zitadel-tokens.yaml $(CHART)/files/crds.yaml
-	cargo run --quiet --bin zitadel-tokens -- allowed-secret-metadata > $(CHART)/files/allowed-secret-metadata.txt
-
-docs: ## Write the generated tables of docs/ and of the chart
-	cargo run --quiet --bin zitadel-tokens -- reasons > docs/reasons.md
-	cargo run --quiet --bin zitadel-tokens -- metrics > docs/metrics.md
+generate: ## Write the generated files: CRDs, the chart's copies and README, the reference pages
+	cargo run --quiet --example xtask
 	@$(GO_TOOL) helm-docs --log-level warning --chart-search-root $(CHART) --sort-values-order file
 
 bench-quick: servers ## Burst, newcomer and restart beside a floor: a table in about five minutes

@@ -92,12 +92,11 @@ async fn main() {
 fn allow_all(world: &World, connection: Value) -> Value {
     let mut spec = world.instance_spec();
     spec["connection"] = connection;
-    spec["access"] = json!([{"namespaceSelector": {}, "projectIds": ["*"]}]);
     spec
 }
 
 async fn open_budget(world: &World) {
-    let open = json!({"allowInsecureHttp": true, "requestsPerSecond": 1000, "burst": 10000});
+    let open = json!({"allowInsecureHTTP": true, "requestsPerSecond": 1000, "burst": 10000});
     world.apply_instance(allow_all(world, open)).await.expect("an instance");
 }
 
@@ -168,7 +167,7 @@ async fn by_hand(world: &World, instance: &Instance, namespace: &str, i: usize) 
         .await
         .expect("written");
     let mut user = users.get(&name).await.expect("a user");
-    user.status = Some(serde_json::from_value(json!({"userId": key.user_id, "tokensReady": "1/1"})).expect("a status"));
+    user.status = Some(serde_json::from_value(json!({"userID": key.user_id, "tokensReady": "1/1"})).expect("a status"));
     users
         .replace_status(&name, &PostParams::default(), &user)
         .await
@@ -202,7 +201,7 @@ async fn service_user(world: &World, namespace: &str, name: String) {
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "metadata": {"name": name},
         "spec": {
             "instanceRef": {"name": world.name}, "keySecretRef": {"name": "key"},
-            "tokens": [{"name": "main", "projectIds": [PROJECT], "secret": {"name": format!("{name}-token")}}],
+            "tokens": [{"name": "main", "projectIDs": [PROJECT], "secret": {"name": format!("{name}-token")}}],
         },
     });
     api.create(&PostParams::default(), &serde_json::from_value(object).expect("a user"))
@@ -246,7 +245,7 @@ async fn idle(world: &World, namespaces: &[String], before: &Counts) {
 /// A wave (the whole fleet gets a new key, so that all tokens are due at once, within the default budget) and ten
 /// newcomers in a namespace of their own while it lasts: how long each waits for its token, sorted; and the wave's time.
 async fn newcomers(world: &World, fleet: &[String], operator: &Operator) -> (Vec<Duration>, Duration) {
-    let default = json!({"allowInsecureHttp": true});
+    let default = json!({"allowInsecureHTTP": true});
     world
         .apply_instance(allow_all(world, default))
         .await

@@ -15,7 +15,8 @@ for _, condition in ipairs(status.conditions or {}) do
   message[condition.type] = condition.message
 end
 if on.Ready then
-  return {status = "Healthy", message = message.Ready}
+  -- The token is valid even while its refresh fails. Instances have no UpToDate.
+  return {status = "Healthy", message = on.UpToDate == false and message.UpToDate or message.Ready}
 end
 if on.Reconciling then
   return {status = "Progressing", message = message.Reconciling}

@@ -1,17 +1,14 @@
-//! `ZitadelInstance`: one ZITADEL server, how to reach it, and who may have which tokens from it.
-//! Cluster-scoped, owned by the platform team.
+//! `ZitadelInstance`: one ZITADEL server and how to reach it. Cluster-scoped, owned by the platform team.
 
-use std::collections::BTreeMap;
-
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
 use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
 
-/// A ZITADEL server, the connection to it, and the access rules.
+/// A ZITADEL server and how to reach it.
 ///
-/// Whoever may edit this object decides where assertions are sent, which equals holding every key used with it.
+/// Write access to this object decides where assertions are sent. That equals holding every key used with it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "zitadel-tokens.dev",
@@ -22,7 +19,7 @@ use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
     category = "zitadel",
     status = "ZitadelInstanceStatus",
     derive = "PartialEq",
-    doc = "A ZITADEL server, the connection to it, and who may have which tokens from it.",
+    doc = "A ZITADEL server and how to reach it.",
     validation = Rule::new("self.metadata.name.size() <= 63")
         .message("metadata.name: at most 63 characters, because it becomes a label value"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
@@ -33,8 +30,8 @@ use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new(
-        "self.issuer.startsWith('https://') || (has(self.connection) && has(self.connection.allowInsecureHttp) && self.connection.allowInsecureHttp == true)"
-    ).message("spec.issuer: http:// needs spec.connection.allowInsecureHttp: true; better, use https://")
+        "self.issuer.startsWith('https://') || (has(self.connection) && has(self.connection.allowInsecureHTTP) && self.connection.allowInsecureHTTP == true)"
+    ).message("spec.issuer: http:// needs spec.connection.allowInsecureHTTP: true; better, use https://")
 )]
 pub struct ZitadelInstanceSpec {
     /// The issuer, exactly as ZITADEL's discovery document states it: scheme, lowercase host, and the port if it is
@@ -58,15 +55,9 @@ pub struct ZitadelInstanceSpec {
 
     /// Pins the real id of the project behind the `zitadel` audience. It is learned from the server in any case; a
     /// pinned value that differs makes the instance not Ready.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, rename = "zitadelProjectID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub zitadel_project_id: Option<String>,
-
-    /// Who may have which tokens: a union of rules, closed by default. Each audience of a token must be allowed by
-    /// some rule that matches the namespace.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 128))]
-    pub access: Vec<AccessRule>,
 }
 
 /// How the server is dialled. Every field is optional.
@@ -74,8 +65,8 @@ pub struct ZitadelInstanceSpec {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new(
-        "!has(self.endpoint) || self.endpoint.startsWith('https://') || (has(self.allowInsecureHttp) && self.allowInsecureHttp == true)"
-    ).message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHttp: true; better, use https://"),
+        "!has(self.endpoint) || self.endpoint.startsWith('https://') || (has(self.allowInsecureHTTP) && self.allowInsecureHTTP == true)"
+    ).message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHTTP: true; better, use https://"),
     validation = Rule::new("(has(self.caBundle) ? 1 : 0) + (has(self.caConfigMapRef) ? 1 : 0) + (has(self.caSecretRef) ? 1 : 0) <= 1")
         .message("spec.connection: set at most one of caBundle, caConfigMapRef and caSecretRef"),
     validation = Rule::new("!(has(self.proxy) && has(self.tlsServerName))")
@@ -137,7 +128,7 @@ pub struct Connection {
     pub max_concurrent_requests: Option<i32>,
 
     /// Allows `http://`, and only to loopback or `*.svc`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, rename = "allowInsecureHTTP", skip_serializing_if = "Option::is_none")]
     pub allow_insecure_http: Option<bool>,
 }
 
@@ -152,53 +143,6 @@ pub struct EntryRef {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
     pub key: Option<String>,
-}
-
-/// One access rule: these namespaces may have these audiences.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
-#[serde(rename_all = "camelCase")]
-pub struct AccessRule {
-    /// The namespaces; `{}` is every namespace. Prefer the label `kubernetes.io/metadata.name`: tenants cannot set it.
-    #[schemars(extend("properties" = {
-        "matchLabels": {
-            "type": "object", "maxProperties": 16, "additionalProperties": {"type": "string", "maxLength": 63},
-            "description": "Labels that the namespace must have.",
-            "x-kubernetes-validations": [{
-                "rule": "self.all(k, k.size() <= 317)",
-                "message": "namespaceSelector.matchLabels: a key has at most 317 characters"
-            }]
-        },
-        "matchExpressions": {
-            "type": "array", "maxItems": 16, "description": "Requirements that the namespace's labels must meet.",
-            "items": {
-                "type": "object", "required": ["key", "operator"],
-                "properties": {
-                    "key": {"type": "string", "maxLength": 317, "description": "The label's key."},
-                    "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the key and the values are compared."},
-                    "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values, for In and NotIn only."}
-                },
-                "x-kubernetes-validations": [{
-                    "rule": "(self.operator in ['In', 'NotIn']) == (has(self.values) && self.values.size() > 0)",
-                    "message": "namespaceSelector.matchExpressions: In and NotIn need values, Exists and DoesNotExist have none"
-                }]
-            }
-        }
-    }))]
-    pub namespace_selector: LabelSelector,
-
-    /// Project ids that may become audiences; `["*"]` is any but the ZITADEL API's own.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(
-        length(max = 256),
-        inner(length(max = 64), regex(pattern = r"^([a-zA-Z0-9_-]+|\*)$"))
-    )]
-    #[x_kube(validation = Rule::new("!self.exists(p, p == 'zitadel')")
-        .message("access[].projectIds: `zitadel` is the ZITADEL API itself; allow it with zitadelApi: true"))]
-    pub project_ids: Vec<String>,
-
-    /// Whether tokens may carry the ZITADEL API's own audience.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub zitadel_api: Option<bool>,
 }
 
 /// Scheme, lower-case host, and maybe a port up to 65535.
@@ -231,14 +175,14 @@ pub struct ZitadelInstanceStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_endpoint: Option<String>,
 
-    /// The real id of the project behind the `zitadel` audience, once learned.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The id of the project behind the `zitadel` audience, once the server has told it.
+    #[serde(default, rename = "zitadelProjectID", skip_serializing_if = "Option::is_none")]
     pub zitadel_project_id: Option<String>,
 
-    /// How far the server's clock is ahead of the operator's, such as `40s`; negative if it is behind. Rounded to five
-    /// seconds, and absent when that is nothing.
+    /// How many seconds the server's clock is ahead of the operator's; negative if it is behind. Rounded to 5 seconds,
+    /// and absent if the clocks agree within that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clock_skew: Option<String>,
+    pub clock_skew_seconds: Option<i64>,
 }
 
 impl ZitadelInstance {
@@ -254,28 +198,4 @@ impl ZitadelInstance {
     pub fn connection(&self) -> Connection {
         self.spec.connection.clone().unwrap_or_default()
     }
-}
-
-/// Whether `labels` match `selector`, by the rules of `metav1.LabelSelector`; an operator that is none of the four
-/// matches nothing, so that a mistake closes and does not open.
-#[must_use]
-pub fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
-    let equal = selector
-        .match_labels
-        .as_ref()
-        .is_none_or(|wanted| wanted.iter().all(|(key, value)| labels.get(key) == Some(value)));
-    let expressions = selector.match_expressions.as_ref().is_none_or(|all| {
-        all.iter().all(|e| {
-            let value = labels.get(&e.key);
-            let among = |value: &String| e.values.as_ref().is_some_and(|v| v.contains(value));
-            match e.operator.as_str() {
-                "In" => value.is_some_and(among),
-                "NotIn" => !value.is_some_and(among),
-                "Exists" => value.is_some(),
-                "DoesNotExist" => value.is_none(),
-                _ => false,
-            }
-        })
-    });
-    equal && expressions
 }

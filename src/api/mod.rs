@@ -1,9 +1,11 @@
-//! What users write and read: the two kinds, their schema rules, and the names of labels and annotations.
+//! What users write and read: the kinds, their schema rules, and the names of labels and annotations.
 
+pub mod access_policy;
 pub mod instance;
 pub mod metadata;
 pub mod service_user;
 
+pub use access_policy::ZitadelAccessPolicy;
 pub use instance::ZitadelInstance;
 pub use service_user::ZitadelServiceUser;
 
@@ -15,10 +17,14 @@ use kube::CustomResourceExt;
 /// The definitions of our kinds, as `zitadel-tokens crds` prints them.
 #[must_use]
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    [ZitadelInstance::crd(), ZitadelServiceUser::crd()]
-        .into_iter()
-        .map(with_status_default)
-        .collect()
+    [
+        ZitadelInstance::crd(),
+        ZitadelAccessPolicy::crd(),
+        ZitadelServiceUser::crd(),
+    ]
+    .into_iter()
+    .map(with_status_default)
+    .collect()
 }
 
 /// Gives `status` the default `{observedGeneration: -1}`: kstatus calls an object without a status Current, so that a

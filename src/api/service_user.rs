@@ -9,6 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::metadata::{DURATION_PATTERN, GROUP, ID_PATTERN, LABEL_MANAGED_BY, NAME_PATTERN};
 
+/// Condition: every token Secret holds a valid token for the current spec.
+pub const READY: &str = "Ready";
+
+/// Condition: the latest refresh of every token succeeded. Unknown while the object is suspended.
+pub const UP_TO_DATE: &str = "UpToDate";
+
+/// Condition: the key is usable.
+pub const KEY_VALID: &str = "KeyValid";
+
 /// A ZITADEL service user, the Secret with its key, and the tokens that are kept fresh for it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
@@ -27,14 +36,15 @@ use crate::api::metadata::{DURATION_PATTERN, GROUP, ID_PATTERN, LABEL_MANAGED_BY
     selectable = ".spec.instanceRef.name",
     selectable = ".spec.keySecretRef.name",
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(name = "Up-To-Date", type_ = "string", json_path = ".status.conditions[?(@.type==\"UpToDate\")].status"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"UpToDate\")].reason"),
     printcolumn(name = "Tokens", type_ = "string", json_path = ".status.tokensReady"),
     printcolumn(name = "Expires", type_ = "string", json_path = ".status.expiresAt"),
     printcolumn(name = "Instance", type_ = "string", json_path = ".spec.instanceRef.name"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    printcolumn(name = "User", type_ = "string", json_path = ".status.userId", priority = 1),
-    printcolumn(name = "Key expires", type_ = "string", json_path = ".status.keyExpiresAt", priority = 1),
-    printcolumn(name = "Renews", type_ = "string", json_path = ".status.renewAt", priority = 1)
+    printcolumn(name = "User ID", type_ = "string", json_path = ".status.userID", priority = 1),
+    printcolumn(name = "Key Expires", type_ = "string", json_path = ".status.keyExpiresAt", priority = 1),
+    printcolumn(name = "Next Refresh", type_ = "string", json_path = ".status.renewAt", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -89,8 +99,8 @@ pub struct KeySecretRef {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("(has(self.projectIds) && self.projectIds.size() > 0) || (has(self.zitadelApi) && self.zitadelApi == true)")
-        .message("spec.tokens[]: name at least one audience, in projectIds or with zitadelApi: true"),
+    validation = Rule::new("(has(self.projectIDs) && self.projectIDs.size() > 0) || (has(self.zitadelAPI) && self.zitadelAPI == true)")
+        .message("spec.tokens[]: name at least one audience, in projectIDs or with zitadelAPI: true"),
     validation = Rule::new("!(has(self.renewBefore) && has(self.renewBeforePercentage))")
         .message("spec.tokens[]: set renewBefore or renewBeforePercentage, not both")
 )]
@@ -100,17 +110,17 @@ pub struct Token {
     pub name: String,
 
     /// Projects whose APIs are to accept the token; each becomes an audience.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, rename = "projectIDs", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 64), regex(pattern = ID_PATTERN)))]
     #[x_kube(
         merge_strategy = ListMerge::Set,
         validation = Rule::new("!self.exists(p, p == 'zitadel')")
-            .message("projectIds: `zitadel` is the ZITADEL API itself; ask for it with zitadelApi: true")
+            .message("projectIDs: `zitadel` is the ZITADEL API itself; ask for it with zitadelAPI: true")
     )]
     pub project_ids: Vec<String>,
 
     /// Adds the ZITADEL API's own audience.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, rename = "zitadelAPI", skip_serializing_if = "Option::is_none")]
     pub zitadel_api: Option<bool>,
 
     /// Adds the roles that the user has in the audience's projects, as claims.
@@ -118,7 +128,7 @@ pub struct Token {
     pub project_roles: Option<bool>,
 
     /// Adds the claims of the user's own organization; must be that organization.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, rename = "organizationID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub organization_id: Option<String>,
 
@@ -133,6 +143,7 @@ pub struct Token {
             )
         )
     )]
+    #[x_kube(merge_strategy = ListMerge::Set)]
     pub scopes: Option<Vec<String>>,
 
     /// How long before its expiry the token is renewed; a duration such as `30m`.
@@ -245,11 +256,11 @@ pub struct ZitadelServiceUserStatus {
     pub observed_generation: Option<i64>,
 
     /// The ZITADEL user that the key belongs to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, rename = "userID", skip_serializing_if = "Option::is_none")]
     pub user_id: Option<String>,
 
     /// The key in use.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, rename = "keyID", skip_serializing_if = "Option::is_none")]
     pub key_id: Option<String>,
 
     /// When the key expires, if it says so.
@@ -268,7 +279,13 @@ pub struct ZitadelServiceUserStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_ready: Option<String>,
 
-    /// `Ready`, `Reconciling`, `Stalled` (kstatus), `KeyValid`.
+    /// Value of the annotation `zitadel-tokens.dev/renew-request` that was last served: every token was refreshed for it.
+    /// A value of more than 256 bytes is shown as its hash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_handled_renew_request: Option<String>,
+
+    /// `Ready`: every Secret holds a valid token for the spec. `UpToDate`: the latest refresh of every token succeeded.
+    /// `KeyValid`: the key is usable. `Reconciling` and `Stalled` follow kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

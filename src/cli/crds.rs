@@ -2,13 +2,22 @@
 
 use crate::api::crds;
 
-/// Prints the definitions as one YAML stream.
-pub fn print() -> Result<(), String> {
+/// The definitions as one YAML stream, or why they cannot be rendered.
+pub fn yaml() -> Result<String, String> {
+    let mut stream = String::new();
     for crd in crds() {
         // By way of a JSON value, so that keys come in a fixed order.
         let value = serde_json::to_value(&crd).map_err(|e| e.to_string())?;
         let yaml = serde_saphyr::to_string(&value).map_err(|e| e.to_string())?;
-        println!("---\n{}", yaml.trim_end());
+        stream.push_str("---\n");
+        stream.push_str(yaml.trim_end());
+        stream.push('\n');
     }
+    Ok(stream)
+}
+
+/// Prints the definitions.
+pub fn print() -> Result<(), String> {
+    print!("{}", yaml()?);
     Ok(())
 }

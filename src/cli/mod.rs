@@ -1,11 +1,8 @@
 //! The command line.
 
-mod allowed_secret_metadata;
 mod cluster;
-mod crds;
-mod metrics;
+pub mod crds;
 mod probe;
-mod reasons;
 mod run;
 
 use std::process::ExitCode;
@@ -24,16 +21,10 @@ struct Arguments {
 enum Command {
     /// Run the operator against the current kubeconfig context, or in its cluster.
     Run(run::Arguments),
-    /// Print the labels and annotations that users may set on token Secrets by default.
-    AllowedSecretMetadata,
     /// Print the custom resource definitions as YAML, for `kubectl apply --server-side -f -`.
     Crds,
-    /// Print what `/metrics` serves, as Markdown.
-    Metrics,
     /// Ask an operator's /readyz or /livez; fails if it is not well.
     Probe(probe::Arguments),
-    /// Print the reasons that status and Events show, with meaning and mend, as Markdown.
-    Reasons,
 }
 
 /// Runs the command line of this process.
@@ -41,20 +32,8 @@ enum Command {
 pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Run(arguments) => run::run(arguments),
-        Command::AllowedSecretMetadata => {
-            allowed_secret_metadata::print();
-            Ok(())
-        }
         Command::Crds => crds::print(),
-        Command::Metrics => {
-            metrics::print();
-            Ok(())
-        }
         Command::Probe(arguments) => probe::probe(arguments),
-        Command::Reasons => {
-            reasons::print();
-            Ok(())
-        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -50,7 +50,7 @@ pub struct Arguments {
     #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
     write_instance_status: bool,
 
-    /// Labels and annotations that users may set on token Secrets, besides those of `allowed-secret-metadata`: keys and
+    /// Labels and annotations that users may set on token Secrets, besides the defaults in docs/tokens.md: keys and
     /// whole prefixes, such as `team,example.com/*`.
     #[arg(long, env, value_delimiter = ',')]
     allow_secret_metadata: Vec<String>,

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::api::ZitadelInstance;
+use crate::api::access_policy::ZitadelAccessPolicySpec;
+use crate::domain::access::{AllowedAudiences, selects};
 use crate::domain::facts::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::secret::SecretRef;
@@ -28,6 +30,7 @@ pub struct Cache {
 struct Known {
     users: HashMap<ObjectRef, Arc<UserSummary>>,
     instances: HashMap<ObjectRef, Readable>,
+    policies: HashMap<ObjectRef, Arc<ZitadelAccessPolicySpec>>,
     namespaces: HashMap<ObjectRef, KnownNamespace>,
     /// In order, so that those of one namespace are found without the others.
     secrets: BTreeMap<ObjectRef, Tracked>,
@@ -134,12 +137,16 @@ impl Cache {
         self.read().instances.get(id)?.as_ref().err().copied()?
     }
 
-    /// The labels of a namespace.
-    pub fn namespace_labels(&self, name: &str) -> Result<Arc<BTreeMap<String, String>>, Reason> {
+    /// The audiences that the policies of `instance` allow to `namespace`. An error if the labels of the namespace are
+    /// not known.
+    pub fn allowed_audiences(&self, instance: &str, namespace: &str) -> Result<AllowedAudiences, Reason> {
         let known = self.read();
-        let namespace = known.namespaces.get(&ObjectRef::new("", name));
-        let labels = &namespace.ok_or(Reason::NamespaceMissing)?.labels;
-        labels.clone().ok_or(Reason::NamespaceLabelsTooLarge)
+        let namespace = known.namespaces.get(&ObjectRef::new("", namespace));
+        let labels = namespace.ok_or(Reason::NamespaceMissing)?.labels.as_deref();
+        let labels = labels.ok_or(Reason::NamespaceLabelsTooLarge)?;
+        let policies = known.policies.values().map(Arc::as_ref);
+        let policies = policies.filter(|policy| policy.instance_ref.name == instance);
+        Ok(AllowedAudiences::of(policies, labels))
     }
 
     /// Whether a namespace is being deleted.
@@ -320,6 +327,38 @@ impl Cache {
         self.change(|known| known.instances.remove(id));
     }
 
+    /// A policy is there, or one that cannot be decoded, which allows nothing. Returns the service users for which that
+    /// may change what is allowed: those that the policy selected before or selects now.
+    #[must_use]
+    pub fn policy_applied(&self, id: &ObjectRef, policy: Option<ZitadelAccessPolicySpec>) -> Vec<ObjectRef> {
+        self.change(|known| {
+            let policy = policy.map(Arc::new);
+            let before = match policy.clone() {
+                Some(policy) => known.policies.insert(id.clone(), policy),
+                None => known.policies.remove(id),
+            };
+            if before == policy {
+                return Vec::new();
+            }
+            let policies: Vec<_> = before.into_iter().chain(policy).collect();
+            let concerned = known.users.iter().filter(|(user, summary)| {
+                let namespace = known.namespaces.get(&ObjectRef::new("", &user.namespace));
+                let labels = namespace.and_then(|namespace| namespace.labels.as_deref());
+                policies.iter().any(|policy| {
+                    summary.is_of(&policy.instance_ref.name)
+                        && labels.is_some_and(|labels| selects(&policy.namespace_selector, labels))
+                })
+            });
+            concerned.map(|(user, _)| user.clone()).collect()
+        })
+    }
+
+    /// A policy is gone. Returns the service users that it selected.
+    #[must_use]
+    pub fn policy_gone(&self, id: &ObjectRef) -> Vec<ObjectRef> {
+        self.policy_applied(id, None)
+    }
+
     /// A namespace is there. Returns whether that is news.
     pub fn namespace_applied(&self, id: &ObjectRef, namespace: &KnownNamespace) -> bool {
         self.change(|known| known.namespaces.insert(id.clone(), namespace.clone()).as_ref() != Some(namespace))
@@ -369,6 +408,7 @@ impl Cache {
         let known = self.read();
         match kind {
             Kind::Instances => known.instances.keys().cloned().collect(),
+            Kind::Policies => known.policies.keys().cloned().collect(),
             Kind::Namespaces => known.namespaces.keys().cloned().collect(),
             Kind::Users => known.users.keys().cloned().collect(),
             Kind::Secrets => known.secrets.keys().cloned().collect(),
@@ -389,6 +429,8 @@ impl Cache {
 pub enum Kind {
     /// `ZitadelInstance`.
     Instances,
+    /// `ZitadelAccessPolicy`.
+    Policies,
     /// `Namespace`.
     Namespaces,
     /// `ZitadelServiceUser`.
@@ -577,5 +619,49 @@ mod tests {
             cache.secret_gone(&id("shop", name));
         }
         assert!(cache.read().charges.is_empty() && cache.read().secrets.is_empty());
+    }
+
+    #[test]
+    fn policy_change_concerns_only_users_that_it_selects() {
+        let cache = Cache::new(usize::MAX);
+        let namespace = |name: &str| KnownNamespace {
+            labels: Some(Arc::new(BTreeMap::from([("team".to_owned(), name.to_owned())]))),
+            terminating: false,
+        };
+        for name in ["shop", "bank"] {
+            cache.namespace_applied(&id("", name), &namespace(name));
+            for instance in ["main", "other"] {
+                let user = UserSummary {
+                    instance: instance.into(),
+                    ..user(1, 1)
+                };
+                cache.user_applied(&id(name, instance), user);
+            }
+        }
+        let policy = |team: &str, project: &str| {
+            serde_json::from_value(serde_json::json!({
+                "instanceRef": {"name": "main"}, "namespaceSelector": {"matchLabels": {"team": team}},
+                "audiences": {"projectIDs": [project]},
+            }))
+            .expect("a policy")
+        };
+        let apply = |policy| cache.policy_applied(&id("", "p"), policy);
+        let allows = |namespace| {
+            let allowed = cache.allowed_audiences("main", namespace).expect("labels");
+            allowed != AllowedAudiences::default()
+        };
+        assert!(!allows("shop"));
+        assert_eq!(apply(Some(policy("shop", "1"))), [id("shop", "main")]);
+        assert!(allows("shop") && !allows("bank"));
+        assert_eq!(apply(Some(policy("shop", "1"))), [], "no change");
+        assert_eq!(apply(Some(policy("shop", "2"))), [id("shop", "main")]);
+        let mut moved = apply(Some(policy("bank", "2")));
+        moved.sort();
+        assert_eq!(moved, [id("bank", "main"), id("shop", "main")]);
+        assert!(!allows("shop") && allows("bank"));
+        assert_eq!(apply(None), [id("bank", "main")], "one that cannot be decoded");
+        assert!(!allows("bank"));
+        assert_eq!(apply(None), []);
+        assert_eq!(cache.allowed_audiences("main", "gone"), Err(Reason::NamespaceMissing));
     }
 }

@@ -118,14 +118,14 @@ mod tests {
         let deep = deep(10_000);
         // Whether it can be read, and whether its status can.
         let table = [
-            (object("[]", r#"{"userId":"7"}"#, "true"), true, true),
-            (object(late, r#"{"userId":"7"}"#, "true"), true, true),
-            (object(&deep, r#"{"userId":"7"}"#, "true"), true, true),
-            (object("7", r#"{"userId":7}"#, "true"), true, false),
+            (object("[]", r#"{"userID":"7"}"#, "true"), true, true),
+            (object(late, r#"{"userID":"7"}"#, "true"), true, true),
+            (object(&deep, r#"{"userID":"7"}"#, "true"), true, true),
+            (object("7", r#"{"userID":7}"#, "true"), true, false),
             (object("[]", &deep, "true"), true, true),
-            (object("[]", &format!(r#"{{"userId":{deep}}}"#), "true"), true, false),
-            (object("[]", r#"{"userId":"7"}"#, "7"), false, false),
-            (object("[]", r#"{"userId":"7"}"#, &deep), false, false),
+            (object("[]", &format!(r#"{{"userID":{deep}}}"#), "true"), true, false),
+            (object("[]", r#"{"userID":"7"}"#, "7"), false, false),
+            (object("[]", r#"{"userID":"7"}"#, &deep), false, false),
         ];
         for (text, readable, status) in &table {
             let judge = |guarded: Guarded<ZitadelServiceUser>| {

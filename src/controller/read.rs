@@ -447,7 +447,7 @@ mod tests {
             .to_string()
         };
         let token =
-            |text: &str| json!([{"name": "t", "projectIds": ["1"], "secret": {"name": "s", "template": {"a": text}}}]);
+            |text: &str| json!([{"name": "t", "projectIDs": ["1"], "secret": {"name": "s", "template": {"a": text}}}]);
         let spec =
             |tokens: Value| json!({"instanceRef": {"name": "i"}, "keySecretRef": {"name": "k"}, "tokens": tokens});
         let Some(ReadUser::Readable(read)) = read_user(&user(spec(token("a")))) else {

@@ -10,7 +10,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
-use crate::api::ZitadelInstance;
+use crate::api::{ZitadelAccessPolicy, ZitadelInstance};
 use crate::controller::cache::{Applied, Cache, Kind, KnownNamespace, ObservedSecret};
 use crate::controller::guarded::Guarded;
 use crate::controller::queue::Queue;
@@ -74,7 +74,10 @@ impl Triggers {
             RELIST,
             || false,
         );
+        let policies = watcher::Config::default();
+        let policies = endless(Api::all(client.clone()), policies, List::Pages, RELIST, || false);
         tokio::join!(
+            self.follow(None, Kind::Policies, policies, Self::policy_applied, Self::policy_gone),
             self.follow(
                 None,
                 Kind::Instances,
@@ -156,9 +159,9 @@ impl Triggers {
         }
     }
 
-    /// Those of instances and namespaces, and two for each place.
+    /// Those of instances, policies and namespaces, and two for each place.
     fn watches(&self) -> usize {
-        2 + 2 * self.within.len()
+        3 + 2 * self.within.len()
     }
 
     /// Counts a watch among those that know what exists, or no more.
@@ -222,6 +225,19 @@ impl Triggers {
         self.cache.instance_gone(id);
         self.instances.gone(id);
         self.users.wake_all(self.cache.users_of(&id.name));
+    }
+
+    fn policy_applied(&self, policy: Guarded<ZitadelAccessPolicy>) {
+        let id = reference(&policy);
+        let spec = policy.0.map(|policy| policy.spec);
+        if spec.is_err() {
+            tracing::warn!(object = %id, "an access policy does not match its CRD and allows nothing");
+        }
+        self.users.wake_all(self.cache.policy_applied(&id, spec.ok()));
+    }
+
+    fn policy_gone(&self, id: &ObjectRef) {
+        self.users.wake_all(self.cache.policy_gone(id));
     }
 
     fn namespace_applied(&self, namespace: WatchedNamespace) {

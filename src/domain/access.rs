@@ -1,43 +1,70 @@
-//! The policy point: which audiences a namespace may have. ZITADEL itself lets every service user have every
-//! project's audience (zitadel#9515), so that this check is the only one (design §2.1).
+//! Which audiences a namespace may have. ZITADEL does not check whether a service user may ask for the audience of a
+//! project (zitadel#9515), so this is the only check.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::api::instance::{AccessRule, selects};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+
+use crate::api::access_policy::ZitadelAccessPolicySpec;
 use crate::api::service_user::Token;
 use crate::domain::reason::Reason;
 
-/// Whether some rule allows each audience of `token` to a namespace with `labels`. `zitadel_project_id` is the real
-/// id of the ZITADEL API's project if it is known: asked for by number it needs `zitadelApi: true` like its alias,
-/// and `"*"` does not cover it (design §3.11).
-pub fn check(
-    rules: &[AccessRule],
-    labels: &BTreeMap<String, String>,
-    token: &Token,
-    zitadel_project_id: Option<&str>,
-) -> Result<(), Reason> {
-    let matching: Vec<&AccessRule> = rules
-        .iter()
-        .filter(|rule| selects(&rule.namespace_selector, labels))
-        .collect();
-    let zitadel_api = matching.iter().any(|rule| rule.zitadel_api == Some(true));
-    let allowed = |id: &String| {
-        if Some(id.as_str()) == zitadel_project_id {
-            return zitadel_api;
-        }
-        matching
-            .iter()
-            .any(|rule| rule.project_ids.iter().any(|p| p == "*" || p == id))
-    };
-    let asks_for_api = token.zitadel_api == Some(true);
-    if (asks_for_api && !zitadel_api) || !token.project_ids.iter().all(allowed) {
-        return Err(Reason::AccessDenied);
-    }
-    Ok(())
+/// A `projectIDs` entry of a policy that stands for every project except the one of the ZITADEL API.
+const EVERY_PROJECT: &str = "*";
+
+/// The audiences that the policies of one instance allow to one namespace. None by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AllowedAudiences {
+    project_ids: BTreeSet<String>,
+    zitadel_api: bool,
 }
 
-/// The audience that a minted token must have, to the letter: an audience more is power that nobody allowed
-/// (decision K28).
+impl AllowedAudiences {
+    /// The union of the `policies` that select a namespace with these `labels`.
+    #[must_use]
+    pub fn of<'a>(
+        policies: impl IntoIterator<Item = &'a ZitadelAccessPolicySpec>,
+        labels: &BTreeMap<String, String>,
+    ) -> Self {
+        let mut allowed = Self::default();
+        let matching = policies
+            .into_iter()
+            .filter(|policy| selects(&policy.namespace_selector, labels));
+        for audiences in matching.filter_map(|policy| policy.audiences.as_ref()) {
+            allowed.project_ids.extend(audiences.project_ids.iter().cloned());
+            allowed.zitadel_api |= audiences.zitadel_api == Some(true);
+        }
+        allowed
+    }
+
+    /// The audiences of `token` that are not allowed, as the token's spec names them. `zitadel_project_id` is the id of
+    /// the ZITADEL API's project, if it is known: that id needs `zitadelAPI: true`, and `"*"` does not include it.
+    #[must_use]
+    pub fn denied<'a>(&self, token: &'a Token, zitadel_project_id: Option<&str>) -> Vec<&'a str> {
+        let is_denied = |id: &&str| {
+            if Some(*id) == zitadel_project_id {
+                return !self.zitadel_api;
+            }
+            !self.project_ids.contains(EVERY_PROJECT) && !self.project_ids.contains(*id)
+        };
+        let mut denied: Vec<&str> = token.project_ids.iter().map(String::as_str).filter(is_denied).collect();
+        if token.zitadel_api == Some(true) && !self.zitadel_api {
+            denied.push("zitadelAPI");
+        }
+        denied
+    }
+
+    /// Refuses `token` unless every audience of it is allowed.
+    pub fn check(&self, token: &Token, zitadel_project_id: Option<&str>) -> Result<(), Reason> {
+        if self.denied(token, zitadel_project_id).is_empty() {
+            Ok(())
+        } else {
+            Err(Reason::AccessDenied)
+        }
+    }
+}
+
+/// The audience that an issued token must have, exactly: a further audience would be access that no policy allows.
 #[must_use]
 pub fn audience(token: &Token, zitadel_project_id: &str) -> BTreeSet<String> {
     let mut audience: BTreeSet<String> = token.project_ids.iter().cloned().collect();
@@ -47,93 +74,160 @@ pub fn audience(token: &Token, zitadel_project_id: &str) -> BTreeSet<String> {
     audience
 }
 
+/// Whether `labels` match `selector`, by the rules of `metav1.LabelSelector`. A requirement that Kubernetes would not
+/// accept matches nothing, so that a mistake denies access.
+#[must_use]
+pub fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
+    let equal = selector
+        .match_labels
+        .as_ref()
+        .is_none_or(|wanted| wanted.iter().all(|(key, value)| labels.get(key) == Some(value)));
+    let expressions = selector.match_expressions.as_ref().is_none_or(|all| {
+        all.iter().all(|requirement| {
+            let value = labels.get(&requirement.key);
+            let values = requirement.values.as_deref().unwrap_or_default();
+            match (requirement.operator.as_str(), values) {
+                ("In", [_, ..]) => value.is_some_and(|value| values.contains(value)),
+                ("NotIn", [_, ..]) => value.is_none_or(|value| !values.contains(value)),
+                ("Exists", []) => value.is_some(),
+                ("DoesNotExist", []) => value.is_none(),
+                _ => false,
+            }
+        })
+    });
+    equal && expressions
+}
+
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
-    fn rule(json: serde_json::Value) -> AccessRule {
-        serde_json::from_value(json).expect("a rule")
+    fn policy(selector: &Value, ids: &[&str], zitadel_api: bool) -> ZitadelAccessPolicySpec {
+        serde_json::from_value(json!({
+            "instanceRef": {"name": "main"}, "namespaceSelector": selector,
+            "audiences": {"projectIDs": ids, "zitadelAPI": zitadel_api}
+        }))
+        .expect("a policy")
     }
 
     fn token(ids: &[&str], zitadel_api: bool) -> Token {
-        serde_json::from_value(serde_json::json!({
-            "name": "t", "projectIds": ids, "zitadelApi": zitadel_api, "secret": {"name": "s"}
+        serde_json::from_value(json!({
+            "name": "t", "projectIDs": ids, "zitadelAPI": zitadel_api, "secret": {"name": "s"}
         }))
         .expect("a token")
     }
 
+    fn labels() -> BTreeMap<String, String> {
+        BTreeMap::from([("kubernetes.io/metadata.name".to_owned(), "shop".to_owned())])
+    }
+
     #[test]
-    fn closed_by_default_and_a_union_of_rules() {
-        let shop = BTreeMap::from([("kubernetes.io/metadata.name".to_owned(), "shop".to_owned())]);
-        let named = |ids: &[&str], api: bool| {
-            rule(serde_json::json!({
-                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}},
-                "projectIds": ids, "zitadelApi": api
-            }))
-        };
-        let elsewhere = rule(serde_json::json!({
-            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "other"}}, "projectIds": ["*"], "zitadelApi": true
-        }));
-        let odd = rule(serde_json::json!({
-            "namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Like", "values": ["b"]}]}, "projectIds": ["*"]
-        }));
-        let zitadel = Some("99");
-        let cases: Vec<(&str, Vec<AccessRule>, Token, bool)> = vec![
-            ("no rule", vec![], token(&["1"], false), false),
-            ("another namespace's rule", vec![elsewhere], token(&["1"], false), false),
+    fn access_is_closed_by_default_and_policies_form_a_union() {
+        let shop = json!({"matchLabels": {"kubernetes.io/metadata.name": "shop"}});
+        let named = |ids: &[&str], api: bool| policy(&shop, ids, api);
+        let elsewhere = policy(
+            &json!({"matchLabels": {"kubernetes.io/metadata.name": "other"}}),
+            &["*"],
+            true,
+        );
+        let empty: ZitadelAccessPolicySpec =
+            serde_json::from_value(json!({"instanceRef": {"name": "main"}, "namespaceSelector": {}}))
+                .expect("a policy");
+        let cases = [
+            ("no policy", vec![], token(&["1"], false), vec!["1"]),
+            ("no audiences", vec![empty], token(&["1"], false), vec!["1"]),
             (
-                "an operator that does not exist",
-                vec![odd],
-                token(&["1"], false),
-                false,
+                "other namespace",
+                vec![elsewhere],
+                token(&["1"], true),
+                vec!["1", "zitadelAPI"],
             ),
-            (
-                "its own project",
-                vec![named(&["1"], false)],
-                token(&["1"], false),
-                true,
-            ),
+            ("same project", vec![named(&["1"], false)], token(&["1"], false), vec![]),
             (
                 "one of two",
                 vec![named(&["1"], false)],
                 token(&["1", "2"], false),
-                false,
+                vec!["2"],
             ),
             (
-                "a union",
+                "union of two policies",
                 vec![named(&["1"], false), named(&["2"], false)],
                 token(&["1", "2"], false),
-                true,
+                vec![],
             ),
             (
                 "any project",
                 vec![named(&["*"], false)],
                 token(&["1", "2"], false),
+                vec![],
+            ),
+            (
+                "API by alias, denied",
+                vec![named(&["*"], false)],
+                token(&["1"], true),
+                vec!["zitadelAPI"],
+            ),
+            (
+                "API by id, denied",
+                vec![named(&["*"], false)],
+                token(&["99"], false),
+                vec!["99"],
+            ),
+            (
+                "API by id, listed as a project",
+                vec![named(&["99"], false)],
+                token(&["99"], false),
+                vec!["99"],
+            ),
+            ("API by alias", vec![named(&[], true)], token(&[], true), vec![]),
+            ("API by id", vec![named(&[], true)], token(&["99"], false), vec![]),
+        ];
+        for (name, policies, token, denied) in cases {
+            let allowed = AllowedAudiences::of(&policies, &labels());
+            assert_eq!(allowed.denied(&token, Some("99")), denied, "{name}");
+            assert_eq!(allowed.check(&token, Some("99")).is_ok(), denied.is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn selector_that_kubernetes_refuses_selects_nothing() {
+        let requirement = |operator: &str, values: Value| {
+            let selector = json!({"matchExpressions": [{"key": "team", "operator": operator, "values": values}]});
+            serde_json::from_value::<LabelSelector>(selector).expect("a selector")
+        };
+        let name = "kubernetes.io/metadata.name";
+        for (selector, selected) in [
+            (requirement("NotIn", json!(["a"])), true),
+            (requirement("DoesNotExist", json!(null)), true),
+            (requirement("DoesNotExist", json!([])), true),
+            (requirement("Exists", json!([])), false),
+            (requirement("In", json!(["a"])), false),
+            (requirement("NotIn", json!([])), false),
+            (requirement("NotIn", json!(null)), false),
+            (requirement("DoesNotExist", json!(["a"])), false),
+            (requirement("Like", json!(["a"])), false),
+            (requirement("", json!(["a"])), false),
+        ] {
+            assert_eq!(selects(&selector, &labels()), selected, "{selector:?}");
+        }
+        for (selector, selected) in [
+            (json!({}), true),
+            (json!({"matchLabels": {name: "shop"}}), true),
+            (json!({"matchLabels": {name: "shop", "team": "a"}}), false),
+            (
+                json!({"matchExpressions": [{"key": name, "operator": "In", "values": ["a", "shop"]}]}),
                 true,
             ),
             (
-                "the API by alias, not allowed",
-                vec![named(&["*"], false)],
-                token(&["1"], true),
+                json!({"matchExpressions": [{"key": name, "operator": "NotIn", "values": ["shop"]}]}),
                 false,
             ),
-            (
-                "the API by number, not allowed",
-                vec![named(&["*"], false)],
-                token(&["99"], false),
-                false,
-            ),
-            (
-                "the API by number, listed as a project",
-                vec![named(&["99"], false)],
-                token(&["99"], false),
-                false,
-            ),
-            ("the API by alias", vec![named(&[], true)], token(&[], true), true),
-            ("the API by number", vec![named(&[], true)], token(&["99"], false), true),
-        ];
-        for (name, rules, token, allowed) in cases {
-            assert_eq!(check(&rules, &shop, &token, zitadel).is_ok(), allowed, "{name}");
+            (json!({"matchExpressions": [{"key": name, "operator": "Exists"}]}), true),
+        ] {
+            let parsed = serde_json::from_value::<LabelSelector>(selector.clone()).expect("a selector");
+            assert_eq!(selects(&parsed, &labels()), selected, "{selector}");
         }
     }
 }

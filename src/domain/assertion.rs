@@ -41,5 +41,5 @@ pub fn sign(key: &ServiceKey, issuer: &str, now: Timestamp) -> Result<SecretStri
     // A PEM that decodes may still hold numbers that are no RSA key.
     jsonwebtoken::encode(&header, &claims, &key.signing)
         .map(SecretString::from)
-        .map_err(|_| Reason::KeyPemInvalid)
+        .map_err(|_| Reason::KeyPEMInvalid)
 }

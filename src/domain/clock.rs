@@ -17,7 +17,7 @@ const FARTHEST: SignedDuration = SignedDuration::from_mins(5);
 /// Two clocks that were used one after the other are at most this far apart.
 const FARTHEST_APART: SignedDuration = SignedDuration::from_mins(10);
 
-/// `status.clockSkew` is rounded to this, so that it does not change with every answer.
+/// `status.clockSkewSeconds` is rounded to this, so that it does not change with every answer.
 const ROUNDED_TO: i64 = 5;
 
 /// A change of the estimate by less comes of measuring.
@@ -140,12 +140,12 @@ impl Skew {
         }
     }
 
-    /// As shown in `status`, such as `-45s`; none below half of the rounding.
+    /// The skew in seconds as shown in `status`; none below half of the rounding.
     #[must_use]
-    pub fn rounded(self) -> Option<String> {
+    pub fn rounded_seconds(self) -> Option<i64> {
         let seconds = self.measured.as_secs();
         let steps = seconds.saturating_add(seconds.signum() * (ROUNDED_TO / 2)) / ROUNDED_TO;
-        (steps != 0).then(|| format!("{}s", steps * ROUNDED_TO))
+        (steps != 0).then(|| steps.saturating_mul(ROUNDED_TO))
     }
 }
 
@@ -302,16 +302,16 @@ mod tests {
         let table = [
             (0.0, Ok(()), None),
             (2.0, Ok(()), None),
-            (-44.0, Ok(()), Some("-45s")),
-            (299.0, Ok(()), Some("300s")),
-            (-299.0, Ok(()), Some("-300s")),
-            (302.0, Err(Reason::ClockSkew), Some("300s")),
-            (-302.0, Err(Reason::ClockSkew), Some("-300s")),
-            (3.0e9, Err(Reason::ClockSkew), Some("3000000000s")),
+            (-44.0, Ok(()), Some(-45)),
+            (299.0, Ok(()), Some(300)),
+            (-299.0, Ok(()), Some(-300)),
+            (302.0, Err(Reason::ClockSkew), Some(300)),
+            (-302.0, Err(Reason::ClockSkew), Some(-300)),
+            (3.0e9, Err(Reason::ClockSkew), Some(3_000_000_000)),
         ];
         for (ahead, allowed, shown) in table {
             let skew = skew(ahead);
-            assert_eq!((skew.check(), skew.rounded().as_deref()), (allowed, shown), "{ahead}");
+            assert_eq!((skew.check(), skew.rounded_seconds()), (allowed, shown), "{ahead}");
         }
         assert_eq!(skew(1e11).theirs(Timestamp::MAX), Timestamp::MAX);
     }

@@ -8,6 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::domain::access::AllowedAudiences;
 use crate::domain::allow_list::AllowList;
 use crate::domain::answer::{Format, Minted};
 use crate::domain::clock::Skew;
@@ -65,8 +66,8 @@ pub struct Facts {
     pub allowed_metadata: Arc<AllowList>,
     /// Whether it lies in the operator's own namespace.
     pub in_operator_namespace: bool,
-    /// Labels of its namespace, or why they are not known.
-    pub namespace_labels: Result<Arc<BTreeMap<String, String>>, Reason>,
+    /// The audiences that policies allow to its namespace, or why they are not known.
+    pub allowed_audiences: Result<AllowedAudiences, Reason>,
     /// The instance that it names, or why there is none.
     pub instance: Result<Arc<ZitadelInstance>, Reason>,
     /// The real id behind the `zitadel` audience, once learned.
@@ -179,6 +180,17 @@ impl Facts {
     #[must_use]
     pub fn issuer(&self) -> &str {
         self.instance.as_ref().map_or("", |i| i.spec.issuer.as_str())
+    }
+
+    /// The id of the ZITADEL API's project: as the server told it, else as the instance pins it.
+    #[must_use]
+    pub fn zitadel_project_id(&self) -> Option<&str> {
+        let pinned = self
+            .instance
+            .as_ref()
+            .ok()
+            .and_then(|i| i.spec.zitadel_project_id.as_deref());
+        self.zitadel_project_id.as_deref().or(pinned)
     }
 
     /// The renew request on the object, if there is one, as a record keeps it: a long one as its hash. A Secret has

@@ -66,19 +66,19 @@ impl Failure {
 #[must_use]
 pub fn concerns_the_instance(reason: Reason) -> bool {
     use Reason::{
-        CaUnusable, ClockSkew, InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIdMismatch, ServerError,
-        TlsFailure,
+        CABundleUnusable, ClockSkew, InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIDMismatch,
+        ServerError, TLSFailure,
     };
     matches!(
         reason,
-        CaUnusable
+        CABundleUnusable
             | ClockSkew
             | InstanceUnreachable
-            | TlsFailure
+            | TLSFailure
             | ServerError
             | MalformedAnswer
             | IssuerMismatch
-            | ProjectIdMismatch
+            | ProjectIDMismatch
     )
 }
 
@@ -102,7 +102,7 @@ pub fn classify(failure: Failure, discovery_works: bool) -> Reason {
     match failure {
         Failure::Known(reason) => reason,
         Failure::Connect | Failure::Broken | Failure::Timeout => Reason::InstanceUnreachable,
-        Failure::Tls => Reason::TlsFailure,
+        Failure::Tls => Reason::TLSFailure,
         Failure::Malformed => Reason::MalformedAnswer,
         Failure::Status { code: 429, .. } => Reason::RateLimited,
         Failure::Status { code, error, .. } => match error {

@@ -12,8 +12,10 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretSlice};
 use serde_json::{Value, json};
 
+use crate::api::access_policy::ZitadelAccessPolicySpec;
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::domain::access::AllowedAudiences;
 use crate::domain::allow_list::AllowList;
 use crate::domain::answer::Minted;
 use crate::domain::clock::{Sample, Skew};
@@ -79,7 +81,7 @@ pub fn clock(ahead: i64) -> Skew {
 /// An object with these tokens before anything was written. Projects 1 and 2 are allowed.
 pub fn facts(tokens: &[&str]) -> Facts {
     let token = |name: &&str| {
-        json!({"name": name, "projectIds": ["1"], "secret": {
+        json!({"name": name, "projectIDs": ["1"], "secret": {
             "name": format!("{name}-token"), "labels": {"team": "a"}, "annotations": {"note": "b"},
             "template": {"header": "Bearer {{ token }}"}}})
     };
@@ -90,14 +92,13 @@ pub fn facts(tokens: &[&str]) -> Facts {
             "tokens": tokens.iter().map(token).collect::<Vec<_>>()}});
     let instance = json!({
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance", "metadata": {"name": "main"},
-        "spec": {"issuer": "https://auth.example.com", "access": [{
-            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}}, "projectIds": ["1", "2"]}]}});
-    let allowed = AllowList::with(&["team", "note", "x", "example.com/*"]).expect("well-formed");
+        "spec": {"issuer": "https://auth.example.com"}});
+    let allowed_metadata = AllowList::with(&["team", "note", "x", "example.com/*"]).expect("well-formed");
     Facts {
-        allowed_metadata: Arc::new(allowed),
+        allowed_metadata: Arc::new(allowed_metadata),
         user: Arc::new(serde_json::from_value(user).expect("a service user")),
         in_operator_namespace: false,
-        namespace_labels: Ok(labels("shop")),
+        allowed_audiences: Ok(allowed(&["1", "2"], false)),
         instance: Ok(Arc::new(serde_json::from_value(instance).expect("an instance"))),
         zitadel_project_id: None,
         clock: clock(0),
@@ -122,12 +123,12 @@ pub fn filled(tokens: &[&str]) -> Facts {
     facts
 }
 
-/// The labels of a namespace.
-pub fn labels(namespace: &str) -> Arc<BTreeMap<String, String>> {
-    Arc::new(BTreeMap::from([(
-        "kubernetes.io/metadata.name".to_owned(),
-        namespace.to_owned(),
-    )]))
+/// What a policy with these audiences allows.
+pub fn allowed(project_ids: &[&str], zitadel_api: bool) -> AllowedAudiences {
+    let policy = json!({"instanceRef": {"name": "main"}, "namespaceSelector": {},
+        "audiences": {"projectIDs": project_ids, "zitadelAPI": zitadel_api}});
+    let policy: ZitadelAccessPolicySpec = serde_json::from_value(policy).expect("a policy");
+    AllowedAudiences::of([&policy], &BTreeMap::new())
 }
 
 /// The object, to be changed.

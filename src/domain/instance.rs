@@ -23,7 +23,7 @@ pub fn status(
     let pinned = instance.spec.zitadel_project_id.as_deref();
     let mismatch = pinned.is_some() && zitadel_project_id.is_some() && pinned != zitadel_project_id;
     let reason = match discovered {
-        Ok(_) if mismatch => Reason::ProjectIdMismatch,
+        Ok(_) if mismatch => Reason::ProjectIDMismatch,
         Ok(_) => Reason::InstanceReady,
         Err(reason) => *reason,
     };
@@ -62,7 +62,7 @@ pub fn status(
             .ok()
             .map(|path| format!("{}{path}", instance.spec.issuer)),
         zitadel_project_id: zitadel_project_id.map(str::to_owned).or(before.zitadel_project_id),
-        clock_skew: skew.rounded(),
+        clock_skew_seconds: skew.rounded_seconds(),
     }
 }
 

@@ -71,12 +71,12 @@ pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
         return Err(Reason::KeyTooLarge);
     }
     if !file.trim_ascii_start().starts_with(b"{") {
-        return Err(Reason::KeyNotJson);
+        return Err(Reason::KeyNotJSON);
     }
     // The parser's error could quote the file: only its class goes on.
     let file: KeyFile = serde_json::from_slice(file).map_err(|error| match error.classify() {
         Category::Data => Reason::KeyFieldInvalid,
-        Category::Syntax | Category::Eof | Category::Io => Reason::KeyNotJson,
+        Category::Syntax | Category::Eof | Category::Io => Reason::KeyNotJSON,
     })?;
     match file.kind.as_deref() {
         Some("application") => return Err(Reason::KeyIsApplicationKey),
@@ -99,19 +99,19 @@ pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
 
 /// The RSA key in a PEM. It is tried here what the signer would only find out with each request.
 fn signing_key(text: &SecretString) -> Result<EncodingKey, Reason> {
-    let pem = pem::parse(text.expose_secret()).map_err(|_| Reason::KeyPemInvalid)?;
+    let pem = pem::parse(text.expose_secret()).map_err(|_| Reason::KeyPEMInvalid)?;
     let kind = pem.tag().to_owned();
     let der = SecretSlice::from(pem.into_contents());
     let pkcs1 = match kind.as_str() {
         "RSA PRIVATE KEY" => der.expose_secret(),
-        "PRIVATE KEY" => pkcs1_of(der.expose_secret()).ok_or(Reason::KeyPemInvalid)?,
-        _ => return Err(Reason::KeyPemInvalid),
+        "PRIVATE KEY" => pkcs1_of(der.expose_secret()).ok_or(Reason::KeyPEMInvalid)?,
+        _ => return Err(Reason::KeyPEMInvalid),
     };
     match KeyPair::from_der(pkcs1) {
         Ok(_) => Ok(EncodingKey::from_rsa_der(pkcs1)),
         // aws-lc signs with 2048 bits and more.
         Err(rejected) if rejected.description_() == "TooSmall" => Err(Reason::KeyTooShort),
-        Err(_) => Err(Reason::KeyPemInvalid),
+        Err(_) => Err(Reason::KeyPEMInvalid),
     }
 }
 
@@ -239,14 +239,14 @@ mod tests {
         let table: &[(&str, Vec<u8>, Reason)] = &[
             ("garbage of a megabyte", vec![b'x'; 1 << 20], Reason::KeyTooLarge),
             ("a byte too many", file(|f| f["pad"] = json!("x".repeat(MAX_BYTES))), Reason::KeyTooLarge),
-            ("empty", Vec::new(), Reason::KeyNotJson),
-            ("cut off", whole[..whole.len() / 2].to_vec(), Reason::KeyNotJson),
-            ("twice", [&whole[..], &whole[..]].concat(), Reason::KeyNotJson),
-            ("encoded twice", json!(key_file().to_string()).to_string().into_bytes(), Reason::KeyNotJson),
-            ("a list", format!("[{}]", key_file()).into_bytes(), Reason::KeyNotJson),
-            ("a bare PEM", SHORT.as_bytes().to_vec(), Reason::KeyNotJson),
-            ("not UTF-8", b"{\xff\xfe".to_vec(), Reason::KeyNotJson),
-            ("nested without end", [b"{\"a\":".repeat(4_000), b"1".to_vec()].concat(), Reason::KeyNotJson),
+            ("empty", Vec::new(), Reason::KeyNotJSON),
+            ("cut off", whole[..whole.len() / 2].to_vec(), Reason::KeyNotJSON),
+            ("twice", [&whole[..], &whole[..]].concat(), Reason::KeyNotJSON),
+            ("encoded twice", json!(key_file().to_string()).to_string().into_bytes(), Reason::KeyNotJSON),
+            ("a list", format!("[{}]", key_file()).into_bytes(), Reason::KeyNotJSON),
+            ("a bare PEM", SHORT.as_bytes().to_vec(), Reason::KeyNotJSON),
+            ("not UTF-8", b"{\xff\xfe".to_vec(), Reason::KeyNotJSON),
+            ("nested without end", [b"{\"a\":".repeat(4_000), b"1".to_vec()].concat(), Reason::KeyNotJSON),
             ("no field", b"{}".to_vec(), Reason::KeyFieldInvalid),
             ("no keyId", without("keyId"), Reason::KeyFieldInvalid),
             ("no userId", without("userId"), Reason::KeyFieldInvalid),
@@ -261,11 +261,11 @@ mod tests {
             ("an unknown type", file(|f| f["type"] = json!("robot")), Reason::KeyTypeUnknown),
             ("a type in capitals", file(|f| f["type"] = json!("ServiceAccount")), Reason::KeyTypeUnknown),
             ("an application's", br#"{"type":"application","keyId":"1","key":"x","appId":"2","clientId":"3"}"#.to_vec(), Reason::KeyIsApplicationKey),
-            ("no PEM", file(|f| f["key"] = json!("x")), Reason::KeyPemInvalid),
-            ("a PEM with escapes", file(|f| f["key"] = json!(SHORT.replace('\n', "\\n"))), Reason::KeyPemInvalid),
-            ("an EC key", file(|f| f["key"] = json!(ec)), Reason::KeyPemInvalid),
-            ("a public key", file(|f| f["key"] = json!(public)), Reason::KeyPemInvalid),
-            ("numbers that are no key", file(|f| f["key"] = json!(pem("RSA PRIVATE KEY", &[0x30, 0]))), Reason::KeyPemInvalid),
+            ("no PEM", file(|f| f["key"] = json!("x")), Reason::KeyPEMInvalid),
+            ("a PEM with escapes", file(|f| f["key"] = json!(SHORT.replace('\n', "\\n"))), Reason::KeyPEMInvalid),
+            ("an EC key", file(|f| f["key"] = json!(ec)), Reason::KeyPEMInvalid),
+            ("a public key", file(|f| f["key"] = json!(public)), Reason::KeyPEMInvalid),
+            ("numbers that are no key", file(|f| f["key"] = json!(pem("RSA PRIVATE KEY", &[0x30, 0]))), Reason::KeyPEMInvalid),
             ("1024 bits", file(|f| f["key"] = json!(SHORT)), Reason::KeyTooShort),
         ];
         for (name, file, reason) in table {
@@ -293,7 +293,7 @@ mod tests {
         for kind in ["RSA PRIVATE KEY", "PRIVATE KEY"] {
             let file = file(|f| f["key"] = json!(pem(kind, &nested())));
             assert!(file.len() <= MAX_BYTES, "{}", file.len());
-            assert_eq!(parse(&file).err(), Some(Reason::KeyPemInvalid), "{kind}");
+            assert_eq!(parse(&file).err(), Some(Reason::KeyPEMInvalid), "{kind}");
         }
     }
 

@@ -470,7 +470,7 @@ mod tests {
     #[test]
     fn the_urgency_of_an_object_is_that_of_its_first_good_token() {
         let user = |tokens: serde_json::Value| -> UserSummary {
-            let wanted = |name: &str| serde_json::json!({"name": name, "projectIds": ["1"], "secret": {"name": name}});
+            let wanted = |name: &str| serde_json::json!({"name": name, "projectIDs": ["1"], "secret": {"name": name}});
             serde_json::from_value(serde_json::json!({
                 "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "metadata": {"name": "x"},
                 "spec": {"instanceRef": {"name": "i"}, "keySecretRef": {"name": "k"}, "tokens": [wanted("a"), wanted("b")]},

@@ -137,10 +137,8 @@ fn allow<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<(&'a Zitad
     let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
     let name = facts.user.spec.instance_ref.name.as_str();
     validate::instance(name, &instance.spec).map_err(|_| Reason::InstanceInvalid)?;
-    let labels = facts.namespace_labels.as_deref().map_err(|reason| *reason)?;
-    let pinned = instance.spec.zitadel_project_id.as_deref();
-    let zitadel_project_id = facts.zitadel_project_id.as_deref().or(pinned);
-    access::check(&instance.spec.access, labels, token, zitadel_project_id)?;
+    let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;
+    allowed.check(token, facts.zitadel_project_id())?;
     // Refused above; but what holds a space would be two scopes, so that it is looked at where it is put together.
     let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
     Ok((instance, scope))
@@ -349,13 +347,13 @@ fn expected(token: &Token, instance: &ZitadelInstance, key: &ServiceKey, zitadel
 /// until then a tenant might ask for that id by number (design §3.11).
 pub fn expect(facts: &Facts, token: &Token, zitadel_project_id: &str) -> Result<Expected, Reason> {
     let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
-    let labels = facts.namespace_labels.as_deref().map_err(|reason| *reason)?;
+    let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;
     let key = facts.key.as_ref().map_err(|reason| *reason)?;
     let pinned = instance.spec.zitadel_project_id.as_deref();
     if pinned.is_some_and(|pinned| pinned != zitadel_project_id) {
-        return Err(Reason::ProjectIdMismatch);
+        return Err(Reason::ProjectIDMismatch);
     }
-    access::check(&instance.spec.access, labels, token, Some(zitadel_project_id))?;
+    allowed.check(token, Some(zitadel_project_id))?;
     Ok(expected(token, instance, key, zitadel_project_id))
 }
 

@@ -21,6 +21,7 @@ macro_rules! reasons {
     ($($(#[doc = $doc:literal])* $name:ident: $retry:ident, $meaning:literal, $mend:literal;)*) => {
         /// Why a token is as it is. Shown in `status` and Events by its name.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[allow(clippy::doc_markdown, reason = "users read these texts, and not as Markdown")]
         pub enum Reason {
             $(#[doc = $meaning] $name,)*
         }
@@ -103,8 +104,8 @@ reasons! {
         "Service users are not served in the operator's own namespace, where other keys live.",
         "Move the object to the namespace of its workload.";
     AccessDenied: Permanent,
-        "No access rule of the ZitadelInstance lets this namespace have all audiences of the token.",
-        "Ask the platform team for a rule in spec.access, or drop the audience.";
+        "No ZitadelAccessPolicy of the instance allows this namespace all audiences of the token.",
+        "Ask the platform team for a ZitadelAccessPolicy, or remove the audience from the token.";
     SecretsForbidden: Transient,
         "The operator may not read Secrets in this namespace.",
         "Give the operator's service account the rights of docs/install.md in the namespace.";
@@ -123,7 +124,7 @@ reasons! {
     KeyTooLarge: Permanent,
         "The entry of spec.keySecretRef is larger than 64 KiB; a key file has about 2 kB.",
         "Put the JSON file that ZITADEL wrote for the key there, and nothing else.";
-    KeyNotJson: Permanent,
+    KeyNotJSON: Permanent,
         "The entry of spec.keySecretRef is not a JSON object: something else, cut off, or encoded twice.",
         "Put the JSON file that ZITADEL wrote for the key there, whole and unchanged.";
     KeyFieldInvalid: Permanent,
@@ -135,7 +136,7 @@ reasons! {
     KeyIsApplicationKey: Permanent,
         "The key belongs to an application, not to a service user.",
         "Make a key for the service user (type serviceaccount) and put that file there.";
-    KeyPemInvalid: Permanent,
+    KeyPEMInvalid: Permanent,
         "The field key of the key file is not an RSA private key in PEM (PKCS#1 or PKCS#8).",
         "Use the file as ZITADEL wrote it; line breaks in the field key are written as \\n.";
     KeyTooShort: Permanent,
@@ -156,10 +157,10 @@ reasons! {
     InstanceUnreachable: Transient,
         "The server could not be reached, or did not answer in time.",
         "Check the server, the network and spec.connection of the ZitadelInstance.";
-    CaUnusable: Transient,
+    CABundleUnusable: Transient,
         "The certificates that spec.connection names cannot be used: the object or its entry is missing in the operator's namespace, or it is not PEM.",
         "Correct caBundle, caConfigMapRef or caSecretRef of the ZitadelInstance; a reference needs the operator to know its namespace.";
-    TlsFailure: Transient,
+    TLSFailure: Transient,
         "No trusted TLS connection to the server could be made.",
         "Check the server's certificate and who signed it.";
     ClockSkew: Transient,
@@ -174,18 +175,18 @@ reasons! {
     IssuerMismatch: Permanent,
         "The server's discovery document names another issuer, or a token endpoint elsewhere.",
         "Correct spec.issuer or spec.connection.endpoint of the ZitadelInstance.";
-    ProjectIdMismatch: Permanent,
+    ProjectIDMismatch: Permanent,
         "The real id of the ZITADEL project differs from the one pinned in the ZitadelInstance.",
-        "Correct spec.zitadelProjectId, or check which server answers.";
-    InsecureHttp: Permanent,
-        "Plain http is used without spec.connection.allowInsecureHttp, or to a host that is neither loopback nor *.svc.",
+        "Correct spec.zitadelProjectID, or check which server answers.";
+    InsecureHTTP: Permanent,
+        "Plain http is used without spec.connection.allowInsecureHTTP, or to a host that is neither loopback nor *.svc.",
         "Use https, or allow http for a server beside the operator.";
     MalformedAnswer: Transient,
         "The server's answer is not one that the protocol allows.",
         "Check what stands between the operator and the server.";
     TokenMismatch: Permanent,
         "The token that was minted is not the one that was asked for: issuer, user, audience or organization differ. It was dropped.",
-        "Check spec.tokens[].organizationId, and what stands between the operator and the server.";
+        "Check spec.tokens[].organizationID, and what stands between the operator and the server.";
     LifetimeTooShort: Permanent,
         "The server gives tokens of less than five seconds.",
         "Raise the access token lifetime in ZITADEL.";
@@ -235,11 +236,11 @@ impl Reason {
                 | Self::KeyEntryAmbiguous
                 | Self::KeyIsTokenSecret
                 | Self::KeyTooLarge
-                | Self::KeyNotJson
+                | Self::KeyNotJSON
                 | Self::KeyFieldInvalid
                 | Self::KeyTypeUnknown
                 | Self::KeyIsApplicationKey
-                | Self::KeyPemInvalid
+                | Self::KeyPEMInvalid
                 | Self::KeyTooShort
                 | Self::KeyExpired
                 | Self::KeyRejected
@@ -258,28 +259,4 @@ impl std::fmt::Display for Reason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
     }
-}
-
-/// The table of reasons as Markdown, for `docs/reasons.md`.
-#[must_use]
-pub fn markdown() -> String {
-    use std::fmt::Write;
-    let mut table = String::from("| reason | retry | what it means | what mends it |\n|---|---|---|---|\n");
-    for reason in Reason::ALL {
-        let retry = match reason.retry() {
-            Retry::No => "none",
-            Retry::Permanent => "on a change, and slowly",
-            Retry::Eventual => "on a change, after 1 s, 2 s and 4 s, and slowly",
-            Retry::Transient => "1 s to 5 min",
-            Retry::Soon => "1 s to 10 s",
-        };
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            table,
-            "| `{reason}` | {retry} | {} | {} |",
-            reason.meaning(),
-            reason.mend()
-        );
-    }
-    table
 }

@@ -3,7 +3,7 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::api::service_user::{Token, TokenStatus, ZitadelServiceUserStatus};
+use crate::api::service_user::{KEY_VALID, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus};
 use crate::domain::clock::shifted;
 use crate::domain::facts::{Facts, Held, Outcome};
 use crate::domain::reason::{Reason, Retry};
@@ -13,6 +13,9 @@ use crate::domain::validate;
 /// A permanent failure is called stalled only after this: Flux and Helm treat `Stalled` as final, and a key Secret
 /// may arrive a little later than the object (decision K9).
 const PATIENCE: SignedDuration = SignedDuration::from_mins(5);
+
+/// Denied audiences that a message lists: the API server takes no Event with a note of more than 1024 bytes.
+const MOST_DENIED: usize = 4;
 
 /// What to tell and when to look again.
 #[derive(Debug)]
@@ -91,7 +94,7 @@ impl Failed {
     }
 }
 
-/// Tells what came of a pass.
+/// The status, the Events and the next reconcile that these outcomes call for.
 #[must_use]
 pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
     let before = facts.user.status.clone().unwrap_or_default();
@@ -100,22 +103,22 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
         .filter_map(|o| Some(line(facts, facts.user.spec.tokens.get(o.token)?, o, &before, now)))
         .collect();
     let ready = outcomes.iter().filter(|o| is_ready(o, now)).count();
-    // Where some are not ready, those decide; ties go to the order of the spec.
-    let worst = outcomes
-        .iter()
-        .min_by_key(|o| (is_ready(o, now), o.reason.retry() == Retry::No));
+    let key = facts.key.as_ref().ok();
+    let served = outcomes.iter().all(|o| o.reason == Reason::Issued);
+    let renew_request = facts.renew_request().filter(|_| served);
     let mut status = ZitadelServiceUserStatus {
         observed_generation: facts.user.metadata.generation,
-        user_id: facts.key.as_ref().ok().map(|k| k.user_id.clone()),
-        key_id: facts.key.as_ref().ok().map(|k| k.key_id.clone()),
-        key_expires_at: facts.key.as_ref().ok().and_then(|k| k.expires).map(time),
+        user_id: key.map(|k| k.user_id.clone()),
+        key_id: key.map(|k| k.key_id.clone()),
+        key_expires_at: key.and_then(|k| k.expires).map(time),
         expires_at: tokens.iter().filter_map(|t| t.expires_at.clone()).min(),
         renew_at: tokens.iter().filter_map(|t| t.renew_at.clone()).min(),
         tokens_ready: Some(format!("{ready}/{}", outcomes.len())),
+        last_handled_renew_request: renew_request.or(before.last_handled_renew_request.clone()),
         conditions: Vec::new(),
         tokens,
     };
-    let stalls_at = conditions(facts, outcomes, worst, &mut status, &before, now);
+    let stalls_at = conditions(facts, outcomes, &mut status, &before, now);
     Report {
         events: events(facts, outcomes, &status, &before),
         wake: wake(facts, outcomes, stalls_at, now),
@@ -134,13 +137,18 @@ pub fn refusal(reason: Reason, generation: Option<i64>, now: Timestamp) -> serde
         observed_generation: generation,
         last_transition_time: time(now),
     };
-    let conditions = [condition("Ready", "False"), condition("Stalled", "True")];
+    let conditions = [
+        condition(READY, "False"),
+        condition(UP_TO_DATE, "False"),
+        condition("Stalled", "True"),
+    ];
     serde_json::json!({"status": {"observedGeneration": generation, "conditions": conditions}})
 }
 
-/// Ready: a token of the current inputs is there and valid. A renewal that fails does not change that.
+/// Whether a valid token for the spec is in the Secret. A token that was just found good or written counts, even if it
+/// expired during this reconcile: the next one follows at once.
 fn is_ready(outcome: &Outcome, now: Timestamp) -> bool {
-    outcome.held.is_some_and(|h| h.schedule.is_valid(now))
+    outcome.reason == Reason::Issued || outcome.held.is_some_and(|h| h.schedule.is_valid(now))
 }
 
 fn line(
@@ -185,28 +193,34 @@ fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
     })
 }
 
-/// Sets the conditions by the truth table of design §3.4; returns when a failure will be called stalled.
+/// Sets the conditions. Returns when a failure will be called stalled.
+///
+/// | condition | status | reason |
+/// |---|---|---|
+/// | `Ready` | whether each Secret holds a valid token | `Issued`, or why the first token that is not ready is not |
+/// | `UpToDate` | whether each latest refresh succeeded; `Unknown` while suspended | `Issued`, `Suspended`, or why the worst failed |
+/// | `Reconciling` or `Stalled` | `True` while not ready and not suspended, never both | as `Ready` |
+/// | `KeyValid` | whether the key is usable; `Unknown` if it was not read | `KeyUsable`, or what is wrong |
 fn conditions(
     facts: &Facts,
     outcomes: &[Outcome],
-    worst: Option<&Outcome>,
     status: &mut ZitadelServiceUserStatus,
     before: &ZitadelServiceUserStatus,
     now: Timestamp,
 ) -> Option<Timestamp> {
-    let reason = worst.map_or(Reason::Issued, |o| o.reason);
-    let all_ready = outcomes.iter().all(|o| is_ready(o, now));
-    let message = match worst {
-        Some(worst) if reason.retry() != Retry::No || reason == Reason::Suspended => sentence(facts, worst),
-        _ => format!("Every token is valid and in its Secret.{}", clamped(facts, outcomes)),
-    };
-    let since = worst
+    let failed = |o: &&Outcome| o.reason.retry() != Retry::No;
+    // Of several tokens the first in the spec decides.
+    let not_ready = || outcomes.iter().filter(|o| !is_ready(o, now));
+    let missing = not_ready().find(failed).or_else(|| not_ready().next());
+    let failed = missing.filter(failed).or_else(|| outcomes.iter().find(failed));
+    let suspended = outcomes.iter().any(|o| o.reason == Reason::Suspended);
+    let since = missing
         .and_then(|o| status.tokens.get(o.token))
         .and_then(|t| t.failing_since.as_ref())
         .map_or(now, |t| t.0);
     let stalls_at = shifted(since, PATIENCE);
-    let waits = !all_ready && reason.is_permanent();
-    // Not by a clock that cannot be used: who is told takes it for the end.
+    let waits = missing.is_some_and(|o| o.reason.is_permanent());
+    // An untrusted clock must not report a failure as final: Flux and Helm stop waiting then.
     let stalled = waits && stalls_at <= now && facts.clock.check().is_ok();
     let mut set = |kind: &str, value: &str, reason: Reason, message: &str| {
         let same = |c: &&Condition| c.type_ == kind && c.status == value && c.last_transition_time.0 <= now;
@@ -220,24 +234,42 @@ fn conditions(
             last_transition_time: last.map_or_else(|| time(now), |c| c.last_transition_time.clone()),
         });
     };
-    let truth = |on: bool| if on { "True" } else { "False" };
-    set("Ready", truth(all_ready), reason, &message);
-    if !all_ready && reason != Reason::Suspended {
-        // Never both: kstatus takes Stalled for the end and Reconciling for the way.
-        let kind = if stalled { "Stalled" } else { "Reconciling" };
-        set(kind, "True", reason, &message);
+    match missing {
+        None => {
+            let message = format!("Every token Secret holds a valid token.{}", clamped(facts, outcomes));
+            set(READY, "True", Reason::Issued, &message);
+        }
+        Some(missing) => {
+            let message = sentence(facts, missing);
+            set(READY, "False", missing.reason, &message);
+            if missing.reason != Reason::Suspended {
+                // kstatus: Stalled is final and Reconciling is not.
+                let kind = if stalled { "Stalled" } else { "Reconciling" };
+                set(kind, "True", missing.reason, &message);
+            }
+        }
+    }
+    match failed {
+        None if suspended => set(UP_TO_DATE, "Unknown", Reason::Suspended, &Reason::Suspended.advice()),
+        None => set(
+            UP_TO_DATE,
+            "True",
+            Reason::Issued,
+            "The latest refresh of every token succeeded.",
+        ),
+        Some(failed) => set(UP_TO_DATE, "False", failed.reason, &sentence(facts, failed)),
     }
     let key = key_state(facts, outcomes, now);
     let usable = key == Reason::KeyUsable;
     let message = if usable { key.meaning().to_owned() } else { key.advice() };
-    // A key that was not read, since no token is allowed, is neither good nor bad.
+    // A key is not read if no token is allowed.
     let unread = facts.key.is_err() && !key.is_about_the_key() && key != Reason::SecretsForbidden;
-    set(
-        "KeyValid",
-        if unread { "Unknown" } else { truth(usable) },
-        key,
-        &message,
-    );
+    let value = match (unread, usable) {
+        (true, _) => "Unknown",
+        (false, true) => "True",
+        (false, false) => "False",
+    };
+    set(KEY_VALID, value, key, &message);
     (waits && stalls_at > now).then_some(stalls_at)
 }
 
@@ -252,12 +284,33 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
         (Err(violation), _) if reason == Reason::InvalidSpec => {
             format!("Token `{name}`: {} {violation} {}", reason.meaning(), reason.mend())
         }
+        _ if reason == Reason::AccessDenied => {
+            format!(
+                "Token `{name}`: {}{} {}",
+                reason.meaning(),
+                denied(facts, outcome),
+                reason.mend()
+            )
+        }
         (_, Some(refuser)) => format!(
             "Token `{name}`: {} It was refused by {refuser}. {}",
             reason.meaning(),
             reason.mend()
         ),
         _ => format!("Token `{name}`: {}", reason.advice()),
+    }
+}
+
+/// The audiences that no policy allows. Their ids match the schema's pattern, or the reason would be another.
+fn denied(facts: &Facts, outcome: &Outcome) -> String {
+    let token = facts.user.spec.tokens.get(outcome.token);
+    let denied = token.zip(facts.allowed_audiences.as_ref().ok());
+    let denied = denied.map(|(token, allowed)| allowed.denied(token, facts.zitadel_project_id()));
+    let denied = denied.unwrap_or_default();
+    match denied.split_at_checked(MOST_DENIED) {
+        Some((first, [_, ..])) => format!(" Denied: {} and {} more.", first.join(", "), denied.len() - MOST_DENIED),
+        _ if denied.is_empty() => String::new(),
+        _ => format!(" Denied: {}.", denied.join(", ")),
     }
 }
 

@@ -401,8 +401,8 @@ impl World {
     }
 
     fn is_refused(&self, token: &Token) -> bool {
-        let allowed = &self.facts.instance.as_ref().expect("an instance").spec.access[0].project_ids;
-        !self.key_is_there || self.is_suspended() || token.project_ids.iter().any(|id| !allowed.contains(id))
+        let allowed = self.facts.allowed_audiences.as_ref().expect("known");
+        !self.key_is_there || self.is_suspended() || allowed.check(token, None).is_err()
     }
 
     fn is_suspended(&self) -> bool {

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
+use crate::api::service_user::{READY, UP_TO_DATE};
 use crate::domain::reason::Reason;
 
 /// The schema allows so many tokens; an outdated CRD may allow more.
@@ -40,8 +41,8 @@ pub struct UserSummary {
     pub suspended: bool,
     /// The tokens of the spec.
     pub tokens: Vec<TokenSummary>,
-    /// Whether the condition `Ready` is true, and its reason; none before the first reconcile. The reason is none if it
-    /// is not one of ours.
+    /// Whether the condition `Ready` is true, and the reason of `UpToDate`. None before the first reconcile. The reason is
+    /// none if it is not in the closed set.
     pub ready: Option<(bool, Option<Reason>)>,
     /// When the key expires.
     pub key_expires_at: Option<Timestamp>,
@@ -163,13 +164,14 @@ impl<'de> Deserialize<'de> for UserSummary {
         let object = Object::deserialize(deserializer)?;
         let meta = object.metadata;
         let status: Status = read(object.status.as_deref()).unwrap_or_default();
-        let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
+        let condition = |kind| status.conditions.iter().find(|condition| condition.type_ == kind);
+        let reason = condition(UP_TO_DATE).and_then(|condition| Reason::named(&condition.reason));
         let mut summary = Self {
             uid: meta.uid.into(),
             resource_version: meta.resource_version.into(),
             generation: meta.generation,
             deleting: meta.deletion_timestamp.is_some(),
-            ready: ready.map(|ready| (ready.status == "True", Reason::named(&ready.reason))),
+            ready: condition(READY).map(|ready| (ready.status == "True", reason)),
             key_expires_at: status.key_expires_at.as_ref().map(|time| time.0),
             observed_generation: status.observed_generation,
             ..Self::default()
@@ -220,7 +222,7 @@ mod tests {
     fn memory_is_bounded_whatever_the_object_holds() {
         let long = "x".repeat(10_000);
         let token = |i: usize| {
-            json!({"name": format!("t{i}"), "projectIds": vec![&long; 100], "secret": {
+            json!({"name": format!("t{i}"), "projectIDs": vec![&long; 100], "secret": {
                 "name": if i == 3 { long.clone() } else { format!("s{i}") },
                 "labels": {&long: &long}, "annotations": {&long: &long}, "template": {&long: &long}}})
         };

@@ -5,10 +5,9 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use k8s_openapi::jiff::SignedDuration;
 
-use crate::api::instance::{AccessRule, Connection, ZitadelInstanceSpec};
+use crate::api::instance::{Connection, ZitadelInstanceSpec};
 use crate::api::metadata::is_operators_own;
 use crate::api::service_user::{MAX_TEXT, Token, TokenSecret, ZitadelServiceUserSpec};
 use crate::domain::allow_list::AllowList;
@@ -46,8 +45,8 @@ const NAME: &str =
     "a Kubernetes name is wanted: at most 253 (an instance's 63) of a-z 0-9 - and dots between its parts";
 const DATA_KEY: &str = "1 to 253 of A-Z a-z 0-9 - _ . are allowed";
 const ID: &str = "1 to 64 of A-Z a-z 0-9 - _ are allowed";
-const ALIAS: &str = "`zitadel` is the ZITADEL API itself; use zitadelApi: true for it";
-const INSECURE: &str = "http:// needs spec.connection.allowInsecureHttp: true; better, use https://";
+const ALIAS: &str = "`zitadel` is the ZITADEL API itself; use zitadelAPI: true for it";
+const INSECURE: &str = "http:// needs spec.connection.allowInsecureHTTP: true; better, use https://";
 const FAR: &str = "http:// goes only to loopback or *.svc; use https://";
 
 /// Whether a service user of this name and spec is such as the schema and the platform team let through.
@@ -140,7 +139,7 @@ fn head(name: &str, spec: &ZitadelServiceUserSpec) -> Checked {
 }
 
 fn audiences(token: &Token, at: impl Fn(&str) -> String) -> Checked {
-    let ids = || at(".projectIds");
+    let ids = || at(".projectIDs");
     must(token.project_ids.len() <= 32, ids, "at most 32 are allowed")?;
     must(token.project_ids.iter().all(|id| is_id(id)), ids, ID)?;
     must(token.project_ids.iter().all(|id| id != ZITADEL_ALIAS), ids, ALIAS)?;
@@ -149,17 +148,17 @@ fn audiences(token: &Token, at: impl Fn(&str) -> String) -> Checked {
     must(
         !token.project_ids.is_empty() || token.zitadel_api == Some(true),
         || at(""),
-        "name at least one audience, in projectIds or with zitadelApi: true",
+        "name at least one audience, in projectIDs or with zitadelAPI: true",
     )?;
     let organization = token.organization_id.as_ref();
-    must(organization.is_none_or(|id| is_id(id)), || at(".organizationId"), ID)?;
+    must(organization.is_none_or(|id| is_id(id)), || at(".organizationID"), ID)?;
     let scopes = || at(".scopes");
     let further = token.scopes.as_deref().unwrap_or_default();
     must(further.len() <= 16, scopes, "at most 16 are allowed")?;
     must(
         further.iter().all(|scope| is_further_scope(scope)),
         scopes,
-        "one is none of the allowed scopes; audiences go to projectIds and zitadelApi",
+        "one is none of the allowed scopes; audiences go to projectIDs and zitadelAPI",
     )
 }
 
@@ -254,14 +253,7 @@ pub fn instance(name: &str, spec: &ZitadelInstanceSpec) -> Checked {
         connection(settings, insecure)?;
     }
     let id = spec.zitadel_project_id.as_ref();
-    must(id.is_none_or(|id| is_id(id)), || field("spec.zitadelProjectId"), ID)?;
-    must(
-        spec.access.len() <= 128,
-        || field("spec.access"),
-        "at most 128 rules are allowed",
-    )?;
-    let mut rules = spec.access.iter().enumerate();
-    rules.try_for_each(|(index, rule)| access(rule, |field| format!("spec.access[{index}]{field}")))
+    must(id.is_none_or(|id| is_id(id)), || field("spec.zitadelProjectID"), ID)
 }
 
 fn origin(text: &str, insecure: bool, field: &str) -> Checked {
@@ -349,47 +341,6 @@ fn connection(connection: &Connection, insecure: bool) -> Checked {
         must(value.is_none_or(|v| (1..=most).contains(&v)), || at(field), rule)?;
     }
     Ok(())
-}
-
-fn access(rule: &AccessRule, at: impl Fn(&str) -> String) -> Checked {
-    selector(&rule.namespace_selector, || at(".namespaceSelector"))?;
-    let ids = || at(".projectIds");
-    must(rule.project_ids.len() <= 256, ids, "at most 256 are allowed")?;
-    must(rule.project_ids.iter().all(|id| id == "*" || is_id(id)), ids, ID)?;
-    must(rule.project_ids.iter().all(|id| id != ZITADEL_ALIAS), ids, ALIAS)
-}
-
-/// A selector that Kubernetes would not take must not match by accident: `NotIn` of nothing is everything.
-fn selector(selector: &LabelSelector, field: impl Fn() -> String + Copy) -> Checked {
-    let none = BTreeMap::new();
-    let labels = selector.match_labels.as_ref().unwrap_or(&none);
-    must(labels.len() <= 16, field, "at most 16 matchLabels are allowed")?;
-    must(
-        labels.iter().all(|(k, v)| is_at_most(k, 317) && is_at_most(v, 63)),
-        field,
-        "a key in matchLabels has at most 317 characters, a value 63",
-    )?;
-    let expressions = selector.match_expressions.as_deref().unwrap_or_default();
-    must(
-        expressions.len() <= 16,
-        field,
-        "at most 16 matchExpressions are allowed",
-    )?;
-    must(
-        expressions.iter().all(is_requirement),
-        field,
-        "matchExpressions: In and NotIn need values (at most 64 of at most 63 characters), Exists and DoesNotExist have none",
-    )
-}
-
-fn is_requirement(requirement: &LabelSelectorRequirement) -> bool {
-    let values = requirement.values.as_deref().unwrap_or_default();
-    let count = match requirement.operator.as_str() {
-        "In" | "NotIn" => (1..=64).contains(&values.len()),
-        "Exists" | "DoesNotExist" => values.is_empty(),
-        _ => false,
-    };
-    count && is_at_most(&requirement.key, 317) && values.iter().all(|v| is_at_most(v, 63))
 }
 
 /// Whether plain http to this `host[:port]` stays on the machine or in the cluster.

@@ -111,7 +111,7 @@ impl Http {
         if let Some(pem) = &settings.ca {
             let certificates = Certificate::from_pem_bundle(pem.as_bytes()).unwrap_or_default();
             if certificates.is_empty() {
-                return Err(Reason::CaUnusable.into());
+                return Err(Reason::CABundleUnusable.into());
             }
             builder = builder.tls_certs_only(certificates);
         }
@@ -133,7 +133,7 @@ impl Http {
         let issuer_host = settings.issuer.split_once("://").map(|(_, host)| host.to_owned());
         let dialled_as = origin.split_once("://").map(|(_, host)| host);
         Ok(Self {
-            client: builder.build().map_err(|_| Failure::from(Reason::CaUnusable))?,
+            client: builder.build().map_err(|_| Failure::from(Reason::CABundleUnusable))?,
             instance_host: issuer_host.filter(|host| Some(host.as_str()) != dialled_as),
             origin,
             limits,

@@ -102,7 +102,7 @@ impl Instance {
         // A proxy is far, wherever the host is.
         let near = settings.proxy.is_none() && is_near(authority);
         if scheme != "https" && !(settings.allow_insecure_http && near) {
-            return Err(Reason::InsecureHttp.into());
+            return Err(Reason::InsecureHTTP.into());
         }
         // All that decides, besides the host, whether a request gets through: these settings of one instance must not
         // open the circuit breaker of another.

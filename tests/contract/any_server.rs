@@ -41,7 +41,7 @@ async fn an_exchange_gives_a_bearer_token_and_its_lifetime() {
     on_any_server(async |server| {
         for kind in [Kind::Jwt, Kind::Opaque] {
             let key = server.user(kind).await;
-            let scope = scope(&json!({"projectIds": [PROJECT]}));
+            let scope = scope(&json!({"projectIDs": [PROJECT]}));
             let got = exchange(&server.instance(), &key, &scope).await.expect("a token");
             assert_eq!(got.answer.token_type, "Bearer");
             assert!(
@@ -61,7 +61,7 @@ async fn a_jwt_names_issuer_user_and_exactly_the_projects() {
         let key = server.user(Kind::Jwt).await;
         let instance = server.instance();
         for projects in [vec![PROJECT], vec![OTHER_PROJECT, PROJECT], vec!["no-such-project"]] {
-            let minted = mint(&instance, &key, &json!({"projectIds": projects}))
+            let minted = mint(&instance, &key, &json!({"projectIDs": projects}))
                 .await
                 .expect("a token");
             let claims = claims(minted.token.expose_secret());
@@ -83,8 +83,8 @@ async fn an_audience_that_merely_contains_ours_is_not_taken() {
         let key = server.user(Kind::Jwt).await;
         let instance = server.instance();
         let (one, two) = (
-            json!({"projectIds": [PROJECT]}),
-            json!({"projectIds": [PROJECT, OTHER_PROJECT]}),
+            json!({"projectIDs": [PROJECT]}),
+            json!({"projectIDs": [PROJECT, OTHER_PROJECT]}),
         );
         for (asked, wanted) in [(&one, &two), (&two, &one)] {
             let got = exchange(&instance, &key, &scope(asked)).await.expect("a token");
@@ -105,11 +105,11 @@ async fn the_zitadel_alias_becomes_the_id_that_is_learned() {
         let id = by_jwt.project_id(&jwt).await.expect("learned");
         assert_eq!(by_opaque.project_id(&opaque).await, Ok(id));
 
-        let alone = mint(&by_jwt, &jwt, &json!({"zitadelApi": true}))
+        let alone = mint(&by_jwt, &jwt, &json!({"zitadelAPI": true}))
             .await
             .expect("a token");
         assert_eq!(audience(&alone), set([id]));
-        let both = json!({"zitadelApi": true, "projectIds": [PROJECT]});
+        let both = json!({"zitadelAPI": true, "projectIDs": [PROJECT]});
         let both = mint(&by_jwt, &jwt, &both).await.expect("a token");
         assert_eq!(audience(&both), set([id, PROJECT]));
     })
@@ -121,7 +121,7 @@ async fn the_zitadel_alias_becomes_the_id_that_is_learned() {
 async fn an_opaque_token_is_known_as_such() {
     on_any_server(async |server| {
         let key = server.user(Kind::Opaque).await;
-        let minted = mint(&server.instance(), &key, &json!({"projectIds": [PROJECT]})).await;
+        let minted = mint(&server.instance(), &key, &json!({"projectIDs": [PROJECT]})).await;
         let minted = minted.expect("a token");
         let token = minted.token.expose_secret();
         assert_eq!(Format::of(token), Format::Opaque);
@@ -137,7 +137,7 @@ async fn a_change_of_the_users_kind_affects_later_tokens() {
         let key = server.user(Kind::Opaque).await;
         let instance = server.instance();
         let format = async || {
-            let minted = mint(&instance, &key, &json!({"projectIds": [PROJECT]})).await;
+            let minted = mint(&instance, &key, &json!({"projectIDs": [PROJECT]})).await;
             Format::of(minted.expect("a token").token.expose_secret())
         };
         assert_eq!(format().await, Format::Opaque);
@@ -154,8 +154,8 @@ async fn a_change_of_the_users_kind_affects_later_tokens() {
 async fn openid_only_adds_an_id_token_which_we_ignore() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
-        let without = json!({"projectIds": [PROJECT], "scopes": []});
-        let with = json!({"projectIds": [PROJECT]});
+        let without = json!({"projectIDs": [PROJECT], "scopes": []});
+        let with = json!({"projectIDs": [PROJECT]});
         let (lean, full) = (answer(server, &key, &without).await, answer(server, &key, &with).await);
         let names = |answer: &Value| {
             answer
@@ -202,7 +202,7 @@ async fn a_foreign_organization_does_not_pass_as_ones_own() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
         let instance = server.instance();
-        let of = |organization: &str| json!({"projectIds": [PROJECT], "organizationId": organization});
+        let of = |organization: &str| json!({"projectIDs": [PROJECT], "organizationID": organization});
         let own = mint(&instance, &key, &of(server.organization()))
             .await
             .expect("a token");
@@ -220,7 +220,7 @@ async fn a_foreign_organization_does_not_pass_as_ones_own() {
 async fn project_roles_without_a_grant_change_nothing() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
-        let fields = json!({"projectIds": [PROJECT], "projectRoles": true});
+        let fields = json!({"projectIDs": [PROJECT], "projectRoles": true});
         let minted = mint(&server.instance(), &key, &fields).await.expect("a token");
         assert_eq!(audience(&minted), set([PROJECT]));
         let claims = claims(minted.token.expose_secret());
@@ -296,7 +296,7 @@ async fn a_deactivated_user_is_told_from_a_rejected_key() {
         server.deactivate(&key.user_id).await;
         assert_eq!(refusal(&instance, &key).await, Reason::UserInactive);
         server.reactivate(&key.user_id).await;
-        let minted = async || mint(&instance, &key, &json!({"projectIds": [PROJECT]})).await;
+        let minted = async || mint(&instance, &key, &json!({"projectIDs": [PROJECT]})).await;
         takes_effect(minted, Result::is_ok).await.expect("a token");
     })
     .await;

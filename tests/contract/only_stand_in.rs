@@ -47,7 +47,7 @@ impl World {
 
     /// What a token for [`PROJECT`] must be.
     fn expected(&self) -> Expected {
-        expected(&self.instance, &self.key, &json!({"projectIds": [PROJECT]}), "unused")
+        expected(&self.instance, &self.key, &json!({"projectIDs": [PROJECT]}), "unused")
     }
 
     /// A token for [`PROJECT`], without a look at the project id before.
@@ -57,7 +57,7 @@ impl World {
 
     /// The same by another connection.
     async fn mint_by(&self, instance: &Instance) -> Result<Minted, Reason> {
-        let scope = scope(&json!({"projectIds": [PROJECT]}));
+        let scope = scope(&json!({"projectIDs": [PROJECT]}));
         let got = exchange(instance, &self.key, &scope).await?;
         accept(got.answer, &self.expected(), got.sent)
     }
@@ -258,7 +258,7 @@ async fn one_date_that_lies_moves_nothing() {
         .fault(json!({"path": TOKEN, "headers": {"Date": "yesterday"}}))
         .await;
     assert!(world.mint().await.is_ok(), "no date at all");
-    assert_eq!(world.instance.skew().rounded(), None);
+    assert_eq!(world.instance.skew().rounded_seconds(), None);
 }
 
 /// A `Date` beyond the bound is told, and what was measured before it stays in use.
@@ -324,10 +324,10 @@ async fn an_assertion_is_short_lived_and_names_issuer_user_and_key() {
 async fn a_token_request_is_one_form_with_one_scope_field_and_no_other_credential() {
     let world = World::new().await;
     let fields = json!({
-        "projectIds": [PROJECT, "2"],
-        "zitadelApi": true,
+        "projectIDs": [PROJECT, "2"],
+        "zitadelAPI": true,
         "projectRoles": true,
-        "organizationId": "3",
+        "organizationID": "3",
         "scopes": ["profile", "urn:zitadel:iam:org:project:role:reader"],
     });
     exchange(&world.instance, &world.key, &scope(&fields))
@@ -412,7 +412,7 @@ async fn the_instance_host_header_selects_the_issuer() {
             endpoint: Some(issuer.url.clone()),
             ..settings(&format!("https://{host}"))
         });
-        let minted = mint(&instance, &key, &json!({"projectIds": [PROJECT]}))
+        let minted = mint(&instance, &key, &json!({"projectIDs": [PROJECT]}))
             .await
             .expect("a token");
         assert_eq!(claims(minted.token.expose_secret())["iss"], format!("https://{host}"));
@@ -502,7 +502,7 @@ async fn a_server_of_an_unknown_ca_gets_nothing() {
     let key = user(&issuer, "JWT").await;
     let got = connect(settings(&issuer.url)).exchange(&key, "openid").await;
     let failure = got.map(|_| ()).expect_err("no trust");
-    assert_eq!(classify(failure, false), Reason::TlsFailure);
+    assert_eq!(classify(failure, false), Reason::TLSFailure);
     assert_eq!(issuer.requests().await.len(), 0);
 }
 

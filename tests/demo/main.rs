@@ -58,7 +58,7 @@ async fn main() {
         Some(&user.key),
     );
     let insecure = format!(
-        "  issuer: {}\n  connection: {{allowInsecureHttp: true}} # loopback, for the demo only",
+        "  issuer: {}\n  connection: {{allowInsecureHTTP: true}} # loopback, for the demo only",
         issuer.url
     );
     let instance = example("instance.yaml").replace("  issuer: https://auth.example.com", &insecure);
@@ -67,6 +67,7 @@ async fn main() {
         "examples/instance.yaml, with the stand-in's address",
         &instance,
     );
+    apply(&cluster, "examples/access-policy.yaml", &example("access-policy.yaml"));
     apply(&cluster, "examples/service-user.yaml", &example("service-user.yaml"));
 
     step("the operator starts");

@@ -2,80 +2,136 @@
 
 use std::collections::BTreeSet;
 
-use kube::api::{Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
-use crate::support::world::{PROJECT, World, condition, one_token};
+use crate::support::world::{PROJECT, World, condition, everything, one_token, until};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_rule_there_is_no_token() {
+async fn policy_is_added_changed_and_deleted() {
     let world = World::new("closed").await;
     let _operator = world.operator().await;
-    let mut spec = world.instance_spec();
-    spec["access"] = json!([{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "elsewhere"}}, "projectIds": ["*"]}]);
-    world.apply_instance(spec.clone()).await.expect("an instance");
+    world.instance().await;
+    let here = || world.selector_of_namespace();
+    let elsewhere = json!({"matchLabels": {"kubernetes.io/metadata.name": "elsewhere"}});
+    world.allow(elsewhere.clone(), everything()).await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
 
     let object = world.ready("billing", "False", "AccessDenied").await;
-    assert!(
-        condition(&object, "Ready").expect("a condition").2.contains("`main`"),
-        "the message names the token"
-    );
+    let (_, reason, message) = condition(&object, "Ready").expect("a condition");
+    assert_eq!(reason, "AccessDenied");
+    assert!(message.contains("`main`"), "{message}");
+    assert!(message.contains(&format!("Denied: {PROJECT}.")), "{message}");
     assert_eq!(condition(&object, "Reconciling").map(|c| c.0), Some("True"));
+    let secret = world.secrets().get_opt("billing-token").await.expect("readable");
+    assert!(secret.is_none());
+    let requests = world.issuer.requests().await;
     assert!(
-        world
-            .secrets()
-            .get_opt("billing-token")
-            .await
-            .expect("readable")
-            .is_none()
-    );
-    assert!(
-        world
-            .issuer
-            .requests()
-            .await
-            .iter()
-            .all(|r| r.path != "/oauth/v2/token"),
+        requests.iter().all(|r| r.path != "/oauth/v2/token"),
         "no assertion was sent"
     );
 
-    // A rule arrives.
-    spec["access"] = json!([{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.name}}, "projectIds": [PROJECT]}]);
-    world.apply_instance(spec.clone()).await.expect("an instance");
+    // The policy is changed: first its audiences are wrong, then they are right.
+    world.allow(here(), json!({"projectIDs": ["1"]})).await;
+    world.ready("billing", "False", "AccessDenied").await;
+    world.allow(here(), json!({"projectIDs": [PROJECT]})).await;
     let token = world.token("billing-token").await;
     world.ready("billing", "True", "Issued").await;
 
-    // It goes again: the token stays to its expiry, the object is not Ready.
-    spec["access"] = json!([]);
-    world.apply_instance(spec).await.expect("an instance");
+    // An added policy for another namespace, or for another instance, gives and takes nothing.
+    let (other, instance) = (format!("{}-other", world.name), format!("{}-missing", world.name));
+    world.policy(&other, elsewhere, everything()).await;
+    let missing = World::beside(&world, "missing").await.with_instance(&instance);
+    missing.policy(&instance, here(), everything()).await;
+    world
+        .policies()
+        .delete(&world.policy_name(), &DeleteParams::default())
+        .await
+        .expect("deleted");
+
+    // Without the policy the token stays until it expires, and the object is not Ready.
     world.ready("billing", "False", "AccessDenied").await;
     assert_eq!(world.token("billing-token").await, token);
     assert_eq!(world.issuer.mints().await, 1);
-    let told = BTreeSet::from(["Normal Issued".to_owned(), "Warning AccessDenied".to_owned()]);
-    assert_eq!(world.events("billing").await, told);
+    let events = BTreeSet::from(["Normal Issued".to_owned(), "Warning AccessDenied".to_owned()]);
+    assert_eq!(world.events("billing").await, events);
+
+    // A policy that is created again allows the token that is already there.
+    world.policy(&other, here(), json!({"projectIDs": [PROJECT]})).await;
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.token("billing-token").await, token);
+    assert_eq!(world.issuer.mints().await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_zitadel_api_is_not_had_by_its_number() {
+async fn policy_may_precede_its_instance() {
+    let world = World::new("early").await;
+    let _operator = world.operator().await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    // An operator that serves selected instances leaves an object of an unknown instance alone.
+    world.instance().await;
+    world.ready("billing", "True", "Issued").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn overlapping_policies_form_a_union() {
+    let world = World::new("overlap").await;
+    let _operator = world.operator().await;
+    world.instance().await;
+    let second = format!("{}-second", world.name);
+    world
+        .allow(world.selector_of_namespace(), json!({"projectIDs": ["1", "2"]}))
+        .await;
+    world
+        .policy(&second, json!({}), json!({"projectIDs": ["2", "3"]}))
+        .await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let token = |ids: serde_json::Value| json!({"tokens": [{"name": "main", "projectIDs": ids, "secret": {"name": "billing-token"}}]});
+    world
+        .service_user("billing", token(json!(["1", "2", "3"])))
+        .await
+        .expect("accepted");
+    world.ready("billing", "True", "Issued").await;
+
+    // What both allow stays allowed without one of them; what only the other allows does not.
+    world
+        .policies()
+        .delete(&second, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    let object = world.ready("billing", "False", "AccessDenied").await;
+    let (_, _, message) = condition(&object, "Ready").expect("a condition");
+    assert!(message.contains("Denied: 3."), "{message}");
+    world
+        .service_user("billing", token(json!(["1", "2"])))
+        .await
+        .expect("accepted");
+    world.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn zitadel_api_by_its_project_id_needs_the_same_permission() {
     let world = World::new("number").await;
     let _operator = world.operator().await;
     world
         .issuer
         .settings(json!({"zitadelProjectId": "401085856582077478"}))
         .await;
-    let mut spec = world.instance_spec();
-    spec["access"][0]["zitadelApi"] = json!(false);
-    world.apply_instance(spec).await.expect("an instance");
+    world.instance().await;
+    world
+        .allow(world.selector_of_namespace(), json!({"projectIDs": ["*"]}))
+        .await;
     let user = world.issuer.user(json!({"tokenType": "BEARER"})).await;
     world.key_secret("sly-key", &user).await;
     let sly =
-        json!({"tokens": [{"name": "main", "projectIds": ["401085856582077478"], "secret": {"name": "sly-token"}}]});
+        json!({"tokens": [{"name": "main", "projectIDs": ["401085856582077478"], "secret": {"name": "sly-token"}}]});
     world.service_user("sly", sly).await.expect("accepted");
 
     world.ready("sly", "False", "AccessDenied").await;
     assert_eq!(world.issuer.mints().await, 0);
-    let instance = crate::support::world::until(
+    let instance = until(
         kube::Api::<zitadel_tokens::api::ZitadelInstance>::all(world.client.clone()),
         &world.name,
         crate::support::SOON,
@@ -88,6 +144,8 @@ async fn the_zitadel_api_is_not_had_by_its_number() {
         status.token_endpoint,
         Some(format!("{}/oauth/v2/token", world.issuer.url))
     );
+    world.allow(world.selector_of_namespace(), everything()).await;
+    world.ready("sly", "True", "Issued").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,14 +198,12 @@ async fn two_objects_that_want_one_secret() {
 async fn a_namespace_that_is_relabelled_gains_and_loses_access() {
     let world = World::new("relabel").await;
     let _operator = world.operator().await;
-    let mut spec = world.instance_spec();
-    // Two rules make a union: one gives the first project, the other the second.
-    let rule = |project: &str| json!({"namespaceSelector": {"matchExpressions": [{"key": "team", "operator": "In", "values": [world.name]}]}, "projectIds": [project]});
-    spec["access"] = json!([rule("1"), rule("2")]);
-    world.apply_instance(spec).await.expect("an instance");
+    world.instance().await;
+    let team = json!({"matchExpressions": [{"key": "team", "operator": "In", "values": [world.name]}]});
+    world.allow(team, json!({"projectIDs": ["1", "2"]})).await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
-    let both = json!({"tokens": [{"name": "main", "projectIds": ["1", "2"], "secret": {"name": "billing-token"}}]});
+    let both = json!({"tokens": [{"name": "main", "projectIDs": ["1", "2"], "secret": {"name": "billing-token"}}]});
     world.service_user("billing", both).await.expect("accepted");
     world.ready("billing", "False", "AccessDenied").await;
 

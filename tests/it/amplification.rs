@@ -13,7 +13,7 @@ const BURST: usize = 48;
 
 /// 16 tokens for the key of `billing`, with this scope.
 fn sixteen(scope: &str) -> Value {
-    let token = |i| json!({"name": format!("t{i}"), "projectIds": ["1"], "scopes": [scope], "secret": {"name": format!("s{i}")}});
+    let token = |i| json!({"name": format!("t{i}"), "projectIDs": ["1"], "scopes": [scope], "secret": {"name": format!("s{i}")}});
     json!({"keySecretRef": {"name": "billing-key"}, "tokens": (0..16).map(token).collect::<Vec<_>>()})
 }
 
@@ -193,7 +193,7 @@ async fn secrets_that_do_not_go_are_deleted_once() {
     }
     for round in 0..20 {
         let mut spec = one_token("billing-token");
-        spec["tokens"][0]["projectIds"] = json!([format!("{round}")]);
+        spec["tokens"][0]["projectIDs"] = json!([format!("{round}")]);
         world.service_user("billing", spec).await.expect("accepted");
         world.ready("billing", "True", "Issued").await;
     }

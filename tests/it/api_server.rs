@@ -117,7 +117,7 @@ async fn a_shutdown_waits_for_the_mint_under_way_and_begins_no_other() {
         json!({"path": "/oauth/v2/token", "scopeContains": "openid", "afterHandling": true, "latencyMillis": 3000});
     world.issuer.fault(late).await;
     let mut spec = one_token("first-token");
-    let second = json!({"name": "second", "projectIds": ["2"], "secret": {"name": "second-token"}});
+    let second = json!({"name": "second", "projectIDs": ["2"], "secret": {"name": "second-token"}});
     spec["tokens"].as_array_mut().expect("a list").push(second);
     world.service_user("billing", spec).await.expect("accepted");
     eventually("the first mint is under way", async || world.issuer.mints().await == 1).await;
@@ -158,7 +158,7 @@ async fn account(world: &World, namespaces: &[&str]) -> std::path::PathBuf {
     let may = |group: &str, resources: Value, verbs: Value| json!({"apiGroups": [group], "resources": resources, "verbs": verbs});
     let ours = "zitadel-tokens.dev";
     let everywhere = json!({"metadata": {"name": name}, "rules": [
-        may(ours, json!(["zitadelinstances", "zitadelserviceusers"]), json!(["get", "list", "watch"])),
+        may(ours, json!(["zitadelinstances", "zitadelaccesspolicies", "zitadelserviceusers"]), json!(["get", "list", "watch"])),
         may(ours, json!(["zitadelinstances/status", "zitadelserviceusers/status"]), json!(["update"])),
         may("", json!(["namespaces", "secrets"]), json!(["list", "watch"])),
         may("events.k8s.io", json!(["events"]), json!(["create", "patch"])),

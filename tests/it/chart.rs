@@ -20,7 +20,7 @@ use crate::support::cluster::{Cluster, established};
 use crate::support::helm::{NAME, Release, chart, refused, template};
 use crate::support::issuer::Issuer;
 use crate::support::operator::binary;
-use crate::support::world::{World, one_token, until};
+use crate::support::world::{World, everything, one_token, until};
 use crate::support::{EVENTUALLY, SOON};
 
 /// Values of a release that serves this world only, on the cluster that all tests share.
@@ -136,7 +136,8 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
     let gone = format!("{}-gone", shop.name);
     shop.namespace(&gone).await;
     let mut spec = shop.instance_spec();
-    spec["access"][0]["namespaceSelector"] = json!({"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": [shop.name, bank.name]}]});
+    let both = json!({"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": [shop.name, bank.name]}]});
+    shop.allow(both, everything()).await;
     spec["connection"] = json!({"caSecretRef": {"name": "zitadel-ca"}});
     shop.apply_instance(spec).await.expect("an instance");
     let install = |world: &World, writes: bool, namespaces: &[&str]| {

@@ -1,7 +1,10 @@
 //! Clocks that are not right: the server's, and the operator's own.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::Api;
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
+use zitadel_tokens::api::ZitadelInstance;
 
 use crate::support::clock::Clock;
 use crate::support::eventually;
@@ -33,7 +36,7 @@ async fn a_server_two_minutes_behind_has_its_tokens_kept_fresh_and_its_skew_told
         "{told} by the server's clock, exp {exp}"
     );
     let instance = world.instance_ready("True", "InstanceReady").await;
-    assert_eq!(instance.status.and_then(|s| s.clock_skew).as_deref(), Some("-120s"));
+    assert_eq!(instance.status.and_then(|s| s.clock_skew_seconds), Some(-120));
 
     // A refresh comes in time by the server's clock.
     let first = world.token("orders-token").await;
@@ -78,18 +81,21 @@ async fn lie(world: &World, years: i64) {
     for path in ["/.well-known/openid-configuration", "/oauth/v2/token"] {
         world.issuer.fault(json!({"path": path, "headers": headers})).await;
     }
-    // Any change of the instance has the server asked; this one keeps the connection and what is known by it.
-    let mut spec = world.instance_spec();
-    let rules = spec["access"].as_array_mut().expect("rules");
-    rules.push(json!({"namespaceSelector": {"matchLabels": {"no": "such"}}, "projectIds": ["1"]}));
-    world.apply_instance(spec).await.expect("an instance");
+    // Any change of the instance makes the operator ask the server. This one keeps the connection.
+    let change = json!({"metadata": {"labels": {"changed": "true"}}});
+    let instances: Api<ZitadelInstance> = Api::all(world.client.clone());
+    let params = PatchParams::default();
+    instances
+        .patch(&world.instance, &params, &Patch::Merge(&change))
+        .await
+        .expect("patched");
     world.instance_ready("False", "ClockSkew").await;
 }
 
 /// One token of other inputs than [`one_token`], in this Secret.
 fn another_token(secret: &str) -> Value {
     let mut spec = one_token(secret);
-    spec["tokens"][0]["projectIds"] = json!(["2"]);
+    spec["tokens"][0]["projectIDs"] = json!(["2"]);
     spec
 }
 

@@ -116,7 +116,7 @@ async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_
         json!({"path": "/oauth/v2/token", "scopeContains": limited, "status": 429, "headers": {"Retry-After": "300"}});
     world.issuer.fault(fault).await;
     let mut spec = one_token("good-token");
-    let other = json!({"name": "limited", "projectIds": ["2"], "secret": {"name": "limited-token"}});
+    let other = json!({"name": "limited", "projectIDs": ["2"], "secret": {"name": "limited-token"}});
     spec["tokens"].as_array_mut().expect("a list").push(other);
     world.service_user("billing", spec).await.expect("accepted");
 

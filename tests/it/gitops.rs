@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::support::child::part;
-use crate::support::world::{PROJECT, World, condition, one_token};
+use crate::support::world::{PROJECT, World, condition, everything, one_token};
 
 #[derive(Debug, Deserialize)]
 struct Verdict {
@@ -67,10 +67,9 @@ async fn failing_for_long(world: &World, name: &str) {
         .await;
 }
 
-async fn instance_with_access(world: &World, access: Value) {
-    let mut spec = world.instance_spec();
-    spec["access"] = access;
-    world.apply_instance(spec).await.expect("an instance");
+async fn instance_that_allows(world: &World, audiences: Value) {
+    world.allow(world.selector_of_namespace(), audiences).await;
+    world.apply_instance(world.instance_spec()).await.expect("an instance");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,7 +124,7 @@ async fn what_lasts_is_told_as_a_failure_and_mended_as_a_success() {
     assert_verdict(&world, "zsu", "billing", "Current", "Healthy");
 
     // Access is withdrawn: the token stays where it is, and is not told as good.
-    instance_with_access(&world, json!([])).await;
+    instance_that_allows(&world, json!({})).await;
     world.ready("billing", "False", "AccessDenied").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
     failing_for_long(&world, "billing").await;
@@ -137,7 +136,7 @@ async fn what_lasts_is_told_as_a_failure_and_mended_as_a_success() {
         .expect("accepted");
     world.ready("billing", "False", "AccessDenied").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
-    world.instance().await;
+    instance_that_allows(&world, everything()).await;
     world.ready("billing", "True", "Issued").await;
     assert_verdict(&world, "zsu", "billing", "Current", "Healthy");
 }
@@ -214,7 +213,7 @@ fn examples(world: &World) -> String {
         std::fs::read_to_string(path).expect("an example")
     };
     let connection = format!(
-        "  issuer: {}\n  connection: {{allowInsecureHttp: true}}\n",
+        "  issuer: {}\n  connection: {{allowInsecureHTTP: true}}\n",
         world.issuer.url
     );
     let instance = example("instance.yaml")
@@ -277,10 +276,10 @@ async fn the_whole_spec_comes_back_as_it_was_written() {
         "spec": {
             "instanceRef": {"name": world.instance}, "keySecretRef": {"name": "full-key", "key": "key.json"}, "suspend": false,
             "tokens": [
-                {"name": "b", "projectIds": [PROJECT, "1"], "zitadelApi": false, "projectRoles": true, "scopes": [],
+                {"name": "b", "projectIDs": [PROJECT, "1"], "zitadelAPI": false, "projectRoles": true, "scopes": [],
                  "renewBefore": "90m0s", "secret": {"name": "full-b", "labels": {"app.kubernetes.io/version": "", "app.kubernetes.io/name": "x"}, "deletionPolicy": "Delete",
                  "annotations": {"reloader.stakater.com/match": ""}, "template": {"header": "Authorization: {{ token_type }} {{token}}\n"}}},
-                {"name": "a", "projectIds": [PROJECT], "scopes": ["profile", "openid"], "renewBeforePercentage": 33, "secret": {"name": "full-a"}},
+                {"name": "a", "projectIDs": [PROJECT], "scopes": ["profile", "openid"], "renewBeforePercentage": 33, "secret": {"name": "full-a"}},
             ],
         },
     })

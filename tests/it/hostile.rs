@@ -16,7 +16,7 @@ use crate::support::cluster::{Cluster, install_relaxed_crds};
 use crate::support::eventually;
 use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
-use crate::support::world::{PROJECT, World, claims, condition, one_token};
+use crate::support::world::{PROJECT, World, claims, condition, everything, one_token};
 
 /// RFC 3339, so that Kubernetes takes it; past the last moment that jiff can count.
 const NO_MOMENT: &str = "9999-12-31T23:59:59Z";
@@ -252,7 +252,7 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     }
 
     // One that was served becomes unreadable: it is left alone, and those beside it go on.
-    let secret = |policy: &str| json!({"spec": {"tokens": [{"name": "main", "projectIds": [PROJECT], "secret": {"name": "restored-token", "deletionPolicy": policy}}]}});
+    let secret = |policy: &str| json!({"spec": {"tokens": [{"name": "main", "projectIDs": [PROJECT], "secret": {"name": "restored-token", "deletionPolicy": policy}}]}});
     users.patch("restored", &secret("Shred")).await;
     operator.await_line(&not_served("restored")).await;
     users.ready("restored", "False", "ObjectUnreadable").await;
@@ -339,9 +339,9 @@ async fn an_instance_that_cannot_be_read_gives_no_rights() {
     world.ready("billing", "True", "Issued").await;
     let users = Raw::users(&world);
     let instances = Raw::at(&world, "/apis/zitadel-tokens.dev/v1alpha1/zitadelinstances");
-    let access = world.instance_spec()["access"].clone();
+    let connection = world.instance_spec()["connection"].clone();
     instances
-        .patch(&world.instance, &json!({"spec": {"access": "none"}}))
+        .patch(&world.instance, &json!({"spec": {"connection": "none"}}))
         .await;
     users.ready("billing", "False", "InstanceInvalid").await;
     instances.ready(&world.instance, "False", "ObjectUnreadable").await;
@@ -349,10 +349,44 @@ async fn an_instance_that_cannot_be_read_gives_no_rights() {
     users.ready("billing", "False", "InstanceInvalid").await;
     assert_eq!(world.issuer.mints().await, 1);
     instances
-        .patch(&world.instance, &json!({"spec": {"access": access}}))
+        .patch(&world.instance, &json!({"spec": {"connection": connection}}))
         .await;
     instances.ready(&world.instance, "True", "InstanceReady").await;
     users.ready("billing", "True", "Issued").await;
+    assert_eq!(world.issuer.mints().await, 2);
+    assert_calm(&operator);
+}
+
+/// A policy that cannot be decoded allows nothing that it allowed before, and does not affect other policies.
+#[tokio::test(flavor = "multi_thread")]
+async fn undecodable_policy_allows_nothing() {
+    let world = World::on(relaxed().await, "undecodable-policy", Issuer::start(&[])).await;
+    let operator = world.operator().await;
+    world.instance().await;
+    let other = format!("{}-other", world.instance);
+    world
+        .policy(&other, world.selector_of_namespace(), json!({"projectIDs": ["2"]}))
+        .await;
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("other-key", &user).await;
+    let second = json!({"tokens": [{"name": "main", "projectIDs": ["2"], "secret": {"name": "other-token"}}]});
+    world.service_user("other", second).await.expect("accepted");
+    world.ready("billing", "True", "Issued").await;
+    world.ready("other", "True", "Issued").await;
+    let policies = Raw::at(&world, "/apis/zitadel-tokens.dev/v1alpha1/zitadelaccesspolicies");
+    for undecodable in [
+        json!({"audiences": {"projectIDs": "*", "zitadelAPI": true}}),
+        json!({"audiences": {"projectIDs": ["*"]}, "namespaceSelector": "all"}),
+        json!({"audiences": {"projectIDs": ["*"]}, "namespaceSelector": null}),
+    ] {
+        let name = world.policy_name();
+        policies.patch(&name, &json!({"spec": undecodable})).await;
+        world.ready("billing", "False", "AccessDenied").await;
+        world.ready("other", "True", "Issued").await;
+        world.allow(world.selector_of_namespace(), everything()).await;
+        world.ready("billing", "True", "Issued").await;
+    }
     assert_eq!(world.issuer.mints().await, 2);
     assert_calm(&operator);
 }
@@ -373,6 +407,7 @@ async fn everything_at_its_limit_is_served() {
     assert_eq!((world.name.len(), world.instance.len()), (63, 63));
     let prefix = "p".repeat(253);
     let operator = with_metadata(&world, &format!("{prefix}/*")).await;
+    world.allow(world.selector_of_namespace(), everything()).await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     let key = long("key", 253);
@@ -383,7 +418,7 @@ async fn everything_at_its_limit_is_served() {
     let label = format!("{prefix}/{}", "l".repeat(63));
     let tokens = (0..16).map(|i| {
         json!({
-            "name": long(&format!("t{i}"), 63), "projectIds": projects(i), "projectRoles": true,
+            "name": long(&format!("t{i}"), 63), "projectIDs": projects(i), "projectRoles": true,
             "secret": {"name": secret_name(i), "labels": {&label: "v".repeat(63)}, "annotations": {&label: "v"}},
         })
     });
@@ -507,7 +542,7 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
     ];
     let secret = |i: usize| format!("billing-{i}");
     let tokens = (0..records.len())
-        .map(|i| json!({"name": format!("t{i}"), "projectIds": [PROJECT], "secret": {"name": secret(i)}}));
+        .map(|i| json!({"name": format!("t{i}"), "projectIDs": [PROJECT], "secret": {"name": secret(i)}}));
     let spec = json!({"tokens": tokens.collect::<Vec<_>>()});
     world.service_user("billing", spec).await.expect("accepted");
     let good = world.ready("billing", "True", "Issued").await;
@@ -556,7 +591,7 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
         json!({"tokens": [{"name": "\0", "secretName": "\u{202e}", "renewAt": "9999-12-30T22:00:00Z", "expiresAt": "0000-01-01T00:00:00Z"}]}),
         json!({"conditions": [{"type": "Ready", "status": "True", "reason": "Issued", "message": "", "lastTransitionTime": NO_MOMENT}]}),
         json!({"conditions": [{"type": "Stalled", "status": "True", "reason": "Odd", "message": "x".repeat(32_768), "lastTransitionTime": "0000-01-01T00:00:00+14:00"}]}),
-        json!({"observedGeneration": i64::MAX, "tokensReady": "x".repeat(100_000), "userId": "", "tokens": null}),
+        json!({"observedGeneration": i64::MAX, "tokensReady": "x".repeat(100_000), "userID": "", "tokens": null}),
     ];
     let repaired = async |what: &Value| {
         eventually(&format!("repaired: {what:.200}"), async || {

@@ -24,9 +24,9 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
         world.apply_instance(spec).await.expect("an instance");
     };
     connect(json!({})).await;
-    world.instance_ready("False", "TlsFailure").await;
+    world.instance_ready("False", "TLSFailure").await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
-    world.ready("billing", "False", "TlsFailure").await;
+    world.ready("billing", "False", "TLSFailure").await;
 
     connect(json!({"caBundle": world.issuer.ca})).await;
     world.instance_ready("True", "InstanceReady").await;
@@ -34,7 +34,7 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
 
     // What a reference names may come later; it is read in the operator's namespace.
     connect(json!({"caConfigMapRef": {"name": "zitadel-ca"}})).await;
-    world.instance_ready("False", "CaUnusable").await;
+    world.instance_ready("False", "CABundleUnusable").await;
     let apply = PatchParams::apply("tests").force();
     let config_map = |pem: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "zitadel-ca"}, "data": {"ca.crt": pem}});
     let config_maps: Api<ConfigMap> = Api::namespaced(world.client.clone(), &home);
@@ -42,7 +42,7 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
         .patch("zitadel-ca", &apply, &Patch::Apply(&config_map("no certificate")))
         .await
         .expect("written");
-    world.instance_ready("False", "CaUnusable").await;
+    world.instance_ready("False", "CABundleUnusable").await;
     config_maps
         .patch("zitadel-ca", &apply, &Patch::Apply(&config_map(&world.issuer.ca)))
         .await
@@ -78,7 +78,7 @@ async fn the_name_in_the_certificate_may_differ_from_the_dialled_host() {
     );
     let reason = refused.await.status.expect("a status").conditions[0].reason.clone();
     assert!(
-        ["TlsFailure", "InstanceUnreachable"].contains(&reason.as_str()),
+        ["TLSFailure", "InstanceUnreachable"].contains(&reason.as_str()),
         "{reason}"
     );
 
@@ -117,14 +117,14 @@ async fn a_pinned_project_id_that_differs_stops_everything() {
         .settings(json!({"zitadelProjectId": "401085856582077478"}))
         .await;
     let mut spec = world.instance_spec();
-    spec["zitadelProjectId"] = json!("999");
+    spec["zitadelProjectID"] = json!("999");
     world.apply_instance(spec.clone()).await.expect("an instance");
     world.simple("billing", json!({"tokenType": "JWT"})).await;
-    world.ready("billing", "False", "ProjectIdMismatch").await;
-    world.instance_ready("False", "ProjectIdMismatch").await;
+    world.ready("billing", "False", "ProjectIDMismatch").await;
+    world.instance_ready("False", "ProjectIDMismatch").await;
     assert_eq!(world.issuer.mints().await, 0);
 
-    spec["zitadelProjectId"] = json!("401085856582077478");
+    spec["zitadelProjectID"] = json!("401085856582077478");
     world.apply_instance(spec).await.expect("an instance");
     world.ready("billing", "True", "Issued").await;
     world.instance_ready("True", "InstanceReady").await;

@@ -67,7 +67,7 @@ async fn an_opaque_token_and_the_zitadel_api() {
     // BEARER is what ZITADEL gives a service user unless it is told otherwise.
     let user = world.issuer.user(json!({"tokenType": "BEARER"})).await;
     world.key_secret("api-key", &user).await;
-    let spec = json!({"tokens": [{"name": "api", "zitadelApi": true, "scopes": [], "secret": {"name": "api-token"}}]});
+    let spec = json!({"tokens": [{"name": "api", "zitadelAPI": true, "scopes": [], "secret": {"name": "api-token"}}]});
     world.service_user("api", spec).await.expect("accepted");
 
     let token = world.token("api-token").await;
@@ -182,6 +182,8 @@ async fn one_refresh_costs_one_secret_write_and_one_status_write() {
                 .is_some_and(|s| s.tokens[0].issued_at.as_ref().is_some_and(|t| t.0 > issued))
         })
         .await;
+    let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
+    assert_eq!(status.last_handled_renew_request.as_deref(), Some("now"));
     world.sentinel().await;
 
     assert_eq!(world.issuer.mints().await, 2, "a request is served once");
@@ -268,7 +270,7 @@ async fn the_object_and_its_secrets_go_together() {
     two["tokens"]
         .as_array_mut()
         .expect("a list")
-        .push(json!({"name": "more", "projectIds": ["2"], "secret": {"name": "more-token"}}));
+        .push(json!({"name": "more", "projectIDs": ["2"], "secret": {"name": "more-token"}}));
     world.service_user("billing", two).await.expect("accepted");
     world.token("more-token").await;
 
@@ -320,7 +322,7 @@ async fn when_a_token_is_renewed_follows_the_spec() {
         .user(json!({"tokenType": "JWT", "lifetimeSeconds": 1001}))
         .await;
     world.key_secret("billing-key", &user).await;
-    let token = |name: &str, key: &str, value: serde_json::Value| json!({"name": name, "projectIds": ["1"], "secret": {"name": format!("{name}-token")}, key: value});
+    let token = |name: &str, key: &str, value: serde_json::Value| json!({"name": name, "projectIDs": ["1"], "secret": {"name": format!("{name}-token")}, key: value});
     let tokens = json!({"tokens": [
         token("default", "projectRoles", json!(false)), token("before", "renewBefore", json!("5m")),
         token("percentage", "renewBeforePercentage", json!(50)), token("clamped", "renewBeforePercentage", json!(99)),

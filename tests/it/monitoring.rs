@@ -11,7 +11,7 @@ use zitadel_tokens::controller::metrics::described;
 use crate::support::eventually;
 use crate::support::operator::Operator;
 use crate::support::prometheus::{Prometheus, ROOT, promtool};
-use crate::support::world::{World, one_token};
+use crate::support::world::{World, everything, one_token};
 
 const RULES: &str = "charts/zitadel-tokens/files/rules.yaml";
 const RULE_TESTS: &str = "tests/monitoring/rules_test.yaml";
@@ -104,6 +104,20 @@ async fn eventful(test: &str) -> World {
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance", "spec": spec,
         "metadata": {"name": format!("{}-down", world.name), "labels": {"test": world.instance}},
     });
+    let policy = json!({
+        "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelAccessPolicy",
+        "metadata": {"name": format!("{}-down", world.name)},
+        "spec": {"instanceRef": {"name": format!("{}-down", world.name)}, "namespaceSelector": {}, "audiences": everything()},
+    });
+    let policies = world.policies();
+    policies
+        .patch(
+            &format!("{}-down", world.name),
+            &PatchParams::apply("tests"),
+            &Patch::Apply(&policy),
+        )
+        .await
+        .expect("a policy");
     let api: Api<ZitadelInstance> = Api::all(world.client.clone());
     api.patch(
         &format!("{}-down", world.name),

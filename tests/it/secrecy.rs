@@ -189,9 +189,9 @@ const AT_FIRST: [(&str, &str, &str); 13] = [
     ("foreign", "False", "SecretConflict"),
     ("removed", "False", "KeyRejected"),
     // Secrets that hold a private key and are of no use.
-    ("garbage", "False", "KeyNotJson"),
-    ("cut-off", "False", "KeyNotJson"),
-    ("bare-pem", "False", "KeyNotJson"),
+    ("garbage", "False", "KeyNotJSON"),
+    ("cut-off", "False", "KeyNotJSON"),
+    ("bare-pem", "False", "KeyNotJSON"),
     ("application", "False", "KeyIsApplicationKey"),
     ("as-user", "False", "KeyFieldInvalid"),
     ("as-date", "False", "KeyFieldInvalid"),
@@ -232,9 +232,9 @@ async fn at_first(applied: &mut Applied<'_>, proxy: &Proxy) {
             world.issuer.remove_key(&user.id, &user.key_id).await;
         }
     }
-    let api = json!([{"name": "api", "zitadelApi": true, "secret": {"name": "opaque-token"}}]);
+    let api = json!([{"name": "api", "zitadelAPI": true, "secret": {"name": "opaque-token"}}]);
     applied.service_user("opaque", &api);
-    let other = json!([{"name": "main", "projectIds": ["2"], "secret": {"name": "mismatch-token"}}]);
+    let other = json!([{"name": "main", "projectIDs": ["2"], "secret": {"name": "mismatch-token"}}]);
     applied.service_user("mismatch", &other);
     applied.apply();
     quoting_policy(world).await;

@@ -7,7 +7,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use crate::support::eventually;
 use crate::support::issuer::{Issuer, User};
 use crate::support::operator::Operator;
-use crate::support::world::{World, one_token};
+use crate::support::world::{World, everything, one_token};
 
 const TOKEN: &str = "/oauth/v2/token";
 
@@ -183,7 +183,8 @@ async fn an_instance_with_a_wrong_issuer_does_not_stop_another_that_dials_the_sa
     let operator = Operator::start(good.cluster, &selector).await;
     let mut spec = good.instance_spec();
     spec["connection"]["endpoint"] = json!(good.issuer.url);
-    spec["access"][0]["namespaceSelector"] = json!({});
+    good.allow(json!({}), everything()).await;
+    wrong.allow(json!({}), everything()).await;
     good.apply_instance(spec.clone()).await.expect("an instance");
     good.instance_ready("True", "InstanceReady").await;
     spec["issuer"] = json!(format!("https://{WRONG}"));

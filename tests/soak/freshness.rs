@@ -31,7 +31,7 @@ async fn no_sample_holds_an_expired_token() {
         let mut spec = one_token(&format!("{user}-token"));
         names.push(format!("{user}-token"));
         if user == "three" {
-            let more = json!({"name": "more", "projectIds": ["2"], "secret": {"name": "more-token"}});
+            let more = json!({"name": "more", "projectIDs": ["2"], "secret": {"name": "more-token"}});
             spec["tokens"].as_array_mut().expect("a list").push(more);
             names.push("more-token".to_owned());
         }

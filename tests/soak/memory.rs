@@ -49,7 +49,7 @@ fn user(name: &str, spec: &Value) -> Value {
 
 /// A service user with 16 tokens whose Secrets are changed by `secret`.
 fn sixteen(instance: &str, key: &str, secret: impl Fn(usize) -> Value) -> Value {
-    let tokens = (0..16).map(|i| json!({"name": format!("t{i}"), "projectIds": ["1"], "secret": secret(i)}));
+    let tokens = (0..16).map(|i| json!({"name": format!("t{i}"), "projectIDs": ["1"], "secret": secret(i)}));
     json!({"instanceRef": {"name": instance}, "keySecretRef": {"name": key}, "tokens": tokens.collect::<Vec<_>>()})
 }
 

@@ -235,7 +235,7 @@ async fn refreshed(world: &World, request: &str) -> Duration {
 async fn fleet(world: &World, objects: usize) {
     let tokens: Vec<Value> = (0..16)
         .map(
-            |i| json!({"name": format!("token-{i:a<50}"), "projectIds": [PROJECT], "secret": {"name": format!("none-{i}")}}),
+            |i| json!({"name": format!("token-{i:a<50}"), "projectIDs": [PROJECT], "secret": {"name": format!("none-{i}")}}),
         )
         .collect();
     let spec = json!({"tokens": tokens, "keySecretRef": {"name": "none"}});

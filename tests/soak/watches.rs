@@ -109,7 +109,7 @@ async fn an_entry_that_was_removed_while_the_operator_was_down_takes_its_secret_
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
     let mut two = one_token("billing-token");
-    let more = json!({"name": "more", "projectIds": ["2"], "secret": {"name": "more-token"}});
+    let more = json!({"name": "more", "projectIDs": ["2"], "secret": {"name": "more-token"}});
     two["tokens"].as_array_mut().expect("a list").push(more);
     world.service_user("billing", two).await.expect("accepted");
     world.token("more-token").await;

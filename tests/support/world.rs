@@ -14,7 +14,7 @@ use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
+use zitadel_tokens::api::{ZitadelAccessPolicy, ZitadelInstance, ZitadelServiceUser};
 
 use super::cluster::Cluster;
 use super::issuer::{Issuer, User};
@@ -44,7 +44,7 @@ impl World {
         Self::on(Cluster::shared(), test, issuer).await
     }
 
-    /// A new world on a cluster with the CRDs.
+    /// A new world on a cluster with the CRDs. A policy allows its namespace everything.
     pub async fn on(cluster: &'static Cluster, test: &str, issuer: Issuer) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let client = cluster.client().await;
@@ -61,6 +61,7 @@ impl World {
             name,
         };
         world.namespace(&world.name).await;
+        world.allow(world.selector_of_namespace(), everything()).await;
         world
     }
 
@@ -102,17 +103,9 @@ impl World {
         format!("test={}", self.instance)
     }
 
-    /// The spec of an instance that allows this namespace any project and the ZITADEL API.
+    /// The spec of the instance.
     pub fn instance_spec(&self) -> Value {
-        json!({
-            "issuer": self.issuer.url,
-            "connection": {"allowInsecureHttp": true},
-            "access": [{
-                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.name}},
-                "projectIds": ["*"],
-                "zitadelApi": true,
-            }],
-        })
+        json!({"issuer": self.issuer.url, "connection": {"allowInsecureHTTP": true}})
     }
 
     /// Creates the instance with [`World::instance_spec`].
@@ -120,11 +113,40 @@ impl World {
         self.apply_instance(self.instance_spec()).await.expect("an instance")
     }
 
-    /// Creates the instance, for every namespace.
+    /// Creates the instance, and a policy that allows every namespace everything.
     pub async fn instance_for_all(&self) {
-        let mut spec = self.instance_spec();
-        spec["access"][0]["namespaceSelector"] = json!({});
-        self.apply_instance(spec).await.expect("an instance");
+        self.allow(json!({}), everything()).await;
+        self.apply_instance(self.instance_spec()).await.expect("an instance");
+    }
+
+    /// Selects this namespace only.
+    pub fn selector_of_namespace(&self) -> Value {
+        json!({"matchLabels": {"kubernetes.io/metadata.name": self.name}})
+    }
+
+    /// Applies the policy of this world: the selected namespaces may have these audiences of the instance.
+    pub async fn allow(&self, namespaces: Value, audiences: Value) {
+        self.policy(&self.policy_name(), namespaces, audiences).await;
+    }
+
+    /// Name of the policy that [`World::allow`] applies.
+    pub fn policy_name(&self) -> String {
+        format!("{}.{}", self.instance, self.name)
+    }
+
+    /// Applies a policy.
+    pub async fn policy(&self, name: &str, namespaces: Value, audiences: Value) {
+        let object = json!({
+            "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelAccessPolicy", "metadata": {"name": name},
+            "spec": {"instanceRef": {"name": self.instance}, "namespaceSelector": namespaces, "audiences": audiences},
+        });
+        let params = PatchParams::apply("tests").force();
+        let applied = self.policies().patch(name, &params, &Patch::Apply(&object)).await;
+        applied.expect("a policy");
+    }
+
+    pub fn policies(&self) -> Api<ZitadelAccessPolicy> {
+        Api::all(self.client.clone())
     }
 
     pub async fn apply_instance(&self, spec: Value) -> kube::Result<ZitadelInstance> {
@@ -226,10 +248,11 @@ impl World {
         until(self.users(), name, SOON, wanted).await
     }
 
-    /// Waits until the Ready condition has this status and reason.
+    /// Waits until `Ready` has this status and `UpToDate` this reason.
     pub async fn ready(&self, name: &str, status: &str, reason: &str) -> ZitadelServiceUser {
         self.user_until(name, |user| {
-            condition(user, "Ready").is_some_and(|(s, r, _)| s == status && r == reason)
+            condition(user, "Ready").is_some_and(|(s, _, _)| s == status)
+                && condition(user, "UpToDate").is_some_and(|(_, r, _)| r == reason)
                 && user.status.as_ref().and_then(|s| s.observed_generation) == user.metadata.generation
         })
         .await
@@ -287,9 +310,14 @@ impl World {
     }
 }
 
+/// Every project and the ZITADEL API.
+pub fn everything() -> Value {
+    json!({"projectIDs": ["*"], "zitadelAPI": true})
+}
+
 /// A spec with one token for [`PROJECT`].
 pub fn one_token(secret: &str) -> Value {
-    json!({"tokens": [{"name": "main", "projectIds": [PROJECT], "secret": {"name": secret}}]})
+    json!({"tokens": [{"name": "main", "projectIDs": [PROJECT], "secret": {"name": secret}}]})
 }
 
 /// Waits by a watch until an object is as `wanted`.

@@ -186,7 +186,7 @@ pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<In
 
 /// The trusted certificates in PEM, if the instance names any.
 async fn certificates(ctx: &Context, connection: &Connection) -> Result<Option<String>, Failure> {
-    let unusable = || Failure::from(Reason::CaUnusable);
+    let unusable = || Failure::from(Reason::CABundleUnusable);
     let own = || ctx.operator_namespace.as_deref().ok_or_else(unusable);
     let entry = |reference: &EntryRef| reference.key.clone().unwrap_or_else(|| CA_ENTRY.to_owned());
     if let Some(reference) = &connection.ca_config_map_ref {

@@ -49,7 +49,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     let discovered = discovered
         .map(|d| d.token_path)
         .map_err(|failure| classify(failure, false));
-    if discovered == Err(Reason::TlsFailure) {
+    if discovered == Err(Reason::TLSFailure) {
         ctx.connections.doubt_certificates(&id.name);
     }
     let project_id = ctx.connections.known_project_id(&instance);

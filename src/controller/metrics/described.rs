@@ -161,31 +161,6 @@ impl EncodeLabelSet for Named<'_> {
     }
 }
 
-/// The table as Markdown, for `docs/metrics.md`.
-#[must_use]
-pub fn markdown() -> String {
-    use std::fmt::Write;
-    let mut table = String::from("| metric | kind | labels | what it tells |\n|---|---|---|---|\n");
-    for metric in ALL {
-        let labels: Vec<_> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
-        let per_object = if metric.is_per_object() {
-            " One for each object."
-        } else {
-            ""
-        };
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            table,
-            "| `{}` | {} | {} | {}.{per_object} |",
-            metric.name,
-            metric.kind.as_str(),
-            labels.join(", "),
-            metric.help
-        );
-    }
-    table
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -111,9 +111,10 @@ impl Job<'_> {
             same && !now.deleting
         });
         let namespace = &self.id.namespace;
+        let name = &facts.user.spec.instance_ref.name;
         let same_rights =
-            !cache.is_terminating(namespace) && cache.namespace_labels(namespace) == facts.namespace_labels;
-        let instance = cache.instance(&facts.user.spec.instance_ref.name);
+            !cache.is_terminating(namespace) && cache.allowed_audiences(name, namespace) == facts.allowed_audiences;
+        let instance = cache.instance(name);
         let spec = |instance: &Result<Arc<ZitadelInstance>, Reason>| instance.as_ref().ok().map(|i| i.spec.clone());
         same_user && same_rights && spec(&instance) == spec(&facts.instance)
     }
@@ -263,7 +264,7 @@ impl Job<'_> {
     /// An instance that is called Ready is looked at again, since it is not asked while all goes well.
     fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> Outcome {
         let name = instance.metadata.name.as_deref().unwrap_or_default();
-        if reason == Reason::TlsFailure {
+        if reason == Reason::TLSFailure {
             self.ctx.connections.doubt_certificates(name);
         }
         if concerns_the_instance(reason) && self.ctx.connections.is_ready(name) {

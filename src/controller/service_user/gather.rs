@@ -102,7 +102,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
     let mut facts = Facts {
         allowed_metadata: ctx.allowed_metadata.clone(),
         in_operator_namespace: ctx.operator_namespace.as_deref() == Some(&*id.namespace),
-        namespace_labels: ctx.cache.namespace_labels(&id.namespace),
+        allowed_audiences: ctx.cache.allowed_audiences(&instance_name, &id.namespace),
         zitadel_project_id: instance
             .as_deref()
             .ok()

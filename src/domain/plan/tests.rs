@@ -12,8 +12,8 @@ use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_SERVICE_US
 use crate::api::service_user::DeletionPolicy;
 use crate::domain::facts::Hold;
 use crate::domain::fixtures::{
-    DUE, FRESH, LIFETIME, TEN_YEARS, apply, ask, at, claims, clock, edit, existing, facts, fill, filled, instance, jwt,
-    keep_unwritten, labels, service_key, token, user,
+    DUE, FRESH, LIFETIME, TEN_YEARS, allowed, apply, ask, at, claims, clock, edit, existing, facts, fill, filled,
+    instance, jwt, keep_unwritten, service_key, token, user,
 };
 use crate::domain::secret::{Controller, OWNER_KIND, Seen};
 
@@ -285,14 +285,14 @@ fn a_jwt_speaks_for_itself_whatever_its_record_says() {
 
 /// A token for the ZITADEL API, allowed, the real id known.
 fn with_api(facts: &mut Facts) {
-    instance(facts).spec.access[0].zitadel_api = Some(true);
+    facts.allowed_audiences = Ok(allowed(&["1", "2"], true));
     token(facts, 0).zitadel_api = Some(true);
     facts.zitadel_project_id = Some("99".into());
 }
 
 /// Every project is allowed; that of the ZITADEL API is not.
 fn any_project(facts: &mut Facts) {
-    instance(facts).spec.access[0].project_ids = vec!["*".into()];
+    facts.allowed_audiences = Ok(allowed(&["*"], false));
 }
 
 fn foreign(facts: &mut Facts, kind: &str, name: &str, uid: &str) {
@@ -316,17 +316,16 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
     ];
     #[rustfmt::skip]
     let refusals: &[Refusal] = &[
-        ("access withdrawn", |f| instance(f).spec.access.clear(), "AccessDenied"),
-        ("namespace relabelled", |f| f.namespace_labels = Ok(labels("b")), "AccessDenied"),
+        ("access withdrawn", |f| f.allowed_audiences = Ok(allowed(&[], false)), "AccessDenied"),
         ("a project not allowed", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
         ("the API not allowed", |f| token(f, 0).zitadel_api = Some(true), "AccessDenied"),
         ("a project that is the API's own", |f| f.zitadel_project_id = Some("1".into()), "AccessDenied"),
-        ("denied, and no key", |f| { instance(f).spec.access.clear(); f.key = Err(Reason::KeyNotJson); }, "AccessDenied"),
+        ("denied, and no key", |f| { f.allowed_audiences = Ok(allowed(&[], false)); f.key = Err(Reason::KeyNotJSON); }, "AccessDenied"),
         ("no instance", |f| f.instance = Err(Reason::InstanceMissing), "InstanceMissing"),
-        ("namespace not known", |f| f.namespace_labels = Err(Reason::NamespaceMissing), "NamespaceMissing"),
+        ("namespace not known", |f| f.allowed_audiences = Err(Reason::NamespaceMissing), "NamespaceMissing"),
         ("operator's namespace", |f| f.in_operator_namespace = true, "OperatorNamespace"),
         ("no key", |f| f.key = Err(Reason::KeySecretMissing), "KeySecretMissing"),
-        ("no good key", |f| f.key = Err(Reason::KeyNotJson), "KeyNotJson"),
+        ("no good key", |f| f.key = Err(Reason::KeyNotJSON), "KeyNotJSON"),
         ("an application's key", |f| f.key = Err(Reason::KeyIsApplicationKey), "KeyIsApplicationKey"),
         ("two scopes in one", |f| token(f, 0).scopes = Some(vec!["openid email".into()]), "InvalidSpec"),
         ("an audience among the scopes", |f| token(f, 0).scopes = Some(vec!["urn:zitadel:iam:org:project:id:3:aud".into()]), "InvalidSpec"),
@@ -335,7 +334,7 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
         ("an odd organization", |f| token(f, 0).organization_id = Some("1:x".into()), "InvalidSpec"),
         ("two projects in one", |f| { token(f, 0).project_ids = vec!["1:aud urn:x".into()]; any_project(f); }, "InvalidSpec"),
         ("suspended", |f| user(f).spec.suspend = Some(true), "Suspended"),
-        ("suspended, and denied", |f| { user(f).spec.suspend = Some(true); instance(f).spec.access.clear(); }, "Suspended"),
+        ("suspended, and denied", |f| { user(f).spec.suspend = Some(true); f.allowed_audiences = Ok(allowed(&[], false)); }, "Suspended"),
     ];
     for (name, refuse, expected) in refusals {
         for (place, secret) in secrets.iter().enumerate() {
@@ -620,14 +619,14 @@ fn the_last_check_before_a_mint_knows_the_real_id() {
     let rows: &[Row] = &[
         ("a project", |_| {}, Ok(&["1"])),
         ("the API by number, any project allowed", |f| { any_project(f); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
-        ("the API by number, listed as a project", |f| { instance(f).spec.access[0].project_ids.push("99".into()); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
-        ("the API by number, allowed", |f| { instance(f).spec.access[0].zitadel_api = Some(true); token(f, 0).project_ids.push("99".into()); }, Ok(&["1", "99"])),
+        ("the API by number, listed as a project", |f| { f.allowed_audiences = Ok(allowed(&["1", "2", "99"], false)); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
+        ("the API by number, allowed", |f| { f.allowed_audiences = Ok(allowed(&["1", "2"], true)); token(f, 0).project_ids.push("99".into()); }, Ok(&["1", "99"])),
         ("the API by alias", with_api, Ok(&["1", "99"])),
         ("pinned to it", |f| instance(f).spec.zitadel_project_id = Some("99".into()), Ok(&["1"])),
-        ("pinned to another", |f| instance(f).spec.zitadel_project_id = Some("98".into()), Err(Reason::ProjectIdMismatch)),
-        ("no key", |f| f.key = Err(Reason::KeyNotJson), Err(Reason::KeyNotJson)),
+        ("pinned to another", |f| instance(f).spec.zitadel_project_id = Some("98".into()), Err(Reason::ProjectIDMismatch)),
+        ("no key", |f| f.key = Err(Reason::KeyNotJSON), Err(Reason::KeyNotJSON)),
         ("no instance", |f| f.instance = Err(Reason::InstanceMissing), Err(Reason::InstanceMissing)),
-        ("no namespace", |f| f.namespace_labels = Err(Reason::NamespaceMissing), Err(Reason::NamespaceMissing)),
+        ("no namespace", |f| f.allowed_audiences = Err(Reason::NamespaceMissing), Err(Reason::NamespaceMissing)),
     ];
     for (name, change, wanted) in rows {
         let mut facts = empty();

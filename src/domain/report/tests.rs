@@ -1,5 +1,7 @@
 //! What is told, row by row of the truth table (design §3.4), each status fed back as the API server would give it.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -54,14 +56,26 @@ fn condition<'a>(status: &'a ZitadelServiceUserStatus, kind: &str) -> Option<&'a
     status.conditions.iter().find(|c| c.type_ == kind)
 }
 
-/// `Ready=False/KeyNotJson Reconciling`, without `KeyValid`. What is not Ready is always False, what else is there True.
+/// `Ready=False/KeyNotJSON Reconciling`: the status of `Ready`, the reason of `UpToDate`, and what else is true, without
+/// `KeyValid`. Each reason must explain the status of its own condition.
 fn shown(status: &ZitadelServiceUserStatus) -> String {
     let ready = condition(status, "Ready").expect("Ready");
-    let mut shown = format!("Ready={}/{}", ready.status, ready.reason);
+    let up_to_date = condition(status, "UpToDate").expect("UpToDate");
+    match &*ready.status {
+        "True" => assert_eq!(ready.reason, "Issued"),
+        _ => assert_eq!(ready.reason, up_to_date.reason),
+    }
+    let explained = match &*up_to_date.reason {
+        "Issued" => "True",
+        "Suspended" => "Unknown",
+        _ => "False",
+    };
+    assert_eq!(up_to_date.status, explained, "{up_to_date:?}");
+    let mut shown = format!("Ready={}/{}", ready.status, up_to_date.reason);
     for c in status
         .conditions
         .iter()
-        .filter(|c| !["Ready", "KeyValid"].contains(&c.type_.as_str()))
+        .filter(|c| !["Ready", "UpToDate", "KeyValid"].contains(&c.type_.as_str()))
     {
         assert_eq!(
             (&*c.status, &c.reason, &c.message),
@@ -153,7 +167,7 @@ fn the_worst_token_decides_and_ties_go_by_the_spec() {
     );
     #[rustfmt::skip]
     let rows: &[Row] = &[
-        ("all good", [(Issued, 9), (Issued, 9), (Issued, 9)], "Ready=True/Issued", "3/3", "Every token"),
+        ("all good", [(Issued, 9), (Issued, 9), (Issued, 9)], "Ready=True/Issued", "3/3", "Every token Secret"),
         ("one is not there", [(Issued, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
         ("not there before failing", [(KeyRejected, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
         ("failing before good", [(Issued, 9), (RateLimited, 9), (Issued, 9)], "Ready=True/RateLimited", "3/3", "`b`"),
@@ -170,7 +184,9 @@ fn the_worst_token_decides_and_ties_go_by_the_spec() {
         let told = look(&mut facts, 1, &outcomes).status;
         assert_eq!(shown(&told), *expected, "{name}");
         assert_eq!(told.tokens_ready.as_deref(), Some(*ready), "{name}");
-        let said = &condition(&told, "Ready").expect("Ready").message;
+        let said: String = ["Ready", "UpToDate"]
+            .map(|kind| condition(&told, kind).expect("there").message.clone())
+            .concat();
         assert!(said.contains(message), "{name}: {said}");
     }
 }
@@ -302,7 +318,33 @@ fn a_transition_is_a_change_of_the_status_value() {
     status.conditions.push(foreign);
     status.tokens.push(TokenStatus::default());
     let status = look(&mut facts, 305, &[outcome(&filled(&["a"]), 0, Issued, LIFETIME)]).status;
-    assert_eq!((status.conditions.len(), status.tokens.len()), (2, 1));
+    assert_eq!((status.conditions.len(), status.tokens.len()), (3, 1));
+}
+
+#[test]
+fn renew_request_is_handled_when_every_token_was_refreshed_for_it() {
+    let mut facts = filled(&["a", "b"]);
+    let mut handled = |request: Option<&str>, second: Reason| {
+        let annotation = crate::api::metadata::ANNOTATION_RENEW_REQUEST.to_owned();
+        let annotations = request.map(|request| BTreeMap::from([(annotation, request.to_owned())]));
+        user(&mut facts).metadata.annotations = annotations;
+        let outcomes = [
+            outcome(&facts, 0, Issued, LIFETIME),
+            outcome(&facts, 1, second, LIFETIME),
+        ];
+        look(&mut facts, 1, &outcomes).status.last_handled_renew_request
+    };
+    assert_eq!(handled(None, Issued), None);
+    assert_eq!(handled(Some("1"), ServerError), None);
+    assert_eq!(handled(Some("1"), Issued).as_deref(), Some("1"));
+    assert_eq!(handled(Some("2"), ServerError).as_deref(), Some("1"));
+    assert_eq!(
+        handled(None, Issued).as_deref(),
+        Some("1"),
+        "a request that was withdrawn"
+    );
+    assert_eq!(handled(Some("2"), Suspended).as_deref(), Some("1"));
+    assert_eq!(handled(Some("2"), Issued).as_deref(), Some("2"));
 }
 
 #[test]
@@ -375,7 +417,7 @@ fn a_broken_rule_is_told_with_its_field() {
     let ready = condition(&told.status, "Ready").expect("Ready");
     let note = told.events.iter().find(|n| n.warning).expect("a warning");
     for text in [&ready.message, &note.text] {
-        assert!(text.contains("spec.tokens[1].organizationId: 1 to 64 of"), "{text}");
+        assert!(text.contains("spec.tokens[1].organizationID: 1 to 64 of"), "{text}");
         assert!(
             text.contains(Reason::InvalidSpec.mend()) && !text.contains("1:x"),
             "{text}"
@@ -568,7 +610,9 @@ fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
 prop_compose! {
     fn any_outcome()(reason in 0..Reason::ALL.len(), expires in proptest::option::of(1_i64..2_000), not_before in proptest::option::of(1_i64..2_000))
         -> (Reason, Option<i64>, Option<i64>) {
-        (Reason::ALL[reason], expires, not_before)
+        // These two are states of an instance and of a key, and no outcome of a token.
+        let outcome = Some(Reason::ALL[reason]).filter(|reason| ![Reason::InstanceReady, Reason::KeyUsable].contains(reason));
+        (outcome.unwrap_or(Issued), expires, not_before)
     }
 }
 
@@ -583,13 +627,17 @@ proptest! {
         for (later, outcomes) in looks {
             seconds += later;
             let now = at(seconds) + SignedDuration::from_millis(700);
+            // An object is suspended with all of its tokens.
+            let suspended = outcomes.iter().any(|(reason, ..)| *reason == Suspended);
             let outcomes: Vec<_> = outcomes.into_iter().enumerate().map(|(i, (reason, expires, not_before))| Outcome {
+                reason: if suspended { Suspended } else { reason },
                 not_before: not_before.map(at),
                 ..outcome(&facts, i, reason, expires.unwrap_or(NONE))
             }).collect();
             let Report { status, wake, .. } = look(&mut facts, seconds, &outcomes);
+            shown(&status);
             let on = |kind| condition(&status, kind).is_some_and(|c| c.status == "True");
-            let ready = |o: &Outcome| o.held.is_some_and(|h| h.schedule.expires > now);
+            let ready = |o: &Outcome| o.reason == Issued || o.held.is_some_and(|h| h.schedule.expires > now);
             prop_assert_eq!(on("Ready"), outcomes.iter().all(ready));
             prop_assert!(u8::from(on("Ready")) + u8::from(on("Reconciling")) + u8::from(on("Stalled")) <= 1);
             let failing = |o: &Outcome| o.reason.retry() != Retry::No;

@@ -7,7 +7,7 @@ use secrecy::ExposeSecret;
 use super::{NAMES, World, copy};
 use crate::api::metadata::ANNOTATION_RECORD;
 use crate::api::service_user::Token;
-use crate::domain::fixtures::{self, ask, edit, instance, user};
+use crate::domain::fixtures::{self, ask, edit, user};
 use crate::domain::reason::Reason;
 use crate::domain::secret::Existing;
 
@@ -114,7 +114,7 @@ impl World {
             Event::KeyThere(there) => self.key_is_there = there,
             Event::Allowed(on) => {
                 let ids: &[&str] = if on { &["1", "2"] } else { &[] };
-                instance(&mut self.facts).spec.access[0].project_ids = ids.iter().map(ToString::to_string).collect();
+                self.facts.allowed_audiences = Ok(fixtures::allowed(ids, false));
             }
             Event::MintsFail(how) => {
                 self.mints_fail = how.map(|for_good| {

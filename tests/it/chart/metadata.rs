@@ -318,7 +318,7 @@ async fn the_largest_objects_and_lists_are_within_the_cost_that_policies_may_hav
         let keys = Value::Object(entries.collect());
         let tokens: Vec<Value> = (0..16)
             .map(|i| {
-                json!({"name": format!("t{i}"), "projectIds": ["1"], "secret": {"name": format!("{name}-{i}"),
+                json!({"name": format!("t{i}"), "projectIDs": ["1"], "secret": {"name": format!("{name}-{i}"),
                     "labels": keys, "annotations": keys}})
             })
             .collect();

@@ -1,0 +1,88 @@
+//! `ZitadelAccessPolicy`: which namespaces may have tokens for which audiences. Cluster-scoped, owned by the platform team.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+use crate::api::service_user::InstanceRef;
+
+/// Allows the selected namespaces to have tokens for the listed audiences of one instance.
+///
+/// All policies of an instance form a union. An audience that no policy allows is denied.
+/// Why this is a kind of its own: `docs/adr/0008-access-policies-are-objects.md`.
+#[allow(clippy::duplicated_attributes, reason = "each printcolumn has its own type_")]
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[kube(
+    group = "zitadel-tokens.dev",
+    version = "v1alpha1",
+    kind = "ZitadelAccessPolicy",
+    plural = "zitadelaccesspolicies",
+    shortname = "zap",
+    category = "zitadel",
+    derive = "PartialEq",
+    doc = "Allows the selected namespaces to have tokens for the listed audiences of one ZitadelInstance. Policies form a union. An audience that no policy allows is denied.",
+    printcolumn(name = "Instance", type_ = "string", json_path = ".spec.instanceRef.name"),
+    printcolumn(name = "Projects", type_ = "string", json_path = ".spec.audiences.projectIDs"),
+    printcolumn(name = "ZITADEL API", type_ = "boolean", json_path = ".spec.audiences.zitadelAPI"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ZitadelAccessPolicySpec {
+    /// The `ZitadelInstance` whose tokens this policy allows. It may be created later.
+    pub instance_ref: InstanceRef,
+
+    /// The namespaces; `{}` selects every namespace. Prefer the label `kubernetes.io/metadata.name`: Kubernetes sets it,
+    /// and a tenant cannot change it.
+    // Atomic as in Kubernetes' own kinds: else a server-side apply that changes the selector to `{}` stores null.
+    #[schemars(extend("x-kubernetes-map-type" = "atomic", "properties" = {
+        "matchLabels": {
+            "type": "object", "maxProperties": 16, "additionalProperties": {"type": "string", "maxLength": 63},
+            "description": "Labels that the namespace must have.",
+            "x-kubernetes-validations": [{
+                "rule": "self.all(k, k.size() <= 317)",
+                "message": "namespaceSelector.matchLabels: a key has at most 317 characters"
+            }]
+        },
+        "matchExpressions": {
+            "type": "array", "maxItems": 16, "description": "Requirements that the namespace's labels must meet.",
+            "items": {
+                "type": "object", "required": ["key", "operator"],
+                "properties": {
+                    "key": {"type": "string", "maxLength": 317, "description": "The label's key."},
+                    "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the key and the values are compared."},
+                    "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values, for In and NotIn only."}
+                },
+                "x-kubernetes-validations": [{
+                    "rule": "(self.operator in ['In', 'NotIn']) == (has(self.values) && self.values.size() > 0)",
+                    "message": "namespaceSelector.matchExpressions: In and NotIn need values, Exists and DoesNotExist have none"
+                }]
+            }
+        }
+    }))]
+    pub namespace_selector: LabelSelector,
+
+    /// The audiences that tokens of these namespaces may have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audiences: Option<Audiences>,
+}
+
+/// Audiences that a policy allows.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub struct Audiences {
+    /// Ids of ZITADEL projects. `["*"]` allows every project except the one of the ZITADEL API.
+    #[serde(default, rename = "projectIDs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 256),
+        inner(length(max = 64), regex(pattern = r"^([a-zA-Z0-9_-]+|\*)$"))
+    )]
+    #[x_kube(
+        merge_strategy = ListMerge::Set,
+        validation = Rule::new("!self.exists(p, p == 'zitadel')")
+            .message("audiences.projectIDs: `zitadel` means the ZITADEL API; to allow it, set audiences.zitadelAPI: true")
+    )]
+    pub project_ids: Vec<String>,
+
+    /// Whether tokens may have the audience of the ZITADEL API, by its alias or by the id of its project.
+    #[serde(default, rename = "zitadelAPI", skip_serializing_if = "Option::is_none")]
+    pub zitadel_api: Option<bool>,
+}
