@@ -299,8 +299,8 @@ pub fn record(annotation: &[u8]) {
     let edits: [fn(&mut Record); 7] = [
         |r| r.v += 1,
         |r| r.owner.push('x'),
-        |r| r.inputs.insert(0, 'x'),
-        |r| r.shape.push('x'),
+        |r| r.request_hash.insert(0, 'x'),
+        |r| r.template_hash.push('x'),
         |r| {
             r.issued_at = if r.issued_at == sent() {
                 Timestamp::UNIX_EPOCH
@@ -322,14 +322,14 @@ pub fn record(annotation: &[u8]) {
         edit(&mut edited);
         assert!(!edited.vouches_for("a.b.c"), "edit {place} of {sealed:?}");
     }
-    let reshaped = sealed.reshaped("heir", "other", "a.b.c");
-    assert!(reshaped.vouches_for("a.b.c"));
+    let rehashed = sealed.rehashed("heir", "other", "a.b.c");
+    assert!(rehashed.vouches_for("a.b.c"));
     assert_eq!(
         Record {
             owner: sealed.owner.clone(),
-            shape: sealed.shape.clone(),
+            template_hash: sealed.template_hash.clone(),
             content: sealed.content.clone(),
-            ..reshaped
+            ..rehashed
         },
         sealed
     );

@@ -68,7 +68,7 @@ fn what_holds_a_secret_shows_none_of_it() {
     let copy = json!({"kubectl.kubernetes.io/last-applied-configuration": file, "kapp.k14s.io/original": MARK});
     let secret = json!({"type": "Opaque", "metadata": {"name": "s", "annotations": copy},
         "data": {"token": STANDARD.encode(MARK), "key.json": STANDARD.encode(&file)}});
-    let existing = read::existing(&secret.to_string(), &Wanted::of(None));
+    let existing = read::observed(&secret.to_string(), &Wanted::of(None));
     assert!(existing.as_ref().is_some_and(|existing| existing.token() == Some(MARK)));
     show("Existing", &existing);
     let found = read::service_key(&secret.to_string(), Some("key.json"));

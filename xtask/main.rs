@@ -45,7 +45,7 @@ fn reasons() -> String {
             Retry::Transient => "1 s to 5 min",
             Retry::Soon => "1 s to 10 s",
         };
-        let (meaning, remedy) = (reason.meaning(), reason.mend());
+        let (meaning, remedy) = (reason.meaning(), reason.remedy());
         writeln!(page, "| `{reason}` | {retry} | {meaning} | {remedy} |").expect("written");
     }
     page

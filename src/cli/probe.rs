@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 /// Longest wait for the answer.
-const DEADLINE: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What to ask.
 #[derive(Args, Debug)]
@@ -19,7 +19,7 @@ pub fn probe(arguments: Arguments) -> Result<(), String> {
     super::choose_tls()?;
     let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("no runtime: {e}"))?;
     let status = runtime.block_on(async {
-        let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build()?;
+        let client = reqwest::Client::builder().no_proxy().timeout(PROBE_TIMEOUT).build()?;
         Ok(client.get(arguments.url).send().await?.status())
     });
     match status.map_err(|e: reqwest::Error| format!("no answer: {e}"))? {

@@ -27,9 +27,9 @@ use crate::domain::facts::ObjectRef;
 use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::election::Election;
 use crate::ops::http::Probe;
-use crate::ops::lease::Fence;
+use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
-use crate::ops::{clock, descriptors, http, memory, telemetry};
+use crate::ops::{clock_jump, descriptors, http, memory, telemetry};
 
 /// A pass may ask for 16 tokens one after another, each of which may take the default timeout; longer than this it
 /// hangs.
@@ -134,10 +134,10 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     let listener = http::listen(arguments.listen).map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
 
-    let (election, fence) = candidate(&arguments, &client, &shutdown)?;
+    let (election, leadership) = candidate(&arguments, &client, &shutdown)?;
     let leads: Probe = {
-        let fence = fence.clone();
-        Arc::new(move || fence.is_leading())
+        let leadership = leadership.clone();
+        Arc::new(move || leadership.is_leading())
     };
     let metrics = Metrics::register(&mut registry, panics, leads.clone());
     let cache = Arc::new(Cache::new(arguments.namespace_memory as usize * 1024));
@@ -159,7 +159,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     let within = within(arguments.watch_namespaces);
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
     let context = Arc::new(Context {
-        writer: Writer::new(client.clone(), fence.clone()),
+        writer: Writer::new(client.clone(), leadership.clone()),
         reader: Reader::new(client.clone()),
         client: client.clone(),
         cache,
@@ -201,9 +201,9 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     }
     let jumps = tokio::spawn({
         let context = context.clone();
-        async move { clock::watch(|| after_a_jump(&context)).await }
+        async move { clock_jump::watch(|| after_a_jump(&context)).await }
     });
-    let work = work(context.clone(), fence, shutdown);
+    let work = work(context.clone(), leadership, shutdown);
     match election {
         // Given back last, when nothing of ours is under way any more.
         Some(election) => {
@@ -237,27 +237,35 @@ fn within(mut namespaces: Vec<String>) -> Vec<Option<String>> {
 }
 
 /// Who stands for election, if anybody is to, and the fence of this process.
-fn candidate(arguments: &Arguments, client: &Client, shutdown: &Shutdown) -> Result<(Option<Election>, Fence), String> {
+fn candidate(
+    arguments: &Arguments,
+    client: &Client,
+    shutdown: &Shutdown,
+) -> Result<(Option<Election>, LeadershipGuard), String> {
     if !arguments.leader_elect {
-        return Ok((None, Fence::always_ours(shutdown.clone())));
+        return Ok((None, LeadershipGuard::always(shutdown.clone())));
     }
     let namespace = arguments.namespace.as_deref().filter(|name| !name.is_empty());
     let namespace = namespace.ok_or("--leader-elect needs --namespace, where its Lease is")?;
     let (lease, pod) = (&arguments.lease_name, arguments.pod_name.clone());
-    let (election, fence) = Election::new(client.clone(), namespace, lease, pod, shutdown.clone())?;
-    Ok((Some(election), fence))
+    let (election, leadership) = Election::new(client.clone(), namespace, lease, pod, shutdown.clone())?;
+    Ok((Some(election), leadership))
 }
 
 /// Runs the passes of both kinds until shutdown.
-async fn work(ctx: Arc<Context>, fence: Fence, shutdown: Shutdown) {
+async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown) {
     // The request that is under way, and the write of what it brings.
     let drain = || ctx.connections.longest_timeout() + TIME_TO_WRITE;
     let (users, instances) = (ctx.users.clone(), ctx.instances.clone());
     tokio::join!(
-        users.work(LONGEST_PASS, fence.clone(), shutdown.clone(), drain, |id, held_back| {
-            service_user::reconcile(ctx.clone(), id, held_back)
-        }),
-        instances.work(LONGEST_PASS, fence, shutdown, drain, |id, _| {
+        users.work(
+            LONGEST_PASS,
+            leadership.clone(),
+            shutdown.clone(),
+            drain,
+            |id, pending_retries| { service_user::reconcile(ctx.clone(), id, pending_retries) }
+        ),
+        instances.work(LONGEST_PASS, leadership, shutdown, drain, |id, _| {
             instance::reconcile(ctx.clone(), id)
         }),
     );
@@ -267,7 +275,7 @@ async fn work(ctx: Arc<Context>, fence: Fence, shutdown: Shutdown) {
 /// not written yet are still there.
 fn take_over(ctx: &Context) {
     ctx.memory.retain(|id| ctx.cache.user(id).is_some());
-    ctx.connections.forget_looks();
+    ctx.connections.forget_reconciles();
     look_at_all(ctx);
 }
 
@@ -275,7 +283,7 @@ fn take_over(ctx: &Context) {
 /// away is no longer known.
 fn after_a_jump(ctx: &Context) {
     tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
-    ctx.connections.forget_looks();
+    ctx.connections.forget_reconciles();
     look_at_all(ctx);
 }
 

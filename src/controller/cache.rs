@@ -73,12 +73,12 @@ struct Tracked {
     /// Service users that name it, as key or token Secret.
     named_by: BTreeSet<ObjectRef>,
     /// None if it does not exist.
-    observed: Option<ObservedSecret>,
+    observed: Option<SecretSummary>,
 }
 
 /// A Secret as the watch last saw it.
 #[derive(Debug)]
-pub struct ObservedSecret {
+pub struct SecretSummary {
     /// Its UID.
     pub uid: String,
     /// Its version.
@@ -176,7 +176,7 @@ impl Cache {
         names.into_iter().collect()
     }
 
-    fn of_user<T>(&self, id: &ObjectRef, uid: &str, each: impl Fn(&str, &ObservedSecret) -> Option<T>) -> Vec<T> {
+    fn of_user<T>(&self, id: &ObjectRef, uid: &str, each: impl Fn(&str, &SecretSummary) -> Option<T>) -> Vec<T> {
         let known = self.read();
         let secrets = known.secrets.range(ObjectRef::new(&id.namespace, "")..);
         let secrets = secrets.take_while(|(secret, _)| secret.namespace == id.namespace);
@@ -370,7 +370,7 @@ impl Cache {
     }
 
     /// A Secret is there. Returns the service users that it concerns, if that is news.
-    pub fn secret_applied(&self, id: &ObjectRef, observed: ObservedSecret) -> BTreeSet<ObjectRef> {
+    pub fn secret_applied(&self, id: &ObjectRef, observed: SecretSummary) -> BTreeSet<ObjectRef> {
         let owner = observed.service_user.as_deref();
         let owner = owner.map(|name| ObjectRef::new(&id.namespace, name));
         self.change(|known| {
@@ -379,7 +379,7 @@ impl Cache {
                 return BTreeSet::new();
             }
             let tracked = known.track(id);
-            let version = |observed: &ObservedSecret| observed.resource_version.clone();
+            let version = |observed: &SecretSummary| observed.resource_version.clone();
             if tracked.observed.as_ref().map(version) == Some(version(&observed)) {
                 return BTreeSet::new();
             }
@@ -527,8 +527,8 @@ mod tests {
         }
     }
 
-    fn labelled(version: &str) -> ObservedSecret {
-        ObservedSecret {
+    fn labelled(version: &str) -> SecretSummary {
+        SecretSummary {
             uid: "u".into(),
             resource_version: version.into(),
             service_user: Some("o0".into()),

@@ -13,12 +13,12 @@ use tokio::task::JoinSet;
 
 use crate::domain::allowance::Allowances;
 use crate::domain::backoff::{Backoff, Recovery};
-use crate::domain::facts::{HeldBack, ObjectRef};
+use crate::domain::facts::{ObjectRef, PendingRetries};
 use crate::domain::limits::Rate;
 use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake};
-use crate::ops::lease::Fence;
+use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
 
 /// Timers are looked at again after this at the latest: the monotonic clock stops while a machine sleeps and the wall
@@ -90,13 +90,13 @@ struct Entry {
     recovery: Option<Recovery>,
 }
 
-/// One pass over one object, to be ended by [`Turn::done`]. Dropped without it (a panic, a timeout), it counts as a
+/// One pass over one object, to be ended by [`RunningReconcile::done`]. Dropped without it (a panic, a timeout), it counts as a
 /// transient failure.
-pub struct Turn {
+pub struct RunningReconcile {
     /// Whose turn it is.
     pub id: ObjectRef,
     /// What failed before and is not to be tried yet.
-    pub held_back: HeldBack,
+    pub pending_retries: PendingRetries,
     queue: Arc<Queue>,
     ended: bool,
 }
@@ -271,13 +271,13 @@ impl Queue {
     }
 
     /// The next object; waits until there is one.
-    pub async fn next(self: &Arc<Self>) -> Turn {
+    pub async fn next(self: &Arc<Self>) -> RunningReconcile {
         loop {
             let sleep = match self.take(Timestamp::now()) {
-                Ok((id, held_back)) => {
-                    return Turn {
+                Ok((id, pending_retries)) => {
+                    return RunningReconcile {
                         id,
-                        held_back,
+                        pending_retries,
                         queue: self.clone(),
                         ended: false,
                     };
@@ -309,17 +309,17 @@ impl Queue {
     }
 
     /// The next object; waits until there is one, and until this process leads.
-    async fn next_as_leader(self: &Arc<Self>, fence: &Fence) -> Turn {
+    async fn next_as_leader(self: &Arc<Self>, leadership: &LeadershipGuard) -> RunningReconcile {
         loop {
-            if !fence.is_leading() {
+            if !leadership.is_leading() {
                 self.lock().standing_by = true;
-                fence.leading().await;
+                leadership.leading().await;
                 let mut state = self.lock();
                 state.standing_by = false;
                 state.took_over = Some(Instant::now());
             }
-            if let Ok(turn) = fence.while_leading(self.next()).await {
-                return turn;
+            if let Ok(reconcile) = leadership.while_leading(self.next()).await {
+                return reconcile;
             }
         }
     }
@@ -329,40 +329,40 @@ impl Queue {
     pub async fn work<F, P>(
         self: Arc<Self>,
         limit: Duration,
-        fence: Fence,
+        leadership: LeadershipGuard,
         mut shutdown: Shutdown,
         drain: impl Fn() -> Duration,
         pass: P,
     ) where
-        P: Fn(ObjectRef, HeldBack) -> F,
+        P: Fn(ObjectRef, PendingRetries) -> F,
         F: Future<Output = Done> + Send + 'static,
     {
         let mut running = JoinSet::new();
         loop {
             while running.try_join_next().is_some() {}
-            let turn = tokio::select! {
+            let reconcile = tokio::select! {
                 biased;
                 () = shutdown.requested() => break,
-                turn = self.next_as_leader(&fence) => turn,
+                reconcile = self.next_as_leader(&leadership) => reconcile,
             };
             let pass = AssertUnwindSafe(tokio::time::timeout(
                 limit,
-                pass(turn.id.clone(), turn.held_back.clone()),
+                pass(reconcile.id.clone(), reconcile.pending_retries.clone()),
             ))
             .catch_unwind();
             running.spawn(async move {
                 match pass.await {
-                    Ok(Ok(done)) => turn.done(done),
-                    Ok(Err(_)) => tracing::warn!(object = %turn.id, "a pass took too long and was ended"),
+                    Ok(Ok(done)) => reconcile.done(done),
+                    Ok(Err(_)) => tracing::warn!(object = %reconcile.id, "a pass took too long and was ended"),
                     // The panic hook has told where.
-                    Err(_) => tracing::error!(object = %turn.id, "a pass panicked"),
+                    Err(_) => tracing::error!(object = %reconcile.id, "a pass panicked"),
                 }
             });
         }
         let _ = tokio::time::timeout(drain(), async { while running.join_next().await.is_some() {} }).await;
     }
 
-    fn take(&self, now: Timestamp) -> Result<(ObjectRef, HeldBack), Duration> {
+    fn take(&self, now: Timestamp) -> Result<(ObjectRef, PendingRetries), Duration> {
         let mut state = self.lock();
         let state = &mut *state;
         while let Some((at, _)) = state.timers.first()
@@ -392,8 +392,8 @@ impl Queue {
             if let Some(at) = entry.timer.take() {
                 state.timers.remove(&(at, id.clone()));
             }
-            let held_back = entry.backoffs.iter().map(|(what, b)| (what.clone(), b.hold)).collect();
-            return Ok((id, held_back));
+            let pending_retries = entry.backoffs.iter().map(|(what, b)| (what.clone(), b.hold)).collect();
+            return Ok((id, pending_retries));
         }
         let next = state.timers.first().map(|(at, _)| at.duration_since(now));
         // A millisecond more, so that rounding never wakes us just before the time.
@@ -458,7 +458,7 @@ impl Done {
     }
 }
 
-impl Turn {
+impl RunningReconcile {
     /// Ends the turn.
     pub fn done(mut self, done: Done) {
         self.end(done);
@@ -529,7 +529,7 @@ impl Turn {
     }
 }
 
-impl Drop for Turn {
+impl Drop for RunningReconcile {
     fn drop(&mut self) {
         if !self.ended {
             self.end(Done::broken_off(Some(Reason::Internal)));
@@ -578,10 +578,10 @@ mod tests {
     async fn echoes_of_our_own_writes_wake_nobody() {
         let queue = queue();
         queue.changed(&id("a"), Some("1"));
-        let turn = queue.next().await;
+        let reconcile = queue.next().await;
         // One echo overtakes the answer to the write, the other comes later.
         queue.changed(&id("a"), Some("7"));
-        turn.done(wrote(&["7", "8"]));
+        reconcile.done(wrote(&["7", "8"]));
         assert!(nothing(&queue));
         queue.changed(&id("a"), Some("8"));
         assert!(nothing(&queue));
@@ -594,12 +594,12 @@ mod tests {
     async fn one_pass_at_a_time_and_news_meanwhile_is_not_lost() {
         let queue = queue();
         queue.changed(&id("a"), Some("1"));
-        let turn = queue.next().await;
+        let reconcile = queue.next().await;
         queue.changed(&id("a"), Some("2"));
         assert!(nothing(&queue));
-        turn.done(Done::default());
-        let turn = queue.next().await;
-        turn.done(Done::default());
+        reconcile.done(Done::default());
+        let reconcile = queue.next().await;
+        reconcile.done(Done::default());
         assert!(nothing(&queue));
     }
 
@@ -623,8 +623,8 @@ mod tests {
                 Done::default()
             }
         };
-        let fence = Fence::always_ours(shutdown.clone());
-        let work = tokio::spawn(queue.clone().work(limit, fence, shutdown, Duration::default, pass));
+        let leadership = LeadershipGuard::always(shutdown.clone());
+        let work = tokio::spawn(queue.clone().work(limit, leadership, shutdown, Duration::default, pass));
         ended.recv().await.expect("the one that works");
         while queue.load().running > 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -644,17 +644,17 @@ mod tests {
             queue.wake(&id(name));
         }
         // One namespace has three of the four slots.
-        let turn = queue.next().await;
+        let reconcile = queue.next().await;
         let busy = [queue.next().await, queue.next().await];
         tokio::time::sleep(Duration::from_millis(30)).await;
         let load = queue.load();
         assert_eq!((load.waiting, load.running), (1, 3));
         assert!(load.oldest >= Duration::from_millis(30));
         // News during a pass is due from its end on.
-        queue.wake(&turn.id.clone());
-        turn.done(Done::default());
-        for turn in busy {
-            turn.done(Done::default());
+        queue.wake(&reconcile.id.clone());
+        reconcile.done(Done::default());
+        for reconcile in busy {
+            reconcile.done(Done::default());
         }
         let load = queue.load();
         assert_eq!((load.waiting, load.running), (2, 0));
@@ -676,16 +676,16 @@ mod tests {
         let mut reconciles = 0;
         for _ in 0..100 {
             queue.changed(&id("a"), Some("7"));
-            if let Ok((id, held_back)) = queue.take(Timestamp::now()) {
-                let turn = Turn {
+            if let Ok((id, pending_retries)) = queue.take(Timestamp::now()) {
+                let reconcile = RunningReconcile {
                     id,
-                    held_back,
+                    pending_retries,
                     queue: queue.clone(),
                     ended: false,
                 };
                 // Another one comes meanwhile.
-                queue.changed(&turn.id.clone(), Some("8"));
-                turn.done(failed(Failed::now("t", Reason::KeyRejected)));
+                queue.changed(&reconcile.id.clone(), Some("8"));
+                reconcile.done(failed(Failed::now("t", Reason::KeyRejected)));
                 reconciles += 1;
             }
         }
@@ -750,7 +750,7 @@ mod tests {
         };
         queue.next().await.done(failed(past));
         let again = queue.next().await;
-        assert!(again.held_back.contains_key("t"));
+        assert!(again.pending_retries.contains_key("t"));
         again.done(Done::broken_off(Some(Reason::ApiServerUnavailable)));
         assert!(nothing(&queue), "in a second or so");
         // What wakes it is sure to come.
@@ -775,7 +775,7 @@ mod tests {
         );
         let again = queue.next().await;
         assert_eq!(again.id, id("failed"));
-        assert!(again.held_back.is_empty() && nothing(&queue));
+        assert!(again.pending_retries.is_empty() && nothing(&queue));
         // It was refused while the way was closed, and tells so only now.
         running.done(failed(Failed::now("t", Reason::InstanceUnreachable)));
         assert_eq!(queue.next().await.id, id("running"));
@@ -793,7 +793,7 @@ mod tests {
         let refused = Failed {
             what: "refused".to_owned(),
             not_before: Some(Timestamp::now() + SignedDuration::from_mins(5)),
-            held_back: true,
+            deferred: true,
             ..failing.clone()
         };
         let mut both = failed(failing.clone());
@@ -804,8 +804,8 @@ mod tests {
         queue.wake_failing(names.map(id).into(), Recovery::Breaker);
         let again = queue.next().await;
         assert_eq!(again.id, id("refused"));
-        assert!(again.held_back["refused"].until <= Timestamp::now());
-        assert!(again.held_back["failing"].until > Timestamp::now());
+        assert!(again.pending_retries["refused"].until <= Timestamp::now());
+        assert!(again.pending_retries["failing"].until > Timestamp::now());
         assert!(nothing(&queue));
         // It was refused before the breaker closed, and tells so only now.
         running.done(failed(refused));
@@ -829,8 +829,8 @@ mod tests {
         for (not_after, not_before, seconds) in [(Some(3), None, 3), (Some(3), Some(60), 60), (Some(7_200), None, 600)]
         {
             queue.wake(&id("a"));
-            let turn = queue.next().await;
-            turn.done(failed(failing(not_after, not_before)));
+            let reconcile = queue.next().await;
+            reconcile.done(failed(failing(not_after, not_before)));
             let until = queue.lock().entries[&id("a")].backoffs["t"].hold.until;
             let wait = until.duration_since(Timestamp::now()).as_secs();
             assert!(
@@ -841,32 +841,32 @@ mod tests {
         // What the server asked for outlasts an edit; what we chose does not.
         for (not_before, kept) in [(Some(60), true), (None, false)] {
             queue.wake(&id("d"));
-            let turn = queue.next().await;
-            turn.done(failed(failing(None, not_before)));
+            let reconcile = queue.next().await;
+            reconcile.done(failed(failing(None, not_before)));
             queue.wake(&id("d"));
-            let turn = queue.next().await;
-            assert_eq!(turn.held_back.contains_key("t"), kept, "{not_before:?}");
-            turn.done(Done::default());
+            let reconcile = queue.next().await;
+            assert_eq!(reconcile.pending_retries.contains_key("t"), kept, "{not_before:?}");
+            reconcile.done(Done::default());
         }
         // The tries before an expiry do not lengthen what comes after it: the second wait is one of two seconds.
         queue.wake(&id("c"));
-        let mut turn = queue.next().await;
+        let mut reconcile = queue.next().await;
         for not_after in [Some(0), Some(0), Some(0), Some(0), None] {
-            turn.done(failed(Failed {
+            reconcile.done(failed(Failed {
                 reason: Reason::ServerError,
                 ..failing(not_after, None)
             }));
             let wait = queue.lock().entries[&id("c")].backoffs["t"].hold.until;
             assert!(wait.duration_since(Timestamp::now()) < SignedDuration::from_secs(3));
-            turn = queue.next().await;
+            reconcile = queue.next().await;
         }
-        turn.done(Done::default());
+        reconcile.done(Done::default());
         // A pass that broke off does not forget what failed before.
-        let turn = {
+        let reconcile = {
             queue.wake(&id("b"));
             queue.next().await
         };
-        turn.done(failed(failing(None, Some(1))));
+        reconcile.done(failed(failing(None, Some(1))));
         {
             let mut state = queue.lock();
             let state = &mut *state;

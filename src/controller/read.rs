@@ -26,11 +26,11 @@ use crate::controller::guarded::Guarded;
 use crate::domain::facts::ObjectRef;
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::reason::Reason;
-use crate::domain::secret::{Controller, Existing, MAX_BYTES, Wanted};
+use crate::domain::secret::{Controller, MAX_BYTES, ObservedSecret, Wanted};
 use crate::domain::summary::MAX_TOKENS;
 
 /// Longest time of one read.
-const DEADLINE: Duration = Duration::from_secs(15);
+const READ_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// So many objects are in memory as a whole at once. Each has up to a few megabytes while it is decoded.
 const AT_ONCE: usize = 4;
@@ -94,8 +94,8 @@ impl Reader {
         namespace: &str,
         name: &str,
         wanted: &Wanted<'_>,
-    ) -> Result<Option<Existing>, ReadError> {
-        self.get::<Secret, _>(namespace, name, |text| existing(text, wanted))
+    ) -> Result<Option<ObservedSecret>, ReadError> {
+        self.get::<Secret, _>(namespace, name, |text| observed(text, wanted))
             .await?
             .map_or(Ok(None), |secret| secret.map(Some).ok_or(ReadError::Unavailable))
     }
@@ -141,7 +141,7 @@ impl Reader {
             let text = self.client.request_text(request).await.map(SecretString::from)?;
             Ok(read(text.expose_secret()))
         };
-        let whole = tokio::time::timeout(DEADLINE, whole).await;
+        let whole = tokio::time::timeout(READ_TIMEOUT, whole).await;
         match whole.map_err(|_| ReadError::Unavailable)? {
             Ok(read) => Ok(Some(read)),
             Err(kube::Error::Api(status)) if is_absent(&status, name) => Ok(None),
@@ -226,7 +226,7 @@ struct MetadataText<'a> {
 /// A token Secret from its JSON: of it, what is `wanted`. A value that is larger than one of ours is left out: so it
 /// differs from what is to be there.
 #[must_use]
-pub fn existing(text: &str, wanted: &Wanted<'_>) -> Option<Existing> {
+pub fn observed(text: &str, wanted: &Wanted<'_>) -> Option<ObservedSecret> {
     let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
     let meta = secret.metadata;
     let labels = pick(meta.labels, usize::MAX, |key| wanted.label(key).is_some());
@@ -248,7 +248,7 @@ pub fn existing(text: &str, wanted: &Wanted<'_>) -> Option<Existing> {
     });
     let owners = meta.owner_references.unwrap_or_default();
     let controller = owners.into_iter().find(|owner| owner.controller == Some(true));
-    Some(Existing {
+    Some(ObservedSecret {
         controller: controller.map(|owner| Controller {
             kind: if owner.api_version.starts_with(GROUP) {
                 owner.kind
@@ -365,18 +365,18 @@ mod tests {
     fn of_a_token_secret_only_what_decides_is_kept() {
         let facts = fixtures::facts(&["invoices"]);
         let token = &facts.user.spec.tokens[0];
-        let read = existing(&secret(|_| {}), &Wanted::of(Some(token))).expect("a Secret");
+        let read = observed(&secret(|_| {}), &Wanted::of(Some(token))).expect("a Secret");
         assert_eq!(read.token(), Some("the token"));
         assert_eq!(read.data.keys().collect::<Vec<_>>(), ["header", "token"]);
         assert_eq!(read.labels.keys().collect::<Vec<_>>(), ["team"]);
         assert_eq!(read.annotations.keys().collect::<Vec<_>>(), ["note", ANNOTATION_RECORD]);
         assert!(read.opaque && !read.immutable && read.controller.is_none());
         assert!(!format!("{read:?}").contains("canary"));
-        let leftover = existing(&secret(|_| {}), &Wanted::of(None)).expect("a Secret");
+        let leftover = observed(&secret(|_| {}), &Wanted::of(None)).expect("a Secret");
         assert_eq!(leftover.data.keys().collect::<Vec<_>>(), ["token"]);
         // What is larger than ours, or cannot be read, is missing or empty: it differs from what is to be there.
         let large = "A".repeat(2 * MAX_BYTES);
-        let read = existing(
+        let read = observed(
             &secret(|s| {
                 s["data"]["token"] = json!("%%%");
                 s["data"]["header"] = json!(large);

@@ -11,10 +11,10 @@ use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
 use crate::api::{ZitadelAccessPolicy, ZitadelInstance};
-use crate::controller::cache::{Applied, Cache, Kind, KnownNamespace, ObservedSecret};
+use crate::controller::cache::{Applied, Cache, Kind, KnownNamespace, SecretSummary};
 use crate::controller::guarded::Guarded;
 use crate::controller::queue::Queue;
-use crate::controller::watch::{List, Lost, endless};
+use crate::controller::watch::{List, WatchError, endless};
 use crate::controller::watched::{WatchedNamespace, WatchedSecret, WatchedUser};
 use crate::domain::facts::ObjectRef;
 
@@ -117,7 +117,7 @@ impl Triggers {
         &self,
         within: Option<&str>,
         kind: Kind,
-        events: impl Stream<Item = Result<Event<K>, Lost>>,
+        events: impl Stream<Item = Result<Event<K>, WatchError>>,
         applied: impl Fn(&Self, K),
         gone: impl Fn(&Self, &ObjectRef),
     ) where
@@ -146,8 +146,8 @@ impl Triggers {
                 }
                 Ok(Event::Apply(object)) => applied(self, object),
                 Ok(Event::Delete(object)) => gone(self, &reference(&object)),
-                Err(lost) => {
-                    let deleted = lost.forbidden && within.is_some();
+                Err(error) => {
+                    let deleted = error.forbidden && within.is_some();
                     if deleted {
                         for id in known() {
                             gone(self, &id);
@@ -260,7 +260,7 @@ impl Triggers {
     fn secret_applied(&self, secret: WatchedSecret) {
         let id = reference(&secret);
         let version = secret.resource_version().unwrap_or_default();
-        let observed = ObservedSecret {
+        let observed = SecretSummary {
             uid: secret.uid().unwrap_or_default(),
             resource_version: version.clone(),
             service_user: secret.service_user,

@@ -28,7 +28,7 @@ pub enum List {
 
 /// A watch broke off. What happens until its next list is not seen.
 #[derive(Debug)]
-pub struct Lost {
+pub struct WatchError {
     /// The operator may not list.
     pub forbidden: bool,
 }
@@ -40,7 +40,7 @@ pub fn endless<K>(
     list: List,
     every: Duration,
     relist: impl Fn() -> bool + Send + 'static,
-) -> impl Stream<Item = Result<Event<K>, Lost>> + Send
+) -> impl Stream<Item = Result<Event<K>, WatchError>> + Send
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
@@ -57,7 +57,7 @@ where
             |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"),
         )
         .map(|event| {
-            event.map_err(|error| Lost {
+            event.map_err(|error| WatchError {
                 forbidden: is_forbidden(&error),
             })
         })

@@ -26,12 +26,12 @@ use crate::domain::facts::ObjectRef;
 use crate::domain::limits::Rate;
 use crate::domain::reason::Reason;
 use crate::domain::refuser::Refuser;
-use crate::domain::report::Note;
-use crate::domain::secret::{OWNER_KIND, SecretDraft, SecretRef, Seen};
-use crate::ops::lease::{Fence, NotLeading};
+use crate::domain::report::EventDraft;
+use crate::domain::secret::{OWNER_KIND, SecretDraft, SecretRef, WritePrecondition};
+use crate::ops::lease::{LeadershipGuard, NotLeading};
 
 /// Longest time of one write; the API server's own limit is a minute.
-const DEADLINE: Duration = Duration::from_secs(15);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// So many status writes at once.
 const AT_ONCE: usize = 4;
@@ -52,7 +52,7 @@ const EVENTS_OF_NAMESPACE: Rate = Rate {
 /// Writes.
 pub struct Writer {
     client: Client,
-    fence: Fence,
+    leadership: LeadershipGuard,
     recorder: Recorder,
     /// Namespaces to which the last write of a Secret succeeded.
     takes_secrets: Mutex<HashSet<String>>,
@@ -112,9 +112,9 @@ impl From<kube::Error> for WriteError {
 }
 
 impl Writer {
-    /// A writer that is held back by `fence`.
+    /// A writer that is held back by `leadership`.
     #[must_use]
-    pub fn new(client: Client, fence: Fence) -> Self {
+    pub fn new(client: Client, leadership: LeadershipGuard) -> Self {
         let reporter = Reporter {
             controller: MANAGER.into(),
             instance: None,
@@ -122,7 +122,7 @@ impl Writer {
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             client,
-            fence,
+            leadership,
             takes_secrets: Mutex::default(),
             events: Mutex::new(Allowances::new(EVENTS_OF_OBJECT, EVENTS_OF_NAMESPACE)),
             started: Instant::now(),
@@ -132,8 +132,8 @@ impl Writer {
 
     /// What holds back each write, and is to hold back what leads to one.
     #[must_use]
-    pub fn fence(&self) -> &Fence {
-        &self.fence
+    pub fn leadership(&self) -> &LeadershipGuard {
+        &self.leadership
     }
 
     /// Writes a token Secret by server-side apply, over exactly what was seen (decision K5: without the guard an
@@ -268,7 +268,7 @@ impl Writer {
 
     /// Publishes an Event. It tells, and decides nothing: a failure is logged and forgotten, and so is an Event of an
     /// object that changes again and again.
-    pub async fn event<K>(&self, object: &K, action: &str, note: Note)
+    pub async fn event<K>(&self, object: &K, action: &str, note: EventDraft)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
     {
@@ -295,7 +295,11 @@ impl Writer {
     }
 
     async fn bounded<T>(&self, write: impl Future<Output = Result<T, kube::Error>>) -> Result<T, WriteError> {
-        match self.fence.while_leading(tokio::time::timeout(DEADLINE, write)).await? {
+        match self
+            .leadership
+            .while_leading(tokio::time::timeout(WRITE_TIMEOUT, write))
+            .await?
+        {
             Ok(done) => Ok(done?),
             Err(_) => Err(WriteError::Unavailable),
         }
@@ -387,9 +391,9 @@ struct AppliedOwner<'a> {
 
 impl<'a> Applied<'a> {
     fn new(draft: &'a SecretDraft) -> Self {
-        let (uid, resource_version) = match &draft.seen {
-            Seen::Absent => (None, "1"),
-            Seen::Present { uid, resource_version } => (Some(uid.as_str()), resource_version.as_str()),
+        let (uid, resource_version) = match &draft.precondition {
+            WritePrecondition::Absent => (None, "1"),
+            WritePrecondition::Present { uid, resource_version } => (Some(uid.as_str()), resource_version.as_str()),
         };
         let owner = AppliedOwner {
             api_version: format!("{GROUP}/{}", ZitadelServiceUser::version(&())),
@@ -441,7 +445,7 @@ mod tests {
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
             data: BTreeMap::from([("token".into(), "canary".into())]),
-            seen: Seen::Absent,
+            precondition: WritePrecondition::Absent,
             repair: false,
         };
         let applied = Applied::new(&draft);

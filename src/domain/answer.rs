@@ -8,7 +8,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
-use crate::domain::clock::shifted;
+use crate::domain::clock_skew::shifted;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::{LONGEST_LIFETIME, SHORTEST_LIFETIME};
 

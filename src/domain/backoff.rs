@@ -2,8 +2,8 @@
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::domain::clock::shifted;
-use crate::domain::facts::Hold;
+use crate::domain::clock_skew::shifted;
+use crate::domain::facts::PendingRetry;
 use crate::domain::failure::concerns_the_instance;
 use crate::domain::reason::Reason;
 use crate::domain::report::Failed;
@@ -18,7 +18,7 @@ pub struct Backoff {
     /// Failures in a row.
     pub failures: u32,
     /// What failed, and until when it is not tried.
-    pub hold: Hold,
+    pub hold: PendingRetry,
     /// The server asked not to come back before (`Retry-After`).
     asked: Option<Timestamp>,
     /// It is tried before the back-off has run, since a good token is about to expire.
@@ -44,11 +44,11 @@ impl Backoff {
         // A token that is still good must not expire meanwhile.
         let until = |at: Timestamp| failed.not_after.map_or(at, |not_after| at.min(not_after));
         match (last, failed.not_before) {
-            (Some(last), None) if failed.held_back => *last,
+            (Some(last), None) if failed.deferred => *last,
             // Nobody was asked, so that it does not count (design §3.5).
-            (last, not_before) if failed.held_back => Self {
+            (last, not_before) if failed.deferred => Self {
                 failures: last.map_or(0, |last| last.failures),
-                hold: Hold {
+                hold: PendingRetry {
                     reason,
                     until: until(not_before.unwrap_or(now)),
                     is_retry: last.is_some_and(|last| last.failures > 0),
@@ -65,7 +65,7 @@ impl Backoff {
                 let until = not_before.map_or(until, |not_before| until.max(not_before));
                 Self {
                     failures,
-                    hold: Hold {
+                    hold: PendingRetry {
                         reason,
                         until,
                         is_retry: true,
@@ -85,7 +85,7 @@ impl Backoff {
         let until = self.asked?.min(shifted(now, LONGEST_RETRY_AFTER));
         Some(Self {
             failures: 0,
-            hold: Hold {
+            hold: PendingRetry {
                 until,
                 is_retry: false,
                 ..self.hold
@@ -105,7 +105,7 @@ impl Backoff {
         }
         let until = if self.refused { now } else { self.hold.until };
         Some(Self {
-            hold: Hold { until, ..self.hold },
+            hold: PendingRetry { until, ..self.hold },
             ..self
         })
     }
@@ -125,7 +125,7 @@ mod tests {
             let failed = Failed {
                 not_before: Some(at(not_before)),
                 not_after: not_after.map(at),
-                held_back: true,
+                deferred: true,
                 ..Failed::now("t", Reason::InstanceUnreachable)
             };
             assert_eq!(Backoff::after(&failed, None, "", at(0)).hold.until, at(until));

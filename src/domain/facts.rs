@@ -11,14 +11,14 @@ use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::domain::access::AllowedAudiences;
 use crate::domain::allow_list::AllowList;
 use crate::domain::answer::{Format, Minted};
-use crate::domain::clock::Skew;
+use crate::domain::clock_skew::Skew;
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
 use crate::domain::refuser::Refuser;
 use crate::domain::schedule::Schedule;
-use crate::domain::secret::{Existing, SecretRef};
+use crate::domain::secret::{ObservedSecret, SecretRef};
 
 /// A renew request up to this many bytes stands in the record as it is: a time, a name, a UUID.
 const LONGEST_REQUEST: usize = 256;
@@ -77,17 +77,17 @@ pub struct Facts {
     /// The key, or why there is none. It is read only if a token of the spec is admitted.
     pub key: Result<ServiceKey, Reason>,
     /// The Secrets that exist under the names of the spec, and the leftovers, by name.
-    pub secrets: BTreeMap<String, Existing>,
+    pub secrets: BTreeMap<String, ObservedSecret>,
     /// Tokens that were minted and could not be written, by token name.
-    pub unwritten: BTreeMap<String, Arc<Unwritten>>,
+    pub unwritten: BTreeMap<String, Arc<UnwrittenToken>>,
     /// Tokens whose last write failed, by name: whether the next would be allowed is asked before a request.
     pub write_failed: BTreeSet<String>,
     /// Secrets of this object that the spec no longer names.
     pub leftovers: Vec<SecretRef>,
     /// Tokens that failed a moment ago.
-    pub held_back: HeldBack,
+    pub pending_retries: PendingRetries,
     /// How often each token was minted before it was due, or its Secret repaired, within [`CONTEST_WINDOW`], by name.
-    pub forced: BTreeMap<String, usize>,
+    pub unscheduled: BTreeMap<String, usize>,
     /// Inputs and renew time of the last mint of each token in this process, by name: by these a Secret that somebody
     /// put back is recognised.
     pub last_mints: BTreeMap<String, (String, Timestamp)>,
@@ -95,7 +95,7 @@ pub struct Facts {
 
 /// A token that waits for its write (decision K3).
 #[derive(Debug)]
-pub struct Unwritten {
+pub struct UnwrittenToken {
     /// The token.
     pub minted: Minted,
     /// Its record.
@@ -104,7 +104,7 @@ pub struct Unwritten {
 
 /// A token that is in its Secret.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Held {
+pub struct CurrentToken {
     /// Issued, due, expired.
     pub schedule: Schedule,
     /// JWT or opaque.
@@ -112,11 +112,11 @@ pub struct Held {
 }
 
 /// What failed before and is not to be tried yet, by token name.
-pub type HeldBack = BTreeMap<String, Hold>;
+pub type PendingRetries = BTreeMap<String, PendingRetry>;
 
 /// A back-off that runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hold {
+pub struct PendingRetry {
     /// What failed.
     pub reason: Reason,
     /// Until when.
@@ -133,11 +133,11 @@ pub struct Outcome {
     /// How it ended.
     pub reason: Reason,
     /// A token of the current inputs that is in the Secret now, old or new.
-    pub held: Option<Held>,
+    pub current: Option<CurrentToken>,
     /// The server asked not to come back before.
     pub not_before: Option<Timestamp>,
     /// It was not tried: the back-off of an earlier failure runs.
-    pub held_back: bool,
+    pub deferred: bool,
     /// What in the cluster refused the write of the Secret, if it is known.
     pub refused_by: Option<Refuser>,
 }
@@ -145,13 +145,13 @@ pub struct Outcome {
 impl Outcome {
     /// An attempt that ended so.
     #[must_use]
-    pub fn new(token: usize, reason: Reason, held: Option<Held>) -> Self {
+    pub fn new(token: usize, reason: Reason, current: Option<CurrentToken>) -> Self {
         Self {
             token,
             reason,
-            held,
+            current,
             not_before: None,
-            held_back: false,
+            deferred: false,
             refused_by: None,
         }
     }
@@ -207,11 +207,11 @@ impl Facts {
 
     /// What the record in the token's Secret says, whatever the inputs are today; nothing if record or token was edited.
     #[must_use]
-    pub fn recorded(&self, token: &Token) -> Option<Held> {
-        let existing = self.secrets.get(&token.secret.name)?;
-        existing.owned_by(self.name(), self.uid()).ok()?;
-        let (record, value) = (existing.record()?, existing.token()?);
-        record.vouches_for(value).then(|| Held {
+    pub fn recorded(&self, token: &Token) -> Option<CurrentToken> {
+        let observed = self.secrets.get(&token.secret.name)?;
+        observed.owned_by(self.name(), self.uid()).ok()?;
+        let (record, value) = (observed.record()?, observed.token()?);
+        record.vouches_for(value).then(|| CurrentToken {
             schedule: self.schedule(token, record.issued_at, record.expires_at),
             format: Format::of(value),
         })

@@ -18,11 +18,11 @@ use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::domain::access::AllowedAudiences;
 use crate::domain::allow_list::AllowList;
 use crate::domain::answer::Minted;
-use crate::domain::clock::{Sample, Skew};
-use crate::domain::facts::{Facts, Unwritten};
+use crate::domain::clock_skew::{Sample, Skew};
+use crate::domain::facts::{Facts, UnwrittenToken};
 use crate::domain::key::{self, ServiceKey};
 use crate::domain::plan::{self, MintRequest, Step, plan};
-use crate::domain::secret::{self, Controller, Existing, OWNER_KIND, SecretDraft};
+use crate::domain::secret::{self, Controller, OWNER_KIND, ObservedSecret, SecretDraft};
 
 /// Every token is minted at `at(0)` and lives this many seconds.
 pub const LIFETIME: i64 = 3_600;
@@ -107,8 +107,8 @@ pub fn facts(tokens: &[&str]) -> Facts {
         unwritten: BTreeMap::new(),
         write_failed: BTreeSet::new(),
         leftovers: Vec::new(),
-        held_back: BTreeMap::new(),
-        forced: BTreeMap::new(),
+        pending_retries: BTreeMap::new(),
+        unscheduled: BTreeMap::new(),
         last_mints: BTreeMap::new(),
     }
 }
@@ -152,13 +152,13 @@ pub fn service_key(facts: &mut Facts) -> &mut ServiceKey {
 }
 
 /// The Secret of a token, to be changed.
-pub fn existing(facts: &mut Facts, index: usize) -> &mut Existing {
+pub fn observed(facts: &mut Facts, index: usize) -> &mut ObservedSecret {
     let name = facts.user.spec.tokens[index].secret.name.clone();
     facts.secrets.get_mut(&name).expect("a Secret")
 }
 
 /// Changes the data of a Secret.
-pub fn edit(secret: &mut Existing, change: impl FnOnce(&mut BTreeMap<String, Vec<u8>>)) {
+pub fn edit(secret: &mut ObservedSecret, change: impl FnOnce(&mut BTreeMap<String, Vec<u8>>)) {
     let decoded = secret.data.iter().map(|(k, v)| (k.clone(), v.expose_secret().to_vec()));
     let mut data = decoded.collect();
     change(&mut data);
@@ -207,7 +207,7 @@ pub fn fill(facts: &mut Facts, index: usize, value: &str, issued: Timestamp, exp
         issued,
         expires,
     };
-    let record = secret::record(facts, &request.inputs, &request.shape, &minted);
+    let record = secret::record(facts, &request.request_hash, &request.template_hash, &minted);
     let draft = secret::draft(facts, &facts.user.spec.tokens[index], &minted.token, &record);
     apply(facts, &draft);
 }
@@ -222,23 +222,28 @@ pub fn keep_unwritten(facts: &mut Facts, index: usize, value: &str, issued: Time
         issued,
         expires: issued + SignedDuration::from_secs(LIFETIME),
     };
-    let record = secret::record(facts, &request.inputs, &request.shape, &minted);
-    facts.unwritten.insert(name, Arc::new(Unwritten { minted, record }));
+    let record = secret::record(facts, &request.request_hash, &request.template_hash, &minted);
+    facts
+        .unwritten
+        .insert(name, Arc::new(UnwrittenToken { minted, record }));
     facts.secrets.extend(there.map(|there| (secret.name, there)));
 }
 
 /// What server-side apply makes of a draft.
 pub fn apply(facts: &mut Facts, draft: &SecretDraft) {
-    let secret = facts.secrets.entry(draft.name.clone()).or_insert_with(|| Existing {
-        uid: format!("uid-of-{}", draft.name),
-        resource_version: "0".into(),
-        controller: None,
-        labels: BTreeMap::new(),
-        annotations: BTreeMap::new(),
-        data: Arc::default(),
-        opaque: true,
-        immutable: false,
-    });
+    let secret = facts
+        .secrets
+        .entry(draft.name.clone())
+        .or_insert_with(|| ObservedSecret {
+            uid: format!("uid-of-{}", draft.name),
+            resource_version: "0".into(),
+            controller: None,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            data: Arc::default(),
+            opaque: true,
+            immutable: false,
+        });
     secret.resource_version.push('1');
     secret.controller = Some(Controller {
         kind: OWNER_KIND.into(),

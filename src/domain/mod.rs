@@ -7,14 +7,13 @@ pub mod answer;
 pub mod assertion;
 pub mod backoff;
 pub mod circuit_breaker;
-pub mod clock;
+pub mod clock_skew;
 pub mod facts;
 pub mod failure;
 #[cfg(test)]
 pub(crate) mod fixtures;
-pub mod freshness;
 pub mod hash;
-pub mod instance;
+pub mod instance_status;
 pub mod key;
 pub mod limits;
 pub mod order;
@@ -29,4 +28,5 @@ pub mod secret;
 #[cfg(test)]
 mod simulation;
 pub mod summary;
+pub mod token_state;
 pub mod validate;

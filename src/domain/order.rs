@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::domain::clock::shifted;
+use crate::domain::clock_skew::shifted;
 use crate::domain::facts::ObjectRef;
 use crate::domain::summary::{TokenTimes, UserSummary};
 

@@ -7,11 +7,11 @@ use k8s_openapi::jiff::Timestamp;
 use crate::api::ZitadelInstance;
 use crate::api::service_user::Token;
 use crate::domain::answer::{self, Expected, Format};
-use crate::domain::facts::{Facts, Held, Outcome, Unwritten};
+use crate::domain::facts::{CurrentToken, Facts, Outcome, UnwrittenToken};
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
-use crate::domain::secret::{self, Existing, SecretDraft, SecretRef};
+use crate::domain::secret::{self, ObservedSecret, SecretDraft, SecretRef};
 use crate::domain::{access, hash, scope, validate};
 
 /// What is to be done: one step per token of the spec, in its order, and the Secrets to delete.
@@ -27,17 +27,17 @@ pub struct Plan {
 #[derive(Debug)]
 pub enum Step {
     /// Nothing: the token in the Secret is good.
-    Keep(Held),
+    Keep(CurrentToken),
     /// Nothing, because something is missing or forbidden. The Secret stays as it is, and with it what it may hold of a
     /// good token.
-    Refuse(Reason, Option<Held>),
+    Refuse(Reason, Option<CurrentToken>),
     /// Nothing yet: it failed a moment ago for this reason.
-    Wait(Reason, Option<Held>),
+    Wait(Reason, Option<CurrentToken>),
     /// Ask ZITADEL for a token and write it.
     Mint(Box<MintRequest>),
     /// Write a token that is there already: what is around it has changed, or its first write failed. Should it fail
     /// again, the last is what is still in the Secret.
-    Write(Box<SecretDraft>, Held, Option<Held>),
+    Write(Box<SecretDraft>, CurrentToken, Option<CurrentToken>),
 }
 
 /// A token to be minted.
@@ -46,13 +46,13 @@ pub struct MintRequest {
     /// The value of the `scope` field.
     pub scope: String,
     /// Goes into the record.
-    pub inputs: String,
+    pub request_hash: String,
     /// Goes into the record.
-    pub shape: String,
+    pub template_hash: String,
     /// A token of the same inputs that is still in the Secret, in case the mint fails.
-    pub fallback: Option<Held>,
+    pub fallback: Option<CurrentToken>,
     /// Neither the schedule nor the spec asks for it: the Secret is missing or was edited, or a renewal was asked for.
-    pub forced: bool,
+    pub unscheduled: bool,
     /// The token of the same inputs is due or has expired: it is the one request of its lifetime.
     pub scheduled: bool,
     /// The last token could not be written: whether this one could is asked before it is minted (decision K3).
@@ -61,7 +61,7 @@ pub struct MintRequest {
 
 /// More forced mints and repairs of a token within the window than this, the first mint not counted, and somebody
 /// fights us.
-const FORCED: usize = 3;
+const UNSCHEDULED: usize = 3;
 
 /// Decides. Level-based: the same facts give the same plan, whatever happened before.
 #[must_use]
@@ -69,7 +69,7 @@ pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
     let suspended = facts.user.spec.suspend == Some(true);
     let step = |(index, token)| match admit(facts, index, token) {
         _ if suspended => Step::Refuse(Reason::Suspended, facts.recorded(token)),
-        Ok(admitted) => held_back(facts, token, now, decide(facts, token, &admitted, now)),
+        Ok(admitted) => await_backoff(facts, token, now, decide(facts, token, &admitted, now)),
         Err(reason) => Step::Refuse(reason, None),
     };
     Plan {
@@ -96,18 +96,18 @@ pub fn may_go<'a>(
         secret.is_some_and(|s| s.owned_by(facts.name(), facts.uid()).is_ok())
     };
     let mut tokens = facts.user.spec.tokens.iter().zip(outcomes);
-    let all_there = tokens.all(|(token, outcome)| outcome.held.is_some() || is_ours(token));
+    let all_there = tokens.all(|(token, outcome)| outcome.current.is_some() || is_ours(token));
     let has_expired = |record: &Record| now.is_some_and(|now| record.expires_at <= now);
     // It may be the only good one of an entry that was given a Secret which is there and holds another token.
-    let without = outcomes.iter().filter(|outcome| outcome.held.is_none());
+    let without = outcomes.iter().filter(|outcome| outcome.current.is_none());
     let missed: BTreeSet<String> = without
         .filter_map(|outcome| {
             let token = facts.user.spec.tokens.get(outcome.token)?;
-            Some(inputs(facts, &admit(facts, outcome.token, token).ok()?))
+            Some(request_hash(facts, &admit(facts, outcome.token, token).ok()?))
         })
         .collect();
-    let may_go = |leftover: &&SecretRef| match facts.secrets.get(&leftover.name).and_then(Existing::record) {
-        Some(record) => has_expired(&record) || all_there && !missed.contains(&record.inputs),
+    let may_go = |leftover: &&SecretRef| match facts.secrets.get(&leftover.name).and_then(ObservedSecret::record) {
+        Some(record) => has_expired(&record) || all_there && !missed.contains(&record.request_hash),
         None => all_there,
     };
     deletes.iter().filter(may_go).collect()
@@ -117,7 +117,7 @@ pub fn may_go<'a>(
 struct Admitted<'a> {
     instance: &'a ZitadelInstance,
     key: &'a ServiceKey,
-    existing: Option<&'a Existing>,
+    observed: Option<&'a ObservedSecret>,
     scope: String,
 }
 
@@ -149,42 +149,45 @@ fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'
     if !secret::fits(facts, token) {
         return Err(Reason::SecretTooLarge);
     }
-    let existing = facts.secrets.get(&token.secret.name);
-    if let Some(existing) = existing {
-        existing.owned_by(facts.name(), facts.uid())?;
+    let observed = facts.secrets.get(&token.secret.name);
+    if let Some(observed) = observed {
+        observed.owned_by(facts.name(), facts.uid())?;
     }
     let key = facts.key.as_ref().map_err(|reason| *reason)?;
     Ok(Admitted {
         instance,
         key,
-        existing,
+        observed,
         scope,
     })
 }
 
 fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp) -> Step {
-    let inputs = inputs(facts, admitted);
-    let shape = secret::shape(facts, token);
-    let fallback = match admitted.existing.and_then(|e| good(facts, token, e, admitted, &inputs)) {
-        Some((record, value, held)) if held.schedule.is_valid(now) => {
-            if held.schedule.is_fresh(now) && !asked(facts, &record) {
-                return keep_or_write(facts, token, value, &record, &shape, held);
+    let request_hash = request_hash(facts, admitted);
+    let template_hash = secret::template_hash(facts, token);
+    let fallback = match admitted
+        .observed
+        .and_then(|e| good(facts, token, e, admitted, &request_hash))
+    {
+        Some((record, value, current)) if current.schedule.is_valid(now) => {
+            if current.schedule.is_fresh(now) && !asked(facts, &record) {
+                return keep_or_write(facts, token, value, &record, &template_hash, current);
             }
-            Some(held)
+            Some(current)
         }
         _ => None,
     };
-    if admitted.existing.is_none()
-        && let Some((record, value, held)) = left_over(facts, token, admitted, &inputs)
-        && held.schedule.is_fresh(now)
+    if admitted.observed.is_none()
+        && let Some((record, value, current)) = left_over(facts, token, admitted, &request_hash)
+        && current.schedule.is_fresh(now)
         && !asked(facts, &record)
     {
-        return keep_or_write(facts, token, value, &record, &shape, held);
+        return keep_or_write(facts, token, value, &record, &template_hash, current);
     }
     if let Some(unwritten) = facts.unwritten.get(&token.name)
-        && let Some((draft, held)) = write_again(facts, token, unwritten, (&inputs, &shape), now)
+        && let Some((draft, current)) = write_again(facts, token, unwritten, (&request_hash, &template_hash), now)
     {
-        return Step::Write(draft, held, fallback);
+        return Step::Write(draft, current, fallback);
     }
     if let Err(reason) = facts.clock.check() {
         return Step::Refuse(reason, fallback);
@@ -193,22 +196,22 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         return Step::Refuse(Reason::KeyExpired, fallback);
     }
     let last = facts.last_mints.get(&token.name);
-    let early = last.is_some_and(|(of, renew)| *of == inputs && *renew > now);
-    let forced = early || is_forced(admitted.existing, fallback, &inputs, now);
-    if forced && is_contested(facts, token) {
+    let early = last.is_some_and(|(of, renew)| *of == request_hash && *renew > now);
+    let unscheduled = early || is_unscheduled(admitted.observed, fallback, &request_hash, now);
+    if unscheduled && is_contested(facts, token) {
         return Step::Refuse(Reason::SecretContested, fallback);
     }
-    let recorded = admitted.existing.and_then(Existing::record);
+    let recorded = admitted.observed.and_then(ObservedSecret::record);
     let requested_lately = last.is_some_and(|(_, renew)| *renew > now);
-    let scheduled = !forced
+    let scheduled = !unscheduled
         && !requested_lately
-        && recorded.is_some_and(|record| record.inputs == inputs && record.owner == facts.uid());
+        && recorded.is_some_and(|record| record.request_hash == request_hash && record.owner == facts.uid());
     Step::Mint(Box::new(MintRequest {
         scope: admitted.scope.clone(),
-        inputs,
-        shape,
+        request_hash,
+        template_hash,
         fallback,
-        forced,
+        unscheduled,
         scheduled,
         try_write_first: facts.write_failed.contains(&token.name) || facts.unwritten.contains_key(&token.name),
     }))
@@ -216,21 +219,26 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
 
 /// Whether somebody fights us over the token's Secret.
 fn is_contested(facts: &Facts, token: &Token) -> bool {
-    facts.forced.get(&token.name).copied().unwrap_or(0) > FORCED
+    facts.unscheduled.get(&token.name).copied().unwrap_or(0) > UNSCHEDULED
 }
 
 /// Whether a mint is forced from outside, and not due and not of other inputs.
-fn is_forced(existing: Option<&Existing>, fallback: Option<Held>, inputs: &str, now: Timestamp) -> bool {
-    match (fallback, existing.and_then(Existing::record)) {
-        (Some(held), _) => held.schedule.renew > now,
-        (None, Some(record)) => record.inputs == inputs && record.expires_at > now,
+fn is_unscheduled(
+    observed: Option<&ObservedSecret>,
+    fallback: Option<CurrentToken>,
+    request_hash: &str,
+    now: Timestamp,
+) -> bool {
+    match (fallback, observed.and_then(ObservedSecret::record)) {
+        (Some(current), _) => current.schedule.renew > now,
+        (None, Some(record)) => record.request_hash == request_hash && record.expires_at > now,
         (None, None) => true,
     }
 }
 
 /// What failed is tried again when its back-off has run, whatever else woke the object.
-fn held_back(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> Step {
-    let hold = facts.held_back.get(&token.name).filter(|hold| hold.until > now);
+fn await_backoff(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> Step {
+    let hold = facts.pending_retries.get(&token.name).filter(|hold| hold.until > now);
     match (hold, step) {
         (Some(hold), Step::Mint(request)) => Step::Wait(hold.reason, request.fallback),
         (Some(hold), Step::Write(_, _, fallback)) => Step::Wait(hold.reason, fallback),
@@ -249,13 +257,13 @@ fn asked(facts: &Facts, record: &Record) -> bool {
 fn good<'a>(
     facts: &Facts,
     token: &Token,
-    existing: &'a Existing,
+    observed: &'a ObservedSecret,
     admitted: &Admitted<'_>,
-    inputs: &str,
-) -> Option<(Record, &'a str, Held)> {
-    let record = existing.record()?;
-    let value = existing.token()?;
-    if !record.vouches_for(value) || record.inputs != inputs {
+    request_hash: &str,
+) -> Option<(Record, &'a str, CurrentToken)> {
+    let record = observed.record()?;
+    let value = observed.token()?;
+    if !record.vouches_for(value) || record.request_hash != request_hash {
         return None;
     }
     let mut expires = record.expires_at;
@@ -269,7 +277,7 @@ fn good<'a>(
         expires = claims.exp.map_or(expires, |exp| exp.min(expires));
     }
     let schedule = facts.schedule(token, record.issued_at, expires);
-    Some((record, value, Held { schedule, format }))
+    Some((record, value, CurrentToken { schedule, format }))
 }
 
 /// A token for these inputs in a Secret that the spec no longer names: its entry was given another Secret.
@@ -277,11 +285,11 @@ fn left_over<'a>(
     facts: &'a Facts,
     token: &Token,
     admitted: &Admitted<'_>,
-    inputs: &str,
-) -> Option<(Record, &'a str, Held)> {
+    request_hash: &str,
+) -> Option<(Record, &'a str, CurrentToken)> {
     let those = facts.leftovers.iter().filter_map(|l| facts.secrets.get(&l.name));
-    let mut ours = those.filter(|existing| existing.owned_by(facts.name(), facts.uid()).is_ok());
-    ours.find_map(|existing| good(facts, token, existing, admitted, inputs))
+    let mut ours = those.filter(|observed| observed.owned_by(facts.name(), facts.uid()).is_ok());
+    ours.find_map(|observed| good(facts, token, observed, admitted, request_hash))
 }
 
 /// The real project id if it matters for `token`; any text if it does not; none if it matters and is not known.
@@ -293,38 +301,52 @@ fn known_project_id<'a>(facts: &'a Facts, token: &Token) -> Option<&'a str> {
     }
 }
 
-fn keep_or_write(facts: &Facts, token: &Token, value: &str, record: &Record, shape: &str, held: Held) -> Step {
-    let mut draft = secret::draft(facts, token, &value.into(), &record.reshaped(facts.uid(), shape, value));
-    let existing = facts.secrets.get(&token.secret.name);
-    draft.repair = record.shape == shape && existing.is_some();
-    match existing {
-        Some(existing) if !existing.differs_from(&draft) => Step::Keep(held),
-        _ if draft.repair && is_contested(facts, token) => Step::Refuse(Reason::SecretContested, Some(held)),
-        _ => Step::Write(Box::new(draft), held, existing.map(|_| held)),
+fn keep_or_write(
+    facts: &Facts,
+    token: &Token,
+    value: &str,
+    record: &Record,
+    template_hash: &str,
+    current: CurrentToken,
+) -> Step {
+    let mut draft = secret::draft(
+        facts,
+        token,
+        &value.into(),
+        &record.rehashed(facts.uid(), template_hash, value),
+    );
+    let observed = facts.secrets.get(&token.secret.name);
+    draft.repair = record.template_hash == template_hash && observed.is_some();
+    match observed {
+        Some(observed) if !observed.differs_from(&draft) => Step::Keep(current),
+        _ if draft.repair && is_contested(facts, token) => Step::Refuse(Reason::SecretContested, Some(current)),
+        _ => Step::Write(Box::new(draft), current, observed.map(|_| current)),
     }
 }
 
 fn write_again(
     facts: &Facts,
     token: &Token,
-    unwritten: &Unwritten,
-    (inputs, shape): (&str, &str),
+    unwritten: &UnwrittenToken,
+    (request_hash, template_hash): (&str, &str),
     now: Timestamp,
-) -> Option<(Box<SecretDraft>, Held)> {
+) -> Option<(Box<SecretDraft>, CurrentToken)> {
     use secrecy::ExposeSecret;
     let schedule = facts.schedule(token, unwritten.minted.issued, unwritten.minted.expires);
-    if unwritten.record.inputs != inputs || !schedule.is_fresh(now) || asked(facts, &unwritten.record) {
+    if unwritten.record.request_hash != request_hash || !schedule.is_fresh(now) || asked(facts, &unwritten.record) {
         return None;
     }
     let value = &unwritten.minted.token;
-    let record = unwritten.record.reshaped(facts.uid(), shape, value.expose_secret());
+    let record = unwritten
+        .record
+        .rehashed(facts.uid(), template_hash, value.expose_secret());
     let draft = secret::draft(facts, token, value, &record);
     let format = Format::of(value.expose_secret());
-    Some((Box::new(draft), Held { schedule, format }))
+    Some((Box::new(draft), CurrentToken { schedule, format }))
 }
 
 /// Hash of what decides a token: another one of these needs another token.
-fn inputs(facts: &Facts, admitted: &Admitted<'_>) -> String {
+fn request_hash(facts: &Facts, admitted: &Admitted<'_>) -> String {
     hash::of([
         facts.user.spec.instance_ref.name.as_bytes(),
         admitted.instance.spec.issuer.as_bytes(),

@@ -18,7 +18,7 @@ pub enum Retry {
 }
 
 macro_rules! reasons {
-    ($($(#[doc = $doc:literal])* $name:ident: $retry:ident, $meaning:literal, $mend:literal;)*) => {
+    ($($(#[doc = $doc:literal])* $name:ident: $retry:ident, $meaning:literal, $remedy:literal;)*) => {
         /// Why a token is as it is. Shown in `status` and Events by its name.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[allow(clippy::doc_markdown, reason = "users read these texts, and not as Markdown")]
@@ -56,8 +56,8 @@ macro_rules! reasons {
 
             /// What mends it, as a sentence.
             #[must_use]
-            pub fn mend(self) -> &'static str {
-                match self { $(Self::$name => $mend,)* }
+            pub fn remedy(self) -> &'static str {
+                match self { $(Self::$name => $remedy,)* }
             }
         }
     };
@@ -251,7 +251,7 @@ impl Reason {
     /// Meaning and mend together, as conditions and Events show them.
     #[must_use]
     pub fn advice(self) -> String {
-        format!("{} {}", self.meaning(), self.mend())
+        format!("{} {}", self.meaning(), self.remedy())
     }
 }
 

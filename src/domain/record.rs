@@ -18,9 +18,9 @@ pub struct Record {
     /// UID of the object that it was written for; a Secret that is to outlive its object has no owner reference.
     pub owner: String,
     /// Hash of what decided the token: other inputs need another token.
-    pub inputs: String,
+    pub request_hash: String,
     /// Hash of what is rendered around the token: another shape needs another write, and no mint.
-    pub shape: String,
+    pub template_hash: String,
     /// When the token was minted, by our clock.
     pub issued_at: Timestamp,
     /// When it expires, by our clock.
@@ -43,10 +43,15 @@ impl Record {
     /// The record of `token` with another shape, for the object of this UID: the token may have been another's, whose
     /// Secret was adopted.
     #[must_use]
-    pub fn reshaped(&self, owner: &str, shape: &str, token: &str) -> Self {
-        let (owner, shape) = (owner.to_owned(), shape.to_owned());
+    pub fn rehashed(&self, owner: &str, template_hash: &str, token: &str) -> Self {
+        let (owner, template_hash) = (owner.to_owned(), template_hash.to_owned());
         let record = self.clone();
-        Self { owner, shape, ..record }.sealed(token)
+        Self {
+            owner,
+            template_hash,
+            ..record
+        }
+        .sealed(token)
     }
 
     /// Whether `token` is the one that this record was written for, and the record unedited.
@@ -59,8 +64,8 @@ impl Record {
         hash::of([
             &self.v.to_be_bytes()[..],
             self.owner.as_bytes(),
-            self.inputs.as_bytes(),
-            self.shape.as_bytes(),
+            self.request_hash.as_bytes(),
+            self.template_hash.as_bytes(),
             self.issued_at.to_string().as_bytes(),
             self.expires_at.to_string().as_bytes(),
             self.request.as_deref().unwrap_or_default().as_bytes(),

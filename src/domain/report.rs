@@ -4,8 +4,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::api::service_user::{KEY_VALID, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus};
-use crate::domain::clock::shifted;
-use crate::domain::facts::{Facts, Held, Outcome};
+use crate::domain::clock_skew::shifted;
+use crate::domain::facts::{CurrentToken, Facts, Outcome};
 use crate::domain::reason::{Reason, Retry};
 use crate::domain::secret::whole_seconds;
 use crate::domain::validate;
@@ -23,14 +23,14 @@ pub struct Report {
     /// The status as it is to be.
     pub status: ZitadelServiceUserStatus,
     /// Events, on a change of outcome only.
-    pub events: Vec<Note>,
+    pub events: Vec<EventDraft>,
     /// When to look again.
     pub wake: Wake,
 }
 
 /// An Event to be.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Note {
+pub struct EventDraft {
     /// Whether it is a warning.
     pub warning: bool,
     /// What happened.
@@ -77,7 +77,7 @@ pub struct Failed {
     /// To be tried by then at the latest: a back-off must not outlast the token that is still good.
     pub not_after: Option<Timestamp>,
     /// It was not tried this time, so that its back-off does not grow.
-    pub held_back: bool,
+    pub deferred: bool,
 }
 
 impl Failed {
@@ -89,7 +89,7 @@ impl Failed {
             reason,
             not_before: None,
             not_after: None,
-            held_back: false,
+            deferred: false,
         }
     }
 }
@@ -148,7 +148,7 @@ pub fn refusal(reason: Reason, generation: Option<i64>, now: Timestamp) -> serde
 /// Whether a valid token for the spec is in the Secret. A token that was just found good or written counts, even if it
 /// expired during this reconcile: the next one follows at once.
 fn is_ready(outcome: &Outcome, now: Timestamp) -> bool {
-    outcome.reason == Reason::Issued || outcome.held.is_some_and(|h| h.schedule.is_valid(now))
+    outcome.reason == Reason::Issued || outcome.current.is_some_and(|h| h.schedule.is_valid(now))
 }
 
 fn line(
@@ -158,7 +158,7 @@ fn line(
     before: &ZitadelServiceUserStatus,
     now: Timestamp,
 ) -> TokenStatus {
-    let held: Option<Held> = outcome.held.or_else(|| facts.recorded(token));
+    let current: Option<CurrentToken> = outcome.current.or_else(|| facts.recorded(token));
     let failing = outcome.reason.retry() != Retry::No;
     // A new spec begins anew, else a roll-out whose key comes a little later would be stalled at once (decision K9).
     // A time ahead of ours was written by another clock, or by hand.
@@ -172,11 +172,11 @@ fn line(
     TokenStatus {
         name: token.name.clone(),
         secret_name: token.secret.name.clone(),
-        issued_at: held.map(|h| time(h.schedule.issued)),
-        expires_at: held.map(|h| time(h.schedule.expires)),
-        renew_at: held.map(|h| time(h.schedule.renew)),
-        lifetime_seconds: held.map(|h| h.schedule.expires.duration_since(h.schedule.issued).as_secs()),
-        format: held.map(|h| h.format.name().to_owned()),
+        issued_at: current.map(|h| time(h.schedule.issued)),
+        expires_at: current.map(|h| time(h.schedule.expires)),
+        renew_at: current.map(|h| time(h.schedule.renew)),
+        lifetime_seconds: current.map(|h| h.schedule.expires.duration_since(h.schedule.issued).as_secs()),
+        format: current.map(|h| h.format.name().to_owned()),
         reason: Some(outcome.reason.name().to_owned()),
         failing_since: failing.then(|| since.unwrap_or_else(|| time(now))),
     }
@@ -184,7 +184,9 @@ fn line(
 
 /// A sentence for each token whose renewal does not follow the spec.
 fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
-    let those = outcomes.iter().filter(|o| o.held.is_some_and(|h| h.schedule.clamped));
+    let those = outcomes
+        .iter()
+        .filter(|o| o.current.is_some_and(|h| h.schedule.clamped));
     let names = those.filter_map(|o| Some(&facts.user.spec.tokens.get(o.token)?.name));
     names.fold(String::new(), |text, name| {
         text + &format!(
@@ -282,20 +284,20 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
         &outcome.refused_by,
     ) {
         (Err(violation), _) if reason == Reason::InvalidSpec => {
-            format!("Token `{name}`: {} {violation} {}", reason.meaning(), reason.mend())
+            format!("Token `{name}`: {} {violation} {}", reason.meaning(), reason.remedy())
         }
         _ if reason == Reason::AccessDenied => {
             format!(
                 "Token `{name}`: {}{} {}",
                 reason.meaning(),
                 denied(facts, outcome),
-                reason.mend()
+                reason.remedy()
             )
         }
         (_, Some(refuser)) => format!(
             "Token `{name}`: {} It was refused by {refuser}. {}",
             reason.meaning(),
-            reason.mend()
+            reason.remedy()
         ),
         _ => format!("Token `{name}`: {}", reason.advice()),
     }
@@ -335,7 +337,7 @@ fn events(
     outcomes: &[Outcome],
     status: &ZitadelServiceUserStatus,
     before: &ZitadelServiceUserStatus,
-) -> Vec<Note> {
+) -> Vec<EventDraft> {
     if facts.user.metadata.deletion_timestamp.is_some() {
         return Vec::new();
     }
@@ -345,7 +347,7 @@ fn events(
         let last = last.and_then(|t| t.reason.as_deref());
         last != Some(outcome.reason.name()) && outcome.reason.retry() != Retry::Soon
     });
-    news.map(|(outcome, token)| Note {
+    news.map(|(outcome, token)| EventDraft {
         warning: outcome.reason.retry() != Retry::No,
         reason: outcome.reason,
         text: if outcome.reason == Reason::Issued {
@@ -358,17 +360,17 @@ fn events(
 }
 
 /// When a token that failed is tried again at the latest: when it is due, and then ever sooner as its expiry nears.
-fn latest_try(held: Held, now: Timestamp) -> Timestamp {
-    if held.schedule.renew > now {
-        return held.schedule.renew;
+fn latest_try(current: CurrentToken, now: Timestamp) -> Timestamp {
+    if current.schedule.renew > now {
+        return current.schedule.renew;
     }
-    let third = held.schedule.expires.duration_since(now) / 3;
+    let third = current.schedule.expires.duration_since(now) / 3;
     shifted(now, third.max(SignedDuration::from_secs(1)))
 }
 
 fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> Wake {
     let next = outcomes.iter().filter_map(|o| {
-        let schedule = o.held?.schedule;
+        let schedule = o.current?.schedule;
         if o.reason == Reason::Issued {
             return Some(schedule.renew);
         }
@@ -383,8 +385,8 @@ fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: 
                 what: facts.user.spec.tokens.get(o.token)?.name.clone(),
                 reason: o.reason,
                 not_before: o.not_before,
-                not_after: o.held.map(|held| latest_try(held, now)),
-                held_back: o.held_back,
+                not_after: o.current.map(|current| latest_try(current, now)),
+                deferred: o.deferred,
             })
         });
     // The condition KeyValid changes then, whatever the tokens do.

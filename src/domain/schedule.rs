@@ -2,7 +2,7 @@
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::domain::clock::{is_past, shifted};
+use crate::domain::clock_skew::{is_past, shifted};
 use crate::domain::hash;
 use crate::domain::reason::Retry;
 

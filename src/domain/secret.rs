@@ -66,7 +66,7 @@ impl<'a> Wanted<'a> {
 
 /// A Secret that exists, reduced to what is [`Wanted`]. Values are redacted in `Debug` and zeroized on drop.
 #[derive(Debug)]
-pub struct Existing {
+pub struct ObservedSecret {
     /// Its UID.
     pub uid: String,
     /// Its version.
@@ -109,7 +109,7 @@ pub struct SecretRef {
 
 /// What a write expects to meet: the guard against writing over somebody else's Secret (decision K5).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum WritePrecondition {
     /// Nothing of that name.
     Absent,
     /// This very version.
@@ -139,12 +139,12 @@ pub struct SecretDraft {
     /// All data.
     pub data: BTreeMap<String, SecretString>,
     /// What must be there.
-    pub seen: Seen,
+    pub precondition: WritePrecondition,
     /// It undoes what somebody did: the spec asks for nothing new.
     pub repair: bool,
 }
 
-impl Existing {
+impl ObservedSecret {
     /// Whether the object of this name and UID may write it.
     pub fn owned_by(&self, name: &str, uid: &str) -> Result<(), Reason> {
         match &self.controller {
@@ -199,8 +199,8 @@ impl Existing {
 
     /// The guard for a write over it.
     #[must_use]
-    pub fn seen(&self) -> Seen {
-        Seen::Present {
+    pub fn precondition(&self) -> WritePrecondition {
+        WritePrecondition::Present {
             uid: self.uid.clone(),
             resource_version: self.resource_version.clone(),
         }
@@ -210,7 +210,7 @@ impl Existing {
 /// Hash of what the spec wants around the token. A key that left the spec must leave the Secret, which a comparison
 /// of what is there cannot see.
 #[must_use]
-pub fn shape(facts: &Facts, token: &Token) -> String {
+pub fn template_hash(facts: &Facts, token: &Token) -> String {
     let secret = &token.secret;
     let json = serde_json::json!([
         facts.name(),
@@ -226,12 +226,12 @@ pub fn shape(facts: &Facts, token: &Token) -> String {
 
 /// The record of a token that was just minted from these inputs.
 #[must_use]
-pub fn record(facts: &Facts, inputs: &str, shape: &str, minted: &Minted) -> Record {
+pub fn record(facts: &Facts, request_hash: &str, template_hash: &str, minted: &Minted) -> Record {
     Record {
         v: VERSION,
         owner: facts.uid().into(),
-        inputs: inputs.into(),
-        shape: shape.into(),
+        request_hash: request_hash.into(),
+        template_hash: template_hash.into(),
         issued_at: minted.issued,
         expires_at: minted.expires,
         request: facts.renew_request(),
@@ -267,13 +267,18 @@ pub fn fits(facts: &Facts, token: &Token) -> bool {
 
 /// The Secret of `token` as it will be, with something of a token's size in it.
 #[must_use]
-pub fn placeholder(facts: &Facts, token: &Token, inputs: &str, shape: &str) -> SecretDraft {
+pub fn placeholder(facts: &Facts, token: &Token, request_hash: &str, template_hash: &str) -> SecretDraft {
     let minted = Minted {
         token: "x".repeat(ASSUMED_BYTES).into(),
         issued: Timestamp::UNIX_EPOCH,
         expires: Timestamp::UNIX_EPOCH,
     };
-    draft(facts, token, &minted.token, &record(facts, inputs, shape, &minted))
+    draft(
+        facts,
+        token,
+        &minted.token,
+        &record(facts, request_hash, template_hash, &minted),
+    )
 }
 
 /// Renders the Secret of `token`.
@@ -310,10 +315,10 @@ pub fn draft(facts: &Facts, token: &Token, value: &SecretString, record: &Record
         labels,
         annotations,
         data,
-        seen: facts
+        precondition: facts
             .secrets
             .get(&token.secret.name)
-            .map_or(Seen::Absent, Existing::seen),
+            .map_or(WritePrecondition::Absent, ObservedSecret::precondition),
         repair: false,
     }
 }
@@ -454,7 +459,7 @@ mod tests {
             ),
         ];
         for (name, controller, annotations, opaque, immutable, expected) in table {
-            let existing = Existing {
+            let observed = ObservedSecret {
                 uid: "s".into(),
                 resource_version: "1".into(),
                 controller,
@@ -464,7 +469,7 @@ mod tests {
                 opaque,
                 immutable,
             };
-            assert_eq!(existing.owned_by("billing", "u1"), expected, "{name}");
+            assert_eq!(observed.owned_by("billing", "u1"), expected, "{name}");
         }
     }
 }

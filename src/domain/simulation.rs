@@ -17,15 +17,15 @@ use serde_json::json;
 use crate::api::service_user::Token;
 use crate::domain::answer::{self, Format, TokenAnswer};
 use crate::domain::backoff::Backoff;
-use crate::domain::clock::{Sample, Skew, is_past, shifted};
-use crate::domain::facts::{CONTEST_WINDOW, Facts, Held, Hold, Outcome, Unwritten};
+use crate::domain::clock_skew::{Sample, Skew, is_past, shifted};
+use crate::domain::facts::{CONTEST_WINDOW, CurrentToken, Facts, Outcome, PendingRetry, UnwrittenToken};
 use crate::domain::fixtures::{self, at, jwt, user};
 use crate::domain::key::ServiceKey;
 use crate::domain::plan::{self, MintRequest, Step, plan};
 use crate::domain::reason::Reason;
 use crate::domain::report::{Report, report};
 use crate::domain::schedule::Schedule;
-use crate::domain::secret::{self, Existing, SecretDraft, SecretRef};
+use crate::domain::secret::{self, ObservedSecret, SecretDraft, SecretRef};
 use events::{Event, events};
 
 /// The entries that the spec may have.
@@ -57,8 +57,8 @@ struct World {
     /// Object, instance, key, and what is kept in memory.
     facts: Facts,
     /// All Secrets of the namespace.
-    secrets: BTreeMap<String, Existing>,
-    backups: Vec<(String, Existing)>,
+    secrets: BTreeMap<String, ObservedSecret>,
+    backups: Vec<(String, ObservedSecret)>,
     key: ServiceKey,
     key_id: String,
     key_is_there: bool,
@@ -69,7 +69,7 @@ struct World {
     timer: Option<Timestamp>,
     dirty: bool,
     backoffs: BTreeMap<String, Backoff>,
-    forced: Vec<(String, SignedDuration)>,
+    unscheduled: Vec<(String, SignedDuration)>,
     given: BTreeMap<String, Given>,
     /// The last one given, by name of the entry.
     last: BTreeMap<String, Given>,
@@ -84,8 +84,8 @@ fn window() -> SignedDuration {
     SignedDuration::try_from(CONTEST_WINDOW).expect("short")
 }
 
-fn copy(of: &Existing) -> Existing {
-    Existing {
+fn copy(of: &ObservedSecret) -> ObservedSecret {
+    ObservedSecret {
         uid: of.uid.clone(),
         resource_version: of.resource_version.clone(),
         controller: of.controller.clone(),
@@ -123,7 +123,7 @@ impl World {
             timer: None,
             dirty: true,
             backoffs: BTreeMap::new(),
-            forced: Vec::new(),
+            unscheduled: Vec::new(),
             given: BTreeMap::new(),
             last: BTreeMap::new(),
             excuses: BTreeSet::new(),
@@ -175,7 +175,7 @@ impl World {
             .into_iter()
             .map(|(name, secret)| (name.clone(), copy(secret)))
             .collect();
-        let leftover = |(name, secret): (&String, &Existing)| SecretRef {
+        let leftover = |(name, secret): (&String, &ObservedSecret)| SecretRef {
             name: name.clone(),
             uid: secret.uid.clone(),
             resource_version: secret.resource_version.clone(),
@@ -192,19 +192,19 @@ impl World {
         } else {
             Err(Reason::KeySecretMissing)
         };
-        facts.held_back = self
+        facts.pending_retries = self
             .backoffs
             .iter()
             .map(|(what, backoff)| {
                 let hold = backoff.hold;
                 let until = shifted(hold.until, error);
-                (what.clone(), Hold { until, ..hold })
+                (what.clone(), PendingRetry { until, ..hold })
             })
             .collect();
-        self.forced.retain(|(_, when)| *when + window() > self.elapsed);
-        facts.forced.clear();
-        for (name, _) in &self.forced {
-            *facts.forced.entry(name.clone()).or_default() += 1;
+        self.unscheduled.retain(|(_, when)| *when + window() > self.elapsed);
+        facts.unscheduled.clear();
+        for (name, _) in &self.unscheduled {
+            *facts.unscheduled.entry(name.clone()).or_default() += 1;
         }
     }
 
@@ -233,24 +233,24 @@ impl World {
     fn act(&mut self, index: usize, step: Step) -> Outcome {
         let name = self.facts.user.spec.tokens[index].name.clone();
         match step {
-            Step::Keep(held) => {
+            Step::Keep(current) => {
                 self.facts.unwritten.remove(&name);
-                Outcome::new(index, Reason::Issued, Some(held))
+                Outcome::new(index, Reason::Issued, Some(current))
             }
-            Step::Refuse(reason, held) => Outcome::new(index, reason, held),
-            Step::Wait(reason, held) => Outcome {
-                held_back: true,
-                ..Outcome::new(index, reason, held)
+            Step::Refuse(reason, current) => Outcome::new(index, reason, current),
+            Step::Wait(reason, current) => Outcome {
+                deferred: true,
+                ..Outcome::new(index, reason, current)
             },
-            Step::Write(draft, held, fallback) => self.write(index, &draft, held, fallback),
+            Step::Write(draft, current, fallback) => self.write(index, &draft, current, fallback),
             Step::Mint(request) => match self.mint(index, &request) {
                 Err(reason) => Outcome::new(index, reason, request.fallback),
-                Ok((draft, held)) => self.write(index, &draft, held, request.fallback),
+                Ok((draft, current)) => self.write(index, &draft, current, request.fallback),
             },
         }
     }
 
-    fn mint(&mut self, index: usize, request: &MintRequest) -> Result<(SecretDraft, Held), Reason> {
+    fn mint(&mut self, index: usize, request: &MintRequest) -> Result<(SecretDraft, CurrentToken), Reason> {
         if request.try_write_first && self.writes_fail {
             return Err(Reason::SecretWriteFailed);
         }
@@ -281,22 +281,22 @@ impl World {
             expires_in: Some(self.lifetime.as_secs()),
         };
         let minted = answer::accept(answer, &expected, self.now)?;
-        let record = secret::record(&self.facts, &request.inputs, &request.shape, &minted);
+        let record = secret::record(&self.facts, &request.request_hash, &request.template_hash, &minted);
         let draft = secret::draft(&self.facts, token, &minted.token, &record);
-        let held = Held {
+        let current = CurrentToken {
             schedule: self.facts.schedule(token, minted.issued, minted.expires),
             format: Format::of(&value),
         };
         let name = token.name.clone();
         self.facts
             .last_mints
-            .insert(name.clone(), (request.inputs.clone(), held.schedule.renew));
-        if request.forced {
-            self.forced.push((name.clone(), self.elapsed));
+            .insert(name.clone(), (request.request_hash.clone(), current.schedule.renew));
+        if request.unscheduled {
+            self.unscheduled.push((name.clone(), self.elapsed));
         }
         self.facts
             .unwritten
-            .insert(name.clone(), Arc::new(Unwritten { minted, record }));
+            .insert(name.clone(), Arc::new(UnwrittenToken { minted, record }));
         self.excuses.remove(&name);
         let same = |last: &Given| last.audience == given.audience && last.key_id == given.key_id;
         if !due && self.last.get(&name).is_some_and(same) {
@@ -304,7 +304,7 @@ impl World {
         }
         self.last.insert(name, given.clone());
         self.given.insert(value, given);
-        Ok((draft, held))
+        Ok((draft, current))
     }
 
     /// A token is minted once for each lifetime, and once more when somebody made it necessary. Returns whether it is
@@ -314,7 +314,7 @@ impl World {
         let there = self
             .secrets
             .get(&token.secret.name)
-            .and_then(Existing::token)
+            .and_then(ObservedSecret::token)
             .and_then(|value| self.given.get(value));
         let due = [self.last.get(&token.name), there]
             .into_iter()
@@ -339,21 +339,27 @@ impl World {
         renew
     }
 
-    fn write(&mut self, index: usize, draft: &SecretDraft, held: Held, fallback: Option<Held>) -> Outcome {
+    fn write(
+        &mut self,
+        index: usize,
+        draft: &SecretDraft,
+        current: CurrentToken,
+        fallback: Option<CurrentToken>,
+    ) -> Outcome {
         if self.writes_fail {
             return Outcome::new(index, Reason::SecretWriteFailed, fallback);
         }
         let name = self.facts.user.spec.tokens[index].name.clone();
         self.facts.unwritten.remove(&name);
         if draft.repair {
-            self.forced.push((name, self.elapsed));
+            self.unscheduled.push((name, self.elapsed));
         }
         fixtures::apply(&mut self.facts, draft);
         let written = &self.facts.secrets[&draft.name];
         self.secrets.insert(draft.name.clone(), copy(written));
         self.backups.push((draft.name.clone(), copy(written)));
         self.writes += 1;
-        Outcome::new(index, Reason::Issued, Some(held))
+        Outcome::new(index, Reason::Issued, Some(current))
     }
 
     /// Sets timer and back-offs, as the queue does.
@@ -397,7 +403,7 @@ impl World {
     }
 
     fn is_contested(&self, token: &Token) -> bool {
-        self.forced.iter().filter(|(name, _)| *name == token.name).count() > 3
+        self.unscheduled.iter().filter(|(name, _)| *name == token.name).count() > 3
     }
 
     fn is_refused(&self, token: &Token) -> bool {
@@ -414,7 +420,7 @@ impl World {
         for name in NAMES {
             let recent = |(of, when): &&(String, SignedDuration)| *of == name && *when + window() > self.elapsed;
             // The product does not know of the first quarrel after a restart that it is one.
-            for (fight, most) in [(&self.forced, 4), (&self.quarrels, 5)] {
+            for (fight, most) in [(&self.unscheduled, 4), (&self.quarrels, 5)] {
                 assert!(
                     fight.iter().filter(recent).count() <= most,
                     "{name}: {fight:?} at {:?}",
@@ -434,7 +440,7 @@ impl World {
                     "{} is told as issued, and what is around it is not",
                     token.name
                 );
-                let renew = outcome.held.expect("held").schedule.renew;
+                let renew = outcome.current.expect("held").schedule.renew;
                 assert!(
                     self.timer.is_some_and(|timer| timer <= renew),
                     "the wake comes after {renew}"
@@ -443,8 +449,8 @@ impl World {
                 continue;
             }
             let ends = outcome
-                .held
-                .map(|held| held.schedule.expires)
+                .current
+                .map(|current| current.schedule.expires)
                 .filter(|expires| *expires > self.now)
                 // By a wrong clock of ours it may have ended; all is looked at again when that clock is set.
                 .filter(|_| self.ours_ahead == SignedDuration::ZERO);
@@ -471,7 +477,7 @@ impl World {
                 "the server's `Date` ends a key"
             );
             let faults = self.mints_fail.is_some() || self.writes_fail || self.is_clock_off();
-            assert!(faults || outcome.held_back, "{outcome:?} while nothing fails");
+            assert!(faults || outcome.deferred, "{outcome:?} while nothing fails");
             if let Some(given) = self.present(token).filter(|_| !faults && !good) {
                 let slack = SignedDuration::from_secs(3);
                 assert!(
@@ -497,7 +503,7 @@ impl World {
         if self.is_suspended() {
             // Nothing is judged anew: what is there is told as it was.
             let alive = |t: &Token| {
-                let value = self.secrets.get(&t.secret.name).and_then(Existing::token);
+                let value = self.secrets.get(&t.secret.name).and_then(ObservedSecret::token);
                 value
                     .and_then(|value| self.given.get(value))
                     .is_some_and(|given| given.expires > self.now)
@@ -513,7 +519,7 @@ impl World {
     }
 
     /// What still is of use to an entry of the spec goes only when the entry has something as good.
-    fn check_no_valid_token_is_lost(&self, gone: &Existing) {
+    fn check_no_valid_token_is_lost(&self, gone: &ObservedSecret) {
         // What somebody edited goes when its record says so.
         let unedited = |value: &&str| gone.record().is_some_and(|record| record.vouches_for(value));
         let given = gone.token().filter(unedited).and_then(|value| self.given.get(value));
@@ -538,8 +544,8 @@ impl World {
         self.gather();
         let steps = plan(&self.facts, self.theirs()).steps.into_iter().enumerate();
         let outcomes = steps.map(|(index, step)| match step {
-            Step::Keep(held) => Outcome::new(index, Reason::Issued, Some(held)),
-            Step::Refuse(reason, held) | Step::Wait(reason, held) => Outcome::new(index, reason, held),
+            Step::Keep(current) => Outcome::new(index, Reason::Issued, Some(current)),
+            Step::Refuse(reason, current) | Step::Wait(reason, current) => Outcome::new(index, reason, current),
             Step::Mint(_) | Step::Write(..) => panic!("there is more to do: {step:?}"),
         });
         let told = report(&self.facts, &outcomes.collect::<Vec<_>>(), self.theirs());

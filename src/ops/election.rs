@@ -12,7 +12,9 @@ use kube::api::PostParams;
 use kube::runtime::watcher::{self, watch_object};
 use kube::{Api, Client};
 
-use crate::ops::lease::{self, Fence, Gate, LONGEST_REQUEST, RENEW_EVERY, RETRY, Sight, Step, evaluate};
+use crate::ops::lease::{
+    self, LONGEST_REQUEST, Leadership, LeadershipGuard, ObservedLease, RENEW_EVERY, RETRY, Step, evaluate,
+};
 use crate::ops::shutdown::Shutdown;
 
 /// Longest time to give the lease back, so that a process that was asked to end does.
@@ -26,9 +28,9 @@ pub struct Election {
     leases: Api<Lease>,
     name: String,
     me: String,
-    gate: Gate,
-    fence: Fence,
-    sight: Option<Sight>,
+    gate: Leadership,
+    leadership: LeadershipGuard,
+    sight: Option<ObservedLease>,
 }
 
 impl Election {
@@ -39,17 +41,17 @@ impl Election {
         name: &str,
         pod: Option<String>,
         shutdown: Shutdown,
-    ) -> Result<(Self, Fence), String> {
-        let (gate, fence) = Fence::new(shutdown);
+    ) -> Result<(Self, LeadershipGuard), String> {
+        let (gate, leadership) = LeadershipGuard::new(shutdown);
         let election = Self {
             leases: Api::namespaced(client, namespace),
             name: name.to_owned(),
             me: identity(pod)?,
             gate,
-            fence: fence.clone(),
+            leadership: leadership.clone(),
             sight: None,
         };
-        Ok((election, fence))
+        Ok((election, leadership))
     }
 
     /// Stands while `work` goes on, and gives the lease back when it has ended. It takes the lease only while it `can`;
@@ -73,7 +75,7 @@ impl Election {
         let mut led = false;
         let mut changes: Option<Changes> = None;
         loop {
-            let leading = self.fence.is_leading();
+            let leading = self.leadership.is_leading();
             if led && !leading {
                 tracing::warn!("not leading any more; standing by");
             }
@@ -83,7 +85,7 @@ impl Election {
                 Step::Acquire if !can() => RETRY,
                 Step::Acquire | Step::Renew => match self.claim().await {
                     Some(sent) => {
-                        if !self.fence.is_leading() {
+                        if !self.leadership.is_leading() {
                             tracing::info!("leading");
                             begin();
                         }
@@ -119,7 +121,7 @@ impl Election {
         let sent = lease::now();
         let wanted = lease::claimed(self.sight.as_ref(), &self.name, &self.me, Timestamp::now());
         let params = PostParams::default();
-        let written = if self.sight.as_ref().is_some_and(Sight::exists) {
+        let written = if self.sight.as_ref().is_some_and(ObservedLease::exists) {
             bounded(self.leases.replace(&self.name, &params, &wanted)).await
         } else {
             bounded(self.leases.create(&params, &wanted)).await
@@ -165,11 +167,11 @@ impl Election {
 
     fn saw(&mut self, lease: Option<Lease>) {
         let now = lease::now();
-        self.sight = Sight::next(self.sight.take(), lease, now);
-        if !self.fence.is_leading() {
+        self.sight = ObservedLease::next(self.sight.take(), lease, now);
+        if !self.leadership.is_leading() {
             self.sight = self.sight.take().map(|sight| sight.disowned(&self.me, now));
         }
-        if self.sight.as_ref().and_then(Sight::holder) != Some(&self.me) {
+        if self.sight.as_ref().and_then(ObservedLease::holder) != Some(&self.me) {
             self.gate.close();
         }
     }

@@ -1,4 +1,4 @@
-//! Leadership. Of the replicas one leads, the one that holds the Lease; and whoever writes asks the [`Fence`], which is a
+//! Leadership. Of the replicas one leads, the one that holds the Lease; and whoever writes asks the [`LeadershipGuard`], which is a
 //! deadline by our own clock. Everything here is plain: [`crate::ops::election`] talks to the API server.
 //!
 //! Clocks of two machines are never compared. Who renews counts from before the request was sent; who waits counts from
@@ -29,7 +29,7 @@ pub const RENEW_EVERY: Duration = Duration::from_secs(3);
 const MARGIN: Duration = Duration::from_secs(2);
 
 /// How long a leader may write after it asked for a renewal.
-const OURS: Duration = TERM.saturating_sub(MARGIN);
+const WRITE_TERM: Duration = TERM.saturating_sub(MARGIN);
 
 /// After this a request for the lease is given up. A leader has time for two before its fence closes.
 pub const LONGEST_REQUEST: Duration = Duration::from_secs(3);
@@ -38,7 +38,7 @@ pub const LONGEST_REQUEST: Duration = Duration::from_secs(3);
 pub const RETRY: Duration = Duration::from_secs(1);
 
 /// How long a leader may still write at any moment while at most one renewal in a row fails.
-const SURE: Duration = OURS
+const SAFE_TO_BEGIN: Duration = WRITE_TERM
     .saturating_sub(RENEW_EVERY)
     .saturating_sub(LONGEST_REQUEST)
     .saturating_sub(RETRY);
@@ -56,24 +56,24 @@ pub fn now() -> Duration {
 
 /// Whether, and how long at least, this process may write.
 #[derive(Clone, Debug)]
-pub struct Fence {
+pub struct LeadershipGuard {
     /// Until then, by [`now`].
     until: watch::Receiver<Duration>,
     shutdown: Shutdown,
 }
 
-/// Opens and closes a [`Fence`].
+/// Opens and closes a [`LeadershipGuard`].
 #[derive(Debug)]
-pub struct Gate(watch::Sender<Duration>);
+pub struct Leadership(watch::Sender<Duration>);
 
 /// Another replica leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotLeading;
 
-impl Gate {
+impl Leadership {
     /// A lease was renewed by a request that was sent at `sent`.
     pub fn renewed(&self, sent: Duration) {
-        self.0.send_replace(sent + OURS);
+        self.0.send_replace(sent + WRITE_TERM);
     }
 
     /// Another replica leads, or may.
@@ -82,17 +82,17 @@ impl Gate {
     }
 }
 
-impl Fence {
+impl LeadershipGuard {
     /// A fence that is closed, and who opens it.
     #[must_use]
-    pub fn new(shutdown: Shutdown) -> (Gate, Self) {
+    pub fn new(shutdown: Shutdown) -> (Leadership, Self) {
         let (sender, until) = watch::channel(Duration::ZERO);
-        (Gate(sender), Self { until, shutdown })
+        (Leadership(sender), Self { until, shutdown })
     }
 
     /// The fence of a process that runs alone.
     #[must_use]
-    pub fn always_ours(shutdown: Shutdown) -> Self {
+    pub fn always(shutdown: Shutdown) -> Self {
         let until = watch::channel(Duration::MAX).1;
         Self { until, shutdown }
     }
@@ -116,7 +116,7 @@ impl Fence {
     /// in danger. What takes longer than the lease lasts costs what a crash would if the lease is lost meanwhile.
     #[must_use]
     pub fn may_begin(&self) -> bool {
-        !self.shutdown.is_requested() && self.remaining().is_ok_and(|left| left >= SURE)
+        !self.shutdown.is_requested() && self.remaining().is_ok_and(|left| left >= SAFE_TO_BEGIN)
     }
 
     /// Completes when this process leads.
@@ -170,13 +170,13 @@ pub enum Step {
 
 /// A Lease as it was seen, and since when it is so, by [`now`].
 #[derive(Clone, Debug, PartialEq)]
-pub struct Sight {
+pub struct ObservedLease {
     /// Without a version: it was deleted. That frees nothing, since its holder may not have noticed.
     lease: Lease,
     since: Duration,
 }
 
-impl Sight {
+impl ObservedLease {
     /// What is known after `before`, now that `lease` was seen. A Lease that only got another label is not renewed.
     #[must_use]
     pub fn next(before: Option<Self>, lease: Option<Lease>, now: Duration) -> Option<Self> {
@@ -238,7 +238,7 @@ impl Sight {
 
 /// What `me` does about the Lease, of which nothing was ever seen if it is none.
 #[must_use]
-pub fn evaluate(sight: Option<&Sight>, me: &str, now: Duration) -> Step {
+pub fn evaluate(sight: Option<&ObservedLease>, me: &str, now: Duration) -> Step {
     let Some(sight) = sight else {
         return Step::Acquire;
     };
@@ -258,10 +258,10 @@ pub fn evaluate(sight: Option<&Sight>, me: &str, now: Duration) -> Step {
 
 /// The Lease as `me` writes it, over exactly what was seen. The times in it are for people: nobody of us reckons by them.
 #[must_use]
-pub fn claimed(sight: Option<&Sight>, name: &str, me: &str, clock: Timestamp) -> Lease {
+pub fn claimed(sight: Option<&ObservedLease>, name: &str, me: &str, clock: Timestamp) -> Lease {
     let mut lease = sight.map(|sight| sight.lease.clone()).unwrap_or_default();
     lease.metadata.name = Some(name.to_owned());
-    let renews = sight.and_then(Sight::holder) == Some(me);
+    let renews = sight.and_then(ObservedLease::holder) == Some(me);
     let spec: &mut LeaseSpec = lease.spec.get_or_insert_default();
     if !renews {
         spec.holder_identity = Some(me.to_owned());

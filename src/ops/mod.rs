@@ -1,6 +1,6 @@
 //! Running as a service: logs, health, leadership, shutdown, memory, descriptors. A leaf: knows nothing of tokens.
 
-pub mod clock;
+pub mod clock_jump;
 pub mod descriptors;
 pub mod election;
 pub mod exposition;

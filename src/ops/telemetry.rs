@@ -21,7 +21,7 @@ pub enum Format {
 pub type Most = LevelFilter;
 
 /// Our own log targets.
-const OURS: &str = "zitadel_tokens";
+const WRITE_TERM: &str = "zitadel_tokens";
 
 /// Logs whole bodies of Secrets that it cannot read, at WARN and TRACE (reference/kube.md §0, fact 5).
 const LOGS_BODIES: &str = "kube_client::client";
@@ -33,7 +33,7 @@ pub fn start(format: Format, filter: &str, libraries: Most, panics: Counter) -> 
         .parse()
         .map_err(|_| format!("--log-level: {filter:?} is not a filter such as `info` or `zitadel_tokens=debug`"))?;
     let cap = Targets::new()
-        .with_target(OURS, LevelFilter::TRACE)
+        .with_target(WRITE_TERM, LevelFilter::TRACE)
         .with_target(LOGS_BODIES, LevelFilter::OFF)
         .with_default(libraries);
     let lines = fmt::layer().with_writer(std::io::stderr);

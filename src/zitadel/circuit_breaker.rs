@@ -70,20 +70,20 @@ pub struct Permit {
 impl Permit {
     /// The request succeeded, or its refusal shows that the host works. True if that closed the breaker.
     #[must_use]
-    pub fn succeeded(mut self) -> bool {
+    pub fn record_success(mut self) -> bool {
         self.ended = true;
         self.breaker.lock().record_success(self.breaker.now(), &self.admission)
     }
 
     /// The request failed, and the server asked to wait for `retry_after` from now on.
-    pub fn failed(mut self, failure: Failure, retry_after: Duration) {
+    pub fn record_failure(mut self, failure: Failure, retry_after: Duration) {
         self.ended = true;
         let mut breaker = self.breaker.lock();
         breaker.record_failure(self.breaker.now(), &self.admission, failure, retry_after);
     }
 
     /// No token was asked for, because discovery of the instance failed.
-    pub fn failed_discovery(mut self, instance: &str, failure: Failure, retry_after: Duration) {
+    pub fn record_discovery_failure(mut self, instance: &str, failure: Failure, retry_after: Duration) {
         self.ended = true;
         let mut breaker = self.breaker.lock();
         breaker.record_no_discovery(self.breaker.now(), &self.admission, instance, failure, retry_after);
@@ -109,7 +109,7 @@ mod tests {
         let user = |name: &str| ObjectRef::new("shop", name);
         for _ in 0..3 {
             let permit = breaker.admit(&user("billing")).expect("closed");
-            permit.failed(Failure::Connect, Duration::ZERO);
+            permit.record_failure(Failure::Connect, Duration::ZERO);
         }
         assert!(breaker.is_open());
         tokio::time::advance(Duration::from_secs(1)).await;
@@ -120,6 +120,6 @@ mod tests {
         // Others go first.
         tokio::time::advance(Duration::from_secs(1)).await;
         let probe = breaker.admit(&user("orders")).expect("the next probe");
-        assert!(probe.succeeded() && !breaker.is_open());
+        assert!(probe.record_success() && !breaker.is_open());
     }
 }

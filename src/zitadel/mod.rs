@@ -2,13 +2,13 @@
 //! passes on no word of the server's.
 
 mod circuit_breaker;
+mod client;
 pub mod discovery;
 mod http;
-mod instance;
 mod limits;
 mod token;
 
 pub use circuit_breaker::{Breaker, Permit};
+pub use client::{Exchanged, Instance, Settings};
 pub use discovery::Discovery;
-pub use instance::{Exchanged, Instance, Settings};
 pub use limits::{Hosts, Limits, Rate};

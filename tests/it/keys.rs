@@ -68,7 +68,7 @@ async fn each_wrong_key_secret_has_its_own_reason() {
         for kind in ["Ready", "KeyValid"] {
             let (status, told, message) = condition(&object, kind).expect(kind);
             assert_eq!((status, told), ("False", reason.name()), "{name} {kind}");
-            assert!(message.contains(reason.mend()), "{name} {kind}: {message}");
+            assert!(message.contains(reason.remedy()), "{name} {kind}: {message}");
         }
     }
 
@@ -84,5 +84,5 @@ async fn each_wrong_key_secret_has_its_own_reason() {
     world.service_user("borrowed", spec).await.expect("accepted");
     let object = world.ready("borrowed", "False", "KeyIsTokenSecret").await;
     let (_, _, message) = condition(&object, "Ready").expect("Ready");
-    assert!(message.contains(Reason::KeyIsTokenSecret.mend()), "{message}");
+    assert!(message.contains(Reason::KeyIsTokenSecret.remedy()), "{message}");
 }

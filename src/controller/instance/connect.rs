@@ -12,7 +12,7 @@ use secrecy::ExposeSecret;
 use crate::api::ZitadelInstance;
 use crate::api::instance::{Connection, EntryRef, ZitadelInstanceSpec};
 use crate::controller::Context;
-use crate::domain::clock::{Skew, is_news};
+use crate::domain::clock_skew::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
@@ -22,7 +22,7 @@ use crate::zitadel::{Breaker, Hosts, Instance, Rate, Settings};
 const CA_ENTRY: &str = "ca.crt";
 
 /// Longest time to read certificates.
-const DEADLINE: Duration = Duration::from_secs(15);
+const READ_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// All connections.
 #[derive(Default)]
@@ -30,12 +30,12 @@ pub struct Connections {
     hosts: Hosts,
     open: Mutex<HashMap<String, Open>>,
     /// The instances that were looked at since we started.
-    looked_at: Mutex<HashMap<String, Look>>,
+    reconciled: Mutex<HashMap<String, LastReconcile>>,
 }
 
 /// What the last look at an instance showed. Kept here and not read from its status, which is output, and which another
 /// operator may write.
-struct Look {
+struct LastReconcile {
     /// By which skew its service users reckon.
     skew: SignedDuration,
     /// Whether its clock may be used at all.
@@ -45,11 +45,11 @@ struct Look {
 
 /// What a look at an instance means for its service users.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
+pub enum Wakeup {
     /// They waited for it, or its clock is another, can be used again or no longer: all are reconciled.
-    ForAll,
+    AllUsers,
     /// It works again: those that failed because of it may come.
-    ForFailing,
+    FailingUsers,
 }
 
 struct Open {
@@ -83,24 +83,26 @@ impl Connections {
     /// Whether the instance was looked at. Until then its clock is not known, and a token that seems to be due may be
     /// fresh.
     #[must_use]
-    pub fn was_looked_at(&self, name: &str) -> bool {
-        lock(&self.looked_at).contains_key(name)
+    pub fn was_reconciled(&self, name: &str) -> bool {
+        lock(&self.reconciled).contains_key(name)
     }
 
     /// Whether the last look found it well.
     #[must_use]
     pub fn is_ready(&self, name: &str) -> bool {
-        lock(&self.looked_at).get(name).is_some_and(|look| look.ready)
+        lock(&self.reconciled)
+            .get(name)
+            .is_some_and(|record_reconcile| record_reconcile.ready)
     }
 
     /// Notes a look at the instance.
-    pub fn look(&self, name: &str, ready: bool) -> Option<News> {
+    pub fn record_reconcile(&self, name: &str, ready: bool) -> Option<Wakeup> {
         let skew = self.skew(name);
         let (skew, clock) = (skew.usable(), skew.check());
-        let mut all = lock(&self.looked_at);
+        let mut all = lock(&self.reconciled);
         let Some(before) = all.get_mut(name) else {
-            all.insert(name.to_owned(), Look { skew, clock, ready });
-            return Some(News::ForAll);
+            all.insert(name.to_owned(), LastReconcile { skew, clock, ready });
+            return Some(Wakeup::AllUsers);
         };
         let recovered = ready && !before.ready;
         before.ready = ready;
@@ -108,9 +110,9 @@ impl Connections {
         // can be used again.
         if is_news(before.skew, skew) || clock != before.clock {
             (before.skew, before.clock) = (skew, clock);
-            return Some(News::ForAll);
+            return Some(Wakeup::AllUsers);
         }
-        recovered.then_some(News::ForFailing)
+        recovered.then_some(Wakeup::FailingUsers)
     }
 
     /// The instances that share this circuit breaker.
@@ -124,8 +126,8 @@ impl Connections {
     }
 
     /// What was known may be of long ago: each instance is to be looked at again before its service users are.
-    pub fn forget_looks(&self) {
-        lock(&self.looked_at).clear();
+    pub fn forget_reconciles(&self) {
+        lock(&self.reconciled).clear();
     }
 
     /// The longest that a request may take, of all instances.
@@ -146,7 +148,7 @@ impl Connections {
     /// The instance is gone.
     pub fn close(&self, name: &str) {
         lock(&self.open).remove(name);
-        lock(&self.looked_at).remove(name);
+        lock(&self.reconciled).remove(name);
         self.hosts.hang_up(name);
     }
 }
@@ -191,7 +193,7 @@ async fn certificates(ctx: &Context, connection: &Connection) -> Result<Option<S
     let entry = |reference: &EntryRef| reference.key.clone().unwrap_or_else(|| CA_ENTRY.to_owned());
     if let Some(reference) = &connection.ca_config_map_ref {
         let api: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), own()?);
-        let read = tokio::time::timeout(DEADLINE, api.get(&reference.name)).await;
+        let read = tokio::time::timeout(READ_TIMEOUT, api.get(&reference.name)).await;
         let mut object = read.map_err(|_| unusable())?.map_err(|_| unusable())?;
         let pem = object.data.as_mut().and_then(|data| data.remove(&entry(reference)));
         return pem.map(Some).ok_or_else(unusable);

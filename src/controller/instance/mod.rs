@@ -6,15 +6,15 @@ use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
 
-pub use connect::{Connections, News, connect};
+pub use connect::{Connections, Wakeup, connect};
 
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::domain::backoff::Recovery;
-use crate::domain::clock::{Skew, shifted};
+use crate::domain::clock_skew::{Skew, shifted};
 use crate::domain::facts::ObjectRef;
 use crate::domain::failure::{Failure, classify};
-use crate::domain::instance::status;
+use crate::domain::instance_status::status;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Wake, refusal};
 use crate::domain::validate;
@@ -61,10 +61,10 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         skew,
         Timestamp::now(),
     ));
-    match ctx.connections.look(&id.name, wanted.is_ready()) {
-        Some(News::ForAll) => ctx.users.wake_all(ctx.cache.users_of(&id.name)),
+    match ctx.connections.record_reconcile(&id.name, wanted.is_ready()) {
+        Some(Wakeup::AllUsers) => ctx.users.wake_all(ctx.cache.users_of(&id.name)),
         // They back off, maybe for longer than their tokens last.
-        Some(News::ForFailing) => ctx.wake_failing_users_of(&id.name, Recovery::Instance),
+        Some(Wakeup::FailingUsers) => ctx.wake_failing_users_of(&id.name, Recovery::Instance),
         None => {}
     }
     let failed = discovered.err().map(|reason| Failed {

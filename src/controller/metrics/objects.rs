@@ -14,9 +14,9 @@ use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::described;
 use crate::domain::facts::ObjectRef;
-use crate::domain::freshness::Freshness;
 use crate::domain::reason::Reason;
 use crate::domain::summary::UserSummary;
+use crate::domain::token_state::TokenState;
 use crate::ops::http::Probe;
 
 /// Status and reason of a condition that is not there, or not one of ours.
@@ -86,7 +86,7 @@ impl Objects {
             *conditions.entry([instance, ready, reason]).or_default() += 1.0;
             let now = self.connections.skew(instance).theirs(now);
             for token in &user.tokens {
-                let state = Freshness::of(token.status.as_ref(), user.suspended, now);
+                let state = TokenState::of(token.status.as_ref(), user.suspended, now);
                 *tokens.entry([instance, state.name()]).or_default() += 1.0;
             }
             if let Some(expires) = user.key_expires_at {
@@ -101,14 +101,14 @@ impl Objects {
     }
 
     fn instances(&self, encoder: &mut DescriptorEncoder<'_>, known: &BTreeMap<&str, &ZitadelInstance>) -> fmt::Result {
-        let looked_at = known.iter().filter_map(|(name, instance)| {
+        let reconciled = known.iter().filter_map(|(name, instance)| {
             let conditions = &instance.status.as_ref()?.conditions;
             let ready = conditions.iter().find(|condition| condition.type_ == "Ready");
             let reason = ready.and_then(|ready| Reason::named(&ready.reason));
             let is_ready = ready.is_some_and(|ready| ready.status == "True");
             Some(([*name, reason.map_or(UNKNOWN, Reason::name)], truth(is_ready)))
         });
-        described::INSTANCE_UP.encode(encoder, looked_at)?;
+        described::INSTANCE_UP.encode(encoder, reconciled)?;
         // Only who leads asks them; what a former leader knows is old.
         let asked: Vec<_> = known
             .keys()

@@ -12,8 +12,8 @@ use crate::controller::Context;
 use crate::controller::instance::connect;
 use crate::controller::write::WriteError;
 use crate::domain::answer::{Expected, Format, Minted, accept};
-use crate::domain::clock::{is_news, shifted};
-use crate::domain::facts::{Facts, Held, ObjectRef, Outcome, Unwritten};
+use crate::domain::clock_skew::{is_news, shifted};
+use crate::domain::facts::{CurrentToken, Facts, ObjectRef, Outcome, UnwrittenToken};
 use crate::domain::failure::{Failure, classify, concerns_the_instance};
 use crate::domain::plan::{self, MintRequest, Plan, Step};
 use crate::domain::reason::Reason;
@@ -63,7 +63,7 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
     let tokens = facts.user.spec.tokens.iter().enumerate();
     let mut steps: Vec<_> = tokens.zip(plan.steps).collect();
     // What failed last comes last: it might take all of the pass again.
-    steps.sort_by_key(|((_, token), _)| facts.held_back.get(&token.name).map(|hold| hold.until));
+    steps.sort_by_key(|((_, token), _)| facts.pending_retries.get(&token.name).map(|hold| hold.until));
     for ((index, token), step) in steps {
         let job = Job {
             ctx,
@@ -81,8 +81,8 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
             Step::Mint(request) if unreachable => (job.not_now(request.fallback), None),
             step => job.carry_out(step).await,
         };
-        unreachable |= mints && !outcome.held_back && outcome.reason == Reason::InstanceUnreachable;
-        acted.mints += usize::from(mints && !outcome.held_back);
+        unreachable |= mints && !outcome.deferred && outcome.reason == Reason::InstanceUnreachable;
+        acted.mints += usize::from(mints && !outcome.deferred);
         acted.outcomes.push(outcome);
         acted.written.extend(version);
     }
@@ -120,34 +120,34 @@ impl Job<'_> {
     }
 
     /// Left to the next pass, which may follow at once.
-    fn not_now(&self, held: Option<Held>) -> Outcome {
+    fn not_now(&self, current: Option<CurrentToken>) -> Outcome {
         Outcome {
             not_before: Some(self.facts.clock.theirs(Timestamp::now())),
-            held_back: true,
-            ..self.ended(Reason::InstanceUnreachable, held)
+            deferred: true,
+            ..self.ended(Reason::InstanceUnreachable, current)
         }
     }
 
     /// The outcome, and the version of the Secret if it was written.
     async fn carry_out(&self, step: Step) -> (Outcome, Option<String>) {
         match step {
-            Step::Keep(held) => {
+            Step::Keep(current) => {
                 self.ctx.memory.written(self.id, &self.token.name);
-                (self.ended(Reason::Issued, Some(held)), None)
+                (self.ended(Reason::Issued, Some(current)), None)
             }
-            Step::Refuse(reason, held) => {
+            Step::Refuse(reason, current) => {
                 let outcome = match self.facts.instance.as_deref() {
                     Ok(instance) => self.refused(instance, reason),
                     Err(_) => self.ended(reason, None),
                 };
-                (Outcome { held, ..outcome }, None)
+                (Outcome { current, ..outcome }, None)
             }
-            Step::Wait(reason, held) => {
-                let held_back = true;
-                let outcome = self.ended(reason, held);
-                (Outcome { held_back, ..outcome }, None)
+            Step::Wait(reason, current) => {
+                let deferred = true;
+                let outcome = self.ended(reason, current);
+                (Outcome { deferred, ..outcome }, None)
             }
-            Step::Write(draft, held, fallback) => self.write(&draft, held, fallback).await,
+            Step::Write(draft, current, fallback) => self.write(&draft, current, fallback).await,
             Step::Mint(request) => {
                 match self.mint(&request).await {
                     Ok(minted) => {
@@ -155,12 +155,12 @@ impl Job<'_> {
                         self.write_minted(*request, minted).await
                     }
                     Err(refused) => {
-                        if !refused.held_back {
+                        if !refused.deferred {
                             self.minted(refused.reason);
                         }
                         // A token that is not allowed is not told as good, though it stays to its expiry.
-                        let held = request.fallback.filter(|_| refused.reason != Reason::AccessDenied);
-                        (Outcome { held, ..refused }, None)
+                        let current = request.fallback.filter(|_| refused.reason != Reason::AccessDenied);
+                        (Outcome { current, ..refused }, None)
                     }
                 }
             }
@@ -172,8 +172,8 @@ impl Job<'_> {
         self.ctx.metrics.minted(instance, reason);
     }
 
-    fn ended(&self, reason: Reason, held: Option<Held>) -> Outcome {
-        Outcome::new(self.index, reason, held)
+    fn ended(&self, reason: Reason, current: Option<CurrentToken>) -> Outcome {
+        Outcome::new(self.index, reason, current)
     }
 
     /// The token, or an outcome that knows nothing of an older one.
@@ -187,32 +187,35 @@ impl Job<'_> {
         };
         self.may_begin().map_err(refused)?;
         if request.try_write_first || !ctx.writer.takes_secrets(&self.id.namespace) {
-            let draft = secret::placeholder(facts, self.token, &request.inputs, &request.shape);
+            let draft = secret::placeholder(facts, self.token, &request.request_hash, &request.template_hash);
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| self.write_failed(error, None))?;
         }
         // A retry is not counted: a new object would wait on after an outage.
-        let is_retry = facts.held_back.get(&self.token.name).is_some_and(|hold| hold.is_retry);
+        let is_retry = facts
+            .pending_retries
+            .get(&self.token.name)
+            .is_some_and(|hold| hold.is_retry);
         let is_free = || request.scheduled && ctx.memory.try_scheduled(self.id, &self.token.name);
         let counts = !is_retry && !is_free();
-        let held_back = |reason, wait| Outcome {
+        let deferred = |reason, wait| Outcome {
             not_before: Some(later(connection.skew().theirs(Timestamp::now()), wait)),
-            held_back: true,
+            deferred: true,
             ..refused(reason)
         };
         if counts {
             let claimed = ctx.requests.claim(self.id);
-            claimed.map_err(|wait| held_back(Reason::RequestsThrottled, wait))?;
+            claimed.map_err(|wait| deferred(Reason::RequestsThrottled, wait))?;
         }
         let permit = connection.limits().breaker().admit(self.id).map_err(|open| {
             if counts {
                 ctx.requests.give_back(self.id);
             }
-            held_back(open.reason, open.retry_in)
+            deferred(open.reason, open.retry_in)
         })?;
         let learned_before = connection.known_project_id().is_some();
         let began = Instant::now();
-        let asked = ctx.writer.fence().while_leading(async {
+        let asked = ctx.writer.leadership().while_leading(async {
             let discovered = connection.discovery().await;
             discovered.map_err(|failure| (Asked::Discovery, failure))?;
             let asked = self.ask(&connection, &request.scope).await;
@@ -239,14 +242,14 @@ impl Job<'_> {
         let learned = connection.known_project_id().is_some() != learned_before;
         if learned || is_news(facts.clock.usable(), connection.skew().usable()) {
             // Its status shows the one, and by the other all of its service users reckon.
-            look_at(ctx, instance);
+            request_instance_reconcile(ctx, instance);
         }
         minted
     }
 
     /// Whether there is time for a request and the write of what it brings.
     fn may_begin(&self) -> Result<(), Reason> {
-        let may = self.ctx.writer.fence().may_begin();
+        let may = self.ctx.writer.leadership().may_begin();
         may.then_some(()).ok_or(Reason::NotLeading)
     }
 
@@ -268,7 +271,7 @@ impl Job<'_> {
             self.ctx.connections.doubt_certificates(name);
         }
         if concerns_the_instance(reason) && self.ctx.connections.is_ready(name) {
-            look_at(self.ctx, instance);
+            request_instance_reconcile(self.ctx, instance);
         }
         self.ended(reason, None)
     }
@@ -277,7 +280,7 @@ impl Job<'_> {
     /// outage are the same 500, and discovery tells them apart.
     async fn judge(&self, connection: &Instance, permit: Permit, what: Asked, failure: Failure) -> Reason {
         if what == Asked::Discovery {
-            permit.failed_discovery(&connection.settings().name, failure, connection.retry_in(failure));
+            permit.record_discovery_failure(&connection.settings().name, failure, connection.retry_in(failure));
             return classify(failure, false);
         }
         let mut discovery_works = false;
@@ -291,7 +294,7 @@ impl Job<'_> {
         } else if failure.is_refusal() {
             self.worked(connection, permit);
         } else {
-            permit.failed(failure, connection.retry_in(failure));
+            permit.record_failure(failure, connection.retry_in(failure));
         }
         classify(failure, discovery_works)
     }
@@ -302,27 +305,32 @@ impl Job<'_> {
         if !self.ctx.connections.is_ready(instance) {
             self.ctx.instances.wake(&ObjectRef::new("", instance));
         }
-        if permit.succeeded() {
+        if permit.record_success() {
             self.ctx.breaker_closed(connection.limits().breaker());
         }
     }
 
     async fn write_minted(&self, request: MintRequest, minted: Minted) -> (Outcome, Option<String>) {
         let (ctx, id, facts, name) = (self.ctx, self.id, self.facts, &self.token.name);
-        let record = secret::record(facts, &request.inputs, &request.shape, &minted);
+        let record = secret::record(facts, &request.request_hash, &request.template_hash, &minted);
         let draft = secret::draft(facts, self.token, &minted.token, &record);
-        let held = Held {
+        let current = CurrentToken {
             schedule: facts.schedule(self.token, minted.issued, minted.expires),
             format: Format::of(minted.token.expose_secret()),
         };
         // Kept before the write, so that a reconcile that is cut off there does not lose it.
-        let (unwritten, renew) = (Unwritten { minted, record }, held.schedule.renew);
+        let (unwritten, renew) = (UnwrittenToken { minted, record }, current.schedule.renew);
         ctx.memory.requested(id, name, &request, unwritten, renew);
-        self.write(&draft, held, request.fallback).await
+        self.write(&draft, current, request.fallback).await
     }
 
     /// Writes a Secret; if that fails, `fallback` is what is still there.
-    async fn write(&self, draft: &SecretDraft, held: Held, fallback: Option<Held>) -> (Outcome, Option<String>) {
+    async fn write(
+        &self,
+        draft: &SecretDraft,
+        current: CurrentToken,
+        fallback: Option<CurrentToken>,
+    ) -> (Outcome, Option<String>) {
         let (ctx, id, name) = (self.ctx, self.id, &self.token.name);
         if draft.is_too_large() {
             return (self.ended(Reason::SecretTooLarge, fallback), None);
@@ -333,7 +341,7 @@ impl Job<'_> {
                 if draft.repair {
                     ctx.memory.repaired(id, name);
                 }
-                (self.ended(Reason::Issued, Some(held)), Some(version))
+                (self.ended(Reason::Issued, Some(current)), Some(version))
             }
             Err(error) => {
                 error.log(id, &format!("Secret {}", draft.name));
@@ -342,9 +350,9 @@ impl Job<'_> {
         }
     }
 
-    fn write_failed(&self, error: WriteError, held: Option<Held>) -> Outcome {
+    fn write_failed(&self, error: WriteError, current: Option<CurrentToken>) -> Outcome {
         self.ctx.memory.write_failed(self.id, &self.token.name);
-        let outcome = self.ended(error.reason(), held);
+        let outcome = self.ended(error.reason(), current);
         Outcome {
             refused_by: error.refused_by(),
             ..outcome
@@ -357,7 +365,7 @@ fn later(time: Timestamp, by: Duration) -> Timestamp {
     shifted(time, SignedDuration::try_from(by).unwrap_or(SignedDuration::MAX))
 }
 
-fn look_at(ctx: &Context, instance: &ZitadelInstance) {
+fn request_instance_reconcile(ctx: &Context, instance: &ZitadelInstance) {
     let name = instance.metadata.name.as_deref().unwrap_or_default();
     ctx.instances.wake(&ObjectRef::new("", name));
 }

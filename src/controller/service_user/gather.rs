@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use crate::api::service_user::Token;
 use crate::controller::Context;
 use crate::controller::read::{ReadError, ReadUser};
-use crate::domain::facts::{Facts, HeldBack, Hold, ObjectRef};
+use crate::domain::facts::{Facts, ObjectRef, PendingRetries, PendingRetry};
 use crate::domain::plan;
 use crate::domain::reason::Reason;
 use crate::domain::secret::Wanted;
@@ -31,14 +31,14 @@ pub enum Gathered {
 }
 
 /// Whether the instance of `id` is there and was not looked at yet.
-pub fn awaits_a_look(ctx: &Context, id: &ObjectRef) -> bool {
+pub fn awaits_instance(ctx: &Context, id: &ObjectRef) -> bool {
     ctx.cache.user(id).is_some_and(|user| {
-        ctx.cache.instance(&user.instance).is_ok() && !ctx.connections.was_looked_at(&user.instance)
+        ctx.cache.instance(&user.instance).is_ok() && !ctx.connections.was_reconciled(&user.instance)
     })
 }
 
 /// Reads what decides about `id`.
-pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Result<Gathered, ReadError> {
+pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetries) -> Result<Gathered, ReadError> {
     // Where nothing can be created a token would be lost.
     let known = ctx.cache.user(id).filter(|user| !user.deleting);
     let refused = known.is_none() && ctx.cache.is_over_limit(&id.namespace);
@@ -95,9 +95,9 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
     let names: HashSet<&str> = user.spec.tokens.iter().map(|token| token.name.as_str()).collect();
     let memory = ctx.memory.of(id, &names);
     let of_memory = memory.iter();
-    let hold = |(what, hold): (String, Hold)| {
+    let hold = |(what, hold): (String, PendingRetry)| {
         let until = clock.theirs(hold.until);
-        (what, Hold { until, ..hold })
+        (what, PendingRetry { until, ..hold })
     };
     let mut facts = Facts {
         allowed_metadata: ctx.allowed_metadata.clone(),
@@ -121,10 +121,10 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, held_back: HeldBack) -> Resul
             .map(|(name, _)| name.clone())
             .collect(),
         leftovers: Vec::new(),
-        held_back: held_back.into_iter().map(hold).collect(),
-        forced: of_memory
+        pending_retries: pending_retries.into_iter().map(hold).collect(),
+        unscheduled: of_memory
             .clone()
-            .map(|(name, m)| (name.clone(), m.forced.len()))
+            .map(|(name, m)| (name.clone(), m.unscheduled.len()))
             .collect(),
         last_mints: of_memory
             .filter_map(|(name, m)| Some((name.clone(), m.last.clone()?)))

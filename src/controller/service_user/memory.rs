@@ -8,7 +8,7 @@ use std::time::Instant;
 use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
 
-use crate::domain::facts::{CONTEST_WINDOW, ObjectRef, Unwritten};
+use crate::domain::facts::{CONTEST_WINDOW, ObjectRef, UnwrittenToken};
 use crate::domain::plan::MintRequest;
 
 /// Bytes of tokens of one namespace that wait for their write. A token that finds no room is requested again once its
@@ -23,7 +23,7 @@ pub struct Memory(Mutex<BTreeMap<ObjectRef, BTreeMap<String, TokenMemory>>>);
 #[derive(Clone, Debug, Default)]
 pub struct TokenMemory {
     /// A token that was requested and could not be written yet.
-    pub unwritten: Option<Arc<Unwritten>>,
+    pub unwritten: Option<Arc<UnwrittenToken>>,
     /// The last write failed: whether the next would be allowed is asked before a token is requested.
     pub write_failed: bool,
     /// Inputs and refresh time of the last token.
@@ -32,7 +32,7 @@ pub struct TokenMemory {
     pub tried: bool,
     /// When it was requested before its time, or its Secret repaired, within [`CONTEST_WINDOW`]: by a clock that nobody
     /// sets.
-    pub forced: Vec<Instant>,
+    pub unscheduled: Vec<Instant>,
 }
 
 impl Memory {
@@ -44,7 +44,7 @@ impl Memory {
             return BTreeMap::new();
         };
         tokens.retain(|name, memory| {
-            memory.forced.retain(|at| at.elapsed() < CONTEST_WINDOW);
+            memory.unscheduled.retain(|at| at.elapsed() < CONTEST_WINDOW);
             names.contains(name.as_str())
         });
         tokens.clone()
@@ -56,16 +56,16 @@ impl Memory {
         id: &ObjectRef,
         token: &str,
         request: &MintRequest,
-        unwritten: Unwritten,
+        unwritten: UnwrittenToken,
         renew: Timestamp,
     ) {
         let mut all = self.lock();
         let mine = all.entry(id.clone()).or_default().entry(token.to_owned()).or_default();
         mine.unwritten = None;
         mine.tried = false;
-        mine.last = Some((request.inputs.clone(), renew));
-        if request.forced {
-            mine.forced.push(Instant::now());
+        mine.last = Some((request.request_hash.clone(), renew));
+        if request.unscheduled {
+            mine.unscheduled.push(Instant::now());
         }
         let namespace = all
             .range(ObjectRef::new(&id.namespace, "")..)
@@ -73,7 +73,7 @@ impl Memory {
         let waiting = namespace
             .flat_map(|(_, tokens)| tokens.values())
             .filter_map(|token| token.unwritten.as_deref());
-        let size = |unwritten: &Unwritten| unwritten.minted.token.expose_secret().len();
+        let size = |unwritten: &UnwrittenToken| unwritten.minted.token.expose_secret().len();
         if waiting.map(size).sum::<usize>() + size(&unwritten) <= MAX_UNWRITTEN
             && let Some(mine) = all.get_mut(id).and_then(|tokens| tokens.get_mut(token))
         {
@@ -105,7 +105,7 @@ impl Memory {
 
     /// A Secret was repaired that somebody had changed.
     pub fn repaired(&self, id: &ObjectRef, token: &str) {
-        self.change(id, token, |memory| memory.forced.push(Instant::now()));
+        self.change(id, token, |memory| memory.unscheduled.push(Instant::now()));
     }
 
     /// The object is gone or is not ours.

@@ -16,7 +16,7 @@ use crate::api::service_user::ZitadelServiceUserStatus;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
-use crate::domain::facts::{Facts, HeldBack, ObjectRef};
+use crate::domain::facts::{Facts, ObjectRef, PendingRetries};
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Failed, Report, refusal, report};
@@ -26,13 +26,13 @@ use gather::Gathered;
 const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
 
 /// One pass over one service user.
-pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, held_back: HeldBack) -> Done {
+pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: PendingRetries) -> Done {
     let _pass = ctx.metrics.pass("ZitadelServiceUser");
-    if gather::awaits_a_look(&ctx, &id) {
+    if gather::awaits_instance(&ctx, &id) {
         // That look wakes it.
         return Done::broken_off(None);
     }
-    let facts = match gather::gather(&ctx, &id, held_back).await {
+    let facts = match gather::gather(&ctx, &id, pending_retries).await {
         Ok(Gathered::Facts(facts)) => *facts,
         // Nothing is to be remembered of it until it changes.
         Ok(Gathered::Refused { told: true, .. }) => return Done::forget(),

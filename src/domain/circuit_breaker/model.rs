@@ -41,7 +41,7 @@ struct Tenant {
 
 /// What the simulation saw of one admission.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct WritePrecondition {
     at: Duration,
     tenant: usize,
     /// Probes in flight before it; none if the breaker was closed.
@@ -70,7 +70,7 @@ struct World {
     /// Since when each namespace is refused, and the longest time.
     since: Vec<Option<Duration>>,
     longest: Vec<Duration>,
-    admissions: Vec<Seen>,
+    admissions: Vec<WritePrecondition>,
     open: Duration,
 }
 
@@ -144,7 +144,7 @@ impl World {
         self.refused.remove(&(tenant, user));
         let who = Self::user(tenant, user);
         let namespace = self.breaker.namespaces.get(&who.namespace);
-        let seen = Seen {
+        let seen = WritePrecondition {
             at: self.now,
             tenant,
             beside: self.breaker.open.as_ref().map(|open| open.in_flight),
@@ -301,7 +301,7 @@ proptest! {
     ) {
         let mut world = World::new(tenants, Err(Failure::Timeout));
         world.run(MINUTES);
-        let probes: Vec<Seen> = world.admissions.into_iter().filter(|seen| seen.beside.is_some()).collect();
+        let probes: Vec<WritePrecondition> = world.admissions.into_iter().filter(|seen| seen.beside.is_some()).collect();
         for (i, seen) in probes.iter().enumerate() {
             prop_assert!(!seen.silent || seen.beside == Some(0), "{seen:?}");
             let first = probes[0].at;
@@ -325,7 +325,7 @@ proptest! {
         world.run(MINUTES);
         for tenant in 0..world.tenants.len() {
             let seen = world.admissions.iter().filter(|seen| seen.tenant == tenant);
-            let beside: Vec<&Seen> = seen.filter(|seen| seen.beside.is_some_and(|others| others > 0)).collect();
+            let beside: Vec<&WritePrecondition> = seen.filter(|seen| seen.beside.is_some_and(|others| others > 0)).collect();
             prop_assert!(beside.iter().all(|seen| !seen.failing), "{beside:?}");
             // A request that takes a minute has not failed when the next may be sent.
             let slow = world.tenants[tenant].fates.iter().any(|(takes, _)| Duration::from_millis(*takes) >= LONGEST);

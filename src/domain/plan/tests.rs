@@ -10,12 +10,12 @@ use serde_json::json;
 use super::*;
 use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_SERVICE_USER};
 use crate::api::service_user::DeletionPolicy;
-use crate::domain::facts::Hold;
+use crate::domain::facts::PendingRetry;
 use crate::domain::fixtures::{
-    DUE, FRESH, LIFETIME, TEN_YEARS, allowed, apply, ask, at, claims, clock, edit, existing, facts, fill, filled,
-    instance, jwt, keep_unwritten, service_key, token, user,
+    DUE, FRESH, LIFETIME, TEN_YEARS, allowed, apply, ask, at, claims, clock, edit, facts, fill, filled, instance, jwt,
+    keep_unwritten, observed, service_key, token, user,
 };
-use crate::domain::secret::{Controller, OWNER_KIND, Seen};
+use crate::domain::secret::{Controller, OWNER_KIND, WritePrecondition};
 
 /// Name, what is changed, seconds since the mint, what is decided.
 type Case = (&'static str, fn(&mut Facts), i64, &'static str);
@@ -25,9 +25,9 @@ fn told(step: &Step) -> String {
         Step::Keep(_) => "keep".into(),
         Step::Refuse(reason, None) => reason.name().into(),
         Step::Refuse(reason, Some(_)) => format!("{reason}, fallback"),
-        Step::Wait(reason, held) => format!(
+        Step::Wait(reason, current) => format!(
             "wait, {reason}, {}",
-            if held.is_some() { "fallback" } else { "nothing" }
+            if current.is_some() { "fallback" } else { "nothing" }
         ),
         Step::Mint(request) if request.fallback.is_some() => "mint, fallback".into(),
         Step::Mint(_) => "mint".into(),
@@ -44,10 +44,13 @@ fn check(start: fn() -> Facts, cases: &[Case]) {
         assert_eq!(told(&step), *expected, "{name}");
         if let Step::Write(draft, ..) = &step {
             let kept = facts.unwritten.get("invoices").map(|u| u.minted.token.expose_secret());
-            let there = facts.secrets.get("invoices-token").and_then(Existing::token);
+            let there = facts.secrets.get("invoices-token").and_then(ObservedSecret::token);
             assert_eq!(Some(draft.data["token"].expose_secret()), kept.or(there), "{name}");
-            let seen = facts.secrets.get("invoices-token").map_or(Seen::Absent, Existing::seen);
-            assert_eq!(draft.seen, seen, "{name}: the guard is what was seen");
+            let seen = facts
+                .secrets
+                .get("invoices-token")
+                .map_or(WritePrecondition::Absent, ObservedSecret::precondition);
+            assert_eq!(draft.precondition, seen, "{name}: the guard is what was seen");
         }
         carry_out(&mut facts, step, *seconds);
         let settled = if ["mint", "mint, fallback", "write"].contains(expected) {
@@ -82,7 +85,7 @@ fn empty() -> Facts {
 }
 
 fn record(facts: &mut Facts, change: impl FnOnce(&str) -> String) {
-    let annotations = &mut existing(facts, 0).annotations;
+    let annotations = &mut observed(facts, 0).annotations;
     let record = change(annotations[ANNOTATION_RECORD].expose_secret());
     annotations.insert(ANNOTATION_RECORD.into(), record.into());
 }
@@ -158,33 +161,33 @@ fn a_token_is_minted_when_missing_due_or_of_other_inputs() {
 fn what_somebody_changed_is_repaired_and_mints_only_when_the_token_is_in_doubt() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
-        ("token replaced", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
-        ("token emptied", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), vec![]))), 1, "mint"),
-        ("token not text", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), vec![255]))), 1, "mint"),
-        ("token removed", |f| edit(existing(f, 0), |d| drop(d.remove("token"))), 1, "mint"),
-        ("record removed", |f| existing(f, 0).annotations.clear(), 1, "mint"),
+        ("token replaced", |f| edit(observed(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
+        ("token emptied", |f| edit(observed(f, 0), |d| drop(d.insert("token".into(), vec![]))), 1, "mint"),
+        ("token not text", |f| edit(observed(f, 0), |d| drop(d.insert("token".into(), vec![255]))), 1, "mint"),
+        ("token removed", |f| edit(observed(f, 0), |d| drop(d.remove("token"))), 1, "mint"),
+        ("record removed", |f| observed(f, 0).annotations.clear(), 1, "mint"),
         ("record emptied", |f| record(f, |_| String::new()), 1, "mint"),
         ("record that is none", |f| record(f, |_| "{}".into()), 1, "mint"),
         ("record without a seal", |f| record(f, |r| r.replace("\"content\":\"", "\"content\":\"0")), 1, "mint"),
         ("record of a version unknown", |f| record(f, |r| r.replace("\"v\":1", "\"v\":9")), 1, "mint"),
         ("expiry edited", |f| record(f, |r| r.replace("09:00:00Z", "23:00:00Z")), 1, "mint"),
         ("expiry edited, past that time", |f| record(f, |r| r.replace("09:00:00Z", "23:00:00Z")), LIFETIME, "mint"),
-        ("label changed", |f| drop(existing(f, 0).labels.insert("team".into(), "b".into())), 1, "write"),
-        ("label removed", |f| drop(existing(f, 0).labels.remove(LABEL_SERVICE_USER)), 1, "write"),
-        ("annotation changed", |f| drop(existing(f, 0).annotations.insert("note".into(), "c".into())), 1, "write"),
-        ("templated key changed", |f| edit(existing(f, 0), |d| drop(d.insert("header".into(), vec![]))), 1, "write"),
-        ("expires_at changed", |f| edit(existing(f, 0), |d| drop(d.insert("expires_at".into(), vec![]))), 1, "write"),
-        ("issuer removed", |f| edit(existing(f, 0), |d| drop(d.remove("issuer"))), 1, "write"),
-        ("changed and due", |f| drop(existing(f, 0).labels.remove("team")), DUE, "mint, fallback"),
+        ("label changed", |f| drop(observed(f, 0).labels.insert("team".into(), "b".into())), 1, "write"),
+        ("label removed", |f| drop(observed(f, 0).labels.remove(LABEL_SERVICE_USER)), 1, "write"),
+        ("annotation changed", |f| drop(observed(f, 0).annotations.insert("note".into(), "c".into())), 1, "write"),
+        ("templated key changed", |f| edit(observed(f, 0), |d| drop(d.insert("header".into(), vec![]))), 1, "write"),
+        ("expires_at changed", |f| edit(observed(f, 0), |d| drop(d.insert("expires_at".into(), vec![]))), 1, "write"),
+        ("issuer removed", |f| edit(observed(f, 0), |d| drop(d.remove("issuer"))), 1, "write"),
+        ("changed and due", |f| drop(observed(f, 0).labels.remove("team")), DUE, "mint, fallback"),
         ("a label more in the spec", |f| drop(token(f, 0).secret.labels.insert("x".into(), "y".into())), 1, "write"),
         ("a label left the spec", |f| token(f, 0).secret.labels.clear(), 1, "write"),
         ("an annotation left the spec", |f| token(f, 0).secret.annotations.clear(), 1, "write"),
         ("a template key left the spec", |f| token(f, 0).secret.template.clear(), 1, "write"),
         ("a template changed", |f| drop(token(f, 0).secret.template.insert("header".into(), "x".into())), 1, "write"),
-        ("somebody's label", |f| drop(existing(f, 0).labels.insert("x".into(), "y".into())), 1, "keep"),
-        ("somebody's annotation", |f| drop(existing(f, 0).annotations.insert("x".into(), "y".into())), 1, "keep"),
-        ("somebody's data", |f| edit(existing(f, 0), |d| drop(d.insert("x".into(), vec![1]))), 1, "keep"),
-        ("given up by its owner, to adopt", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.insert(ANNOTATION_ADOPT.into(), "billing".into()); }, 1, "write"),
+        ("somebody's label", |f| drop(observed(f, 0).labels.insert("x".into(), "y".into())), 1, "keep"),
+        ("somebody's annotation", |f| drop(observed(f, 0).annotations.insert("x".into(), "y".into())), 1, "keep"),
+        ("somebody's data", |f| edit(observed(f, 0), |d| drop(d.insert("x".into(), vec![1]))), 1, "keep"),
+        ("given up by its owner, to adopt", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.insert(ANNOTATION_ADOPT.into(), "billing".into()); }, 1, "write"),
     ];
     check(one, cases);
 }
@@ -197,7 +200,7 @@ fn a_rewrite_keeps_token_and_times() {
         .secret
         .template
         .insert("all".into(), "{{ token }} {{ audience }}".into());
-    let Step::Write(draft, held, _) = plan(&facts, at(1)).steps.swap_remove(0) else {
+    let Step::Write(draft, current, _) = plan(&facts, at(1)).steps.swap_remove(0) else {
         panic!("no write");
     };
     let after = Record::parse(&draft.annotations[ANNOTATION_RECORD]).expect("a record");
@@ -205,8 +208,11 @@ fn a_rewrite_keeps_token_and_times() {
         (before.issued_at, before.expires_at),
         (after.issued_at, after.expires_at)
     );
-    assert_eq!(before.inputs, after.inputs);
-    assert_eq!((held.schedule.issued, held.schedule.expires), (at(0), at(LIFETIME)));
+    assert_eq!(before.request_hash, after.request_hash);
+    assert_eq!(
+        (current.schedule.issued, current.schedule.expires),
+        (at(0), at(LIFETIME))
+    );
     let value = facts.secrets["invoices-token"].token().expect("a token");
     assert_eq!(draft.data["all"].expose_secret(), format!("{value} 1"));
 }
@@ -239,7 +245,7 @@ fn a_renew_request_is_served_once() {
         ("taken back", |f| { ask(f, Some("a")); put_opaque(f); ask(f, None); }, 1, "keep"),
         ("long and new", |f| ask(f, Some(&"\0".repeat(200 << 10))), 1, "mint, fallback"),
         ("long and served", |f| { ask(f, Some(&"\0".repeat(200 << 10))); put_opaque(f); }, FRESH, "keep"),
-        ("served, label removed", |f| { ask(f, Some("a")); put_opaque(f); existing(f, 0).labels.clear(); }, 1, "write"),
+        ("served, label removed", |f| { ask(f, Some("a")); put_opaque(f); observed(f, 0).labels.clear(); }, 1, "write"),
     ];
     check(one, cases);
     // Kubernetes takes 256 KiB of annotations on a Secret: however long the request is, the record has room.
@@ -247,7 +253,7 @@ fn a_renew_request_is_served_once() {
     ask(&mut facts, Some(&"\0".repeat(200 << 10)));
     put_opaque(&mut facts);
     assert!(
-        existing(&mut facts, 0).annotations[ANNOTATION_RECORD]
+        observed(&mut facts, 0).annotations[ANNOTATION_RECORD]
             .expose_secret()
             .len()
             < 1024
@@ -296,7 +302,7 @@ fn any_project(facts: &mut Facts) {
 }
 
 fn foreign(facts: &mut Facts, kind: &str, name: &str, uid: &str) {
-    existing(facts, 0).controller = Some(Controller {
+    observed(facts, 0).controller = Some(Controller {
         kind: kind.into(),
         name: name.into(),
         uid: uid.into(),
@@ -311,7 +317,7 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
     let secrets: [fn(&mut Facts); 4] = [
         |_| {},
         |f| f.secrets.clear(),
-        |f| edit(existing(f, 0), BTreeMap::clear),
+        |f| edit(observed(f, 0), BTreeMap::clear),
         |f| keep_unwritten(f, 0, "x", at(0)),
     ];
     #[rustfmt::skip]
@@ -360,15 +366,15 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
 fn a_secret_that_is_not_ours_is_never_touched() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
-        ("nobody's", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.clear(); }, 1, "SecretConflict"),
-        ("ours, its owner reference removed", |f| existing(f, 0).controller = None, 1, "write"),
+        ("nobody's", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.clear(); }, 1, "SecretConflict"),
+        ("ours, its owner reference removed", |f| observed(f, 0).controller = None, 1, "write"),
         ("another object's", |f| foreign(f, OWNER_KIND, "orders", "other"), 1, "SecretConflict"),
         ("another kind's", |f| foreign(f, "Certificate", "billing", "other"), 1, "SecretConflict"),
         ("an earlier object's", |f| foreign(f, OWNER_KIND, "billing", "earlier"), 1, "SecretBeingReplaced"),
         ("an earlier object's, expired", |f| foreign(f, OWNER_KIND, "billing", "earlier"), LIFETIME, "SecretBeingReplaced"),
-        ("immutable", |f| existing(f, 0).immutable = true, 1, "SecretConflict"),
-        ("of another type", |f| existing(f, 0).opaque = false, 1, "SecretConflict"),
-        ("not ours, token unwritten", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "SecretConflict"),
+        ("immutable", |f| observed(f, 0).immutable = true, 1, "SecretConflict"),
+        ("of another type", |f| observed(f, 0).opaque = false, 1, "SecretConflict"),
+        ("not ours, token unwritten", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "SecretConflict"),
     ];
     check(one, cases);
 }
@@ -381,7 +387,7 @@ fn an_expired_key_is_missed_only_when_a_token_is_due() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
         ("fresh", expire, FRESH, "keep"),
-        ("fresh, changed", |f| { expire(f); existing(f, 0).labels.clear(); }, 1, "write"),
+        ("fresh, changed", |f| { expire(f); observed(f, 0).labels.clear(); }, 1, "write"),
         ("fresh, renewal asked for", |f| { expire(f); ask(f, Some("a")); }, 1, "KeyExpired, fallback"),
         ("due", expire, DUE, "KeyExpired, fallback"),
         ("expired", expire, LIFETIME, "KeyExpired"),
@@ -401,7 +407,7 @@ fn an_unusable_clock_is_said_before_what_only_time_says() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
         ("fresh", |_| {}, FRESH, "keep"),
-        ("fresh, changed", |f| existing(f, 0).labels.clear(), 1, "write"),
+        ("fresh, changed", |f| observed(f, 0).labels.clear(), 1, "write"),
         ("due", |_| {}, DUE, "ClockSkew, fallback"),
         ("due, key expired", expired_key, DUE, "ClockSkew, fallback"),
         ("expired", |_| {}, LIFETIME, "ClockSkew"),
@@ -411,7 +417,7 @@ fn an_unusable_clock_is_said_before_what_only_time_says() {
         ("missing, unwritten", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "write"),
         ("missing, unwritten, issued in the future", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(602)); }, 1, "ClockSkew"),
         ("renewal asked for", |f| ask(f, Some("a")), 1, "ClockSkew, fallback"),
-        ("contested", |f| { f.secrets.clear(); f.forced.insert("invoices".into(), 9); }, 1, "ClockSkew"),
+        ("contested", |f| { f.secrets.clear(); f.unscheduled.insert("invoices".into(), 9); }, 1, "ClockSkew"),
         ("no key", |f| f.key = Err(Reason::KeySecretMissing), DUE, "KeySecretMissing"),
     ];
     for (name, change, seconds, expected) in cases {
@@ -485,7 +491,7 @@ fn what_is_no_longer_asked_for_goes_unless_suspended() {
 #[test]
 fn an_entry_that_gets_another_secret_takes_its_token_along() {
     fn rename(facts: &mut Facts) {
-        let left = existing(facts, 0);
+        let left = observed(facts, 0);
         facts.leftovers = vec![SecretRef {
             name: "invoices-token".into(),
             uid: left.uid.clone(),
@@ -496,12 +502,12 @@ fn an_entry_that_gets_another_secret_takes_its_token_along() {
     #[rustfmt::skip]
     let rows: &[Case] = &[
         ("fresh", |_| {}, FRESH, "write"),
-        ("after many forced mints", |f| { f.forced.insert("invoices".into(), 9); }, 1, "write"),
+        ("after many forced mints", |f| { f.unscheduled.insert("invoices".into(), 9); }, 1, "write"),
         ("due", |_| {}, DUE, "mint"),
         ("another key", |f| service_key(f).key_id = "k2".into(), 1, "mint"),
         ("other scopes", |f| token(f, 0).scopes = Some(vec![]), 1, "mint"),
         ("a request", |f| ask(f, Some("a")), 1, "mint"),
-        ("edited", |f| edit(existing(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
+        ("edited", |f| edit(observed(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
         ("another's", |f| foreign(f, OWNER_KIND, "other", "u9"), 1, "mint"),
     ];
     for (name, change, seconds, expected) in rows {
@@ -513,8 +519,8 @@ fn an_entry_that_gets_another_secret_takes_its_token_along() {
         assert_eq!(told(&step), *expected, "{name}");
         if let Step::Write(draft, ..) = step {
             assert_eq!(
-                (&*draft.name, &draft.seen, draft.repair),
-                ("other-token", &Seen::Absent, false)
+                (&*draft.name, &draft.precondition, draft.repair),
+                ("other-token", &WritePrecondition::Absent, false)
             );
             let old = facts.secrets["invoices-token"].token();
             assert_eq!(Some(draft.data["token"].expose_secret()), old);
@@ -533,12 +539,12 @@ fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
         resource_version: old.resource_version.clone(),
     }];
     user(&mut facts).spec.tokens.truncate(1);
-    let left = |facts: &Facts, held: Option<Held>, seconds| {
-        let outcomes = [Outcome::new(0, Reason::AccessDenied, held)];
+    let left = |facts: &Facts, current: Option<CurrentToken>, seconds| {
+        let outcomes = [Outcome::new(0, Reason::AccessDenied, current)];
         may_go(facts, &facts.leftovers, &outcomes, Some(at(seconds))).len()
     };
-    let held = facts.recorded(&facts.user.spec.tokens[0]);
-    assert_eq!(left(&facts, held, 1), 1);
+    let current = facts.recorded(&facts.user.spec.tokens[0]);
+    assert_eq!(left(&facts, current, 1), 1);
     assert_eq!(left(&facts, None, 1), 0, "both are of the same inputs");
     token(&mut facts, 0).scopes = Some(vec![]);
     assert_eq!(left(&facts, None, 1), 1, "its Secret is there");
@@ -556,7 +562,7 @@ fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
         0,
         "no time is certain"
     );
-    let outcomes = [Outcome::new(0, Reason::Issued, held)];
+    let outcomes = [Outcome::new(0, Reason::Issued, current)];
     assert_eq!(
         may_go(&facts, &facts.leftovers, &outcomes, None).len(),
         1,
@@ -570,19 +576,19 @@ fn a_secret_that_was_adopted_is_ours_when_the_annotation_is_gone() {
     token(&mut facts, 0).secret.deletion_policy = Some(DeletionPolicy::Retain);
     let step = plan(&facts, at(1)).steps.swap_remove(0);
     carry_out(&mut facts, step, 1);
-    existing(&mut facts, 0).controller = None;
+    observed(&mut facts, 0).controller = None;
     // The object is deleted and made again.
     user(&mut facts).metadata.uid = Some("another".into());
     assert_eq!(told(&plan(&facts, at(2)).steps[0]), "SecretConflict");
     let name = facts.name().to_owned();
-    existing(&mut facts, 0)
+    observed(&mut facts, 0)
         .annotations
         .insert(ANNOTATION_ADOPT.into(), name.into());
     let step = plan(&facts, at(2)).steps.swap_remove(0);
     assert_eq!(told(&step), "write");
     carry_out(&mut facts, step, 2);
-    existing(&mut facts, 0).controller = None;
-    existing(&mut facts, 0).annotations.remove(ANNOTATION_ADOPT);
+    observed(&mut facts, 0).controller = None;
+    observed(&mut facts, 0).annotations.remove(ANNOTATION_ADOPT);
     assert_eq!(told(&plan(&facts, at(3)).steps[0]), "keep");
 }
 
@@ -592,10 +598,10 @@ fn tokens_are_decided_each_for_itself() {
     #[rustfmt::skip]
     let changes: &[Change] = &[
         ("missing", |f| drop(f.secrets.remove("invoices-token")), "mint"),
-        ("foreign", |f| { existing(f, 0).controller = None; existing(f, 0).annotations.clear(); }, "SecretConflict"),
+        ("foreign", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.clear(); }, "SecretConflict"),
         ("denied", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
         ("malformed", |f| token(f, 0).scopes = Some(vec!["a b".into()]), "InvalidSpec"),
-        ("changed", |f| existing(f, 0).labels.clear(), "write"),
+        ("changed", |f| observed(f, 0).labels.clear(), "write"),
         ("unwritten", |f| { f.secrets.remove("invoices-token"); keep_unwritten(f, 0, "x", at(0)); }, "write"),
     ];
     for (name, change, first) in changes {
@@ -669,7 +675,7 @@ proptest! {
         let value = if opaque { "a.b.c.d.e".to_owned() } else { jwt(&claims(&facts, 0, at(lifetime))) };
         fill(&mut facts, 0, &value, at(0), at(lifetime));
         if drifted {
-            existing(&mut facts, 0).labels.clear();
+            observed(&mut facts, 0).labels.clear();
         }
         let schedule = facts.schedule(&facts.user.spec.tokens[0], at(0), at(lifetime));
         let now = at(0) + SignedDuration::from_millis(lifetime * 1_000).mul_f64(now);
@@ -705,20 +711,20 @@ proptest! {
 
 #[test]
 fn what_failed_a_moment_ago_waits_and_what_is_valid_meanwhile_is_told() {
-    let hold = |reason, until| Hold {
+    let hold = |reason, until| PendingRetry {
         reason,
         until: at(until),
         is_retry: true,
     };
     let mut facts = one();
     // A repair that was refused: the token is as good as before.
-    existing(&mut facts, 0).labels.remove(LABEL_SERVICE_USER);
+    observed(&mut facts, 0).labels.remove(LABEL_SERVICE_USER);
     let Step::Write(_, there, fallback) = plan(&facts, at(1)).steps.swap_remove(0) else {
         panic!("no write")
     };
     assert_eq!(fallback, Some(there));
     facts
-        .held_back
+        .pending_retries
         .insert("invoices".into(), hold(Reason::SecretWriteFailed, 3));
     assert_eq!(told(&plan(&facts, at(1)).steps[0]), "wait, SecretWriteFailed, fallback");
     assert_eq!(told(&plan(&facts, at(3)).steps[0]), "write");
@@ -726,7 +732,7 @@ fn what_failed_a_moment_ago_waits_and_what_is_valid_meanwhile_is_told() {
     // A renewal that failed; and a first mint that failed.
     let mut facts = one();
     facts
-        .held_back
+        .pending_retries
         .insert("invoices".into(), hold(Reason::ServerError, LIFETIME));
     assert_eq!(
         told(&plan(&facts, at(1)).steps[0]),
@@ -740,8 +746,8 @@ fn what_failed_a_moment_ago_waits_and_what_is_valid_meanwhile_is_told() {
     facts.secrets.clear();
     assert_eq!(told(&plan(&facts, at(1)).steps[0]), "wait, ServerError, nothing");
     // Another token's back-off is not this one's.
-    let hold = facts.held_back.remove("invoices").expect("there");
-    facts.held_back.insert("other".into(), hold);
+    let hold = facts.pending_retries.remove("invoices").expect("there");
+    facts.pending_retries.insert("other".into(), hold);
     assert_eq!(told(&plan(&facts, at(1)).steps[0]), "mint");
 }
 
@@ -761,23 +767,23 @@ fn two_writers_of_one_secret_are_refused_whatever_the_schema_let_through() {
 
 /// This process minted the token last, of the same inputs, and it is to be renewed then.
 fn minted_by_us(facts: &mut Facts, renew: i64) {
-    let inputs = existing(facts, 0).record().expect("a record").inputs;
-    facts.last_mints.insert("invoices".into(), (inputs, at(renew)));
+    let request_hash = observed(facts, 0).record().expect("a record").request_hash;
+    facts.last_mints.insert("invoices".into(), (request_hash, at(renew)));
 }
 
 #[test]
 fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spec_have_none() {
     /// What somebody did, when it is seen, and whether that is a forced mint.
     type Row = (&'static str, fn(&mut Facts), i64, bool);
-    let forced = |facts: &Facts, seconds| match plan(facts, at(seconds)).steps.swap_remove(0) {
-        Step::Mint(request) => Some(request.forced),
+    let unscheduled = |facts: &Facts, seconds| match plan(facts, at(seconds)).steps.swap_remove(0) {
+        Step::Mint(request) => Some(request.unscheduled),
         Step::Refuse(Reason::SecretContested, _) => None,
         step => panic!("{step:?}"),
     };
     #[rustfmt::skip]
     let rows: &[Row] = &[
         ("missing", |f| f.secrets.clear(), 1, true),
-        ("token edited", |f| edit(existing(f, 0), BTreeMap::clear), 1, true),
+        ("token edited", |f| edit(observed(f, 0), BTreeMap::clear), 1, true),
         ("renewal asked for", |f| ask(f, Some("a")), 1, true),
         ("due", |_| {}, DUE, false),
         ("due and asked for", |f| ask(f, Some("a")), DUE, false),
@@ -787,16 +793,20 @@ fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spe
         ("due after a mint of ours", |f| minted_by_us(f, DUE), DUE, false),
         ("other inputs after a mint of ours", |f| { token(f, 0).project_roles = Some(true); f.last_mints.insert("invoices".into(), ("others".into(), at(DUE))); }, 1, false),
     ];
-    for (name, change, seconds, is_forced) in rows {
+    for (name, change, seconds, is_unscheduled) in rows {
         let mut facts = one();
         change(&mut facts);
-        assert_eq!(forced(&facts, *seconds), Some(*is_forced), "{name}");
-        facts.forced.insert("invoices".into(), 3);
-        assert_eq!(forced(&facts, *seconds), Some(*is_forced), "{name}: the third");
-        facts.forced.insert("invoices".into(), 4);
+        assert_eq!(unscheduled(&facts, *seconds), Some(*is_unscheduled), "{name}");
+        facts.unscheduled.insert("invoices".into(), 3);
         assert_eq!(
-            forced(&facts, *seconds),
-            (!is_forced).then_some(false),
+            unscheduled(&facts, *seconds),
+            Some(*is_unscheduled),
+            "{name}: the third"
+        );
+        facts.unscheduled.insert("invoices".into(), 4);
+        assert_eq!(
+            unscheduled(&facts, *seconds),
+            (!is_unscheduled).then_some(false),
             "{name}: one more"
         );
     }
@@ -810,8 +820,8 @@ fn a_secret_that_is_to_outlive_its_object_has_no_owner_and_is_known_by_its_recor
         panic!("no write");
     };
     assert!(draft.retained && !draft.repair);
-    existing(&mut facts, 0).annotations = draft.annotations.into_iter().map(|(k, v)| (k, v.into())).collect();
-    existing(&mut facts, 0).controller = None;
+    observed(&mut facts, 0).annotations = draft.annotations.into_iter().map(|(k, v)| (k, v.into())).collect();
+    observed(&mut facts, 0).controller = None;
     assert_eq!(told(&plan(&facts, at(1)).steps[0]), "keep");
     // Made again under the same name it is another object, to which the Secret does not belong.
     user(&mut facts).metadata.uid = Some("another".into());

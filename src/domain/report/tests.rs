@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::domain::answer::Format;
 use crate::domain::fixtures::{
-    DUE, FRESH, LIFETIME, TEN_YEARS, at, clock, edit, existing, filled, service_key, token, user,
+    DUE, FRESH, LIFETIME, TEN_YEARS, at, clock, edit, filled, observed, service_key, token, user,
 };
 use crate::domain::plan::{Step, plan};
 
@@ -25,12 +25,12 @@ fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome
     Outcome {
         token,
         reason,
-        held: (expires != NONE).then(|| Held {
+        current: (expires != NONE).then(|| CurrentToken {
             schedule: schedule(expires),
             format: Format::Opaque,
         }),
         not_before: None,
-        held_back: false,
+        deferred: false,
         refused_by: None,
     }
 }
@@ -224,7 +224,7 @@ fn each_token_has_its_line() {
     );
     assert_eq!(b.failing_since, Some(Time(at(1))));
     // Of a token that was edited, or is somebody else's, nothing is known.
-    edit(existing(&mut facts, 1), |data| {
+    edit(observed(&mut facts, 1), |data| {
         data.insert("token".into(), b"x".into());
     });
     let status = look(&mut facts, 2, &outcomes).status;
@@ -419,7 +419,7 @@ fn a_broken_rule_is_told_with_its_field() {
     for text in [&ready.message, &note.text] {
         assert!(text.contains("spec.tokens[1].organizationID: 1 to 64 of"), "{text}");
         assert!(
-            text.contains(Reason::InvalidSpec.mend()) && !text.contains("1:x"),
+            text.contains(Reason::InvalidSpec.remedy()) && !text.contains("1:x"),
             "{text}"
         );
     }
@@ -584,20 +584,20 @@ fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
         .into_iter()
         .enumerate()
         .map(|(token, step)| {
-            let Step::Keep(held) = step else { panic!("{step:?}") };
+            let Step::Keep(current) = step else { panic!("{step:?}") };
             Outcome {
                 token,
                 reason: Issued,
-                held: Some(held),
+                current: Some(current),
                 not_before: None,
-                held_back: false,
+                deferred: false,
                 refused_by: None,
             }
         })
         .collect();
     let status = look(&mut facts, 1, &outcomes).status;
     for (token, outcome) in facts.user.spec.tokens.iter().zip(&outcomes) {
-        assert_eq!(facts.recorded(token), outcome.held);
+        assert_eq!(facts.recorded(token), outcome.current);
     }
     assert!(
         status
@@ -637,7 +637,7 @@ proptest! {
             let Report { status, wake, .. } = look(&mut facts, seconds, &outcomes);
             shown(&status);
             let on = |kind| condition(&status, kind).is_some_and(|c| c.status == "True");
-            let ready = |o: &Outcome| o.reason == Issued || o.held.is_some_and(|h| h.schedule.expires > now);
+            let ready = |o: &Outcome| o.reason == Issued || o.current.is_some_and(|h| h.schedule.expires > now);
             prop_assert_eq!(on("Ready"), outcomes.iter().all(ready));
             prop_assert!(u8::from(on("Ready")) + u8::from(on("Reconciling")) + u8::from(on("Stalled")) <= 1);
             let failing = |o: &Outcome| o.reason.retry() != Retry::No;
@@ -654,7 +654,7 @@ proptest! {
             }
             prop_assert_eq!(wake.failed.len(), outcomes.iter().filter(|o| failing(o)).count());
             // Only a good token that is due may be looked at once more at once.
-            let due = outcomes.iter().any(|o| o.reason == Issued && o.held.is_some_and(|h| h.schedule.renew <= now));
+            let due = outcomes.iter().any(|o| o.reason == Issued && o.current.is_some_and(|h| h.schedule.renew <= now));
             prop_assert!(due || wake.at.is_none_or(|at| at > now), "{:?}", wake);
         }
     }

@@ -9,7 +9,7 @@ use crate::api::metadata::ANNOTATION_RECORD;
 use crate::api::service_user::Token;
 use crate::domain::fixtures::{self, ask, edit, user};
 use crate::domain::reason::Reason;
-use crate::domain::secret::Existing;
+use crate::domain::secret::ObservedSecret;
 
 /// Something that happens; a number picks the token, the value, or the variant.
 #[derive(Clone, Copy, Debug)]
@@ -94,7 +94,7 @@ impl World {
     }
 
     /// A token's Secret, if both are there.
-    fn secret(&mut self, index: usize) -> Option<&mut Existing> {
+    fn secret(&mut self, index: usize) -> Option<&mut ObservedSecret> {
         let name = &self.facts.user.spec.tokens.get(index)?.secret.name;
         let secret = self.secrets.get_mut(name)?;
         secret.resource_version.push('x');
@@ -153,7 +153,7 @@ impl World {
                 self.excuses.extend(self.facts.unwritten.keys().cloned());
                 self.facts.unwritten.clear();
                 self.facts.last_mints.clear();
-                self.forced.clear();
+                self.unscheduled.clear();
                 self.quarrels.clear();
             }
             _ => {

@@ -444,12 +444,12 @@ async fn crowd_of_slow_scrapers_closes_no_waiting_connection_and_no_probe() {
 
 /// A collector that waits until it may go on, and counts how many do so at once.
 #[derive(Debug)]
-struct Gate {
+struct Leadership {
     go: std::sync::Mutex<mpsc::Receiver<()>>,
     began: mpsc::Sender<()>,
 }
 
-impl Collector for Gate {
+impl Collector for Leadership {
     fn encode(&self, _: DescriptorEncoder<'_>) -> std::fmt::Result {
         self.began.send(()).expect("counted");
         let Ok(go) = self.go.try_lock() else {
@@ -466,7 +466,7 @@ async fn scrapes_run_one_at_a_time_though_their_clients_leave_and_probes_do_not_
     let (go, gate) = mpsc::channel();
     let (began, scrapes) = mpsc::channel();
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Gate {
+    registry.register_collector(Box::new(Leadership {
         go: std::sync::Mutex::new(gate),
         began,
     }));

@@ -18,12 +18,12 @@ fn stored(mut lease: Lease, version: &str) -> Lease {
 }
 
 /// A Lease that `holder` took by its own clock, seen at `since`.
-fn held(holder: &str, by_its_clock: i64, since: Duration) -> Sight {
+fn held(holder: &str, by_its_clock: i64, since: Duration) -> ObservedLease {
     let lease = stored(claimed(None, "l", holder, clock(by_its_clock)), "1");
-    Sight::next(None, Some(lease), since).expect("a Lease")
+    ObservedLease::next(None, Some(lease), since).expect("a Lease")
 }
 
-fn change(mut sight: Sight, change: impl FnOnce(&mut LeaseSpec)) -> Sight {
+fn change(mut sight: ObservedLease, change: impl FnOnce(&mut LeaseSpec)) -> ObservedLease {
     change(sight.lease.spec.as_mut().expect("a spec"));
     sight
 }
@@ -32,13 +32,14 @@ fn change(mut sight: Sight, change: impl FnOnce(&mut LeaseSpec)) -> Sight {
 fn what_a_candidate_does() {
     let fresh = || held(OTHER, 0, at(0));
     let left = |seconds| Step::Wait(Duration::from_secs(seconds));
-    let later = |sight: Sight, lease: Option<Lease>, seconds| Sight::next(Some(sight), lease, at(seconds));
-    let labelled = |sight: &Sight| {
+    let later =
+        |sight: ObservedLease, lease: Option<Lease>, seconds| ObservedLease::next(Some(sight), lease, at(seconds));
+    let labelled = |sight: &ObservedLease| {
         let mut lease = stored(sight.lease.clone(), "2");
         lease.metadata.labels = Some([("a".to_owned(), "b".to_owned())].into());
         lease
     };
-    let renewed = |sight: &Sight| stored(claimed(Some(sight), "l", OTHER, clock(5)), "2");
+    let renewed = |sight: &ObservedLease| stored(claimed(Some(sight), "l", OTHER, clock(5)), "2");
     let table = [
         ("nothing there", None, 0, Step::Acquire),
         ("mine", Some(held(ME, 0, at(0))), 1, Step::Renew),
@@ -119,7 +120,7 @@ fn what_a_candidate_does() {
         ),
         (
             "no spec",
-            Some(Sight {
+            Some(ObservedLease {
                 lease: Lease::default(),
                 since: at(0),
             }),
@@ -158,14 +159,14 @@ fn what_is_written_goes_over_what_was_seen() {
     let released = seen.released();
     assert_eq!(released.metadata.resource_version.as_deref(), Some("1"));
     assert_eq!(spec(&released).holder_identity, None);
-    let again = Sight::next(None, Some(stored(released, "2")), at(1));
+    let again = ObservedLease::next(None, Some(stored(released, "2")), at(1));
     assert_eq!(
         spec(&claimed(again.as_ref(), "l", ME, clock(1))).lease_transitions,
         Some(1)
     );
 
     // One that was deleted is made anew.
-    let deleted = Sight::next(Some(seen), None, at(1)).expect("remembered");
+    let deleted = ObservedLease::next(Some(seen), None, at(1)).expect("remembered");
     assert!(!deleted.exists());
     let anew = claimed(Some(&deleted), "l", OTHER, clock(4));
     assert_eq!(
@@ -177,47 +178,53 @@ fn what_is_written_goes_over_what_was_seen() {
 #[tokio::test]
 async fn the_fence_closes_by_itself_and_before_anybody_else_may_begin() {
     let shutdown = Shutdown::on_signal().expect("signals");
-    let (gate, fence) = Fence::new(shutdown.clone());
-    assert!(!fence.is_leading() && !fence.may_begin());
+    let (gate, leadership) = LeadershipGuard::new(shutdown.clone());
+    assert!(!leadership.is_leading() && !leadership.may_begin());
 
     let sent = now();
     gate.renewed(sent);
-    let left = fence.remaining().expect("leading");
-    assert!(left <= OURS && left + now().saturating_sub(sent) >= OURS, "{left:?}");
-    assert!(fence.may_begin());
+    let left = leadership.remaining().expect("leading");
+    assert!(
+        left <= WRITE_TERM && left + now().saturating_sub(sent) >= WRITE_TERM,
+        "{left:?}"
+    );
+    assert!(leadership.may_begin());
     // A renewal is late once; then twice.
     let ago = |millis| now().saturating_sub(Duration::from_millis(millis));
     gate.renewed(ago(6_000));
-    assert!(fence.may_begin());
+    assert!(leadership.may_begin());
     gate.renewed(ago(7_500));
-    assert!(fence.is_leading() && !fence.may_begin());
+    assert!(leadership.is_leading() && !leadership.may_begin());
 
-    gate.renewed(sent.saturating_sub(OURS));
-    assert!(!fence.is_leading() && !fence.may_begin());
+    gate.renewed(sent.saturating_sub(WRITE_TERM));
+    assert!(!leadership.is_leading() && !leadership.may_begin());
     gate.renewed(now());
     gate.close();
-    assert_eq!(fence.remaining(), Err(NotLeading));
-    assert!(Fence::always_ours(shutdown).may_begin());
+    assert_eq!(leadership.remaining(), Err(NotLeading));
+    assert!(LeadershipGuard::always(shutdown).may_begin());
 }
 
 #[tokio::test]
 async fn work_goes_on_over_renewals_and_ends_with_the_lease() {
-    let (gate, fence) = Fence::new(Shutdown::on_signal().expect("signals"));
-    let short = |millis| now().saturating_sub(OURS) + Duration::from_millis(millis);
+    let (gate, leadership) = LeadershipGuard::new(Shutdown::on_signal().expect("signals"));
+    let short = |millis| now().saturating_sub(WRITE_TERM) + Duration::from_millis(millis);
     let never = std::future::pending::<()>;
-    assert_eq!(fence.while_leading(std::future::ready(7)).await, Err(NotLeading));
+    assert_eq!(leadership.while_leading(std::future::ready(7)).await, Err(NotLeading));
 
     gate.renewed(now());
-    fence.leading().await;
-    assert_eq!(fence.while_leading(std::future::ready(7)).await, Ok(7));
+    leadership.leading().await;
+    assert_eq!(leadership.while_leading(std::future::ready(7)).await, Ok(7));
     // Closed by what was seen, and by time.
     let closing = async {
         tokio::task::yield_now().await;
         gate.close();
     };
-    assert_eq!(tokio::join!(fence.while_leading(never()), closing).0, Err(NotLeading));
+    assert_eq!(
+        tokio::join!(leadership.while_leading(never()), closing).0,
+        Err(NotLeading)
+    );
     gate.renewed(short(30));
-    assert_eq!(fence.while_leading(never()).await, Err(NotLeading));
+    assert_eq!(leadership.while_leading(never()).await, Err(NotLeading));
 
     // It outlasts the lease as it was when it began. Seconds, since a busy machine may do nothing for one.
     gate.renewed(short(2_000));
@@ -226,7 +233,7 @@ async fn work_goes_on_over_renewals_and_ends_with_the_lease() {
         gate.renewed(now());
     };
     let work = tokio::time::sleep(Duration::from_millis(2_100));
-    assert_eq!(tokio::join!(fence.while_leading(work), renewing).0, Ok(()));
+    assert_eq!(tokio::join!(leadership.while_leading(work), renewing).0, Ok(()));
 
     // Who was stopped past the end does not take another step, though no timer has fired yet.
     gate.renewed(short(1_000));
@@ -237,7 +244,7 @@ async fn work_goes_on_over_renewals_and_ends_with_the_lease() {
         cx.waker().wake_by_ref();
         Poll::<()>::Pending
     });
-    assert_eq!(fence.while_leading(stopped).await, Err(NotLeading));
+    assert_eq!(leadership.while_leading(stopped).await, Err(NotLeading));
     assert_eq!(steps, 1);
 
     // Whoever waits is told.
@@ -245,6 +252,6 @@ async fn work_goes_on_over_renewals_and_ends_with_the_lease() {
         tokio::task::yield_now().await;
         gate.renewed(now());
     };
-    tokio::join!(fence.leading(), opening);
-    assert!(fence.is_leading());
+    tokio::join!(leadership.leading(), opening);
+    assert!(leadership.is_leading());
 }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::domain::answer::{self, TokenAnswer};
 use crate::domain::assertion;
-use crate::domain::clock::{Skew, is_news};
+use crate::domain::clock_skew::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;

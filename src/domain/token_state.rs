@@ -6,7 +6,7 @@ use crate::domain::summary::TokenTimes;
 
 /// Where a token is in its life, by its status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Freshness {
+pub enum TokenState {
     /// It is not to be renewed yet.
     Fresh,
     /// It is to be renewed: now, or a moment ago.
@@ -21,7 +21,7 @@ pub enum Freshness {
     Suspended,
 }
 
-impl Freshness {
+impl TokenState {
     /// By a token's status, if it has one.
     #[must_use]
     pub fn of(token: Option<&TokenTimes>, suspended: bool, now: Timestamp) -> Self {
@@ -70,22 +70,22 @@ mod tests {
             ..TokenTimes::default()
         };
         let table = [
-            (0, Freshness::Fresh),
-            (799, Freshness::Fresh),
-            (800, Freshness::Due),
-            (899, Freshness::Due),
-            (900, Freshness::Stale),
-            (999, Freshness::Stale),
-            (1_000, Freshness::Expired),
+            (0, TokenState::Fresh),
+            (799, TokenState::Fresh),
+            (800, TokenState::Due),
+            (899, TokenState::Due),
+            (900, TokenState::Stale),
+            (999, TokenState::Stale),
+            (1_000, TokenState::Expired),
         ];
         for (second, expected) in table {
-            assert_eq!(Freshness::of(Some(&token), false, at(second)), expected, "{second}");
+            assert_eq!(TokenState::of(Some(&token), false, at(second)), expected, "{second}");
         }
-        assert_eq!(Freshness::of(Some(&token), true, at(2_000)), Freshness::Suspended);
-        assert_eq!(Freshness::of(None, false, at(0)), Freshness::Missing);
+        assert_eq!(TokenState::of(Some(&token), true, at(2_000)), TokenState::Suspended);
+        assert_eq!(TokenState::of(None, false, at(0)), TokenState::Missing);
         assert_eq!(
-            Freshness::of(Some(&TokenTimes::default()), false, at(0)),
-            Freshness::Missing
+            TokenState::of(Some(&TokenTimes::default()), false, at(0)),
+            TokenState::Missing
         );
     }
 }

@@ -5,7 +5,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::api::ZitadelInstance;
 use crate::api::instance::ZitadelInstanceStatus;
-use crate::domain::clock::Skew;
+use crate::domain::clock_skew::Skew;
 use crate::domain::reason::Reason;
 use crate::domain::secret::whole_seconds;
 use crate::domain::validate;
@@ -40,7 +40,7 @@ pub fn status(
     let name = instance.metadata.name.as_deref().unwrap_or_default();
     let message = match (reason, insecure) {
         (Reason::InvalidSpec, _) => match validate::instance(name, &instance.spec) {
-            Err(violation) => format!("{} {violation} {}", reason.meaning(), reason.mend()),
+            Err(violation) => format!("{} {violation} {}", reason.meaning(), reason.remedy()),
             Ok(()) => reason.advice(),
         },
         (Reason::InstanceReady, true) => format!("{} Plain http is allowed.", reason.meaning()),
