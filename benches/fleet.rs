@@ -21,7 +21,7 @@ use support::operator::Operator;
 use support::world::{PROJECT, World, condition};
 use zitadel_tokens::api::ZitadelServiceUser;
 use zitadel_tokens::domain::key;
-use zitadel_tokens::zitadel::{Hosts, Instance, Rate, Settings};
+use zitadel_tokens::zitadel::{Hosts, RequestBudget, Settings, ZitadelClient};
 
 const NAMESPACES: usize = 10;
 const EACH: usize = 100;
@@ -113,7 +113,7 @@ async fn floor(world: &World, user: &User) -> Duration {
         proxy: None,
         timeout: Duration::from_secs(10),
         allow_insecure_http: true,
-        rate: Rate {
+        budget: RequestBudget {
             per_second: 1000,
             burst: 10_000,
             concurrent: 8,
@@ -121,7 +121,7 @@ async fn floor(world: &World, user: &User) -> Duration {
     };
     // Another crate of the same process may have chosen it.
     let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
-    let instance = Instance::new(settings, &Hosts::default()).expect("an instance");
+    let instance = ZitadelClient::new(settings, &Hosts::default()).expect("an instance");
     let (before, cpu, started) = (Counts::of(world, &namespaces).await, cpu("self"), Instant::now());
     let objects = namespaces.iter().flat_map(|ns| (0..EACH).map(move |i| (ns, i)));
     stream::iter(objects)
@@ -141,7 +141,7 @@ async fn floor(world: &World, user: &User) -> Duration {
     elapsed
 }
 
-async fn by_hand(world: &World, instance: &Instance, namespace: &str, i: usize) {
+async fn by_hand(world: &World, instance: &ZitadelClient, namespace: &str, i: usize) {
     let secrets: Api<Secret> = Api::namespaced(world.client.clone(), namespace);
     let users: Api<ZitadelServiceUser> = Api::namespaced(world.client.clone(), namespace);
     let (name, token_name) = (format!("u{i}"), format!("u{i}-token"));

@@ -10,9 +10,9 @@ use secrecy::{ExposeSecret, SecretSlice};
 use serde_json::{Value, json};
 use zitadel_tokens::domain::answer::{self, Expected, Format};
 use zitadel_tokens::domain::key::{self, ServiceKey};
-use zitadel_tokens::domain::reason::Reason;
+use zitadel_tokens::domain::reason::{Reason, Subject};
 use zitadel_tokens::domain::record::Record;
-use zitadel_tokens::domain::{assertion, schedule, secret};
+use zitadel_tokens::domain::{assertion, schedule, secret_draft};
 use zitadel_tokens::zitadel::discovery;
 
 /// A target: its name, which is also the folder of its seeds, and what is called with each input.
@@ -55,7 +55,7 @@ pub fn key(file: &[u8]) {
         Some(Reason::KeyEntryMissing)
     );
     match parsed {
-        Err(reason) => assert!(reason.is_about_the_key(), "{reason} tells nobody that it is the key"),
+        Err(reason) => assert_eq!(reason.subject(), Subject::Key, "{reason}"),
         Ok(key) => is_usable(&key),
     }
 }
@@ -220,8 +220,8 @@ pub fn template(input: &[u8]) {
     if text.contains(MARKS) || text.matches("{{").count() > 16 {
         return;
     }
-    let marked = secret::render(text, &[("token", "\u{e000}"), ("issuer", "\u{e001}")]);
-    let rendered = secret::render(text, &[("token", value), ("issuer", "{{ token }}")]);
+    let marked = secret_draft::render(text, &[("token", "\u{e000}"), ("issuer", "\u{e001}")]);
+    let rendered = secret_draft::render(text, &[("token", value), ("issuer", "{{ token }}")]);
     let replaced = marked
         .chars()
         .fold(String::new(), |out, c| match MARKS.iter().position(|mark| *mark == c) {
@@ -243,7 +243,7 @@ pub fn template(input: &[u8]) {
     if !named {
         assert_eq!(rendered, text);
     }
-    assert_eq!(secret::render(text, &[]), text, "no names, no change");
+    assert_eq!(secret_draft::render(text, &[]), text, "no names, no change");
 }
 
 /// A duration as a spec may have it.

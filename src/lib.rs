@@ -9,5 +9,5 @@ pub mod controller;
 pub mod domain;
 pub mod ops;
 #[cfg(test)]
-mod redaction;
+mod tests;
 pub mod zitadel;

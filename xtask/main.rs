@@ -11,7 +11,8 @@ use std::path::Path;
 use zitadel_tokens::api::metadata::ALLOWED_SECRET_METADATA;
 use zitadel_tokens::cli::crds;
 use zitadel_tokens::controller::metrics::described;
-use zitadel_tokens::domain::reason::{Reason, Retry};
+use zitadel_tokens::domain::reason::Reason;
+use zitadel_tokens::domain::retry::Retry;
 
 fn main() {
     let crds = crds::yaml().expect("the CRDs render");

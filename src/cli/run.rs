@@ -23,7 +23,7 @@ use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests, instance, service_user};
 use crate::domain::allow_list::AllowList;
-use crate::domain::facts::ObjectRef;
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::order::{Slots, Urgency, urgency};
 use crate::ops::election::Election;
 use crate::ops::http::Probe;

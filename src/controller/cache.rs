@@ -7,9 +7,9 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use crate::api::ZitadelInstance;
 use crate::api::access_policy::ZitadelAccessPolicySpec;
 use crate::domain::access::{AllowedAudiences, selects};
-use crate::domain::facts::ObjectRef;
+use crate::domain::object_ref::ObjectRef;
+use crate::domain::observed_secret::SecretRef;
 use crate::domain::reason::Reason;
-use crate::domain::secret::SecretRef;
 use crate::domain::summary::UserSummary;
 
 /// Bytes charged for a Secret that a service user names, or that has our label.

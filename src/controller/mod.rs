@@ -27,11 +27,11 @@ use crate::controller::write::Writer;
 use crate::domain::allow_list::AllowList;
 use crate::domain::allowance::Allowances;
 use crate::domain::backoff::Recovery;
-use crate::domain::facts::ObjectRef;
 use crate::domain::failure::Failure;
 use crate::domain::limits::Rate;
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
-use crate::zitadel::{Breaker, Instance};
+use crate::zitadel::{Breaker, ZitadelClient};
 
 /// What a pass needs.
 pub struct Context {
@@ -73,7 +73,7 @@ impl Context {
     }
 
     /// Tells the circuit breaker how discovery ended.
-    pub fn record_discovery(&self, connection: &Instance, ended: Result<(), Failure>) {
+    pub fn record_discovery(&self, connection: &ZitadelClient, ended: Result<(), Failure>) {
         let breaker = connection.limits().breaker();
         if breaker.record_discovery(&connection.settings().name, ended) {
             self.breaker_closed(breaker);

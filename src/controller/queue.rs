@@ -13,11 +13,11 @@ use tokio::task::JoinSet;
 
 use crate::domain::allowance::Allowances;
 use crate::domain::backoff::{Backoff, Recovery};
-use crate::domain::facts::{ObjectRef, PendingRetries};
 use crate::domain::limits::Rate;
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::order::{Slots, Urgency, Waiting};
 use crate::domain::reason::Reason;
-use crate::domain::report::{Failed, Wake};
+use crate::domain::retry::{Failed, PendingRetries, Wake};
 use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
 

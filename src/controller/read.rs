@@ -23,10 +23,10 @@ use crate::api::ZitadelServiceUser;
 use crate::api::metadata::{GROUP, is_ours};
 use crate::api::service_user::KeySecretRef;
 use crate::controller::guarded::Guarded;
-use crate::domain::facts::ObjectRef;
 use crate::domain::key::{self, ServiceKey};
+use crate::domain::object_ref::ObjectRef;
+use crate::domain::observed_secret::{Controller, MAX_BYTES, ObservedSecret, Wanted};
 use crate::domain::reason::Reason;
-use crate::domain::secret::{Controller, MAX_BYTES, ObservedSecret, Wanted};
 use crate::domain::summary::MAX_TOKENS;
 
 /// Longest time of one read.

@@ -16,7 +16,7 @@ use crate::controller::guarded::Guarded;
 use crate::controller::queue::Queue;
 use crate::controller::watch::{List, WatchError, endless};
 use crate::controller::watched::{WatchedNamespace, WatchedSecret, WatchedUser};
-use crate::domain::facts::ObjectRef;
+use crate::domain::object_ref::ObjectRef;
 
 /// Objects that found no room in the cache get another chance after this.
 const RELIST: Duration = Duration::from_mins(10);

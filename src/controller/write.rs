@@ -22,12 +22,13 @@ use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::triggers::reference;
 use crate::controller::watched::WatchedSecret;
 use crate::domain::allowance::Allowances;
-use crate::domain::facts::ObjectRef;
 use crate::domain::limits::Rate;
+use crate::domain::object_ref::ObjectRef;
+use crate::domain::observed_secret::{OWNER_KIND, SecretRef, WritePrecondition};
 use crate::domain::reason::Reason;
 use crate::domain::refuser::Refuser;
 use crate::domain::report::EventDraft;
-use crate::domain::secret::{OWNER_KIND, SecretDraft, SecretRef, WritePrecondition};
+use crate::domain::secret_draft::SecretDraft;
 use crate::ops::lease::{LeadershipGuard, NotLeading};
 
 /// Longest time of one write; the API server's own limit is a minute.

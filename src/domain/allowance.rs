@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::domain::facts::ObjectRef;
 use crate::domain::limits::{Level, Rate};
+use crate::domain::object_ref::ObjectRef;
 
 /// Below this many buckets nothing is pruned.
 const PRUNE_FROM: usize = 1024;

@@ -8,9 +8,9 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
-use crate::domain::clock_skew::shifted;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::{LONGEST_LIFETIME, SHORTEST_LIFETIME};
+use crate::domain::time::shifted;
 
 /// A token of more than this is none (ZITADEL's are about 1 kB).
 pub const MAX_TOKEN_BYTES: usize = 32 * 1024;

@@ -2,12 +2,10 @@
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::domain::clock_skew::shifted;
-use crate::domain::facts::PendingRetry;
-use crate::domain::failure::concerns_the_instance;
-use crate::domain::reason::Reason;
-use crate::domain::report::Failed;
+use crate::domain::reason::{Reason, Subject};
+use crate::domain::retry::{Failed, PendingRetry};
 use crate::domain::schedule::backoff;
+use crate::domain::time::shifted;
 
 /// `Retry-After` is believed up to this.
 pub const LONGEST_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
@@ -100,7 +98,7 @@ impl Backoff {
     /// unless the instance was the cause: else each recovery would bring back all who fail through their own fault.
     #[must_use]
     pub fn after_recovery(self, recovery: Recovery, now: Timestamp) -> Option<Self> {
-        if recovery == Recovery::Instance && concerns_the_instance(self.hold.reason) {
+        if recovery == Recovery::Instance && self.hold.reason.subject() == Subject::Instance {
             return self.anew(now);
         }
         let until = if self.refused { now } else { self.hold.until };

@@ -21,8 +21,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::domain::facts::ObjectRef;
 use crate::domain::failure::{Failure, classify};
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 
 /// Connection failures in a row that open the breaker: one may be a restart behind a balancer.

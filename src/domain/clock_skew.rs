@@ -9,6 +9,7 @@ use std::time::Instant;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::domain::reason::Reason;
+use crate::domain::time::shifted;
 
 /// A skew beyond this is told and never used: neither to sign nor to judge a token. With a `Date` that lies, an
 /// assertion would become valid some time in the future, and a valid token would seem expired.
@@ -169,13 +170,6 @@ pub fn is_past(time: Timestamp, now: Timestamp) -> bool {
 #[must_use]
 pub fn is_news(before: SignedDuration, after: SignedDuration) -> bool {
     after.saturating_sub(before).abs() >= NEWS
-}
-
-/// `time`, this much later. Stays in range: a record or a `Date` may claim any time.
-#[must_use]
-pub fn shifted(time: Timestamp, by: SignedDuration) -> Timestamp {
-    // Only a span with days or more, which a duration is not, is an error.
-    time.saturating_add(by).unwrap_or(time)
 }
 
 #[cfg(test)]

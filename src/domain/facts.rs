@@ -14,44 +14,15 @@ use crate::domain::answer::{Format, Minted};
 use crate::domain::clock_skew::Skew;
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;
+use crate::domain::observed_secret::{ObservedSecret, SecretRef};
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
 use crate::domain::refuser::Refuser;
+use crate::domain::retry::PendingRetries;
 use crate::domain::schedule::Schedule;
-use crate::domain::secret::{ObservedSecret, SecretRef};
 
 /// A renew request up to this many bytes stands in the record as it is: a time, a name, a UUID.
 const LONGEST_REQUEST: usize = 256;
-
-/// Names an object: namespace (empty for cluster-scoped kinds) and name.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ObjectRef {
-    /// The namespace, empty for cluster-scoped kinds.
-    pub namespace: Arc<str>,
-    /// The name.
-    pub name: Arc<str>,
-}
-
-impl ObjectRef {
-    /// A reference from its two parts.
-    #[must_use]
-    pub fn new(namespace: &str, name: &str) -> Self {
-        Self {
-            namespace: namespace.into(),
-            name: name.into(),
-        }
-    }
-}
-
-impl std::fmt::Display for ObjectRef {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.namespace.is_empty() {
-            f.write_str(&self.name)
-        } else {
-            write!(f, "{}/{}", self.namespace, self.name)
-        }
-    }
-}
 
 /// Mints and repairs that somebody forced are counted over this time.
 pub const CONTEST_WINDOW: Duration = Duration::from_mins(10);
@@ -109,20 +80,6 @@ pub struct CurrentToken {
     pub schedule: Schedule,
     /// JWT or opaque.
     pub format: Format,
-}
-
-/// What failed before and is not to be tried yet, by token name.
-pub type PendingRetries = BTreeMap<String, PendingRetry>;
-
-/// A back-off that runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PendingRetry {
-    /// What failed.
-    pub reason: Reason,
-    /// Until when.
-    pub until: Timestamp,
-    /// What is tried next is a retry of the same, not something that a change asks for.
-    pub is_retry: bool,
 }
 
 /// How one token fared in this pass.

@@ -62,26 +62,6 @@ impl Failure {
     }
 }
 
-/// Whether the instance itself seems to fail, and not one user's request: its status should be looked at again.
-#[must_use]
-pub fn concerns_the_instance(reason: Reason) -> bool {
-    use Reason::{
-        CABundleUnusable, ClockSkew, InstanceUnreachable, IssuerMismatch, MalformedAnswer, ProjectIDMismatch,
-        ServerError, TLSFailure,
-    };
-    matches!(
-        reason,
-        CABundleUnusable
-            | ClockSkew
-            | InstanceUnreachable
-            | TLSFailure
-            | ServerError
-            | MalformedAnswer
-            | IssuerMismatch
-            | ProjectIDMismatch
-    )
-}
-
 /// The errors of the token endpoint that we tell apart (zitadel.md §2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OAuthError {

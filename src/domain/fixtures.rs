@@ -1,4 +1,4 @@
-//! Facts for tests, as the product itself would find them: Secrets are rendered by `secret::draft` from the plan's
+//! Facts for tests, as the product itself would find them: Secrets are rendered by `secret_draft::draft` from the plan's
 //! own mint requests, the key is read by `key::parse`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,8 +21,9 @@ use crate::domain::answer::Minted;
 use crate::domain::clock_skew::{Sample, Skew};
 use crate::domain::facts::{Facts, UnwrittenToken};
 use crate::domain::key::{self, ServiceKey};
+use crate::domain::observed_secret::{Controller, OWNER_KIND, ObservedSecret};
 use crate::domain::plan::{self, MintRequest, Step, plan};
-use crate::domain::secret::{self, Controller, OWNER_KIND, ObservedSecret, SecretDraft};
+use crate::domain::secret_draft::{self, SecretDraft};
 
 /// Every token is minted at `at(0)` and lives this many seconds.
 pub const LIFETIME: i64 = 3_600;
@@ -207,8 +208,8 @@ pub fn fill(facts: &mut Facts, index: usize, value: &str, issued: Timestamp, exp
         issued,
         expires,
     };
-    let record = secret::record(facts, &request.request_hash, &request.template_hash, &minted);
-    let draft = secret::draft(facts, &facts.user.spec.tokens[index], &minted.token, &record);
+    let record = secret_draft::record(facts, &request.request_hash, &request.template_hash, &minted);
+    let draft = secret_draft::draft(facts, &facts.user.spec.tokens[index], &minted.token, &record);
     apply(facts, &draft);
 }
 
@@ -222,7 +223,7 @@ pub fn keep_unwritten(facts: &mut Facts, index: usize, value: &str, issued: Time
         issued,
         expires: issued + SignedDuration::from_secs(LIFETIME),
     };
-    let record = secret::record(facts, &request.request_hash, &request.template_hash, &minted);
+    let record = secret_draft::record(facts, &request.request_hash, &request.template_hash, &minted);
     facts
         .unwritten
         .insert(name, Arc::new(UnwrittenToken { minted, record }));

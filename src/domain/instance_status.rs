@@ -7,7 +7,7 @@ use crate::api::ZitadelInstance;
 use crate::api::instance::ZitadelInstanceStatus;
 use crate::domain::clock_skew::Skew;
 use crate::domain::reason::Reason;
-use crate::domain::secret::whole_seconds;
+use crate::domain::time::whole_seconds;
 use crate::domain::validate;
 
 /// The status of `instance` after discovery gave the token endpoint's path, or failed. `now` is by our own clock.

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::domain::clock_skew::shifted;
-use crate::domain::facts::ObjectRef;
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::summary::{TokenTimes, UserSummary};
+use crate::domain::time::shifted;
 
 /// How urgent an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -9,9 +9,10 @@ use crate::api::service_user::Token;
 use crate::domain::answer::{self, Expected, Format};
 use crate::domain::facts::{CurrentToken, Facts, Outcome, UnwrittenToken};
 use crate::domain::key::ServiceKey;
+use crate::domain::observed_secret::{ObservedSecret, SecretRef};
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
-use crate::domain::secret::{self, ObservedSecret, SecretDraft, SecretRef};
+use crate::domain::secret_draft::{self, SecretDraft};
 use crate::domain::{access, hash, scope, validate};
 
 /// What is to be done: one step per token of the spec, in its order, and the Secrets to delete.
@@ -27,17 +28,43 @@ pub struct Plan {
 #[derive(Debug)]
 pub enum Step {
     /// Nothing: the token in the Secret is good.
-    Keep(CurrentToken),
+    Keep {
+        /// The token in the Secret.
+        current: CurrentToken,
+    },
     /// Nothing, because something is missing or forbidden. The Secret stays as it is, and with it what it may hold of a
     /// good token.
-    Refuse(Reason, Option<CurrentToken>),
+    Refuse {
+        /// What is missing or forbidden.
+        reason: Reason,
+        /// A valid token that is still in the Secret.
+        current: Option<CurrentToken>,
+    },
     /// Nothing yet: it failed a moment ago for this reason.
-    Wait(Reason, Option<CurrentToken>),
+    Wait {
+        /// Why the last attempt failed.
+        reason: Reason,
+        /// A valid token that is still in the Secret.
+        current: Option<CurrentToken>,
+    },
     /// Ask ZITADEL for a token and write it.
     Mint(Box<MintRequest>),
     /// Write a token that is there already: what is around it has changed, or its first write failed. Should it fail
     /// again, the last is what is still in the Secret.
-    Write(Box<SecretDraft>, CurrentToken, Option<CurrentToken>),
+    Write {
+        /// The Secret as it is to be.
+        draft: Box<SecretDraft>,
+        /// The token in the draft.
+        current: CurrentToken,
+        /// A valid token that stays in the Secret if the write fails.
+        fallback: Option<CurrentToken>,
+    },
+}
+
+impl Step {
+    fn refuse(reason: Reason, current: Option<CurrentToken>) -> Self {
+        Self::Refuse { reason, current }
+    }
 }
 
 /// A token to be minted.
@@ -68,9 +95,9 @@ const UNSCHEDULED: usize = 3;
 pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
     let suspended = facts.user.spec.suspend == Some(true);
     let step = |(index, token)| match admit(facts, index, token) {
-        _ if suspended => Step::Refuse(Reason::Suspended, facts.recorded(token)),
+        _ if suspended => Step::refuse(Reason::Suspended, facts.recorded(token)),
         Ok(admitted) => await_backoff(facts, token, now, decide(facts, token, &admitted, now)),
-        Err(reason) => Step::Refuse(reason, None),
+        Err(reason) => Step::refuse(reason, None),
     };
     Plan {
         steps: facts.user.spec.tokens.iter().enumerate().map(step).collect(),
@@ -146,7 +173,7 @@ fn allow<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<(&'a Zitad
 
 fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'a>, Reason> {
     let (instance, scope) = allow(facts, index, token)?;
-    if !secret::fits(facts, token) {
+    if !secret_draft::fits(facts, token) {
         return Err(Reason::SecretTooLarge);
     }
     let observed = facts.secrets.get(&token.secret.name);
@@ -164,7 +191,7 @@ fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'
 
 fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp) -> Step {
     let request_hash = request_hash(facts, admitted);
-    let template_hash = secret::template_hash(facts, token);
+    let template_hash = secret_draft::template_hash(facts, token);
     let fallback = match admitted
         .observed
         .and_then(|e| good(facts, token, e, admitted, &request_hash))
@@ -187,19 +214,23 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     if let Some(unwritten) = facts.unwritten.get(&token.name)
         && let Some((draft, current)) = write_again(facts, token, unwritten, (&request_hash, &template_hash), now)
     {
-        return Step::Write(draft, current, fallback);
+        return Step::Write {
+            draft,
+            current,
+            fallback,
+        };
     }
     if let Err(reason) = facts.clock.check() {
-        return Step::Refuse(reason, fallback);
+        return Step::refuse(reason, fallback);
     }
     if admitted.key.expires.is_some_and(|expires| expires <= now) {
-        return Step::Refuse(Reason::KeyExpired, fallback);
+        return Step::refuse(Reason::KeyExpired, fallback);
     }
     let last = facts.last_mints.get(&token.name);
     let early = last.is_some_and(|(of, renew)| *of == request_hash && *renew > now);
     let unscheduled = early || is_unscheduled(admitted.observed, fallback, &request_hash, now);
     if unscheduled && is_contested(facts, token) {
-        return Step::Refuse(Reason::SecretContested, fallback);
+        return Step::refuse(Reason::SecretContested, fallback);
     }
     let recorded = admitted.observed.and_then(ObservedSecret::record);
     let requested_lately = last.is_some_and(|(_, renew)| *renew > now);
@@ -240,8 +271,14 @@ fn is_unscheduled(
 fn await_backoff(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> Step {
     let hold = facts.pending_retries.get(&token.name).filter(|hold| hold.until > now);
     match (hold, step) {
-        (Some(hold), Step::Mint(request)) => Step::Wait(hold.reason, request.fallback),
-        (Some(hold), Step::Write(_, _, fallback)) => Step::Wait(hold.reason, fallback),
+        (Some(hold), Step::Mint(request)) => Step::Wait {
+            reason: hold.reason,
+            current: request.fallback,
+        },
+        (Some(hold), Step::Write { fallback, .. }) => Step::Wait {
+            reason: hold.reason,
+            current: fallback,
+        },
         (_, step) => step,
     }
 }
@@ -309,7 +346,7 @@ fn keep_or_write(
     template_hash: &str,
     current: CurrentToken,
 ) -> Step {
-    let mut draft = secret::draft(
+    let mut draft = secret_draft::draft(
         facts,
         token,
         &value.into(),
@@ -318,9 +355,13 @@ fn keep_or_write(
     let observed = facts.secrets.get(&token.secret.name);
     draft.repair = record.template_hash == template_hash && observed.is_some();
     match observed {
-        Some(observed) if !observed.differs_from(&draft) => Step::Keep(current),
-        _ if draft.repair && is_contested(facts, token) => Step::Refuse(Reason::SecretContested, Some(current)),
-        _ => Step::Write(Box::new(draft), current, observed.map(|_| current)),
+        Some(observed) if !draft.differs_from(observed) => Step::Keep { current },
+        _ if draft.repair && is_contested(facts, token) => Step::refuse(Reason::SecretContested, Some(current)),
+        _ => Step::Write {
+            draft: Box::new(draft),
+            current,
+            fallback: observed.map(|_| current),
+        },
     }
 }
 
@@ -340,7 +381,7 @@ fn write_again(
     let record = unwritten
         .record
         .rehashed(facts.uid(), template_hash, value.expose_secret());
-    let draft = secret::draft(facts, token, value, &record);
+    let draft = secret_draft::draft(facts, token, value, &record);
     let format = Format::of(value.expose_secret());
     Some((Box::new(draft), CurrentToken { schedule, format }))
 }

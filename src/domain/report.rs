@@ -4,10 +4,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::api::service_user::{KEY_VALID, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus};
-use crate::domain::clock_skew::shifted;
 use crate::domain::facts::{CurrentToken, Facts, Outcome};
-use crate::domain::reason::{Reason, Retry};
-use crate::domain::secret::whole_seconds;
+use crate::domain::reason::{Reason, Subject};
+use crate::domain::retry::{Failed, Retry, Wake};
+use crate::domain::time::{shifted, whole_seconds};
 use crate::domain::validate;
 
 /// A permanent failure is called stalled only after this: Flux and Helm treat `Stalled` as final, and a key Secret
@@ -37,61 +37,6 @@ pub struct EventDraft {
     pub reason: Reason,
     /// The sentence.
     pub text: String,
-}
-
-/// When an object is looked at again; without either, when something changes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wake {
-    /// At this time.
-    pub at: Option<Timestamp>,
-    /// After a back-off that the queue computes for each of these.
-    pub failed: Vec<Failed>,
-}
-
-impl Wake {
-    /// The same by another clock that is so far ahead.
-    #[must_use]
-    pub fn shifted(self, by: SignedDuration) -> Self {
-        let shift = |at: Option<Timestamp>| at.map(|at| shifted(at, by));
-        let failed = self.failed.into_iter().map(|failed| Failed {
-            not_before: shift(failed.not_before),
-            not_after: shift(failed.not_after),
-            ..failed
-        });
-        Self {
-            at: shift(self.at),
-            failed: failed.collect(),
-        }
-    }
-}
-
-/// Something that failed and is to be tried again.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failed {
-    /// Name of the token; empty for the object as a whole.
-    pub what: String,
-    /// Why.
-    pub reason: Reason,
-    /// Not to be tried before this.
-    pub not_before: Option<Timestamp>,
-    /// To be tried by then at the latest: a back-off must not outlast the token that is still good.
-    pub not_after: Option<Timestamp>,
-    /// It was not tried this time, so that its back-off does not grow.
-    pub deferred: bool,
-}
-
-impl Failed {
-    /// A failure of just now.
-    #[must_use]
-    pub fn now(what: &str, reason: Reason) -> Self {
-        Self {
-            what: what.to_owned(),
-            reason,
-            not_before: None,
-            not_after: None,
-            deferred: false,
-        }
-    }
 }
 
 /// The status, the Events and the next reconcile that these outcomes call for.
@@ -265,7 +210,7 @@ fn conditions(
     let usable = key == Reason::KeyUsable;
     let message = if usable { key.meaning().to_owned() } else { key.advice() };
     // A key is not read if no token is allowed.
-    let unread = facts.key.is_err() && !key.is_about_the_key() && key != Reason::SecretsForbidden;
+    let unread = facts.key.is_err() && key.subject() != Subject::Key && key != Reason::SecretsForbidden;
     let value = match (unread, usable) {
         (true, _) => "Unknown",
         (false, true) => "True",
@@ -326,7 +271,7 @@ fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
         Ok(_) => outcomes
             .iter()
             .map(|o| o.reason)
-            .find(|r| r.is_about_the_key())
+            .find(|r| r.subject() == Subject::Key)
             .unwrap_or(Reason::KeyUsable),
     }
 }

@@ -2,9 +2,10 @@
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::domain::clock_skew::{is_past, shifted};
+use crate::domain::clock_skew::is_past;
 use crate::domain::hash;
-use crate::domain::reason::Retry;
+use crate::domain::retry::Retry;
+use crate::domain::time::shifted;
 
 /// A lifetime below this cannot be kept fresh: mint, write and mount take seconds.
 pub const SHORTEST_LIFETIME: SignedDuration = SignedDuration::from_secs(5);

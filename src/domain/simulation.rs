@@ -17,15 +17,19 @@ use serde_json::json;
 use crate::api::service_user::Token;
 use crate::domain::answer::{self, Format, TokenAnswer};
 use crate::domain::backoff::Backoff;
-use crate::domain::clock_skew::{Sample, Skew, is_past, shifted};
-use crate::domain::facts::{CONTEST_WINDOW, CurrentToken, Facts, Outcome, PendingRetry, UnwrittenToken};
+use crate::domain::clock_skew::{Sample, Skew, is_past};
+use crate::domain::facts::{CONTEST_WINDOW, CurrentToken, Facts, Outcome, UnwrittenToken};
 use crate::domain::fixtures::{self, at, jwt, user};
 use crate::domain::key::ServiceKey;
+use crate::domain::observed_secret::{ObservedSecret, SecretRef};
 use crate::domain::plan::{self, MintRequest, Step, plan};
 use crate::domain::reason::Reason;
 use crate::domain::report::{Report, report};
+use crate::domain::retry::PendingRetry;
 use crate::domain::schedule::Schedule;
-use crate::domain::secret::{self, ObservedSecret, SecretDraft, SecretRef};
+use crate::domain::secret_draft::{self, SecretDraft};
+use crate::domain::time::shifted;
+use crate::domain::time::whole_seconds;
 use events::{Event, events};
 
 /// The entries that the spec may have.
@@ -154,7 +158,7 @@ impl World {
     /// Learns the server's clock from two answers, if it answers, as discovery does.
     fn measure(&mut self) {
         if self.mints_fail.is_none() {
-            let date = secret::whole_seconds(shifted(self.now, self.date_ahead));
+            let date = whole_seconds(shifted(self.now, self.date_ahead));
             let sample = Sample::new(date, self.ours(), self.ours()).expect("time goes on");
             self.skew.observe(sample);
             self.skew.observe(sample);
@@ -233,16 +237,20 @@ impl World {
     fn act(&mut self, index: usize, step: Step) -> Outcome {
         let name = self.facts.user.spec.tokens[index].name.clone();
         match step {
-            Step::Keep(current) => {
+            Step::Keep { current } => {
                 self.facts.unwritten.remove(&name);
                 Outcome::new(index, Reason::Issued, Some(current))
             }
-            Step::Refuse(reason, current) => Outcome::new(index, reason, current),
-            Step::Wait(reason, current) => Outcome {
+            Step::Refuse { reason, current } => Outcome::new(index, reason, current),
+            Step::Wait { reason, current } => Outcome {
                 deferred: true,
                 ..Outcome::new(index, reason, current)
             },
-            Step::Write(draft, current, fallback) => self.write(index, &draft, current, fallback),
+            Step::Write {
+                draft,
+                current,
+                fallback,
+            } => self.write(index, &draft, current, fallback),
             Step::Mint(request) => match self.mint(index, &request) {
                 Err(reason) => Outcome::new(index, reason, request.fallback),
                 Ok((draft, current)) => self.write(index, &draft, current, request.fallback),
@@ -281,8 +289,8 @@ impl World {
             expires_in: Some(self.lifetime.as_secs()),
         };
         let minted = answer::accept(answer, &expected, self.now)?;
-        let record = secret::record(&self.facts, &request.request_hash, &request.template_hash, &minted);
-        let draft = secret::draft(&self.facts, token, &minted.token, &record);
+        let record = secret_draft::record(&self.facts, &request.request_hash, &request.template_hash, &minted);
+        let draft = secret_draft::draft(&self.facts, token, &minted.token, &record);
         let current = CurrentToken {
             schedule: self.facts.schedule(token, minted.issued, minted.expires),
             format: Format::of(&value),
@@ -523,7 +531,7 @@ impl World {
         // What somebody edited goes when its record says so.
         let unedited = |value: &&str| gone.record().is_some_and(|record| record.vouches_for(value));
         let given = gone.token().filter(unedited).and_then(|value| self.given.get(value));
-        let Some(given) = given.filter(|given| secret::whole_seconds(given.expires) > self.now) else {
+        let Some(given) = given.filter(|given| whole_seconds(given.expires) > self.now) else {
             return;
         };
         for token in &self.facts.user.spec.tokens {
@@ -544,9 +552,9 @@ impl World {
         self.gather();
         let steps = plan(&self.facts, self.theirs()).steps.into_iter().enumerate();
         let outcomes = steps.map(|(index, step)| match step {
-            Step::Keep(current) => Outcome::new(index, Reason::Issued, Some(current)),
-            Step::Refuse(reason, current) | Step::Wait(reason, current) => Outcome::new(index, reason, current),
-            Step::Mint(_) | Step::Write(..) => panic!("there is more to do: {step:?}"),
+            Step::Keep { current } => Outcome::new(index, Reason::Issued, Some(current)),
+            Step::Refuse { reason, current } | Step::Wait { reason, current } => Outcome::new(index, reason, current),
+            Step::Mint(_) | Step::Write { .. } => panic!("there is more to do: {step:?}"),
         });
         let told = report(&self.facts, &outcomes.collect::<Vec<_>>(), self.theirs());
         assert_eq!(

@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::domain::circuit_breaker::{Admission, CircuitBreaker, Refused};
-use crate::domain::facts::ObjectRef;
 use crate::domain::failure::Failure;
+use crate::domain::object_ref::ObjectRef;
 
 /// A circuit breaker with its clock.
 #[derive(Debug)]

@@ -18,7 +18,8 @@ use crate::domain::scope;
 use crate::domain::validate::is_near;
 use crate::zitadel::discovery::{self, Discovery};
 use crate::zitadel::http::Http;
-use crate::zitadel::limits::{Hosts, Limits, Rate};
+use crate::zitadel::limits::{Hosts, Limits};
+use crate::zitadel::settings::Settings;
 use crate::zitadel::token;
 
 /// Discovery is asked again after this, when it is needed.
@@ -34,38 +35,6 @@ const IAM_PATH: &str = "/management/v1/iam";
 /// Another's attempt to learn the project id is waited for so long: one tenant whose requests hang must not hold up
 /// the others.
 const PATIENCE_WITH_OTHERS: Duration = Duration::from_millis(500);
-
-/// How an instance is reached.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Settings {
-    /// Name of the instance.
-    pub name: String,
-    /// The issuer, as tokens and discovery state it.
-    pub issuer: String,
-    /// Where to dial, if not at the issuer.
-    pub endpoint: Option<String>,
-    /// Trusted certificates in PEM, instead of the system's.
-    pub ca: Option<String>,
-    /// Name that the certificate must carry, if not the dialled host's.
-    pub tls_server_name: Option<String>,
-    /// Proxy to go through.
-    pub proxy: Option<String>,
-    /// Time for one request.
-    pub timeout: Duration,
-    /// Whether plain http is allowed, to loopback and `*.svc`.
-    pub allow_insecure_http: bool,
-    /// Budget and concurrency of the dialled host.
-    pub rate: Rate,
-}
-
-impl std::fmt::Debug for Settings {
-    /// Without the proxy: a password in its URL is refused (`domain::validate`), and yet it could be there.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut shown = f.debug_struct("Settings");
-        shown.field("name", &self.name).field("issuer", &self.issuer);
-        shown.field("endpoint", &self.endpoint).finish_non_exhaustive()
-    }
-}
 
 /// A token as it came, and when it was asked for.
 #[derive(Debug)]
@@ -85,7 +54,7 @@ struct Discoveries {
 
 /// A connected instance.
 #[derive(Debug)]
-pub struct Instance {
+pub struct ZitadelClient {
     settings: Settings,
     http: Http,
     limits: Arc<Limits>,
@@ -94,7 +63,7 @@ pub struct Instance {
     learning: tokio::sync::Mutex<()>,
 }
 
-impl Instance {
+impl ZitadelClient {
     /// Prepares the connection; nothing is sent yet.
     pub fn new(settings: Settings, hosts: &Hosts) -> Result<Self, Failure> {
         let origin = settings.endpoint.as_deref().unwrap_or(&settings.issuer);
@@ -110,7 +79,7 @@ impl Instance {
         let way = [&settings.ca, &settings.tls_server_name, &settings.proxy];
         let way = way.map(|part| part.as_deref().unwrap_or_default());
         let way = hash::of(way.into_iter().chain([scheme, &timeout]).map(str::as_bytes));
-        let limits = hosts.dial(&settings.name, authority, &way, settings.rate);
+        let limits = hosts.dial(&settings.name, authority, &way, settings.budget);
         let http = Http::new(&settings, origin, limits.clone())?;
         Ok(Self {
             settings,

@@ -13,11 +13,12 @@ use reqwest::{Certificate, Proxy, RequestBuilder, Response};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
 use crate::domain::backoff::LONGEST_RETRY_AFTER;
-use crate::domain::clock_skew::{Reading, Sample, Skew, shifted, was_set};
+use crate::domain::clock_skew::{Reading, Sample, Skew, was_set};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
-use crate::zitadel::client::Settings;
+use crate::domain::time::shifted;
 use crate::zitadel::limits::Limits;
+use crate::zitadel::settings::Settings;
 
 /// No answer that we need is longer: a token is at most 64 KiB, a discovery document about 3 KiB.
 const MAX_BODY: usize = 256 * 1024;

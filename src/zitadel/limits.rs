@@ -8,19 +8,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::domain::limits::Bucket;
 use crate::zitadel::circuit_breaker::Breaker;
+use crate::zitadel::settings::RequestBudget;
 
-/// What an instance asks for its host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rate {
-    /// Sustained requests per second.
-    pub per_second: u32,
-    /// Requests at once after a quiet time.
-    pub burst: u32,
-    /// Requests under way at once.
-    pub concurrent: usize,
-}
-
-impl Rate {
+impl RequestBudget {
     /// Of two instances with one host the smaller rate counts (design §2.1).
     fn min(self, other: Self) -> Self {
         Self {
@@ -47,7 +37,7 @@ struct Budget {
 
 #[derive(Debug)]
 struct Now {
-    rate: Rate,
+    budget: RequestBudget,
     bucket: Bucket,
     slots: Arc<Semaphore>,
 }
@@ -72,13 +62,13 @@ impl Limits {
 }
 
 impl Budget {
-    fn new(rate: Rate) -> Self {
+    fn new(budget: RequestBudget) -> Self {
         Self {
             started: Instant::now(),
             now: Mutex::new(Now {
-                rate,
-                bucket: Bucket::new(rate.per_second, rate.burst),
-                slots: Arc::new(Semaphore::new(rate.concurrent.max(1))),
+                budget,
+                bucket: Bucket::new(budget.per_second, budget.burst),
+                slots: Arc::new(Semaphore::new(budget.concurrent.max(1))),
             }),
         }
     }
@@ -87,14 +77,14 @@ impl Budget {
         self.started.elapsed()
     }
 
-    fn change(&self, rate: Rate) {
+    fn change(&self, budget: RequestBudget) {
         let mut now = self.lock();
-        now.bucket.resize(rate.per_second, rate.burst);
-        if now.rate.concurrent != rate.concurrent {
+        now.bucket.resize(budget.per_second, budget.burst);
+        if now.budget.concurrent != budget.concurrent {
             // Requests under way end on the old places.
-            now.slots = Arc::new(Semaphore::new(rate.concurrent.max(1)));
+            now.slots = Arc::new(Semaphore::new(budget.concurrent.max(1)));
         }
-        now.rate = rate;
+        now.budget = budget;
     }
 
     fn lock(&self) -> MutexGuard<'_, Now> {
@@ -112,23 +102,23 @@ pub struct Hosts {
 struct Host {
     budget: Arc<Budget>,
     /// What each instance asks for.
-    wanted: BTreeMap<String, Rate>,
+    wanted: BTreeMap<String, RequestBudget>,
     /// By way: what fails with the connection settings of one instance may work with those of another.
     breakers: HashMap<String, Weak<Breaker>>,
 }
 
 impl Hosts {
     /// The limits of `host`, now that `instance` dials it at this rate, this way.
-    pub fn dial(&self, instance: &str, host: &str, way: &str, rate: Rate) -> Arc<Limits> {
+    pub fn dial(&self, instance: &str, host: &str, way: &str, budget: RequestBudget) -> Arc<Limits> {
         self.hang_up(instance);
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let host = hosts.entry(host.to_owned()).or_insert_with(|| Host {
-            budget: Arc::new(Budget::new(rate)),
+            budget: Arc::new(Budget::new(budget)),
             wanted: BTreeMap::new(),
             breakers: HashMap::new(),
         });
-        host.wanted.insert(instance.to_owned(), rate);
-        let smallest = host.wanted.values().copied().fold(rate, Rate::min);
+        host.wanted.insert(instance.to_owned(), budget);
+        let smallest = host.wanted.values().copied().fold(budget, RequestBudget::min);
         host.budget.change(smallest);
         host.breakers.retain(|_, breaker| breaker.strong_count() > 0);
         let breaker = host.breakers.get(way).and_then(Weak::upgrade).unwrap_or_default();
@@ -143,7 +133,7 @@ impl Hosts {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         for host in hosts.values_mut() {
             if host.wanted.remove(instance).is_some()
-                && let Some(smallest) = host.wanted.values().copied().reduce(Rate::min)
+                && let Some(smallest) = host.wanted.values().copied().reduce(RequestBudget::min)
             {
                 host.budget.change(smallest);
             }
@@ -158,31 +148,31 @@ mod tests {
 
     #[test]
     fn the_smallest_rate_of_those_who_dial_counts() {
-        let rate = |per_second| Rate {
+        let budget = |per_second| RequestBudget {
             per_second,
             burst: 10,
             concurrent: 8,
         };
         let hosts = Hosts::default();
-        let limits = hosts.dial("a", "h", "", rate(5));
-        let now = || limits.budget.lock().rate.per_second;
-        hosts.dial("b", "h", "by a proxy", rate(1));
+        let limits = hosts.dial("a", "h", "", budget(5));
+        let now = || limits.budget.lock().budget.per_second;
+        hosts.dial("b", "h", "by a proxy", budget(1));
         assert_eq!(now(), 1);
         hosts.hang_up("b");
         assert_eq!(now(), 5);
-        hosts.dial("a", "h", "", rate(50));
+        hosts.dial("a", "h", "", budget(50));
         assert_eq!(now(), 50, "a raised rate takes effect");
     }
 
     #[test]
     fn instances_share_a_breaker_only_if_they_dial_the_same_way() {
-        let rate = Rate {
+        let budget = RequestBudget {
             per_second: 1,
             burst: 1,
             concurrent: 1,
         };
         let hosts = Hosts::default();
-        let [one, same, other] = ["a", "a", "b"].map(|way| hosts.dial(way, "h", way, rate));
+        let [one, same, other] = ["a", "a", "b"].map(|way| hosts.dial(way, "h", way, budget));
         for _ in 0..3 {
             let _ = one.breaker().record_discovery("one", Err(Failure::Tls));
         }

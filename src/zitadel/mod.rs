@@ -6,9 +6,11 @@ mod client;
 pub mod discovery;
 mod http;
 mod limits;
+mod settings;
 mod token;
 
 pub use circuit_breaker::{Breaker, Permit};
-pub use client::{Exchanged, Instance, Settings};
+pub use client::{Exchanged, ZitadelClient};
 pub use discovery::Discovery;
-pub use limits::{Hosts, Limits, Rate};
+pub use limits::{Hosts, Limits};
+pub use settings::{RequestBudget, Settings};

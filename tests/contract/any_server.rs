@@ -9,7 +9,7 @@ use zitadel_tokens::domain::answer::{Format, Minted, accept};
 use zitadel_tokens::domain::assertion;
 use zitadel_tokens::domain::key::ServiceKey;
 use zitadel_tokens::domain::reason::Reason;
-use zitadel_tokens::zitadel::Instance;
+use zitadel_tokens::zitadel::ZitadelClient;
 
 use super::client::{connect, exchange, expected, mint, scope, settings};
 use super::server::{Kind, Server, on_any_server, takes_effect};
@@ -30,7 +30,7 @@ fn set<const N: usize>(ids: [&str; N]) -> BTreeSet<String> {
 }
 
 /// Asks until the server refuses; says why it did.
-async fn refusal(instance: &Instance, key: &ServiceKey) -> Reason {
+async fn refusal(instance: &ZitadelClient, key: &ServiceKey) -> Reason {
     let refused = takes_effect(async || exchange(instance, key, "openid").await, Result::is_err);
     refused.await.expect_err("refused")
 }

@@ -10,7 +10,7 @@ use zitadel_tokens::domain::failure::{Failure, classify};
 use zitadel_tokens::domain::key::ServiceKey;
 use zitadel_tokens::domain::reason::Reason;
 use zitadel_tokens::domain::scope;
-use zitadel_tokens::zitadel::{Exchanged, Hosts, Instance, Rate, Settings};
+use zitadel_tokens::zitadel::{Exchanged, Hosts, RequestBudget, Settings, ZitadelClient};
 
 /// The one place that fills in [`Settings`].
 pub fn settings(issuer: &str) -> Settings {
@@ -23,7 +23,7 @@ pub fn settings(issuer: &str) -> Settings {
         proxy: None,
         timeout: Duration::from_secs(10),
         allow_insecure_http: true,
-        rate: Rate {
+        budget: RequestBudget {
             per_second: 30,
             burst: 300,
             concurrent: 8,
@@ -31,11 +31,11 @@ pub fn settings(issuer: &str) -> Settings {
     }
 }
 
-pub fn connect(settings: Settings) -> Instance {
+pub fn connect(settings: Settings) -> ZitadelClient {
     // Another test of this process may have been first.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
-    Instance::new(settings, &Hosts::default()).expect("settings that can be dialled")
+    ZitadelClient::new(settings, &Hosts::default()).expect("settings that can be dialled")
 }
 
 /// An entry of `spec.tokens` with these fields.
@@ -53,7 +53,7 @@ pub fn scope(fields: &Value) -> String {
 }
 
 /// One exchange; a failure is looked at as the controller does.
-pub async fn exchange(instance: &Instance, key: &ServiceKey, scope: &str) -> Result<Exchanged, Reason> {
+pub async fn exchange(instance: &ZitadelClient, key: &ServiceKey, scope: &str) -> Result<Exchanged, Reason> {
     match instance.exchange(key, scope).await {
         Ok(exchanged) => Ok(exchanged),
         Err(failure) => Err(reason(instance, failure).await),
@@ -61,12 +61,12 @@ pub async fn exchange(instance: &Instance, key: &ServiceKey, scope: &str) -> Res
 }
 
 /// The reason that a failure is; whether discovery works tells a refused assertion from an outage (§2.1).
-pub async fn reason(instance: &Instance, failure: Failure) -> Reason {
+pub async fn reason(instance: &ZitadelClient, failure: Failure) -> Reason {
     classify(failure, instance.discover().await.is_ok())
 }
 
 /// What a token with these fields must be, with `zitadel_project_id` behind the alias.
-pub fn expected(instance: &Instance, key: &ServiceKey, fields: &Value, zitadel_project_id: &str) -> Expected {
+pub fn expected(instance: &ZitadelClient, key: &ServiceKey, fields: &Value, zitadel_project_id: &str) -> Expected {
     let token = token(fields);
     Expected {
         issuer: instance.settings().issuer.clone(),
@@ -77,7 +77,7 @@ pub fn expected(instance: &Instance, key: &ServiceKey, fields: &Value, zitadel_p
 }
 
 /// A token with these fields, as the controller gets it: the project id first, then the exchange, then the checks.
-pub async fn mint(instance: &Instance, key: &ServiceKey, fields: &Value) -> Result<Minted, Reason> {
+pub async fn mint(instance: &ZitadelClient, key: &ServiceKey, fields: &Value) -> Result<Minted, Reason> {
     let id = match instance.project_id(key).await {
         Ok(id) => id,
         Err(failure) => return Err(reason(instance, failure).await),

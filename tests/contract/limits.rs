@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use serde_json::json;
-use zitadel_tokens::zitadel::{Hosts, Instance, Rate, Settings};
+use zitadel_tokens::zitadel::{Hosts, RequestBudget, Settings, ZitadelClient};
 
 use super::client::{connect, settings};
 use super::only_stand_in::{TOKEN, World};
 
-const RATE: Rate = Rate {
+const RATE: RequestBudget = RequestBudget {
     per_second: 5,
     burst: 1,
     concurrent: 8,
@@ -22,10 +22,10 @@ async fn two_instances_that_dial_one_host_share_its_budget() {
     let dial = |name: &str, per_second| {
         let settings = Settings {
             name: name.to_owned(),
-            rate: Rate { per_second, ..RATE },
+            budget: RequestBudget { per_second, ..RATE },
             ..settings(&world.issuer.url)
         };
-        Instance::new(settings, &hosts).expect("a connection")
+        ZitadelClient::new(settings, &hosts).expect("a connection")
     };
     // The smaller rate counts.
     let both = [dial("one", 100), dial("two", 5)];
@@ -41,13 +41,13 @@ async fn two_instances_that_dial_one_host_share_its_budget() {
 #[tokio::test]
 async fn no_more_requests_than_allowed_are_under_way_at_once() {
     let world = World::new().await;
-    let rate = Rate {
+    let budget = RequestBudget {
         per_second: 1_000,
         burst: 1_000,
         concurrent: 2,
     };
     let instance = connect(Settings {
-        rate,
+        budget,
         ..settings(&world.issuer.url)
     });
     instance.discover().await.expect("discovered");

@@ -12,7 +12,7 @@ use zitadel_tokens::domain::answer::{Expected, Minted, accept};
 use zitadel_tokens::domain::failure::{Failure, classify};
 use zitadel_tokens::domain::key::{self, ServiceKey};
 use zitadel_tokens::domain::reason::Reason;
-use zitadel_tokens::zitadel::{Instance, Settings};
+use zitadel_tokens::zitadel::{Settings, ZitadelClient};
 
 use super::client::{connect, exchange, expected, mint, scope, settings};
 use super::support::issuer::{Issuer, Recorded};
@@ -30,7 +30,7 @@ const LIFETIME: i64 = 12 * 3600;
 pub struct World {
     pub issuer: Issuer,
     pub key: ServiceKey,
-    pub instance: Instance,
+    pub instance: ZitadelClient,
 }
 
 impl World {
@@ -56,7 +56,7 @@ impl World {
     }
 
     /// The same by another connection.
-    async fn mint_by(&self, instance: &Instance) -> Result<Minted, Reason> {
+    async fn mint_by(&self, instance: &ZitadelClient) -> Result<Minted, Reason> {
         let scope = scope(&json!({"projectIDs": [PROJECT]}));
         let got = exchange(instance, &self.key, &scope).await?;
         accept(got.answer, &self.expected(), got.sent)

@@ -15,7 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use zitadel_tokens::domain::key::{self, ServiceKey};
 use zitadel_tokens::domain::scope;
-use zitadel_tokens::zitadel::Instance;
+use zitadel_tokens::zitadel::ZitadelClient;
 
 use super::client::{connect, settings};
 use super::support::issuer::Issuer;
@@ -114,7 +114,7 @@ impl Server {
     }
 
     /// A new connection, which knows nothing yet.
-    pub fn instance(&self) -> Instance {
+    pub fn instance(&self) -> ZitadelClient {
         connect(settings(&self.issuer))
     }
 

@@ -76,7 +76,7 @@ impl Consumer {
     }
 
     /// What it has seen; fails if it ever read a token that had expired.
-    pub async fn seen(&self) -> WritePrecondition {
+    pub async fn seen(&self) -> Seen {
         let readings = self.readings().await;
         let (mut margin, mut widest, mut tokens) = (i64::MAX, 0, BTreeSet::new());
         let mut last = readings.first().expect("a reading").at;
@@ -94,7 +94,7 @@ impl Consumer {
             tokens.insert(&reading.token);
         }
         assert!(widest <= GAP, "not measured: {widest} s between two readings");
-        WritePrecondition {
+        Seen {
             readings: readings.len(),
             widest,
             margin,
@@ -104,7 +104,7 @@ impl Consumer {
 }
 
 /// What was seen.
-pub struct WritePrecondition {
+pub struct Seen {
     readings: usize,
     widest: i64,
     margin: i64,
@@ -112,7 +112,7 @@ pub struct WritePrecondition {
     pub tokens: usize,
 }
 
-impl std::fmt::Display for WritePrecondition {
+impl std::fmt::Display for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
             readings,

@@ -7,7 +7,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 
 use crate::support::operator::Operator;
-use crate::support::proxy::{PendingRetry, Proxy};
+use crate::support::proxy::{Hold, Proxy};
 use crate::support::world::World;
 use crate::support::{eventually, next_second};
 
@@ -15,7 +15,7 @@ use crate::support::{eventually, next_second};
 const LIFETIME: u64 = 60;
 
 /// Where the operator is killed, how that place is found, and how many extra mints it may cost.
-type Place = (&'static str, fn(&Proxy) -> Arc<PendingRetry>, usize);
+type Place = (&'static str, fn(&Proxy) -> Arc<Hold>, usize);
 
 const PLACES: &[Place] = &[
     (

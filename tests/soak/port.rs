@@ -252,7 +252,7 @@ async fn fleet(world: &World, objects: usize) {
 
 /// What was seen during an attack.
 #[derive(Debug, Default)]
-struct WritePrecondition {
+struct Seen {
     probes: u32,
     slowest: Duration,
     /// At most, if the operator's can be seen.
@@ -260,8 +260,8 @@ struct WritePrecondition {
 }
 
 /// Asks `/livez` and `/readyz` as the kubelet does, each time by a new connection.
-fn probe_while(target: Target, going: &AtomicBool) -> WritePrecondition {
-    let mut seen = WritePrecondition::default();
+fn probe_while(target: Target, going: &AtomicBool) -> Seen {
+    let mut seen = Seen::default();
     while going.load(Ordering::Relaxed) {
         for path in ["/livez", "/readyz"] {
             let asked = Instant::now();

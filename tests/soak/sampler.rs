@@ -11,7 +11,7 @@ use crate::support::world::{World, claims, data};
 const SAMPLE: Duration = Duration::from_millis(100);
 
 /// What was seen.
-pub struct WritePrecondition {
+pub struct Seen {
     samples: usize,
     widest: Duration,
     /// Least time, in seconds, that a token had left when its Secret was looked at.
@@ -20,7 +20,7 @@ pub struct WritePrecondition {
     pub tokens: usize,
 }
 
-impl std::fmt::Display for WritePrecondition {
+impl std::fmt::Display for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
             samples,
@@ -38,7 +38,7 @@ impl std::fmt::Display for WritePrecondition {
 /// Samples these Secrets while `going` says so; fails on one that holds an expired token. None may hide between two looks
 /// either, however long they are apart: a token that went between them counts as good only if the second look ended
 /// before the token did.
-pub async fn sample(world: &World, names: &[String], going: impl Fn() -> bool) -> WritePrecondition {
+pub async fn sample(world: &World, names: &[String], going: impl Fn() -> bool) -> Seen {
     let mut tokens: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     let mut held: BTreeMap<&str, (String, Timestamp)> = BTreeMap::new();
     let (mut last, mut widest, mut samples, mut margin) = (Instant::now(), Duration::ZERO, 0, f64::MAX);
@@ -75,7 +75,7 @@ pub async fn sample(world: &World, names: &[String], going: impl Fn() -> bool) -
     for (name, (token, _)) in held {
         tokens.entry(name).or_default().insert(token);
     }
-    WritePrecondition {
+    Seen {
         samples,
         widest,
         margin,

@@ -32,7 +32,7 @@ struct Shared {
     server: String,
     token: String,
     http: reqwest::Client,
-    hold: Mutex<Option<Arc<PendingRetry>>>,
+    hold: Mutex<Option<Arc<Hold>>>,
     way: watch::Sender<Way>,
     hung_up: watch::Sender<()>,
     deadened: watch::Sender<()>,
@@ -73,7 +73,7 @@ struct Spoiled {
 }
 
 /// A request that is held when it comes.
-pub struct PendingRetry {
+pub struct Hold {
     method: &'static str,
     path: String,
     /// Whether it is held before the API server sees it, or the answer after.
@@ -82,7 +82,7 @@ pub struct PendingRetry {
     released: Notify,
 }
 
-impl PendingRetry {
+impl Hold {
     /// Completes when the request is held.
     pub async fn reached(&self) {
         tokio::time::timeout(super::SOON, self.reached.notified())
@@ -148,17 +148,17 @@ impl Proxy {
     }
 
     /// Holds the next request with this method and piece of path, before the API server sees it.
-    pub fn hold_before(&self, method: &'static str, path: &str) -> Arc<PendingRetry> {
+    pub fn hold_before(&self, method: &'static str, path: &str) -> Arc<Hold> {
         self.hold(method, path, false)
     }
 
     /// Holds the answer to the next such request: the API server has done it.
-    pub fn hold_after(&self, method: &'static str, path: &str) -> Arc<PendingRetry> {
+    pub fn hold_after(&self, method: &'static str, path: &str) -> Arc<Hold> {
         self.hold(method, path, true)
     }
 
-    fn hold(&self, method: &'static str, path: &str, after: bool) -> Arc<PendingRetry> {
-        let hold = Arc::new(PendingRetry {
+    fn hold(&self, method: &'static str, path: &str, after: bool) -> Arc<Hold> {
+        let hold = Arc::new(Hold {
             method,
             path: path.to_owned(),
             after,

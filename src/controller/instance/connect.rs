@@ -16,7 +16,7 @@ use crate::domain::clock_skew::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
-use crate::zitadel::{Breaker, Hosts, Instance, Rate, Settings};
+use crate::zitadel::{Breaker, Hosts, RequestBudget, Settings, ZitadelClient};
 
 /// Entry of a ConfigMap or Secret with certificates, as trust-manager and cert-manager name it.
 const CA_ENTRY: &str = "ca.crt";
@@ -53,7 +53,7 @@ pub enum Wakeup {
 }
 
 struct Open {
-    instance: Arc<Instance>,
+    instance: Arc<ZitadelClient>,
     /// What it was made from; none if its certificates are to be read again.
     spec: Option<ZitadelInstanceSpec>,
 }
@@ -76,7 +76,7 @@ impl Connections {
 
     /// The connection of the instance, if this process has one.
     #[must_use]
-    pub fn opened(&self, name: &str) -> Option<Arc<Instance>> {
+    pub fn opened(&self, name: &str) -> Option<Arc<ZitadelClient>> {
         lock(&self.open).get(name).map(|open| open.instance.clone())
     }
 
@@ -158,7 +158,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The connection of `instance`; a new one when the way to it changed.
-pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<Instance>, Failure> {
+pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<ZitadelClient>, Failure> {
     let name = instance.metadata.name.as_deref().unwrap_or_default();
     if let Some(open) = lock(&ctx.connections.open).get(name)
         && open.spec.as_ref() == Some(&instance.spec)
@@ -176,7 +176,7 @@ pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<In
         .filter(|i| *i.settings() == settings);
     let connected = match kept {
         Some(kept) => kept,
-        None => Arc::new(Instance::new(settings, &ctx.connections.hosts)?),
+        None => Arc::new(ZitadelClient::new(settings, &ctx.connections.hosts)?),
     };
     let open = Open {
         instance: connected.clone(),
@@ -225,7 +225,7 @@ fn settings(name: &str, issuer: &str, connection: Connection, ca: Option<String>
         proxy: connection.proxy,
         timeout: timeout.clamp(Duration::from_secs(1), Duration::from_mins(1)),
         allow_insecure_http: connection.allow_insecure_http == Some(true),
-        rate: Rate {
+        budget: RequestBudget {
             per_second: positive(connection.requests_per_second, 30),
             burst: positive(connection.burst, 300),
             concurrent: positive(connection.max_concurrent_requests, 8) as usize,

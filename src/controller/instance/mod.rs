@@ -11,12 +11,14 @@ pub use connect::{Connections, Wakeup, connect};
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::domain::backoff::Recovery;
-use crate::domain::clock_skew::{Skew, shifted};
-use crate::domain::facts::ObjectRef;
+use crate::domain::clock_skew::Skew;
 use crate::domain::failure::{Failure, classify};
 use crate::domain::instance_status::status;
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
-use crate::domain::report::{Failed, Wake, refusal};
+use crate::domain::report::refusal;
+use crate::domain::retry::{Failed, Wake};
+use crate::domain::time::shifted;
 use crate::domain::validate;
 
 /// One look at an instance: does it answer, and as whom.

@@ -13,7 +13,7 @@ use crate::api::ZitadelInstance;
 use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::described;
-use crate::domain::facts::ObjectRef;
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::summary::UserSummary;
 use crate::domain::token_state::TokenState;

@@ -12,14 +12,16 @@ use crate::controller::Context;
 use crate::controller::instance::connect;
 use crate::controller::write::WriteError;
 use crate::domain::answer::{Expected, Format, Minted, accept};
-use crate::domain::clock_skew::{is_news, shifted};
-use crate::domain::facts::{CurrentToken, Facts, ObjectRef, Outcome, UnwrittenToken};
-use crate::domain::failure::{Failure, classify, concerns_the_instance};
+use crate::domain::clock_skew::is_news;
+use crate::domain::facts::{CurrentToken, Facts, Outcome, UnwrittenToken};
+use crate::domain::failure::{Failure, classify};
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::{self, MintRequest, Plan, Step};
-use crate::domain::reason::Reason;
-use crate::domain::report::Failed;
-use crate::domain::secret::{self, SecretDraft};
-use crate::zitadel::{Exchanged, Instance, Permit};
+use crate::domain::reason::{Reason, Subject};
+use crate::domain::retry::Failed;
+use crate::domain::secret_draft::{self, SecretDraft};
+use crate::domain::time::shifted;
+use crate::zitadel::{Exchanged, Permit, ZitadelClient};
 
 /// A shutdown waits for the request under way and so much longer, for its write.
 pub const TIME_TO_WRITE: Duration = Duration::from_secs(5);
@@ -131,23 +133,27 @@ impl Job<'_> {
     /// The outcome, and the version of the Secret if it was written.
     async fn carry_out(&self, step: Step) -> (Outcome, Option<String>) {
         match step {
-            Step::Keep(current) => {
+            Step::Keep { current } => {
                 self.ctx.memory.written(self.id, &self.token.name);
                 (self.ended(Reason::Issued, Some(current)), None)
             }
-            Step::Refuse(reason, current) => {
+            Step::Refuse { reason, current } => {
                 let outcome = match self.facts.instance.as_deref() {
                     Ok(instance) => self.refused(instance, reason),
                     Err(_) => self.ended(reason, None),
                 };
                 (Outcome { current, ..outcome }, None)
             }
-            Step::Wait(reason, current) => {
+            Step::Wait { reason, current } => {
                 let deferred = true;
                 let outcome = self.ended(reason, current);
                 (Outcome { deferred, ..outcome }, None)
             }
-            Step::Write(draft, current, fallback) => self.write(&draft, current, fallback).await,
+            Step::Write {
+                draft,
+                current,
+                fallback,
+            } => self.write(&draft, current, fallback).await,
             Step::Mint(request) => {
                 match self.mint(&request).await {
                     Ok(minted) => {
@@ -187,7 +193,7 @@ impl Job<'_> {
         };
         self.may_begin().map_err(refused)?;
         if request.try_write_first || !ctx.writer.takes_secrets(&self.id.namespace) {
-            let draft = secret::placeholder(facts, self.token, &request.request_hash, &request.template_hash);
+            let draft = secret_draft::placeholder(facts, self.token, &request.request_hash, &request.template_hash);
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| self.write_failed(error, None))?;
         }
@@ -254,7 +260,7 @@ impl Job<'_> {
     }
 
     /// Asks for the token, and says what it must be.
-    async fn ask(&self, connection: &Instance, scope: &str) -> Result<(Exchanged, Expected), Failure> {
+    async fn ask(&self, connection: &ZitadelClient, scope: &str) -> Result<(Exchanged, Expected), Failure> {
         let key = self.facts.key.as_ref().map_err(|reason| *reason)?;
         let project_id = connection.project_id(key).await?;
         let expected = plan::expect(self.facts, self.token, project_id)?;
@@ -270,7 +276,7 @@ impl Job<'_> {
         if reason == Reason::TLSFailure {
             self.ctx.connections.doubt_certificates(name);
         }
-        if concerns_the_instance(reason) && self.ctx.connections.is_ready(name) {
+        if reason.subject() == Subject::Instance && self.ctx.connections.is_ready(name) {
             request_instance_reconcile(self.ctx, instance);
         }
         self.ended(reason, None)
@@ -278,7 +284,7 @@ impl Job<'_> {
 
     /// The reason of a failure. Tells the circuit breaker what it says of the host: up to v4.13 a refused assertion and an
     /// outage are the same 500, and discovery tells them apart.
-    async fn judge(&self, connection: &Instance, permit: Permit, what: Asked, failure: Failure) -> Reason {
+    async fn judge(&self, connection: &ZitadelClient, permit: Permit, what: Asked, failure: Failure) -> Reason {
         if what == Asked::Discovery {
             permit.record_discovery_failure(&connection.settings().name, failure, connection.retry_in(failure));
             return classify(failure, false);
@@ -300,7 +306,7 @@ impl Job<'_> {
     }
 
     /// The token endpoint works. An instance that is not called Ready is looked at again: others wait for it.
-    fn worked(&self, connection: &Instance, permit: Permit) {
+    fn worked(&self, connection: &ZitadelClient, permit: Permit) {
         let instance = &connection.settings().name;
         if !self.ctx.connections.is_ready(instance) {
             self.ctx.instances.wake(&ObjectRef::new("", instance));
@@ -312,8 +318,8 @@ impl Job<'_> {
 
     async fn write_minted(&self, request: MintRequest, minted: Minted) -> (Outcome, Option<String>) {
         let (ctx, id, facts, name) = (self.ctx, self.id, self.facts, &self.token.name);
-        let record = secret::record(facts, &request.request_hash, &request.template_hash, &minted);
-        let draft = secret::draft(facts, self.token, &minted.token, &record);
+        let record = secret_draft::record(facts, &request.request_hash, &request.template_hash, &minted);
+        let draft = secret_draft::draft(facts, self.token, &minted.token, &record);
         let current = CurrentToken {
             schedule: facts.schedule(self.token, minted.issued, minted.expires),
             format: Format::of(minted.token.expose_secret()),

@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use crate::api::service_user::Token;
 use crate::controller::Context;
 use crate::controller::read::{ReadError, ReadUser};
-use crate::domain::facts::{Facts, ObjectRef, PendingRetries, PendingRetry};
+use crate::domain::facts::Facts;
+use crate::domain::object_ref::ObjectRef;
+use crate::domain::observed_secret::Wanted;
 use crate::domain::plan;
 use crate::domain::reason::Reason;
-use crate::domain::secret::Wanted;
+use crate::domain::retry::{PendingRetries, PendingRetry};
 
 /// As many Secrets that the spec no longer names are read as there may be tokens.
 const MOST_LEFTOVERS: usize = 16;

@@ -8,7 +8,8 @@ use std::time::Instant;
 use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
 
-use crate::domain::facts::{CONTEST_WINDOW, ObjectRef, UnwrittenToken};
+use crate::domain::facts::{CONTEST_WINDOW, UnwrittenToken};
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::MintRequest;
 
 /// Bytes of tokens of one namespace that wait for their write. A token that finds no room is requested again once its

@@ -16,10 +16,12 @@ use crate::api::service_user::ZitadelServiceUserStatus;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
-use crate::domain::facts::{Facts, ObjectRef, PendingRetries};
+use crate::domain::facts::Facts;
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
-use crate::domain::report::{Failed, Report, refusal, report};
+use crate::domain::report::{Report, refusal, report};
+use crate::domain::retry::{Failed, PendingRetries};
 use gather::Gathered;
 
 /// Longest time for the Events of one pass.

@@ -10,28 +10,31 @@ use serde_json::json;
 use super::*;
 use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_SERVICE_USER};
 use crate::api::service_user::DeletionPolicy;
-use crate::domain::facts::PendingRetry;
 use crate::domain::fixtures::{
     DUE, FRESH, LIFETIME, TEN_YEARS, allowed, apply, ask, at, claims, clock, edit, facts, fill, filled, instance, jwt,
     keep_unwritten, observed, service_key, token, user,
 };
-use crate::domain::secret::{Controller, OWNER_KIND, WritePrecondition};
+use crate::domain::observed_secret::{Controller, OWNER_KIND, WritePrecondition};
+use crate::domain::retry::PendingRetry;
 
 /// Name, what is changed, seconds since the mint, what is decided.
 type Case = (&'static str, fn(&mut Facts), i64, &'static str);
 
 fn told(step: &Step) -> String {
     match step {
-        Step::Keep(_) => "keep".into(),
-        Step::Refuse(reason, None) => reason.name().into(),
-        Step::Refuse(reason, Some(_)) => format!("{reason}, fallback"),
-        Step::Wait(reason, current) => format!(
+        Step::Keep { .. } => "keep".into(),
+        Step::Refuse { reason, current: None } => reason.name().into(),
+        Step::Refuse {
+            reason,
+            current: Some(_),
+        } => format!("{reason}, fallback"),
+        Step::Wait { reason, current } => format!(
             "wait, {reason}, {}",
             if current.is_some() { "fallback" } else { "nothing" }
         ),
         Step::Mint(request) if request.fallback.is_some() => "mint, fallback".into(),
         Step::Mint(_) => "mint".into(),
-        Step::Write(..) => "write".into(),
+        Step::Write { .. } => "write".into(),
     }
 }
 
@@ -42,7 +45,7 @@ fn check(start: fn() -> Facts, cases: &[Case]) {
         change(&mut facts);
         let step = plan(&facts, at(*seconds)).steps.swap_remove(0);
         assert_eq!(told(&step), *expected, "{name}");
-        if let Step::Write(draft, ..) = &step {
+        if let Step::Write { draft, .. } = &step {
             let kept = facts.unwritten.get("invoices").map(|u| u.minted.token.expose_secret());
             let there = facts.secrets.get("invoices-token").and_then(ObservedSecret::token);
             assert_eq!(Some(draft.data["token"].expose_secret()), kept.or(there), "{name}");
@@ -65,13 +68,13 @@ fn check(start: fn() -> Facts, cases: &[Case]) {
 /// As `act` would, for the first token.
 fn carry_out(facts: &mut Facts, step: Step, seconds: i64) {
     match step {
-        Step::Write(draft, ..) => apply(facts, &draft),
+        Step::Write { draft, .. } => apply(facts, &draft),
         Step::Mint(_) => {
             let expires = at(seconds + LIFETIME);
             let value = jwt(&claims(facts, 0, expires));
             fill(facts, 0, &value, at(seconds), expires);
         }
-        Step::Keep(_) | Step::Refuse(..) | Step::Wait(..) => {}
+        Step::Keep { .. } | Step::Refuse { .. } | Step::Wait { .. } => {}
     }
     facts.unwritten.clear();
 }
@@ -200,7 +203,7 @@ fn a_rewrite_keeps_token_and_times() {
         .secret
         .template
         .insert("all".into(), "{{ token }} {{ audience }}".into());
-    let Step::Write(draft, current, _) = plan(&facts, at(1)).steps.swap_remove(0) else {
+    let Step::Write { draft, current, .. } = plan(&facts, at(1)).steps.swap_remove(0) else {
         panic!("no write");
     };
     let after = Record::parse(&draft.annotations[ANNOTATION_RECORD]).expect("a record");
@@ -517,7 +520,7 @@ fn an_entry_that_gets_another_secret_takes_its_token_along() {
         let mut plan = plan(&facts, at(*seconds));
         let step = plan.steps.swap_remove(0);
         assert_eq!(told(&step), *expected, "{name}");
-        if let Step::Write(draft, ..) = step {
+        if let Step::Write { draft, .. } = step {
             assert_eq!(
                 (&*draft.name, &draft.precondition, draft.repair),
                 ("other-token", &WritePrecondition::Absent, false)
@@ -719,7 +722,12 @@ fn what_failed_a_moment_ago_waits_and_what_is_valid_meanwhile_is_told() {
     let mut facts = one();
     // A repair that was refused: the token is as good as before.
     observed(&mut facts, 0).labels.remove(LABEL_SERVICE_USER);
-    let Step::Write(_, there, fallback) = plan(&facts, at(1)).steps.swap_remove(0) else {
+    let Step::Write {
+        current: there,
+        fallback,
+        ..
+    } = plan(&facts, at(1)).steps.swap_remove(0)
+    else {
         panic!("no write")
     };
     assert_eq!(fallback, Some(there));
@@ -777,7 +785,10 @@ fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spe
     type Row = (&'static str, fn(&mut Facts), i64, bool);
     let unscheduled = |facts: &Facts, seconds| match plan(facts, at(seconds)).steps.swap_remove(0) {
         Step::Mint(request) => Some(request.unscheduled),
-        Step::Refuse(Reason::SecretContested, _) => None,
+        Step::Refuse {
+            reason: Reason::SecretContested,
+            ..
+        } => None,
         step => panic!("{step:?}"),
     };
     #[rustfmt::skip]
@@ -816,7 +827,7 @@ fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spe
 fn a_secret_that_is_to_outlive_its_object_has_no_owner_and_is_known_by_its_record() {
     let mut facts = one();
     token(&mut facts, 0).secret.deletion_policy = Some(DeletionPolicy::Retain);
-    let Step::Write(draft, ..) = plan(&facts, at(1)).steps.swap_remove(0) else {
+    let Step::Write { draft, .. } = plan(&facts, at(1)).steps.swap_remove(0) else {
         panic!("no write");
     };
     assert!(draft.retained && !draft.repair);

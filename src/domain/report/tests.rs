@@ -584,7 +584,9 @@ fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
         .into_iter()
         .enumerate()
         .map(|(token, step)| {
-            let Step::Keep(current) = step else { panic!("{step:?}") };
+            let Step::Keep { current } = step else {
+                panic!("{step:?}")
+            };
             Outcome {
                 token,
                 reason: Issued,

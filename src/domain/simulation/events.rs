@@ -8,8 +8,8 @@ use super::{NAMES, World, copy};
 use crate::api::metadata::ANNOTATION_RECORD;
 use crate::api::service_user::Token;
 use crate::domain::fixtures::{self, ask, edit, user};
+use crate::domain::observed_secret::ObservedSecret;
 use crate::domain::reason::Reason;
-use crate::domain::secret::ObservedSecret;
 
 /// Something that happens; a number picks the token, the value, or the variant.
 #[derive(Clone, Copy, Debug)]

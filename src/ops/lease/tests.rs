@@ -32,8 +32,7 @@ fn change(mut sight: ObservedLease, change: impl FnOnce(&mut LeaseSpec)) -> Obse
 fn what_a_candidate_does() {
     let fresh = || held(OTHER, 0, at(0));
     let left = |seconds| Step::Wait(Duration::from_secs(seconds));
-    let later =
-        |sight: ObservedLease, lease: Option<Lease>, seconds| ObservedLease::next(Some(sight), lease, at(seconds));
+    let later = |sight, lease, seconds| ObservedLease::next(Some(sight), lease, at(seconds));
     let labelled = |sight: &ObservedLease| {
         let mut lease = stored(sight.lease.clone(), "2");
         lease.metadata.labels = Some([("a".to_owned(), "b".to_owned())].into());

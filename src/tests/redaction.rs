@@ -10,10 +10,10 @@ use serde_json::json;
 use crate::controller::read;
 use crate::domain::answer::{self, Expected, accept, claims};
 use crate::domain::fixtures::{LIFETIME, at, facts, filled, keep_unwritten, key_file, request};
+use crate::domain::observed_secret::Wanted;
 use crate::domain::plan::{Step, plan};
-use crate::domain::secret::Wanted;
 use crate::domain::{assertion, key};
-use crate::zitadel::{Exchanged, Hosts, Instance, Rate, Settings};
+use crate::zitadel::{Exchanged, Hosts, RequestBudget, Settings, ZitadelClient};
 
 /// A token, and a proxy's password.
 const MARK: &str = "canary-that-nobody-may-see";
@@ -81,7 +81,7 @@ fn what_holds_a_secret_shows_none_of_it() {
     show("Facts, Unwritten", &waiting);
     waiting.secrets.clear();
     let writes = plan(&waiting, at(1));
-    assert!(matches!(writes.steps[0], Step::Write(..)), "{writes:?}");
+    assert!(matches!(writes.steps[0], Step::Write { .. }), "{writes:?}");
     show("Plan, Step, SecretDraft", &writes);
     show("MintRequest", &request(&mut facts(&["invoices"]), 0));
 
@@ -94,7 +94,7 @@ fn what_holds_a_secret_shows_none_of_it() {
         proxy: Some(format!("http://me:{MARK}@proxy.example.com:3128")),
         timeout: Duration::from_secs(10),
         allow_insecure_http: false,
-        rate: Rate {
+        budget: RequestBudget {
             per_second: 1,
             burst: 1,
             concurrent: 1,
@@ -105,7 +105,7 @@ fn what_holds_a_secret_shows_none_of_it() {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     show(
         "Instance",
-        &Instance::new(settings, &Hosts::default()).expect("prepared"),
+        &ZitadelClient::new(settings, &Hosts::default()).expect("prepared"),
     );
 
     let marks = marks();
