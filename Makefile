@@ -1,4 +1,4 @@
-# Everything a person does here; `make help` lists it.
+# Developer tasks; `make help` lists them.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -6,55 +6,55 @@ SHELL := /bin/bash
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zitadel-tokens
 TOOLS := $(CACHE)/tools
 CARGO_DENY_VERSION := 0.20.2
-# Tests are processes and waits more than work; few threads keep two cores from thrashing.
+# Tests mostly start processes and wait; a low thread count avoids overloading a machine with two cores.
 TEST_THREADS ?= 4
-# Where an image is to be made of another build than `make build`'s.
+# Binary for the image, if it is not the one that `make build` builds.
 BINARY ?=
 IMAGE_ARCHIVE ?= target/image/zitadel-tokens.tar
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 GO_TOOL := go -C tests/testbed/tools tool
 CHART := $(CURDIR)/charts/zitadel-tokens
-# The parts of the testbed that serve; the others are tools for single tests.
+# The servers of the testbed; its other parts are tools that only some tests need.
 SERVERS := cluster controlplane issuer
-# For each of the targets in fuzz/targets.rs.
+# Duration for each target in fuzz/targets.rs.
 FUZZ_SECONDS ?= 10
 
 .PHONY: help demo test fuzz soak e2e lint chart fmt build image run testbed generate bench bench-quick test-zitadel ci
 
-help: ## List what can be made
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: ## Show the main job on this machine: a real API server, one token, one refresh
+demo: ## Demo on this machine: a real API server, one token, one refresh
 	@echo "==> testbed (the first time it builds a Kubernetes control plane: about 10 minutes)"
 	@tests/testbed/build $(SERVERS) >/dev/null
 	@echo "==> operator"
 	@cargo build --quiet --bin zitadel-tokens --example demo
 	@target/debug/examples/demo
 
-test: testbed ## Unit and integration tests against a real API server
+test: testbed ## Run unit tests, and integration tests against a real API server
 	cd tests/testbed/issuer && go test ./...
 	cargo test -- --test-threads=$(TEST_THREADS)
 
-fuzz: ## Random inputs from outside: keys, answers, templates, records (FUZZ_SECONDS for each)
+fuzz: ## Fuzz external inputs: keys, responses, templates, records (FUZZ_SECONDS for each target)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) cargo test --test fuzz -- --nocapture
 
-soak: servers ## Endurance, kills and watch faults, in minutes (CI=true: fewer rounds)
+soak: servers ## Run endurance tests with kills and watch faults; takes minutes (CI=true: fewer rounds)
 	cargo test --test soak -- --test-threads=1 --nocapture
 
-e2e: ## Image and chart on a real node; E2E_KUBECONFIG takes a cluster of yours, BINARY another build
+e2e: ## Test image and chart on a real node (E2E_KUBECONFIG: use your cluster; BINARY: use this binary)
 	@BINARY=$(BINARY) IMAGE_ARCHIVE=$(IMAGE_ARCHIVE) tests/e2e/run
 
-lint: ## Format, clippy, licences, generated files
+lint: ## Check formatting, clippy, licenses, chart, workflows and generated files
 	cargo fmt --check
 	@unformatted=$$(gofmt -l tests/testbed); [ -z "$$unformatted" ] || { echo "gofmt: $$unformatted"; exit 1; }
 	cd tests/testbed/issuer && go vet ./...
 	cd tests/testbed/cluster && go vet .
 	cd tests/testbed/gitops && go vet .
 	cargo clippy --all-targets -- -D warnings
-	cargo clippy --test soak --test e2e -- -D warnings # not among all targets, since `cargo test` leaves them out
+	cargo clippy --test soak --test e2e -- -D warnings # --all-targets excludes targets with test = false
 	$(MAKE) --no-print-directory deny
 	$(MAKE) --no-print-directory generate chart
-	@git diff --exit-code --stat -- crds charts docs || { echo "generated files differ; commit what 'make generate' wrote"; exit 1; }
+	@git diff --exit-code --stat -- crds charts docs || { echo "generated files are out of date: run 'make generate' and commit the result"; exit 1; }
 
 .PHONY: deny
 deny: $(TOOLS)/bin/cargo-deny
@@ -72,10 +72,10 @@ fmt: ## Format Rust and Go
 	cargo fmt
 	gofmt -w tests/testbed
 
-build: ## Build the operator
+build: ## Build the operator (release)
 	cargo build --release --locked
 
-image: ## Write the image as an OCI archive; BINARY= takes another binary than that of `make build`
+image: ## Write the image as an OCI archive (BINARY: use this binary instead of building one)
 	@[ -n "$(BINARY)" ] || $(MAKE) --no-print-directory build
 	image/build "$(or $(BINARY),target/release/zitadel-tokens)" "$(IMAGE_ARCHIVE)" \
 		--label org.opencontainers.image.version=$(VERSION) \
@@ -85,28 +85,28 @@ image: ## Write the image as an OCI archive; BINARY= takes another binary than t
 run: ## Run the operator against the current kubeconfig context
 	cargo run --bin zitadel-tokens -- run --listen 127.0.0.1:8080
 
-testbed: ## Build all that tests need: control plane, ZITADEL stand-in, Helm and more (cold: about 10 minutes)
+testbed: ## Build the testbed: control plane, ZITADEL stand-in, Helm and more (first time: about 10 minutes)
 	@tests/testbed/build
 
 .PHONY: servers
 servers:
 	@tests/testbed/build $(SERVERS)
 
-generate: ## Write the generated files: CRDs, the chart's copies and README, the reference pages
+generate: ## Write the generated files: CRDs, the chart's copies and README, reference pages
 	cargo run --quiet --example xtask
 	@$(GO_TOOL) helm-docs --log-level warning --chart-search-root $(CHART) --sort-values-order file
 
-bench-quick: servers ## Burst, newcomer and restart beside a floor: a table in about five minutes
+bench-quick: servers ## Benchmark burst, new object and restart against a baseline (about five minutes)
 	cargo bench --bench fleet -- quick
 
-bench: bench-quick ## The full benchmark
+bench: bench-quick ## Run the full benchmark
 
-test-zitadel: ## The contract cases on a real ZITADEL (TEST_ZITADEL_URL, TEST_ZITADEL_ADMIN_KEY)
+test-zitadel: ## Run the contract tests on a real ZITADEL (TEST_ZITADEL_URL, TEST_ZITADEL_ADMIN_KEY)
 	@if [ -z "$${TEST_ZITADEL_URL:-}" ] || [ -z "$${TEST_ZITADEL_ADMIN_KEY:-}" ]; then \
 		echo "skipped: set TEST_ZITADEL_URL and TEST_ZITADEL_ADMIN_KEY; see CONTRIBUTING.md"; \
 	else \
 		CONTRACT_SERVER=zitadel cargo test --test contract any_server:: -- --test-threads=$(TEST_THREADS); \
 	fi
 
-ci: ## What CI runs
+ci: ## Run what CI runs
 	.ci/run

@@ -1,5 +1,5 @@
-//! What must hold for any bytes from outside. Each target is a plain function, so that the same one runs on stable in
-//! `make fuzz` (tests/fuzz) and, by hand, under libFuzzer (fuzz/README.md).
+//! Invariants for arbitrary external input. Each target is a plain function, so that `make fuzz` (tests/fuzz) runs it
+//! on stable Rust, and libFuzzer runs it by hand (fuzz/README.md).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,10 +15,10 @@ use zitadel_tokens::domain::record::Record;
 use zitadel_tokens::domain::{assertion, schedule, secret_draft};
 use zitadel_tokens::zitadel::discovery;
 
-/// A target: its name, which is also the folder of its seeds, and what is called with each input.
+/// A target: its name, which is also the name of its seed folder, and the function to call with each input.
 pub type Target = (&'static str, fn(&[u8]));
 
-/// All of them.
+/// All targets.
 pub const TARGETS: &[Target] = &[
     ("key", key),
     ("pem", pem),
@@ -33,12 +33,12 @@ pub const TARGETS: &[Target] = &[
 
 const ISSUER: &str = "https://auth.example.com";
 
-/// When all requests are sent.
+/// The time at which all requests are sent.
 fn sent() -> Timestamp {
     Timestamp::from_second(1_800_000_000).expect("in range")
 }
 
-/// A key file as it lies in a Secret.
+/// The content of a key file in a Secret.
 pub fn key(file: &[u8]) {
     let parsed = key::parse(file);
     let data = BTreeMap::from([("a".to_owned(), SecretSlice::from(file.to_vec()))]);
@@ -47,7 +47,7 @@ pub fn key(file: &[u8]) {
         assert_eq!(
             read.as_ref().map(|k| (&k.user_id, &k.key_id, k.expires)),
             parsed.as_ref().map(|k| (&k.user_id, &k.key_id, k.expires)),
-            "an entry is the file in it"
+            "the entry of a Secret is parsed differently from the file"
         );
     }
     assert_eq!(
@@ -60,7 +60,7 @@ pub fn key(file: &[u8]) {
     }
 }
 
-/// A key file, apart from its field `key`.
+/// The field `key` of a valid key file.
 pub fn pem(text: &[u8]) {
     let text = String::from_utf8_lossy(text);
     key(
@@ -70,7 +70,7 @@ pub fn pem(text: &[u8]) {
     );
 }
 
-/// What a PEM encodes, in both forms that are read.
+/// The DER content of a PEM block, in both accepted formats.
 pub fn der(bytes: &[u8]) {
     for kind in ["RSA PRIVATE KEY", "PRIVATE KEY"] {
         pem(format!(
@@ -81,7 +81,7 @@ pub fn der(bytes: &[u8]) {
     }
 }
 
-/// What is taken as a key signs, names its user and key in a form that fits a claim, and shows nothing of itself.
+/// An accepted key can sign. Its ids fit into a claim, and its `Debug` output does not show the key.
 fn is_usable(key: &ServiceKey) {
     for id in [&key.user_id, &key.key_id] {
         assert!(
@@ -91,10 +91,10 @@ fn is_usable(key: &ServiceKey) {
     }
     let shown = format!("{key:?}");
     for part in key.signing.as_bytes().chunks(24).map(|part| STANDARD.encode(part)) {
-        assert!(!shown.contains(&part), "the key is in its Debug");
+        assert!(!shown.contains(&part), "the Debug output shows the key");
     }
-    assert!(!shown.contains("[48, 130"), "the key is in its Debug");
-    let signed = assertion::sign(key, ISSUER, sent()).expect("what is no key was refused before");
+    assert!(!shown.contains("[48, 130"), "the Debug output shows the key");
+    let signed = assertion::sign(key, ISSUER, sent()).expect("a parsed key can sign");
     let claims = answer::claims(signed.expose_secret()).expect("a JWT");
     assert_eq!(claims.only_audience(), Some(ISSUER));
     assert_eq!(claims.exp, Some(sent() + SignedDuration::from_secs(60)));
@@ -120,7 +120,7 @@ pub fn answer(body: &[u8]) {
             return assert!(known.contains(&reason), "{reason}");
         }
     };
-    // RFC 6750 §2.1: it goes into a header as it is.
+    // RFC 6750 §2.1: clients copy the token into a header.
     assert_eq!(minted.token.expose_secret(), token);
     assert!((1..=32 * 1024).contains(&token.len()));
     assert!(
@@ -144,7 +144,7 @@ pub fn answer(body: &[u8]) {
     }
 }
 
-/// The claims of a JWT in an answer that is good otherwise.
+/// The claims of a JWT in an otherwise valid answer.
 pub fn claims(claims: &[u8]) {
     let token = format!("eyJhbGciOiJSUzI1NiJ9.{}.c2ln", URL_SAFE_NO_PAD.encode(claims));
     answer(
@@ -154,7 +154,7 @@ pub fn claims(claims: &[u8]) {
     );
 }
 
-/// What was asked for in every exchange here.
+/// What all token requests ask for.
 fn expected() -> Expected {
     Expected {
         issuer: ISSUER.into(),
@@ -164,7 +164,7 @@ fn expected() -> Expected {
     }
 }
 
-/// The payload of a JWT as a reader sees it that is less strict than ours.
+/// The payload of a JWT as a more lenient parser reads it.
 fn payload(token: &str) -> Option<Value> {
     let parts: Vec<&str> = token.split('.').collect();
     let [_, payload, _] = parts[..] else { return None };
@@ -172,7 +172,7 @@ fn payload(token: &str) -> Option<Value> {
     serde_json::from_slice(&json).ok().filter(Value::is_object)
 }
 
-/// A JWT that is taken says to every reader what was asked for, and not more (design §3.10).
+/// An accepted JWT contains exactly what was requested, for every parser (docs/adr/0007-audience-must-be-equal.md).
 fn is_expected(claims: &Value) {
     let audience = match &claims["aud"] {
         Value::Array(all) => all.iter().map(|one| one.as_str().expect("text").to_owned()).collect(),
@@ -184,7 +184,8 @@ fn is_expected(claims: &Value) {
     assert_eq!(claims["urn:zitadel:iam:org:id"], "5");
 }
 
-/// A discovery document: it cannot move us to another host (design §2.1), nor put anything into the request.
+/// A discovery document. It cannot redirect the operator to another host or add anything to the request
+/// (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
 pub fn discovery(body: &[u8]) {
     match discovery::parse(body, ISSUER) {
         Ok(found) => {
@@ -197,8 +198,8 @@ pub fn discovery(body: &[u8]) {
                 (url.username(), url.password(), url.query(), url.fragment()),
                 ("", None, None, None)
             );
-            assert!(found.token_path.len() <= 256, "it is shown in a status");
-            // What we do not take may be text that is none; a whole reader refuses it.
+            assert!(found.token_path.len() <= 256, "too long for a status");
+            // Ignored fields may hold invalid text, which a full JSON parser refuses.
             let whole = serde_json::from_slice::<Value>(body);
             assert!(whole.is_err() || whole.is_ok_and(|document| document["issuer"] == ISSUER));
         }
@@ -209,14 +210,14 @@ pub fn discovery(body: &[u8]) {
     }
 }
 
-/// Stand-ins for values, which no text of ours holds: characters that Unicode leaves to private use.
+/// Placeholders for values: private-use characters, which no tested template contains.
 const MARKS: [char; 2] = ['\u{e000}', '\u{e001}'];
 
-/// Input: the value of `token`, a zero byte, a template. What was put in is never read again.
+/// Input: the value of `token`, a zero byte, a template. Inserted values are never interpreted as a template.
 pub fn template(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let (value, text) = text.split_once('\0').unwrap_or(("{{ issuer }}", &text));
-    // More placeholders than this no spec may have (domain::validate); each is searched for to the end of the text.
+    // A spec cannot have more placeholders (domain::validate). The search for each runs to the end of the text.
     if text.contains(MARKS) || text.matches("{{").count() > 16 {
         return;
     }
@@ -229,8 +230,8 @@ pub fn template(input: &[u8]) {
             Some(_) => out + "{{ token }}",
             None => out + c.encode_utf8(&mut [0; 4]),
         });
-    assert_eq!(rendered, replaced, "values are put in as they are, and nowhere else");
-    // Placeholders as a reader finds them who looks at each `{{` for itself.
+    assert_eq!(rendered, replaced, "a value was changed or inserted in a wrong place");
+    // An independent search for placeholders: each `{{` on its own.
     let named = text.match_indices("{{").any(|(start, _)| {
         let name = text[start + 2..].split_once("}}").map(|(name, _)| name.trim());
         matches!(name, Some("token" | "issuer"))
@@ -238,15 +239,15 @@ pub fn template(input: &[u8]) {
     assert_eq!(
         marked.contains(MARKS),
         named,
-        "a placeholder is replaced, another text is not"
+        "a placeholder was not replaced, or other text was"
     );
     if !named {
         assert_eq!(rendered, text);
     }
-    assert_eq!(secret_draft::render(text, &[]), text, "no names, no change");
+    assert_eq!(secret_draft::render(text, &[]), text, "changed without any name");
 }
 
-/// A duration as a spec may have it.
+/// A duration in a spec.
 pub fn duration(text: &[u8]) {
     let text = String::from_utf8_lossy(text);
     let Some(read) = schedule::duration(&text) else {
@@ -257,7 +258,7 @@ pub fn duration(text: &[u8]) {
         text.bytes().all(|b| b.is_ascii_digit() || b".msh".contains(&b))
             && text.starts_with(|c: char| c.is_ascii_digit())
     );
-    // It is the sum of its parts, in any order. A spec's has 32 characters at most.
+    // A duration is the sum of its parts, in any order. In a spec it has at most 32 characters.
     if text.len() > 64 {
         return;
     }
@@ -277,7 +278,7 @@ pub fn duration(text: &[u8]) {
     }
 }
 
-/// The annotation with the record. Anybody may write one who may write the Secret.
+/// The annotation with the record. A user who can edit the Secret can write any value.
 pub fn record(annotation: &[u8]) {
     let annotation = String::from_utf8_lossy(annotation);
     let Some(record) = Record::parse(&annotation) else {
@@ -286,7 +287,7 @@ pub fn record(annotation: &[u8]) {
     assert_eq!(
         Record::parse(&record.render()).as_ref(),
         Some(&record),
-        "what is written is read"
+        "a rendered record is parsed differently"
     );
     let sealed = Record {
         v: zitadel_tokens::domain::record::VERSION,
@@ -295,7 +296,7 @@ pub fn record(annotation: &[u8]) {
     .sealed("a.b.c");
     assert!(sealed.vouches_for("a.b.c") && !sealed.vouches_for("a.b.d") && !sealed.vouches_for(""));
     let read = Record::parse(&sealed.render()).expect("a record");
-    assert!(read.vouches_for("a.b.c"), "the seal holds through the annotation");
+    assert!(read.vouches_for("a.b.c"), "the seal is lost in the annotation");
     let edits: [fn(&mut Record); 7] = [
         |r| r.v += 1,
         |r| r.owner.push('x'),

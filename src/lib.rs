@@ -1,7 +1,12 @@
 //! Kubernetes operator that keeps fresh, audience-scoped ZITADEL access tokens in Secrets.
 //!
-//! The rooms and who may use whom: [`cli`] all of them; [`controller`] [`zitadel`], [`domain`], [`api`] and [`ops`];
-//! [`zitadel`] [`domain`]; [`domain`] [`api`]; [`ops`] and [`api`] nothing of ours. `tests/it/architecture.rs` checks it.
+//! The modules and the modules that each may use (`tests/it/architecture.rs` enforces this):
+//!
+//! * [`cli`] may use all modules
+//! * [`controller`] may use [`zitadel`], [`domain`], [`api`] and [`ops`]
+//! * [`zitadel`] may use [`domain`]
+//! * [`domain`] may use [`api`]
+//! * [`ops`] and [`api`] use no other module of this crate
 
 pub mod api;
 pub mod cli;

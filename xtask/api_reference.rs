@@ -1,4 +1,4 @@
-//! The page of the API, from the CRDs.
+//! Generates docs/reference/api.md from the CRDs.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ const HEAD: &str = "# API reference
 
 All kinds of the API group `zitadel-tokens.dev/v1alpha1`. Generated from the code by `make generate`.
 
-`set` and `map by` say how server-side apply merges a list. A field without \"required\" is optional.
+`set` and `map by` state how server-side apply merges a list. A field without \"required\" is optional.
 ";
 
 /// The whole page.
@@ -59,7 +59,7 @@ fn kind(crd: &CustomResourceDefinition) -> String {
     text
 }
 
-/// A row for each field below `schema`, whose own path is `at`.
+/// Writes a row for each field of `schema`; `at` is the path of `schema`.
 fn fields(at: &str, schema: &JSONSchemaProps, text: &mut String) {
     for (name, field) in schema.properties.iter().flatten() {
         let path = if at.is_empty() {
@@ -80,7 +80,7 @@ fn fields(at: &str, schema: &JSONSchemaProps, text: &mut String) {
             description.trim()
         )
         .expect("written");
-        // The fields of a condition are those of every Kubernetes condition.
+        // The fields of a condition are standard in Kubernetes.
         if name == "conditions" {
             continue;
         }
@@ -152,7 +152,7 @@ fn limits(field: &JSONSchemaProps) -> String {
     all.join(" ")
 }
 
-/// The messages of the CEL rules of `schema` and of everything in it, each once.
+/// The messages of the CEL rules of `schema` and its descendants, without duplicates.
 fn rules(schema: &JSONSchemaProps) -> Vec<String> {
     let own = schema
         .x_kubernetes_validations

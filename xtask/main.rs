@@ -1,5 +1,5 @@
-//! Writes the generated files of the repository: `cargo run --example xtask`, or `make generate`. An example target and
-//! not a subcommand, because only developers need it.
+//! Writes the generated files of the repository: `make generate`, or `cargo run --example xtask`. This is an example
+//! target instead of a subcommand of the operator because only developers need it.
 
 #![allow(clippy::expect_used, reason = "a developer tool stops at the first error")]
 
@@ -35,16 +35,16 @@ fn main() {
 
 fn reasons() -> String {
     let mut page = String::from(
-        "# Reasons\n\nEvery reason that conditions, `status` and Events show. Generated from the code by `make generate`.\n\n\
+        "# Reasons\n\nAll reasons in conditions, `status` and Events. Generated from the code by `make generate`.\n\n\
          | reason | retry | meaning | remedy |\n|---|---|---|---|\n",
     );
     for reason in Reason::ALL {
         let retry = match reason.retry() {
             Retry::No => "none",
-            Retry::Permanent => "on a change, and about every 10 min",
-            Retry::Eventual => "on a change, after 1 s, 2 s and 4 s, and about every 10 min",
-            Retry::Transient => "1 s to 5 min",
-            Retry::Soon => "1 s to 10 s",
+            Retry::Permanent => "on a change, otherwise about every 10 min",
+            Retry::Eventual => "on a change, otherwise after 1 s, 2 s and 4 s, then about every 10 min",
+            Retry::Transient => "backoff from 1 s to 5 min",
+            Retry::Soon => "backoff from 1 s to 10 s",
         };
         let (meaning, remedy) = (reason.meaning(), reason.remedy());
         writeln!(page, "| `{reason}` | {retry} | {meaning} | {remedy} |").expect("written");
@@ -54,8 +54,8 @@ fn reasons() -> String {
 
 fn metrics() -> String {
     let mut page = String::from(
-        "# Metrics\n\nWhat `/metrics` serves. Generated from the code by `make generate`. [monitoring.md](monitoring.md) \
-         describes the scrape, the alerts and the dashboard.\n\n\
+        "# Metrics\n\nAll metrics that `/metrics` serves. Generated from the code by `make generate`. \
+         [monitoring.md](monitoring.md) describes the scrape configuration, the alerts and the dashboard.\n\n\
          | metric | type | labels | meaning |\n|---|---|---|---|\n",
     );
     for metric in described::ALL {

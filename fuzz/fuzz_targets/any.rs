@@ -1,4 +1,4 @@
-//! One program for all targets, since each would link the whole operator: `FUZZ_TARGET` names the one that is run.
+//! One program for all targets, because each program links the whole operator. `FUZZ_TARGET` selects the target.
 #![no_main]
 
 #[path = "../targets.rs"]
@@ -7,11 +7,11 @@ mod targets;
 use std::sync::LazyLock;
 
 static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
-    let name = std::env::var("FUZZ_TARGET").expect("FUZZ_TARGET names a target of targets.rs");
+    let name = std::env::var("FUZZ_TARGET").expect("FUZZ_TARGET must name a target of targets.rs");
     targets::TARGETS
         .iter()
         .find(|(known, _)| *known == name)
-        .expect("a target of targets.rs")
+        .expect("FUZZ_TARGET must name a target of targets.rs")
         .1
 });
 

@@ -1,4 +1,5 @@
-//! `ZitadelAccessPolicy`: which namespaces may have tokens for which audiences. Cluster-scoped, owned by the platform team.
+//! `ZitadelAccessPolicy`: which namespaces may have tokens for which audiences. Cluster-scoped, owned by the
+//! platform team.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::{CustomResource, KubeSchema};
@@ -9,7 +10,7 @@ use crate::api::service_user::InstanceRef;
 /// Allows the selected namespaces to have tokens for the listed audiences of one instance.
 ///
 /// All policies of an instance form a union. An audience that no policy allows is denied.
-/// Why this is a kind of its own: `docs/adr/0008-access-policies-are-objects.md`.
+/// `docs/adr/0008-access-policies-are-objects.md` explains why this is a separate kind.
 #[allow(clippy::duplicated_attributes, reason = "each printcolumn has its own type_")]
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
@@ -28,40 +29,40 @@ use crate::api::service_user::InstanceRef;
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ZitadelAccessPolicySpec {
-    /// The `ZitadelInstance` whose tokens this policy allows. It may be created later.
+    /// The `ZitadelInstance` that this policy applies to. The instance may be created after the policy.
     pub instance_ref: InstanceRef,
 
-    /// The namespaces; `{}` selects every namespace. Prefer the label `kubernetes.io/metadata.name`: Kubernetes sets it,
-    /// and a tenant cannot change it.
-    // Atomic as in Kubernetes' own kinds: else a server-side apply that changes the selector to `{}` stores null.
+    /// Selects the namespaces that this policy applies to, by their labels. `{}` selects every namespace. Prefer the
+    /// label `kubernetes.io/metadata.name`: Kubernetes sets it, and tenants cannot change it.
+    // Atomic, as in the built-in kinds: otherwise a server-side apply that changes the selector to `{}` stores null.
     #[schemars(extend("x-kubernetes-map-type" = "atomic", "properties" = {
         "matchLabels": {
             "type": "object", "maxProperties": 16, "additionalProperties": {"type": "string", "maxLength": 63},
-            "description": "Labels that the namespace must have.",
+            "description": "Labels that a namespace must have, with these values.",
             "x-kubernetes-validations": [{
                 "rule": "self.all(k, k.size() <= 317)",
-                "message": "namespaceSelector.matchLabels: a key has at most 317 characters"
+                "message": "namespaceSelector.matchLabels: a key must have at most 317 characters"
             }]
         },
         "matchExpressions": {
-            "type": "array", "maxItems": 16, "description": "Requirements that the namespace's labels must meet.",
+            "type": "array", "maxItems": 16, "description": "Requirements that the labels of a namespace must meet.",
             "items": {
                 "type": "object", "required": ["key", "operator"],
                 "properties": {
-                    "key": {"type": "string", "maxLength": 317, "description": "The label's key."},
-                    "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the key and the values are compared."},
-                    "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values, for In and NotIn only."}
+                    "key": {"type": "string", "maxLength": 317, "description": "Key of the label."},
+                    "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the label is compared with the values."},
+                    "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values to compare with. Required for In and NotIn; must be empty for Exists and DoesNotExist."}
                 },
                 "x-kubernetes-validations": [{
                     "rule": "(self.operator in ['In', 'NotIn']) == (has(self.values) && self.values.size() > 0)",
-                    "message": "namespaceSelector.matchExpressions: In and NotIn need values, Exists and DoesNotExist have none"
+                    "message": "namespaceSelector.matchExpressions: set values for In and NotIn; leave values empty for Exists and DoesNotExist"
                 }]
             }
         }
     }))]
     pub namespace_selector: LabelSelector,
 
-    /// The audiences that tokens of these namespaces may have.
+    /// Audiences that tokens in the selected namespaces may have. If absent, the policy allows none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audiences: Option<Audiences>,
 }
@@ -69,7 +70,7 @@ pub struct ZitadelAccessPolicySpec {
 /// Audiences that a policy allows.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 pub struct Audiences {
-    /// Ids of ZITADEL projects. `["*"]` allows every project except the one of the ZITADEL API.
+    /// IDs of ZITADEL projects. `["*"]` allows every project except the project of the ZITADEL API.
     #[serde(default, rename = "projectIDs", skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 256),
@@ -82,7 +83,7 @@ pub struct Audiences {
     )]
     pub project_ids: Vec<String>,
 
-    /// Whether tokens may have the audience of the ZITADEL API, by its alias or by the id of its project.
+    /// Whether tokens may have the audience of the ZITADEL API, named by its alias `zitadel` or by its project ID.
     #[serde(default, rename = "zitadelAPI", skip_serializing_if = "Option::is_none")]
     pub zitadel_api: Option<bool>,
 }

@@ -1,4 +1,4 @@
-//! `ZitadelInstance`: one ZITADEL server and how to reach it. Cluster-scoped, owned by the platform team.
+//! `ZitadelInstance`: one ZITADEL server and how to connect to it. Cluster-scoped; the platform team owns it.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
 
-/// A ZITADEL server and how to reach it.
+/// A ZITADEL server and how to connect to it.
 ///
-/// Write access to this object decides where assertions are sent. That equals holding every key used with it.
+/// This object decides where the operator sends assertions. Write access to it is therefore equivalent to holding every
+/// key that is used with it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "zitadel-tokens.dev",
@@ -19,7 +20,7 @@ use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
     category = "zitadel",
     status = "ZitadelInstanceStatus",
     derive = "PartialEq",
-    doc = "A ZITADEL server and how to reach it.",
+    doc = "A ZITADEL server and how to connect to it.",
     validation = Rule::new("self.metadata.name.size() <= 63")
         .message("metadata.name: at most 63 characters, because it becomes a label value"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
@@ -31,49 +32,50 @@ use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
 #[x_kube(
     validation = Rule::new(
         "self.issuer.startsWith('https://') || (has(self.connection) && has(self.connection.allowInsecureHTTP) && self.connection.allowInsecureHTTP == true)"
-    ).message("spec.issuer: http:// needs spec.connection.allowInsecureHTTP: true; better, use https://")
+    ).message("spec.issuer: http:// needs spec.connection.allowInsecureHTTP: true; prefer https://")
 )]
 pub struct ZitadelInstanceSpec {
     /// The issuer, exactly as ZITADEL's discovery document states it: scheme, lowercase host, and the port if it is
-    /// not the scheme's own. Opaque text, compared and never normalised. Immutable.
+    /// not the default port of the scheme. The operator compares it as it is and never normalizes it. Immutable.
     #[schemars(
         length(max = 253),
         regex(pattern = ORIGIN_PATTERN)
     )]
     #[x_kube(
         validation = Rule::new("self == oldSelf")
-            .message("spec.issuer is immutable: tokens carry it; make a new ZitadelInstance"),
+            .message("spec.issuer is immutable because tokens contain it; create a new ZitadelInstance"),
         validation = Rule::new("!(self.startsWith('https://') && self.endsWith(':443')) && !(self.startsWith('http://') && self.endsWith(':80'))")
             .message("spec.issuer: leave out the scheme's own port (:443, :80), as ZITADEL does"),
         validation = near("spec.issuer")
     )]
     pub issuer: String,
 
-    /// How to reach the server; absent means: dial the issuer.
+    /// How to connect to the server. If absent, the operator connects to the issuer's host and port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connection: Option<Connection>,
 
-    /// Pins the real id of the project behind the `zitadel` audience. It is learned from the server in any case; a
-    /// pinned value that differs makes the instance not Ready.
+    /// Expected ID of the project behind the `zitadel` audience. The operator always learns the ID from the server. If
+    /// that ID differs from this value, the instance is not Ready.
     #[serde(default, rename = "zitadelProjectID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub zitadel_project_id: Option<String>,
 }
 
-/// How the server is dialled. Every field is optional.
+/// How the operator connects to the server. Every field is optional.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new(
         "!has(self.endpoint) || self.endpoint.startsWith('https://') || (has(self.allowInsecureHTTP) && self.allowInsecureHTTP == true)"
-    ).message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHTTP: true; better, use https://"),
+    ).message("spec.connection.endpoint: http:// needs spec.connection.allowInsecureHTTP: true; prefer https://"),
     validation = Rule::new("(has(self.caBundle) ? 1 : 0) + (has(self.caConfigMapRef) ? 1 : 0) + (has(self.caSecretRef) ? 1 : 0) <= 1")
         .message("spec.connection: set at most one of caBundle, caConfigMapRef and caSecretRef"),
     validation = Rule::new("!(has(self.proxy) && has(self.tlsServerName))")
-        .message("spec.connection.tlsServerName does not go with a proxy, which dials by the name in the URL")
+        .message("spec.connection.tlsServerName: cannot be combined with spec.connection.proxy, because the proxy connects to the host in the URL")
 )]
 pub struct Connection {
-    /// Dial here and keep the issuer: requests carry `x-zitadel-instance-host` with the issuer's `host[:port]`.
+    /// URL to connect to instead of the issuer, such as an in-cluster Service. The issuer stays the same: requests
+    /// carry the header `x-zitadel-instance-host` with the issuer's `host[:port]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(max = 253),
@@ -82,82 +84,85 @@ pub struct Connection {
     #[x_kube(validation = near("spec.connection.endpoint"))]
     pub endpoint: Option<String>,
 
-    /// Name that the server's certificate must carry, if it is not the dialled host's.
+    /// Host name that the server's certificate must be valid for. Defaults to the host that the operator connects to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253), regex(pattern = NAME_PATTERN))]
     pub tls_server_name: Option<String>,
 
-    /// Certificates in PEM that are trusted instead of the system's. Set one of caBundle, caConfigMapRef, caSecretRef.
+    /// CA certificates in PEM, trusted instead of the system's. Set at most one of caBundle, caConfigMapRef and
+    /// caSecretRef.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 131_072))]
     pub ca_bundle: Option<String>,
 
-    /// The same in a ConfigMap of the operator's namespace, as trust-manager writes it.
+    /// CA certificates in a ConfigMap in the operator's namespace, such as one that trust-manager writes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_config_map_ref: Option<EntryRef>,
 
-    /// The same in a Secret of the operator's namespace.
+    /// CA certificates in a Secret in the operator's namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_secret_ref: Option<EntryRef>,
 
-    /// Proxy for this instance, such as `http://proxy.example.com:3128`. None is taken from the environment.
+    /// Proxy for this instance, such as `http://proxy.example.com:3128`. The operator ignores proxy environment
+    /// variables.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253), regex(pattern = ORIGIN_PATTERN))]
     pub proxy: Option<String>,
 
-    /// Time for one request, connect and body included; a duration such as `10s` (the default), 1s to 60s.
+    /// Timeout of one request, including connecting and reading the response body: a duration from 1s to 60s. Default
+    /// `10s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
     #[x_kube(validation = Rule::new("duration(self) >= duration('1s') && duration(self) <= duration('60s')")
-        .message("spec.connection.timeout: 1s to 60s"))]
+        .message("spec.connection.timeout: must be a duration from 1s to 60s"))]
     pub timeout: Option<String>,
 
-    /// Sustained requests per second to the dialled host, all objects together. Default 30.
+    /// Sustained requests per second to the host that the operator connects to, for all objects together. Default 30.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub requests_per_second: Option<i32>,
 
-    /// Requests that may go out at once after a quiet time. Default 300.
+    /// Maximum number of requests in a burst after an idle period. Default 300.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10000))]
     pub burst: Option<i32>,
 
-    /// Requests under way at once. Default 8: on a live server more made it slower.
+    /// Maximum number of concurrent requests. Default 8: measured on a live server, more concurrency made it slower.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 64))]
     pub max_concurrent_requests: Option<i32>,
 
-    /// Allows `http://`, and only to loopback or `*.svc`.
+    /// Allows plain HTTP (`http://`), but only to loopback addresses and in-cluster Services (`*.svc`). Default false.
     #[serde(default, rename = "allowInsecureHTTP", skip_serializing_if = "Option::is_none")]
     pub allow_insecure_http: Option<bool>,
 }
 
-/// Names an entry of a ConfigMap or Secret in the operator's namespace.
+/// Reference to an entry of a ConfigMap or Secret in the operator's namespace.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct EntryRef {
-    /// Name of the object.
+    /// Name of the ConfigMap or Secret.
     #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
     pub name: String,
 
-    /// Its entry; `ca.crt` if absent.
+    /// Key of the entry. Default `ca.crt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
     pub key: Option<String>,
 }
 
-/// Scheme, lower-case host, and maybe a port up to 65535.
+/// Scheme, lowercase host, and an optional port up to 65535.
 const ORIGIN_PATTERN: &str = r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
 
-/// The rule on the host of plain http.
+/// The rule that restricts plain HTTP to loopback addresses and in-cluster Services.
 fn near(field: &str) -> kube::core::cel::Rule {
     let octet = "[.](25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])";
     kube::core::cel::Rule::new(format!(
         "!self.matches('^http:') || self.matches('^http://(localhost|127{octet}{octet}{octet}|[^:]*[.]svc([.]cluster[.]local)?)(:[0-9]+)?$')"
     ))
-    .message(format!("{field}: http:// goes only to loopback or *.svc; use https://").as_str())
+    .message(format!("{field}: http:// is allowed only for loopback addresses and *.svc hosts; use https://").as_str())
 }
 
-/// What the operator knows of the server. Output only.
+/// Observed state of the server. Output only.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct ZitadelInstanceStatus {
@@ -165,17 +170,17 @@ pub struct ZitadelInstanceStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// `Ready`: the server answers discovery and names this issuer.
+    /// `Ready`: the server's discovery document is available and states this issuer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
 
-    /// Where tokens are asked for.
+    /// URL that the operator requests tokens from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_endpoint: Option<String>,
 
-    /// The id of the project behind the `zitadel` audience, once the server has told it.
+    /// ID of the project behind the `zitadel` audience, once the operator has learned it from the server.
     #[serde(default, rename = "zitadelProjectID", skip_serializing_if = "Option::is_none")]
     pub zitadel_project_id: Option<String>,
 
@@ -186,14 +191,14 @@ pub struct ZitadelInstanceStatus {
 }
 
 impl ZitadelInstance {
-    /// Whether its condition `Ready` is `True`.
+    /// Whether the condition `Ready` is `True`.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         let conditions = self.status.iter().flat_map(|s| &s.conditions);
         conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
     }
 
-    /// The connection settings, defaults where none are given.
+    /// The connection settings, or empty settings if the spec has none.
     #[must_use]
     pub fn connection(&self) -> Connection {
         self.spec.connection.clone().unwrap_or_default()

@@ -1,29 +1,30 @@
-//! The labels and annotations that we write and read, and the one place that names the API group.
+//! Labels and annotations that the operator writes and reads, and the name of the API group.
 
-/// API group of our kinds, and prefix of every label and annotation of ours.
+/// API group of the operator's kinds, and prefix of its labels and annotations.
 pub const GROUP: &str = "zitadel-tokens.dev";
 
-/// Field manager of our server-side applies, and value of the `managed-by` label.
+/// Field manager of the operator's server-side applies, and value of the label `managed-by`.
 pub const MANAGER: &str = "zitadel-tokens";
 
-/// Recommended Kubernetes label: which tool manages an object.
+/// Recommended Kubernetes label: the tool that manages an object.
 pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
 /// Label of a token Secret: the name of the `ZitadelServiceUser` that it belongs to.
 pub const LABEL_SERVICE_USER: &str = "zitadel-tokens.dev/service-user";
 
-/// Annotation of a token Secret: what was minted, from what, until when (the domain's `Record` as JSON).
+/// Annotation of a token Secret: the domain's `Record` as JSON, which states what the token was requested with and when
+/// it expires.
 pub const ANNOTATION_RECORD: &str = "zitadel-tokens.dev/record";
 
-/// Annotation of a `ZitadelServiceUser`: an opaque value; a value not served yet asks for new tokens.
+/// Annotation of a `ZitadelServiceUser`: an opaque value. A new value requests a refresh of every token.
 pub const ANNOTATION_RENEW_REQUEST: &str = "zitadel-tokens.dev/renew-request";
 
-/// Annotation of a foreign Secret: the name of the `ZitadelServiceUser` that may take it over.
+/// Annotation of an existing Secret: the name of the `ZitadelServiceUser` that may adopt it.
 pub const ANNOTATION_ADOPT: &str = "zitadel-tokens.dev/adopt";
 
-/// Labels and annotations that users may set on a token Secret; `PREFIX/*` stands for all keys with that prefix. The
-/// platform team can add more. Why these, and why not a list of what is denied:
-/// `docs/adr/0001-allow-list-for-secret-metadata.md`.
+/// Labels and annotations that users may set on a token Secret. `PREFIX/*` stands for all keys with that prefix. The
+/// platform team can add more. `docs/adr/0001-allow-list-for-secret-metadata.md` explains the choice, and why this is
+/// not a deny list.
 pub const ALLOWED_SECRET_METADATA: [&str; 5] = [
     "app.kubernetes.io/component",
     "app.kubernetes.io/name",
@@ -32,16 +33,17 @@ pub const ALLOWED_SECRET_METADATA: [&str; 5] = [
     "reloader.stakater.com/*",
 ];
 
-/// A Kubernetes name, as a pattern: lower-case labels with dots between.
+/// Pattern of a Kubernetes name: lowercase labels separated by dots.
 pub(crate) const NAME_PATTERN: &str = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$";
 
-/// An id of ZITADEL, as a pattern.
+/// Pattern of a ZITADEL ID.
 pub(crate) const ID_PATTERN: &str = r"^[a-zA-Z0-9_-]+$";
 
-/// A duration, as a pattern.
+/// Pattern of a duration.
 pub(crate) const DURATION_PATTERN: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
 
-/// Whether no user may ever set `key` on a token Secret, whatever the platform team allows: the operator sets it.
+/// Whether `key` is reserved for the operator. Users cannot set it on a token Secret, whatever the platform team
+/// allows.
 #[must_use]
 pub fn is_operators_own(key: &str) -> bool {
     let of_group = |(prefix, _): (&str, &str)| {
@@ -52,7 +54,7 @@ pub fn is_operators_own(key: &str) -> bool {
     key == LABEL_MANAGED_BY || key.split_once('/').is_some_and(of_group)
 }
 
-/// Whether `key` (of a label or annotation) is of ours.
+/// Whether `key` (of a label or annotation) has the prefix of the operator's API group.
 #[must_use]
 pub fn is_ours(key: &str) -> bool {
     key.strip_prefix(GROUP).is_some_and(|rest| rest.starts_with('/'))

@@ -1,4 +1,4 @@
-//! What users write and read: the kinds, their schema rules, and the names of labels and annotations.
+//! The API: the kinds, their schema rules, and the names of labels and annotations.
 
 pub mod access_policy;
 pub mod instance;
@@ -14,7 +14,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-/// The definitions of our kinds, as `zitadel-tokens crds` prints them.
+/// The CRDs, as `zitadel-tokens crds` prints them.
 #[must_use]
 pub fn crds() -> Vec<CustomResourceDefinition> {
     [
@@ -27,8 +27,9 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
     .collect()
 }
 
-/// Gives `status` the default `{observedGeneration: -1}`: kstatus calls an object without a status Current, so that a
-/// roll-out would pass before the first reconcile (decision K9). The derive has no attribute for it.
+/// Gives `status` the default `{observedGeneration: -1}`. kstatus treats an object without a status as Current, so a
+/// roll-out would succeed before the first reconcile (docs/adr/0005-status-is-output-only.md). The derive macro has no
+/// attribute for this default.
 fn with_status_default(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
     for version in &mut crd.spec.versions {
         let status = version

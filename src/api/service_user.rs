@@ -1,5 +1,5 @@
-//! `ZitadelServiceUser`: one ZITADEL service user and the tokens that are wanted for it.
-//! Namespaced, owned by the application team.
+//! `ZitadelServiceUser`: one ZITADEL service user and the tokens to issue for it. Namespaced, owned by the application
+//! team.
 
 use std::collections::BTreeMap;
 
@@ -12,13 +12,13 @@ use crate::api::metadata::{DURATION_PATTERN, GROUP, ID_PATTERN, LABEL_MANAGED_BY
 /// Condition: every token Secret holds a valid token for the current spec.
 pub const READY: &str = "Ready";
 
-/// Condition: the latest refresh of every token succeeded. Unknown while the object is suspended.
+/// Condition: the latest attempt to refresh every token succeeded. Unknown while the object is suspended.
 pub const UP_TO_DATE: &str = "UpToDate";
 
 /// Condition: the key is usable.
 pub const KEY_VALID: &str = "KeyValid";
 
-/// A ZITADEL service user, the Secret with its key, and the tokens that are kept fresh for it.
+/// A ZITADEL service user, the Secret with its key, and the tokens that the operator keeps fresh for it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "zitadel-tokens.dev",
@@ -30,7 +30,7 @@ pub const KEY_VALID: &str = "KeyValid";
     namespaced,
     status = "ZitadelServiceUserStatus",
     derive = "PartialEq",
-    doc = "A ZITADEL service user, the Secret with its key, and the tokens that are kept fresh in Secrets.",
+    doc = "A ZITADEL service user, the Secret with its key, and the tokens that the operator keeps fresh in Secrets.",
     validation = Rule::new("self.metadata.name.size() <= 63")
         .message("metadata.name: at most 63 characters, because it becomes a label value"),
     selectable = ".spec.instanceRef.name",
@@ -49,53 +49,53 @@ pub const KEY_VALID: &str = "KeyValid";
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!self.tokens.exists(t, t.secret.name == self.keySecretRef.name)")
-        .message("spec.tokens[].secret.name: must differ from spec.keySecretRef.name; the key would be overwritten"),
+        .message("spec.tokens[].secret.name: must differ from spec.keySecretRef.name; otherwise the token would overwrite the key"),
     validation = Rule::new("self.tokens.all(t, self.tokens.exists_one(u, u.secret.name == t.secret.name))")
-        .message("spec.tokens[].secret.name: two tokens name the same Secret; give each its own"),
+        .message("spec.tokens[].secret.name: two tokens name the same Secret; use a separate Secret for each token"),
     validation = at_most("template"),
     validation = at_most("annotations"),
     validation = at_most("labels")
 )]
 pub struct ZitadelServiceUserSpec {
-    /// The `ZitadelInstance` that mints.
+    /// The `ZitadelInstance` that issues the tokens.
     pub instance_ref: InstanceRef,
 
-    /// The Secret with ZITADEL's machine key JSON, in the same namespace.
+    /// The Secret with ZITADEL's key file (JSON), in the namespace of this object.
     pub key_secret_ref: KeySecretRef,
 
-    /// Change nothing while true.
+    /// If true, the operator changes no Secret of this object and requests no tokens. Default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,
 
-    /// The tokens that are wanted.
+    /// Tokens to issue and keep fresh.
     #[schemars(length(min = 1, max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub tokens: Vec<Token>,
 }
 
-/// Names a `ZitadelInstance`.
+/// Reference to a `ZitadelInstance`.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct InstanceRef {
-    /// Its name.
+    /// Name of the `ZitadelInstance`.
     #[schemars(length(min = 1, max = 63), regex(pattern = NAME_PATTERN))]
     pub name: String,
 }
 
-/// Names the entry of a Secret that holds a key. There is no `namespace`, here or on any reference of ours: it is
-/// always the object's own (CVE-2026-42875, CVE-2026-39961).
+/// Reference to the Secret entry that holds a key. No reference in this API has a `namespace` field: it always refers
+/// to the namespace of the object (CVE-2026-42875, CVE-2026-39961).
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct KeySecretRef {
     /// Name of the Secret.
     #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
     pub name: String,
 
-    /// Data key in it; may be left out when the Secret holds one entry.
+    /// Key of the Secret's entry that holds the key file. Optional if the Secret has exactly one entry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
     pub key: Option<String>,
 }
 
-/// One token: its audiences and the Secret that it is kept in.
+/// One token: its audiences, and the Secret that holds it.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -105,34 +105,35 @@ pub struct KeySecretRef {
         .message("spec.tokens[]: set renewBefore or renewBeforePercentage, not both")
 )]
 pub struct Token {
-    /// Name of the token in this object.
+    /// Name of the token, unique in this object.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub name: String,
 
-    /// Projects whose APIs are to accept the token; each becomes an audience.
+    /// IDs of the projects whose APIs accept the token. Each ID becomes an audience of the token.
     #[serde(default, rename = "projectIDs", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 64), regex(pattern = ID_PATTERN)))]
     #[x_kube(
         merge_strategy = ListMerge::Set,
         validation = Rule::new("!self.exists(p, p == 'zitadel')")
-            .message("projectIDs: `zitadel` is the ZITADEL API itself; ask for it with zitadelAPI: true")
+            .message("projectIDs: `zitadel` means the ZITADEL API; to request its audience, set zitadelAPI: true")
     )]
     pub project_ids: Vec<String>,
 
-    /// Adds the ZITADEL API's own audience.
+    /// Adds the audience of the ZITADEL API.
     #[serde(default, rename = "zitadelAPI", skip_serializing_if = "Option::is_none")]
     pub zitadel_api: Option<bool>,
 
-    /// Adds the roles that the user has in the audience's projects, as claims.
+    /// Adds the user's roles in the projects of the audience, as claims.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project_roles: Option<bool>,
 
-    /// Adds the claims of the user's own organization; must be that organization.
+    /// Adds claims about the user's organization. Must be the ID of the organization that the user belongs to.
     #[serde(default, rename = "organizationID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub organization_id: Option<String>,
 
-    /// Further scopes. Absent means `[openid]`, as ZITADEL's guide asks; `[]` is up to twice as cheap for the server.
+    /// Additional scopes. Default `[openid]`, as ZITADEL's guide asks. `[]` can halve the server's cost of a token
+    /// request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(max = 16),
@@ -146,31 +147,33 @@ pub struct Token {
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub scopes: Option<Vec<String>>,
 
-    /// How long before its expiry the token is renewed; a duration such as `30m`.
+    /// How long before its expiry the operator refreshes the token: a duration such as `30m`. Set at most one of
+    /// renewBefore and renewBeforePercentage.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
     #[x_kube(validation = Rule::new("duration(self) > duration('0s') && duration(self) <= duration('744h')")
-        .message("renewBefore: more than 0s and at most 744h, the longest lifetime of a token"))]
+        .message("renewBefore: must be more than 0s and at most 744h, the longest lifetime of a token"))]
     pub renew_before: Option<String>,
 
-    /// The same as a percentage of the lifetime, 1 to 99. Absent means a third.
+    /// How long before its expiry the operator refreshes the token, as a percentage of its lifetime. Default: a third
+    /// of the lifetime.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 99))]
     pub renew_before_percentage: Option<i32>,
 
-    /// The Secret that the token is kept in.
+    /// The Secret that holds the token.
     pub secret: TokenSecret,
 }
 
-/// The Secret of a token.
+/// The Secret that the operator creates for a token.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenSecret {
-    /// Its name.
+    /// Name of the Secret.
     #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
     pub name: String,
 
-    /// Labels to add, with keys that the platform team allows.
+    /// Labels to add to the Secret. The platform team decides which keys are allowed.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend(
         "maxProperties" = 32,
@@ -179,66 +182,68 @@ pub struct TokenSecret {
     #[x_kube(validation = qualified("labels"), validation = not_operators_own("labels"))]
     pub labels: BTreeMap<String, String>,
 
-    /// Annotations to add, with keys that the platform team allows.
+    /// Annotations to add to the Secret. The platform team decides which keys are allowed.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 1024}))]
     #[x_kube(validation = qualified("annotations"), validation = not_operators_own("annotations"))]
     pub annotations: BTreeMap<String, String>,
 
-    /// Further data keys. Each value is literal text in which `{{ token }}`, `{{ token_type }}`, `{{ expires_at }}`,
-    /// `{{ issuer }}` and `{{ audience }}` are replaced; nothing else is. The Secret that this makes has at most 128 KiB.
+    /// Additional data keys of the Secret. In each value the operator replaces `{{ token }}`, `{{ token_type }}`,
+    /// `{{ expires_at }}`, `{{ issuer }}` and `{{ audience }}`; all other text stays as it is. The resulting Secret may
+    /// have at most 128 KiB.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 16384}))]
     #[x_kube(
         validation = Rule::new("self.all(k, k.matches('^[-._a-zA-Z0-9]{1,253}$') && k != '.' && !k.startsWith('..') && !(k in ['token', 'token_type', 'expires_at', 'issuer']))")
-            .message("secret.template: a data key has 1 to 253 of A-Z a-z 0-9 - _ . and no dots alone or two at its start, and is none of token, token_type, expires_at, issuer"),
+            .message("secret.template: a data key must have 1 to 253 characters of A-Z a-z 0-9 - _ . and must not be `.`, start with `..` or be one of token, token_type, expires_at, issuer"),
         validation = Rule::new("self.all(k, self[k].split('{{').size() <= 17)")
-            .message("secret.template: a text has at most 16 placeholders, counted by {{")
+            .message("secret.template: a value must have at most 16 placeholders, counted by {{")
     )]
     pub template: BTreeMap<String, String>,
 
-    /// What becomes of the Secret when its entry or the object is deleted: `Delete`, the default, or `Retain`.
+    /// What happens to the Secret when its token is removed from the spec or the object is deleted. `Delete` (the
+    /// default) deletes it. `Retain` keeps it, without an owner reference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion_policy: Option<DeletionPolicy>,
 }
 
-/// What becomes of a token Secret that is no longer asked for.
+/// What happens to a token Secret that the spec no longer contains.
 #[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeletionPolicy {
-    /// It goes.
+    /// The Secret is deleted.
     Delete,
-    /// It stays with the token in it until somebody removes it; it has no owner reference.
+    /// The Secret stays, with its last token, until a user deletes it. It has no owner reference.
     Retain,
 }
 
-/// Bytes of all templates of an object together, keys included; of all labels of its Secrets; and of all annotations. The
-/// operator holds an object in memory while it works on it, and 16 tokens with 32 templates each could otherwise have
-/// 8 MiB.
+/// Maximum size in bytes of all templates of an object together, including keys. The same limit applies to all labels
+/// and to all annotations of its Secrets. The operator holds an object in memory while it reconciles it, and 16 tokens
+/// with 32 templates each could otherwise have 8 MiB.
 pub const MAX_TEXT: usize = 64 * 1024;
 
-/// The rule on the size of a map of all tokens together.
+/// The rule that limits the size of the map `field` of all tokens together.
 fn at_most(field: &str) -> kube::core::cel::Rule {
     let map = format!("t.secret.{field}");
     kube::core::cel::Rule::new(format!(
         "self.tokens.map(t, has({map}) ? {map}.map(k, bytes(k).size() + bytes({map}[k]).size()).sum() : 0).sum() <= {MAX_TEXT}"
     ))
-    .message(format!("spec.tokens[].secret.{field}: all tokens together have at most 64 KiB").as_str())
+    .message(format!("spec.tokens[].secret.{field}: all tokens together must have at most 64 KiB").as_str())
 }
 
-/// The rule on the form of label and annotation keys. Kubernetes also accepts annotation prefixes in capitals, which would
-/// bypass the rules on prefixes.
+/// The rule on the syntax of label and annotation keys. Kubernetes also accepts uppercase letters in annotation
+/// prefixes, which would bypass the rules on prefixes.
 fn qualified(field: &str) -> kube::core::cel::Rule {
     kube::core::cel::Rule::new(
         "self.all(k, k.indexOf('/') <= 253 && k.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
     )
     .message(
-        format!("secret.{field}: a key is a name of at most 63 characters, or one with a lower-case DNS name and / before it")
+        format!("secret.{field}: a key must be a name of at most 63 characters, optionally preceded by a lowercase DNS name and /")
             .as_str(),
     )
 }
 
-/// The rule on keys that no list can allow (`is_operators_own`). Which others are allowed differs from cluster to cluster:
-/// the operator checks it, and the chart's admission policy.
+/// The rule on keys that are reserved for the operator (`is_operators_own`). Which other keys are allowed depends on
+/// the cluster; the operator and the chart's admission policy check that.
 fn not_operators_own(field: &str) -> kube::core::cel::Rule {
     let group = GROUP.replace('.', "[.]");
     kube::core::cel::Rule::new(format!(
@@ -247,98 +252,98 @@ fn not_operators_own(field: &str) -> kube::core::cel::Rule {
     .message(format!("secret.{field}: keys of {GROUP} and {LABEL_MANAGED_BY} are the operator's own").as_str())
 }
 
-/// What the operator did. Output only.
+/// Observed state of the service user and its tokens. Output only.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct ZitadelServiceUserStatus {
-    /// Generation of the spec that this status describes; -1 before the first look.
+    /// Generation of the spec that this status describes; -1 before the first reconcile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// The ZITADEL user that the key belongs to.
+    /// ID of the ZITADEL user that the key belongs to.
     #[serde(default, rename = "userID", skip_serializing_if = "Option::is_none")]
     pub user_id: Option<String>,
 
-    /// The key in use.
+    /// ID of the key in use.
     #[serde(default, rename = "keyID", skip_serializing_if = "Option::is_none")]
     pub key_id: Option<String>,
 
-    /// When the key expires, if it says so.
+    /// When the key expires; absent if the key file does not state it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_expires_at: Option<Time>,
 
-    /// The earliest expiry among the tokens.
+    /// Earliest expiry of the tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Time>,
 
-    /// The earliest refresh among the tokens.
+    /// Earliest scheduled refresh of the tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub renew_at: Option<Time>,
 
-    /// Valid tokens of wanted tokens, such as `2/3`.
+    /// Number of valid tokens and of tokens in the spec, such as `2/3`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_ready: Option<String>,
 
-    /// Value of the annotation `zitadel-tokens.dev/renew-request` that was last served: every token was refreshed for it.
-    /// A value of more than 256 bytes is shown as its hash.
+    /// Last value of the annotation `zitadel-tokens.dev/renew-request` for which the operator has refreshed every
+    /// token. A value of more than 256 bytes is shown as its hash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_handled_renew_request: Option<String>,
 
-    /// `Ready`: every Secret holds a valid token for the spec. `UpToDate`: the latest refresh of every token succeeded.
-    /// `KeyValid`: the key is usable. `Reconciling` and `Stalled` follow kstatus.
+    /// `Ready`: every Secret holds a valid token for the spec. `UpToDate`: the latest attempt to refresh every token
+    /// succeeded. `KeyValid`: the key is usable. `Reconciling` and `Stalled` follow kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
 
-    /// One line per token of the spec.
+    /// Status of each token in the spec.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub tokens: Vec<TokenStatus>,
 }
 
-/// What is known of one token.
+/// Status of one token.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenStatus {
     /// Name of the token in the spec.
     pub name: String,
 
-    /// The Secret that it is kept in.
+    /// Name of the Secret that holds the token.
     pub secret_name: String,
 
-    /// When the token in the Secret was minted.
+    /// When the token in the Secret was issued.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issued_at: Option<Time>,
 
-    /// When it expires.
+    /// When the token expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Time>,
 
-    /// When it will be renewed.
+    /// When the operator will refresh the token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub renew_at: Option<Time>,
 
-    /// The lifetime that the server gave, in seconds.
+    /// Lifetime of the token in seconds, as the server returned it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lifetime_seconds: Option<i64>,
 
-    /// `JWT` or `Opaque`.
+    /// Format of the token: `JWT` or `Opaque`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
 
-    /// How the last attempt went: a reason of the documented set (docs/reasons.md).
+    /// Result of the latest attempt to keep the token fresh: one of the reasons in docs/reasons.md.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 
-    /// Since when attempts fail; absent while they succeed.
+    /// Time since which attempts fail; absent while they succeed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failing_since: Option<Time>,
 }
 
 impl ZitadelServiceUser {
-    /// Whether it names this instance.
+    /// Whether the object refers to this instance.
     #[must_use]
     pub fn is_of(&self, instance: &str) -> bool {
         self.spec.instance_ref.name == instance

@@ -2,11 +2,11 @@
 
 use crate::api::crds;
 
-/// The definitions as one YAML stream, or why they cannot be rendered.
+/// Renders the custom resource definitions as one YAML stream.
 pub fn yaml() -> Result<String, String> {
     let mut stream = String::new();
     for crd in crds() {
-        // By way of a JSON value, so that keys come in a fixed order.
+        // A JSON value has its keys in a fixed order.
         let value = serde_json::to_value(&crd).map_err(|e| e.to_string())?;
         let yaml = serde_saphyr::to_string(&value).map_err(|e| e.to_string())?;
         stream.push_str("---\n");
@@ -16,7 +16,7 @@ pub fn yaml() -> Result<String, String> {
     Ok(stream)
 }
 
-/// Prints the definitions.
+/// Prints the custom resource definitions.
 pub fn print() -> Result<(), String> {
     print!("{}", yaml()?);
     Ok(())

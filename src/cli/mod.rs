@@ -19,11 +19,11 @@ struct Arguments {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Run the operator against the current kubeconfig context, or in its cluster.
+    /// Run the operator against the cluster of the current kubeconfig context, or of its own pod.
     Run(run::Arguments),
     /// Print the custom resource definitions as YAML, for `kubectl apply --server-side -f -`.
     Crds,
-    /// Ask an operator's /readyz or /livez; fails if it is not well.
+    /// Request /readyz or /livez of an operator, and fail if it is not ready or not live.
     Probe(probe::Arguments),
 }
 
@@ -44,9 +44,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// One crypto backend for kube and reqwest (reference/kube.md §0, facts 1 and 2).
+/// Installs the TLS backend of kube and reqwest (docs/adr/0017-crypto-backend-and-kube-defaults.md).
 fn choose_tls() -> Result<(), String> {
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
-        .map_err(|_| "a TLS backend was chosen twice".to_owned())
+        .map_err(|_| "a TLS backend is already installed".to_owned())
 }

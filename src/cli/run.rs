@@ -1,4 +1,4 @@
-//! `zitadel-tokens run`: the composition root.
+//! `zitadel-tokens run`: creates all parts of the operator, connects them and runs them.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -31,73 +31,76 @@ use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
 use crate::ops::{clock_jump, descriptors, http, memory, telemetry};
 
-/// A pass may ask for 16 tokens one after another, each of which may take the default timeout; longer than this it
-/// hangs.
+/// Longest time of one reconcile; one that takes longer hangs. A reconcile may request 16 tokens one after another, and
+/// each request may take the default timeout.
 const LONGEST_PASS: Duration = Duration::from_mins(5);
 
-/// How to run.
+/// Run the operator.
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Serve only the ZitadelInstances with these labels, such as `team=a`; several operators can then share a cluster.
+    /// Serve only the ZitadelInstances with these labels, such as `team=a`. Several operators can then share a cluster.
     #[arg(long, env, default_value = "")]
     instance_selector: String,
 
-    /// Watch service users and Secrets in these namespaces only, such as `shop,billing`; everywhere if there is none.
+    /// Watch service users and Secrets only in these namespaces, such as `shop,billing`. By default, watch all
+    /// namespaces.
     #[arg(long, env, value_delimiter = ',')]
     watch_namespaces: Vec<String>,
 
-    /// Whether to write the status of instances. Of several operators that serve the same ones, one should.
+    /// Write the status of instances. If several operators serve the same instances, enable this in only one of them.
     #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
     write_instance_status: bool,
 
-    /// Labels and annotations that users may set on token Secrets, besides the defaults in docs/tokens.md: keys and
+    /// Allow these labels and annotations on token Secrets, in addition to the defaults in docs/tokens.md. Set keys or
     /// whole prefixes, such as `team,example.com/*`.
     #[arg(long, env, value_delimiter = ',')]
     allow_secret_metadata: Vec<String>,
 
-    /// Where /livez, /readyz and /metrics are served.
+    /// Serve /livez, /readyz and /metrics on this address.
     #[arg(long, env, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
 
-    /// Whether /metrics has series for each service user and token, or only those of instances and of the operator.
+    /// Expose series for each service user and token in /metrics, in addition to those of instances and of the
+    /// operator.
     #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
     metrics_per_object: bool,
 
-    /// Objects that are worked on at once; those of one instance have a quarter of it.
+    /// Number of objects to reconcile at once. The objects of one instance use at most a quarter of it.
     #[arg(long, env, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     concurrent: u16,
 
-    /// Memory in KiB that the operator keeps for the objects of one namespace; service users beyond it are refused. One
-    /// with a single token is counted with about 4 KiB.
+    /// Limit in KiB of the operator's memory for the objects of one namespace. Service users beyond it are refused. A
+    /// service user with one token counts as about 4 KiB.
     #[arg(long, env, default_value_t = 8 * 1024, value_parser = clap::value_parser!(u32).range(64..=1024 * 1024))]
     namespace_memory: u32,
 
-    /// The operator's own namespace; service users in it are refused.
+    /// The operator's own namespace. Service users in it are refused.
     #[arg(long, env = "POD_NAMESPACE")]
     namespace: Option<String>,
 
-    /// Work only while this process holds a Lease in --namespace, so that several can stand by for each other.
+    /// Enable leader election, to run several replicas. Only the replica that holds the Lease in --namespace works.
     #[arg(long, env)]
     leader_elect: bool,
 
-    /// Name of the Lease. Operators that stand by for each other share it; those that serve other instances do not.
+    /// Name of the Lease. Replicas of one operator share it. Operators that serve other instances need another name.
     #[arg(long, env, default_value = "zitadel-tokens")]
     lease_name: String,
 
-    /// Who holds the Lease, for people who look; by default the name of the machine.
+    /// Name of this process in the Lease, for information. By default, the host name.
     #[arg(long, env)]
     pod_name: Option<String>,
 
-    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`. Libraries are held at --log-libraries.
+    /// Log level: `error`, `warn`, `info`, `debug` or `trace`. Libraries log at most at --log-libraries.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
     log_level: String,
 
-    /// What libraries may log at most, whatever the log level. Their lines may quote servers; for a search for a fault.
-    // Without `env`: nothing in the environment shall lift it.
+    /// Most verbose log level of libraries, whatever the value of --log-level. Raise it only to debug: log lines of
+    /// libraries may quote responses of servers.
+    // There is no `env`, so that the environment cannot raise it.
     #[arg(long, default_value = "warn")]
     log_libraries: telemetry::Most,
 
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, env, value_enum, default_value = "text")]
     log_format: telemetry::Format,
 }
@@ -113,22 +116,22 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
         panics.clone(),
     )?;
     if let Err(error) = memory::protect() {
-        // A sandbox may forbid it; tokens are needed all the same.
-        tracing::warn!(error = %error.kind(), "core dumps could not be turned off");
+        // Some sandboxes forbid this. The operator runs anyway.
+        tracing::warn!(error = %error.kind(), "could not disable core dumps");
     }
     if let Err(error) = descriptors::raise_limit() {
-        tracing::warn!(error = %error.kind(), "the limit of open files could not be raised");
+        tracing::warn!(error = %error.kind(), "could not raise the limit of open files");
     }
     super::choose_tls()?;
     jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER
         .install_default()
-        .map_err(|_| "a signing backend was chosen twice")?;
-    let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("no runtime: {e}"))?;
+        .map_err(|_| "a signing backend is already installed")?;
+    let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("cannot start the async runtime: {e}"))?;
     runtime.block_on(serve(arguments, allowed, panics))
 }
 
 async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Result<(), String> {
-    let shutdown = Shutdown::on_signal().map_err(|e| format!("signals: {e}"))?;
+    let shutdown = Shutdown::on_signal().map_err(|e| format!("cannot listen for signals: {e}"))?;
     let client = cluster::client().await?;
     let mut registry = Registry::default();
     let listener = http::listen(arguments.listen).map_err(|e| format!("--listen {}: {e}", arguments.listen))?;
@@ -196,7 +199,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         () = early.requested() => {}
         () = triggers.first_lists() => {
             ready.store(true, Ordering::Relaxed);
-            tracing::info!("watching");
+            tracing::info!("initial lists are complete; watching for changes");
         }
     }
     let jumps = tokio::spawn({
@@ -205,7 +208,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     });
     let work = work(context.clone(), leadership, shutdown);
     match election {
-        // Given back last, when nothing of ours is under way any more.
+        // The lease is released last, after all work of this process has ended.
         Some(election) => {
             let (can, begin) = (|| triggers.are_current(), || take_over(&context));
             election.during(work, can, begin).await;
@@ -219,13 +222,15 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     Ok(())
 }
 
-/// The keys that users may set on token Secrets. An empty variable of the environment is one empty entry.
+/// The keys that users may set on token Secrets. Empty entries are ignored: clap parses an empty environment variable
+/// as one empty entry.
 fn allow_list(added: &[String]) -> Result<AllowList, String> {
     let added: Vec<_> = added.iter().filter(|entry| !entry.is_empty()).collect();
     AllowList::with(&added).map_err(|error| format!("--allow-secret-metadata: {error}"))
 }
 
-/// Where to watch, each place once; None is everywhere. An empty variable of the environment is one empty name.
+/// The namespaces to watch, without duplicates. `None` means all namespaces. Empty names are ignored: clap parses an
+/// empty environment variable as one empty name.
 fn within(mut namespaces: Vec<String>) -> Vec<Option<String>> {
     namespaces.retain(|name| !name.is_empty());
     if namespaces.is_empty() {
@@ -236,7 +241,7 @@ fn within(mut namespaces: Vec<String>) -> Vec<Option<String>> {
     namespaces.into_iter().map(Some).collect()
 }
 
-/// Who stands for election, if anybody is to, and the fence of this process.
+/// The candidate for leader election, if enabled, and the leadership guard of this process.
 fn candidate(
     arguments: &Arguments,
     client: &Client,
@@ -246,15 +251,15 @@ fn candidate(
         return Ok((None, LeadershipGuard::always(shutdown.clone())));
     }
     let namespace = arguments.namespace.as_deref().filter(|name| !name.is_empty());
-    let namespace = namespace.ok_or("--leader-elect needs --namespace, where its Lease is")?;
+    let namespace = namespace.ok_or("--leader-elect requires --namespace, the namespace of the Lease")?;
     let (lease, pod) = (&arguments.lease_name, arguments.pod_name.clone());
     let (election, leadership) = Election::new(client.clone(), namespace, lease, pod, shutdown.clone())?;
     Ok((Some(election), leadership))
 }
 
-/// Runs the passes of both kinds until shutdown.
+/// Reconciles service users and instances until shutdown.
 async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown) {
-    // The request that is under way, and the write of what it brings.
+    // Time for a request in flight, and for the write of its token.
     let drain = || ctx.connections.longest_timeout() + TIME_TO_WRITE;
     let (users, instances) = (ctx.users.clone(), ctx.instances.clone());
     tokio::join!(
@@ -271,18 +276,18 @@ async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown
     );
 }
 
-/// This process leads from now on. Whoever led before may have died in the middle of anything. Tokens of ours that are
-/// not written yet are still there.
+/// Runs when this process becomes the leader. The previous leader may have stopped at any point, so everything is
+/// reconciled. Unwritten tokens of this process are kept (docs/adr/0009-unwritten-tokens-are-kept.md).
 fn take_over(ctx: &Context) {
     ctx.memory.retain(|id| ctx.cache.user(id).is_some());
     ctx.connections.forget_reconciles();
     look_at_all(ctx);
 }
 
-/// The clock was set, or the machine slept: timers mean another moment than they did, and how far the servers' clocks are
-/// away is no longer known.
+/// Runs after the clock was set or the machine was suspended. Timers now stand for wrong times, and the skews of the
+/// servers' clocks are unknown.
 fn after_a_jump(ctx: &Context) {
-    tracing::warn!("the clock of this machine was set, or the machine slept; everything is looked at again");
+    tracing::warn!("the clock of this machine was set, or the machine was suspended; reconciling all objects");
     ctx.connections.forget_reconciles();
     look_at_all(ctx);
 }
@@ -302,7 +307,7 @@ fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connectio
         Some(user) => {
             let instance = &*user.instance;
             let urgency = urgency(&user, connections.skew(instance).usable(), Timestamp::now());
-            // A tenant must not get a share for each instance that it invents.
+            // All unknown instances count as one, so that a tenant gets no further share by inventing instances.
             let known = cache.instance(instance).map_or("", |_| instance);
             (urgency, known.into())
         }
@@ -311,7 +316,8 @@ fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connectio
     Queue::new(slots, Box::new(rank))
 }
 
-/// All at once: a dead one must not hold up the first look at another, for which its service users wait.
+/// Reconciles up to 256 instances at once. Service users wait for the first reconcile of their instance, and an
+/// unreachable instance must not delay that of another.
 fn queue_of_instances() -> Queue {
     let slots = Slots {
         all: 256,

@@ -1,5 +1,6 @@
-//! What exists, as the watches last said: of each object only what decides who is woken, in which order, and what metrics
-//! show. What one namespace may take of it is limited, so that no tenant can use up the operator's memory.
+//! The objects that exist, as the watches last reported them. The cache keeps only what the operator needs to wake
+//! objects, to order the queue and to export metrics. Each namespace has a memory limit, so that a tenant cannot
+//! exhaust the operator's memory.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -12,17 +13,17 @@ use crate::domain::observed_secret::SecretRef;
 use crate::domain::reason::Reason;
 use crate::domain::summary::UserSummary;
 
-/// Bytes charged for a Secret that a service user names, or that has our label.
+/// Bytes charged for a Secret that a service user names, or that has the operator's label.
 const CHARGE_SECRET: usize = 1024;
 
-/// Objects of one namespace that are told between two relists that they found no room: those that wait for it take memory
-/// too.
+/// Refusals for lack of memory that are reported for one namespace between two relists. Objects that wait for their
+/// report take memory too.
 const MAX_REFUSALS: usize = 256;
 
-/// What exists.
+/// The objects that exist.
 pub struct Cache {
     known: RwLock<Known>,
-    /// Bytes that the objects of one namespace may be charged with.
+    /// Memory limit of one namespace, in bytes.
     limit: usize,
 }
 
@@ -32,20 +33,20 @@ struct Known {
     instances: HashMap<ObjectRef, Readable>,
     policies: HashMap<ObjectRef, Arc<ZitadelAccessPolicySpec>>,
     namespaces: HashMap<ObjectRef, KnownNamespace>,
-    /// In order, so that those of one namespace are found without the others.
+    /// Ordered, so that the Secrets of one namespace are a range.
     secrets: BTreeMap<ObjectRef, Tracked>,
     charges: HashMap<Arc<str>, Charge>,
 }
 
-/// What a namespace takes.
+/// The memory that a namespace takes.
 #[derive(Default)]
 struct Charge {
     bytes: usize,
-    /// Objects that found no room since the last relist and are to be told so.
+    /// Objects refused for lack of memory since the last relist, without those whose status already says so.
     refusals: usize,
-    /// Whether an object found no room since the last relist.
+    /// Whether an object was refused since the last relist.
     is_over: bool,
-    /// Whether one found no room before it.
+    /// Whether an object was refused in the period before the last relist.
     was_over: bool,
 }
 
@@ -55,35 +56,35 @@ impl Charge {
     }
 }
 
-/// An instance, or the generation of one that cannot be read.
+/// An instance, or the generation of an instance that cannot be decoded.
 pub type Readable = Result<Arc<ZitadelInstance>, Option<i64>>;
 
-/// What is known of a namespace.
+/// The labels and the state of a namespace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KnownNamespace {
-    /// Its labels; none if they are too large to be kept.
+    /// Its labels. None if they are too large to keep.
     pub labels: Option<Arc<BTreeMap<String, String>>>,
-    /// It is being deleted: nothing can be created in it any more.
+    /// Whether it is being deleted. Nothing can be created in it then.
     pub terminating: bool,
 }
 
-/// A Secret that concerns a service user.
+/// A Secret that a service user names or that has the operator's label.
 #[derive(Debug, Default)]
 struct Tracked {
-    /// Service users that name it, as key or token Secret.
+    /// Service users that name it as key Secret or token Secret.
     named_by: BTreeSet<ObjectRef>,
     /// None if it does not exist.
     observed: Option<SecretSummary>,
 }
 
-/// A Secret as the watch last saw it.
+/// A Secret as the watch last reported it.
 #[derive(Debug)]
 pub struct SecretSummary {
     /// Its UID.
     pub uid: String,
-    /// Its version.
+    /// Its resource version.
     pub resource_version: String,
-    /// Name of the service user in our label.
+    /// Name of the service user in the operator's label.
     pub service_user: Option<String>,
     /// UID of the object that controls it.
     pub controller: Option<String>,
@@ -91,22 +92,22 @@ pub struct SecretSummary {
     pub terminating: bool,
 }
 
-/// What a change of a service user means.
+/// The result of applying a service user to the cache.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Applied {
-    /// This version was known.
+    /// This version is already known.
     Known,
-    /// It is new or another one.
+    /// The object is new or has changed.
     Changed,
-    /// There is no room for it.
+    /// The memory limit of the namespace leaves no room for it.
     Refused {
-        /// It waits for being told so.
+        /// Whether its status must still report this.
         tell: bool,
     },
 }
 
 impl Cache {
-    /// An empty cache, in which the objects of one namespace may be charged with so many bytes.
+    /// An empty cache with a memory limit in bytes for each namespace.
     #[must_use]
     pub fn new(limit: usize) -> Self {
         Self {
@@ -115,14 +116,14 @@ impl Cache {
         }
     }
 
-    /// A service user.
+    /// The summary of a service user, if it exists.
     #[must_use]
     pub fn user(&self, id: &ObjectRef) -> Option<Arc<UserSummary>> {
         self.read().users.get(id).cloned()
     }
 
-    /// An instance. None if there is none of that name, and an error if there is one that cannot be read: it must not
-    /// keep the rights that it gave before.
+    /// The instance of this name. The error is `InstanceMissing` if it does not exist, and `InstanceInvalid` if it
+    /// cannot be decoded: an invalid instance must not keep granting the access that it granted before.
     pub fn instance(&self, name: &str) -> Result<Arc<ZitadelInstance>, Reason> {
         match self.read().instances.get(&ObjectRef::new("", name)) {
             Some(Ok(instance)) => Ok(instance.clone()),
@@ -131,14 +132,14 @@ impl Cache {
         }
     }
 
-    /// The generation of an instance that cannot be read.
+    /// The generation of an instance that cannot be decoded.
     #[must_use]
     pub fn unreadable_generation(&self, id: &ObjectRef) -> Option<i64> {
         self.read().instances.get(id)?.as_ref().err().copied()?
     }
 
-    /// The audiences that the policies of `instance` allow to `namespace`. An error if the labels of the namespace are
-    /// not known.
+    /// The audiences that the access policies of `instance` allow `namespace`. An error if the labels of the namespace
+    /// are not known.
     pub fn allowed_audiences(&self, instance: &str, namespace: &str) -> Result<AllowedAudiences, Reason> {
         let known = self.read();
         let namespace = known.namespaces.get(&ObjectRef::new("", namespace));
@@ -169,7 +170,7 @@ impl Cache {
         })
     }
 
-    /// Names of the Secrets that exist, carry our label and are controlled by this object.
+    /// Names of the existing Secrets that have the operator's label and are controlled by this object.
     #[must_use]
     pub fn written_for(&self, id: &ObjectRef, uid: &str) -> HashSet<String> {
         let names = self.of_user(id, uid, |name, _| Some(name.to_owned()));
@@ -183,7 +184,7 @@ impl Cache {
         secrets
             .filter_map(|(secret, tracked)| {
                 let observed = tracked.observed.as_ref()?;
-                // Ours by label and by owner: anybody can set the label.
+                // Checks label and owner, because the label alone can be set by any writer.
                 let ours =
                     observed.service_user.as_deref() == Some(&*id.name) && observed.controller.as_deref() == Some(uid);
                 if ours { each(&secret.name, observed) } else { None }
@@ -191,7 +192,7 @@ impl Cache {
             .collect()
     }
 
-    /// The service users that are as `wanted`.
+    /// The service users for which `wanted` returns true.
     #[must_use]
     pub fn users(&self, wanted: impl Fn(&ObjectRef, &UserSummary) -> bool) -> Vec<ObjectRef> {
         let known = self.read();
@@ -211,7 +212,7 @@ impl Cache {
         self.read().instances.keys().cloned().collect()
     }
 
-    /// All service users with what is known of them.
+    /// All service users with their summaries.
     #[must_use]
     pub fn all_users(&self) -> Vec<(ObjectRef, Arc<UserSummary>)> {
         let known = self.read();
@@ -222,13 +223,14 @@ impl Cache {
             .collect()
     }
 
-    /// All instances that can be read.
+    /// All instances that can be decoded.
     #[must_use]
     pub fn all_instances(&self) -> Vec<Arc<ZitadelInstance>> {
         self.read().instances.values().flatten().cloned().collect()
     }
 
-    /// Whether an object found no room since this was asked last, in this namespace or in any.
+    /// Returns whether an object was refused for lack of memory since the last call, in the namespace `within` or in
+    /// any, and starts a new period.
     #[must_use]
     pub fn take_over_limit(&self, within: Option<&str>) -> bool {
         self.change(|known| {
@@ -245,7 +247,7 @@ impl Cache {
         })
     }
 
-    /// The namespaces in which an object finds no room, as far as it was tried lately.
+    /// The namespaces in which an object was refused for lack of memory in this period or the one before.
     #[must_use]
     pub fn over_limit(&self) -> Vec<Arc<str>> {
         let known = self.read();
@@ -256,7 +258,7 @@ impl Cache {
         over.map(|(namespace, _)| namespace.clone()).collect()
     }
 
-    /// Whether an object of this namespace finds no room.
+    /// Whether an object of this namespace was refused for lack of memory in this period or the one before.
     #[must_use]
     pub fn is_over_limit(&self, namespace: &str) -> bool {
         let known = self.read();
@@ -266,7 +268,7 @@ impl Cache {
             .is_some_and(|charge| charge.is_over || charge.was_over)
     }
 
-    /// A service user is there.
+    /// Records that a service user was added or changed.
     pub fn user_applied(&self, id: &ObjectRef, user: UserSummary) -> Applied {
         self.change(|known| {
             let before = known.users.get(id);
@@ -276,7 +278,7 @@ impl Cache {
             let before = known.remove_user(id);
             let secrets = named_secrets(id, &user);
             let taken = known.charges.get(&id.namespace).map_or(0, |charge| charge.bytes);
-            // Those that it named before are charged already.
+            // Secrets that the cache already tracks are already charged.
             let new = secrets.iter().filter(|secret| !known.secrets.contains_key(secret));
             if taken + user.charge() + new.count() * CHARGE_SECRET > self.limit {
                 if let Some(before) = before {
@@ -302,13 +304,13 @@ impl Cache {
         })
     }
 
-    /// A service user is gone.
+    /// Records that a service user was deleted.
     pub fn user_gone(&self, id: &ObjectRef) {
         self.change(|known| known.forget_user(id));
     }
 
-    /// A read found that this very object is gone, and the watch has not told so yet. If it is there after all, the
-    /// watch's next list has it.
+    /// Forgets a service user after a read found that the object with this UID no longer exists, before the watch
+    /// reports it. If the object exists after all, the next list of the watch restores it.
     pub fn forget_user(&self, id: &ObjectRef, uid: &str) {
         self.change(|known| {
             if known.users.get(id).is_some_and(|user| &*user.uid == uid) {
@@ -317,18 +319,19 @@ impl Cache {
         });
     }
 
-    /// An instance is there. Returns what was known of it before.
+    /// Records that an instance was added or changed. Returns its previous state.
     pub fn instance_applied(&self, id: &ObjectRef, instance: Readable) -> Option<Readable> {
         self.change(|known| known.instances.insert(id.clone(), instance))
     }
 
-    /// An instance is gone.
+    /// Records that an instance was deleted.
     pub fn instance_gone(&self, id: &ObjectRef) {
         self.change(|known| known.instances.remove(id));
     }
 
-    /// A policy is there, or one that cannot be decoded, which allows nothing. Returns the service users for which that
-    /// may change what is allowed: those that the policy selected before or selects now.
+    /// Records that an access policy was added or changed. `None` is a policy that cannot be decoded and allows
+    /// nothing. Returns the service users whose access may change: those that the policy selected before or selects
+    /// now.
     #[must_use]
     pub fn policy_applied(&self, id: &ObjectRef, policy: Option<ZitadelAccessPolicySpec>) -> Vec<ObjectRef> {
         self.change(|known| {
@@ -353,23 +356,24 @@ impl Cache {
         })
     }
 
-    /// A policy is gone. Returns the service users that it selected.
+    /// Records that an access policy was deleted. Returns the service users that it selected.
     #[must_use]
     pub fn policy_gone(&self, id: &ObjectRef) -> Vec<ObjectRef> {
         self.policy_applied(id, None)
     }
 
-    /// A namespace is there. Returns whether that is news.
+    /// Records that a namespace was added or changed. Returns whether it differs from what was known.
     pub fn namespace_applied(&self, id: &ObjectRef, namespace: &KnownNamespace) -> bool {
         self.change(|known| known.namespaces.insert(id.clone(), namespace.clone()).as_ref() != Some(namespace))
     }
 
-    /// A namespace is gone.
+    /// Records that a namespace was deleted.
     pub fn namespace_gone(&self, id: &ObjectRef) {
         self.change(|known| known.namespaces.remove(id));
     }
 
-    /// A Secret is there. Returns the service users that it concerns, if that is news.
+    /// Records that a Secret was added or changed. Returns the service users that it concerns, or none if this version
+    /// is already known.
     pub fn secret_applied(&self, id: &ObjectRef, observed: SecretSummary) -> BTreeSet<ObjectRef> {
         let owner = observed.service_user.as_deref();
         let owner = owner.map(|name| ObjectRef::new(&id.namespace, name));
@@ -390,7 +394,7 @@ impl Cache {
         })
     }
 
-    /// A Secret is gone. Returns the service users that name it.
+    /// Records that a Secret was deleted. Returns the service users that name it.
     pub fn secret_gone(&self, id: &ObjectRef) -> BTreeSet<ObjectRef> {
         self.change(|known| {
             let Some(tracked) = known.secrets.get_mut(id) else {
@@ -403,7 +407,7 @@ impl Cache {
         })
     }
 
-    /// Names of what is known of one kind.
+    /// Names of all known objects of one kind.
     pub fn known(&self, kind: Kind) -> HashSet<ObjectRef> {
         let known = self.read();
         match kind {
@@ -424,7 +428,7 @@ impl Cache {
     }
 }
 
-/// What is watched.
+/// The kinds that the operator watches.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
     /// `ZitadelInstance`.
@@ -440,7 +444,7 @@ pub enum Kind {
 }
 
 impl Known {
-    /// Removes an object; Secrets that only it named stay, until [`Known::drop_unused_secrets`].
+    /// Removes a service user. Secrets that only it named stay until [`Known::drop_unused_secrets`].
     fn remove_user(&mut self, id: &ObjectRef) -> Option<Arc<UserSummary>> {
         let user = self.users.remove(id)?;
         for secret in named_secrets(id, &user) {
@@ -464,7 +468,7 @@ impl Known {
         }
     }
 
-    /// A Secret that nobody names is kept only while it exists and has our label.
+    /// Drops a Secret that no service user names, unless it exists and has the operator's label.
     fn drop_secret_if_unused(&mut self, id: &ObjectRef) {
         let unused = self.secrets.get(id).is_some_and(|tracked| {
             let ours = tracked
@@ -546,17 +550,17 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_has_its_limit_and_others_have_theirs() {
+    fn memory_limit_of_one_namespace_does_not_affect_others() {
         let one = user(1, 1).charge() + 2 * CHARGE_SECRET;
         let cache = Cache::new(3 * one);
-        let mut told = 0;
+        let mut reports = 0;
         for i in 0..10 * MAX_REFUSALS {
             match cache.user_applied(&id("hostile", &format!("o{i}")), user(1, 1)) {
-                Applied::Refused { tell } => told += usize::from(tell),
+                Applied::Refused { tell } => reports += usize::from(tell),
                 applied => assert!(i < 5 && applied == Applied::Changed, "{i}"),
             }
         }
-        assert_eq!(told, MAX_REFUSALS);
+        assert_eq!(reports, MAX_REFUSALS);
         assert!(bytes(&cache, "hostile") <= 3 * one);
         for i in 0..10_000 {
             cache.secret_applied(&id("hostile", &format!("labelled-{i}")), labelled("1"));
@@ -567,26 +571,26 @@ mod tests {
         assert_eq!(cache.over_limit(), ["hostile".into()]);
         assert!(!cache.take_over_limit(Some("quiet")));
         assert!(cache.take_over_limit(Some("hostile")) && !cache.take_over_limit(None));
-        assert!(!cache.is_over_limit("hostile"), "nothing was refused in between");
-        // An object whose status already names the limit is not counted again.
-        let told = UserSummary {
+        assert!(!cache.is_over_limit("hostile"), "nothing was refused meanwhile");
+        // An object whose status already reports the limit is not counted again.
+        let reported = UserSummary {
             ready: Some((false, Some(Reason::NamespaceLimit))),
             ..user(2, 1)
         };
         assert_eq!(
-            cache.user_applied(&id("hostile", "o9"), told),
+            cache.user_applied(&id("hostile", "o9"), reported),
             Applied::Refused { tell: false }
         );
         assert_eq!(cache.read().charges["hostile"].refusals, 0);
         assert!(cache.is_over_limit("hostile"));
-        // One that is served and changes keeps its place.
+        // A served object that changes keeps its place.
         for version in 2..20 {
             assert_eq!(
                 cache.user_applied(&id("hostile", "o0"), user(version, 1)),
                 Applied::Changed
             );
         }
-        // One that grows too large loses its place.
+        // An object that grows beyond the limit loses its place.
         assert!(matches!(
             cache.user_applied(&id("quiet", "o"), user(2, 16)),
             Applied::Refused { tell: true }
@@ -595,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_is_no_longer_charged() {
+    fn deleted_objects_are_no_longer_charged() {
         let cache = Cache::new(1 << 20);
         let (a, b) = (id("shop", "a"), id("shop", "b"));
         assert_eq!(cache.user_applied(&a, user(1, 3)), Applied::Changed);
@@ -604,7 +608,7 @@ mod tests {
         assert!(cache.secret_applied(&id("shop", "s0"), labelled("1")).contains(&a));
         assert!(
             cache.secret_applied(&id("shop", "s0"), labelled("1")).is_empty(),
-            "no news"
+            "known version"
         );
         cache.secret_applied(&id("shop", "other"), labelled("1"));
         assert_eq!(cache.user_applied(&a, user(2, 1)), Applied::Changed);
@@ -613,7 +617,7 @@ mod tests {
         assert_eq!(
             bytes(&cache, "shop"),
             2 * CHARGE_SECRET,
-            "s0 and other are there and ours"
+            "s0 and other exist and have the label"
         );
         for name in ["s0", "other"] {
             cache.secret_gone(&id("shop", name));
@@ -622,7 +626,7 @@ mod tests {
     }
 
     #[test]
-    fn policy_change_concerns_only_users_that_it_selects() {
+    fn policy_change_wakes_only_users_that_it_selects() {
         let cache = Cache::new(usize::MAX);
         let namespace = |name: &str| KnownNamespace {
             labels: Some(Arc::new(BTreeMap::from([("team".to_owned(), name.to_owned())]))),
@@ -659,7 +663,7 @@ mod tests {
         moved.sort();
         assert_eq!(moved, [id("bank", "main"), id("shop", "main")]);
         assert!(!allows("shop") && allows("bank"));
-        assert_eq!(apply(None), [id("bank", "main")], "one that cannot be decoded");
+        assert_eq!(apply(None), [id("bank", "main")], "a policy that cannot be decoded");
         assert!(!allows("bank"));
         assert_eq!(apply(None), []);
         assert_eq!(cache.allowed_audiences("main", "gone"), Err(Reason::NamespaceMissing));

@@ -1,5 +1,5 @@
-//! Objects as we read them: one that cannot be read never hides the others, and what decides nothing never makes an
-//! object one that cannot be read.
+//! Tolerant decoding: an object that cannot be decoded does not hide the others, and fields that the operator does not
+//! use never prevent an object from being decoded.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -10,20 +10,21 @@ use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-/// An object, or the name of one that does not fit its type. As kube's `DeserializeGuard`, but:
+/// An object, or the identity of an object that does not match its type. Like kube's `DeserializeGuard`, with these
+/// differences:
 ///
-/// * it is read as text first, so that one that is nested deeper than the parser goes spoils no list;
-/// * without `managedFields`, in which whoever writes an object may set any depth, and times that no clock of ours can
-///   count;
-/// * without a status that cannot be read, since a status is output: the next look writes it anew.
+/// * The object is read as text first, so an object that exceeds the recursion limit of the parser does not break a
+///   list.
+/// * `managedFields` are dropped: any writer of an object can nest them to any depth and set times that do not decode.
+/// * A status that cannot be decoded is dropped. Status is output only, and the next reconcile replaces it.
 #[derive(Clone, Debug)]
 pub struct Guarded<K>(pub Result<K, Named>);
 
-/// What is known of an object that cannot be read.
+/// The identity of an object that cannot be decoded.
 #[derive(Clone, Debug)]
 pub struct Named(ObjectMeta);
 
-/// The fields of a JSON object, not looked into.
+/// The fields of a JSON object, with their values as unparsed text.
 type Fields = BTreeMap<String, Box<RawValue>>;
 
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
@@ -44,7 +45,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
             "metadata".to_owned(),
             serde_json::value::to_raw_value(&metadata).map_err(Error::custom)?,
         );
-        // The text of an error could quote the object.
+        // Errors are dropped: their text may quote the object.
         let whole = |object: &Fields| serde_json::from_str(&serde_json::to_string(object).ok()?).ok();
         let read = whole(&object).or_else(|| {
             object.remove("status");
@@ -103,7 +104,7 @@ mod tests {
         "{\"a\":".repeat(depth) + "1" + &"}".repeat(depth)
     }
 
-    /// An object that can be read, with this in place of `managedFields`, `status` and a field of the spec.
+    /// A valid object with the given values of `managedFields`, `status` and `spec.suspend`.
     fn object(managed: &str, status: &str, suspend: &str) -> String {
         let metadata = format!(r#""name":"n","namespace":"s","resourceVersion":"7","managedFields":{managed}"#);
         let spec =
@@ -113,10 +114,10 @@ mod tests {
     }
 
     #[test]
-    fn one_object_is_read_or_named_and_the_others_with_it() {
+    fn an_undecodable_object_keeps_its_name_and_does_not_hide_others() {
         let late = r#"[{"manager":"x","time":"9999-12-31T23:59:59Z"}]"#;
         let deep = deep(10_000);
-        // Whether it can be read, and whether its status can.
+        // The object, whether it can be decoded, and whether its status can.
         let table = [
             (object("[]", r#"{"userID":"7"}"#, "true"), true, true),
             (object(late, r#"{"userID":"7"}"#, "true"), true, true),
@@ -128,7 +129,7 @@ mod tests {
             (object("[]", r#"{"userID":"7"}"#, &deep), false, false),
         ];
         for (text, readable, status) in &table {
-            let judge = |guarded: Guarded<ZitadelServiceUser>| {
+            let check = |guarded: Guarded<ZitadelServiceUser>| {
                 let meta = guarded.meta();
                 let names = (
                     meta.name.as_deref(),
@@ -149,13 +150,13 @@ mod tests {
             );
             let list: ObjectList<Guarded<ZitadelServiceUser>> = serde_json::from_str(&list).expect("a list");
             assert_eq!(list.items.len(), 2);
-            list.items.into_iter().for_each(judge);
+            list.items.into_iter().for_each(check);
             let event: WatchEvent<Guarded<ZitadelServiceUser>> =
                 serde_json::from_str(&format!(r#"{{"type":"MODIFIED","object":{text}}}"#)).expect("an event");
             let WatchEvent::Modified(object) = event else {
-                panic!("another event")
+                panic!("not a MODIFIED event")
             };
-            judge(object);
+            check(object);
         }
     }
 }

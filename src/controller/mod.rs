@@ -1,4 +1,4 @@
-//! The controllers: watches, queues, reads and writes. Decides nothing itself; asks the domain.
+//! The controllers: watches, queues, reads and writes. All decisions are made in `domain`.
 
 pub mod cache;
 pub mod guarded;
@@ -33,46 +33,46 @@ use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::zitadel::{Breaker, ZitadelClient};
 
-/// What a pass needs.
+/// What a reconcile needs.
 pub struct Context {
-    /// For reads that no tenant chooses.
+    /// For reads of objects that a tenant cannot choose.
     pub client: Client,
     /// For all other reads.
     pub reader: Reader,
-    /// What the watches say.
+    /// The objects that the watches have reported.
     pub cache: Arc<Cache>,
     /// For writes.
     pub writer: Writer,
     /// Connections to ZITADEL.
     pub connections: Arc<Connections>,
-    /// The queue of the instances, to wake one whose state changed.
+    /// The queue of instances, to wake an instance whose state changed.
     pub instances: Arc<Queue>,
-    /// The queue of the service users, to wake those that waited for their instance.
+    /// The queue of service users, to wake those that wait for their instance.
     pub users: Arc<Queue>,
-    /// What this process remembers of service users.
+    /// What this process remembers about service users.
     pub memory: Memory,
-    /// How many tokens may be requested besides the scheduled refreshes.
+    /// The limit for token requests other than scheduled refreshes.
     pub requests: Requests,
-    /// Counters.
+    /// The metrics.
     pub metrics: Metrics,
     /// The labels and annotations that users may set on token Secrets.
     pub allowed_metadata: Arc<AllowList>,
-    /// The namespace that the operator runs in, if it runs in one.
+    /// The namespace that the operator runs in, if it is known.
     pub operator_namespace: Option<String>,
-    /// Whether an instance that is not there may be another operator's.
+    /// Whether a missing instance may belong to another operator.
     pub serves_some_instances_only: bool,
-    /// Whether the status of instances is ours to write; several operators may serve one instance.
+    /// Whether this operator writes the status of instances. Several operators may serve one instance.
     pub writes_instance_status: bool,
 }
 
 impl Context {
-    /// What kept the service users of an instance from their tokens is over.
+    /// Wakes the failing service users of an instance after the cause of their failures has ended.
     pub fn wake_failing_users_of(&self, instance: &str, recovery: Recovery) {
         let users = self.cache.users_of(instance);
         self.users.wake_failing(users, recovery);
     }
 
-    /// Tells the circuit breaker how discovery ended.
+    /// Records the result of discovery in the circuit breaker.
     pub fn record_discovery(&self, connection: &ZitadelClient, ended: Result<(), Failure>) {
         let breaker = connection.limits().breaker();
         if breaker.record_discovery(&connection.settings().name, ended) {
@@ -80,15 +80,15 @@ impl Context {
         }
     }
 
-    /// Wakes those whom the breaker refused, of all instances that share it.
+    /// Wakes the service users that the breaker refused, for all instances that share it.
     pub fn breaker_closed(&self, breaker: &Arc<Breaker>) {
         for instance in self.connections.that_share(breaker) {
             self.wake_failing_users_of(&instance, Recovery::Breaker);
         }
     }
 
-    /// Whether service users of this instance are ours to serve. An instance that does not exist may be another
-    /// operator's.
+    /// Whether this operator serves the service users of this instance. A missing instance may belong to another
+    /// operator.
     #[must_use]
     pub fn serves(&self, instance: &str) -> bool {
         let missing = || matches!(self.cache.instance(instance), Err(Reason::InstanceMissing));
@@ -96,19 +96,19 @@ impl Context {
     }
 }
 
-/// Token requests for one object besides its scheduled refreshes: three changes of 16 tokens at once.
+/// Token requests for one object other than scheduled refreshes. The burst allows three changes of 16 tokens.
 const REQUESTS_OF_OBJECT: Rate = Rate {
     burst: 48.0,
     per_second: 1.0 / 20.0,
 };
 
-/// The same for all objects of a namespace.
+/// The same limit for all objects of a namespace together.
 const REQUESTS_OF_NAMESPACE: Rate = Rate {
     burst: 1_000.0,
     per_second: 5.0,
 };
 
-/// How many tokens may be requested besides the scheduled refreshes.
+/// The limit for token requests other than scheduled refreshes.
 pub struct Requests {
     allowances: Mutex<Allowances>,
     started: Instant,
@@ -124,12 +124,12 @@ impl Default for Requests {
 }
 
 impl Requests {
-    /// Takes one for `id`, or says when its turn comes.
+    /// Takes one request for `id`, or returns how long `id` must wait for it.
     pub fn claim(&self, id: &ObjectRef) -> Result<(), Duration> {
         self.lock().claim(self.started.elapsed(), id)
     }
 
-    /// What `id` took was not used.
+    /// Returns a request that `id` took and did not use.
     pub fn give_back(&self, id: &ObjectRef) {
         self.lock().give_back(self.started.elapsed(), id);
     }

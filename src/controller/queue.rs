@@ -1,5 +1,5 @@
 //! The queue: which object gets a pass, when, and after how long again. It owns delays and back-off, runs one pass per
-//! object at a time, and knows the echoes of our own writes (decision K7: kube's machinery only triggers).
+//! object at a time, and knows the echoes of our own writes (docs/adr/0006-own-priority-queue.md).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
@@ -22,7 +22,7 @@ use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
 
 /// Timers are looked at again after this at the latest: the monotonic clock stops while a machine sleeps and the wall
-/// clock jumps, so that no sleep is trusted for long (decision K18).
+/// clock jumps, so that no sleep is trusted for long (docs/adr/0006-own-priority-queue.md).
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
 /// Reconciles for changes of one object. A person or a controller at work makes fewer; a loop makes hundreds.
@@ -325,7 +325,7 @@ impl Queue {
     }
 
     /// Runs passes while this process leads and until shutdown, then waits for those under way as long as `drain` says
-    /// then. A pass that panics or takes longer than `limit` ends alone (reference/kube.md §0, fact 4).
+    /// then. A pass that panics or takes longer than `limit` ends alone (docs/adr/0017-crypto-backend-and-kube-defaults.md).
     pub async fn work<F, P>(
         self: Arc<Self>,
         limit: Duration,

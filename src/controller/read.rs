@@ -1,5 +1,5 @@
-//! Reads from the API server, bounded in time and memory. An object that a tenant writes may have more than a megabyte:
-//! few are in memory as a whole at once, and of each only the parts that decide are decoded.
+//! Reads from the API server, bounded in time and memory. An object of a tenant may have more than a megabyte. Only a
+//! few whole objects are in memory at once, and only the parts that the operator uses are decoded.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -32,47 +32,47 @@ use crate::domain::summary::MAX_TOKENS;
 /// Longest time of one read.
 const READ_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// So many objects are in memory as a whole at once. Each has up to a few megabytes while it is decoded.
+/// Whole objects in memory at once. Each takes up to a few megabytes while it is decoded.
 const AT_ONCE: usize = 4;
 
-/// Bytes of a spec, as JSON. One that keeps every rule of the schema has less.
+/// Largest spec, in bytes of JSON. A spec that satisfies the schema is smaller.
 const MAX_SPEC: usize = 256 * 1024;
 
-/// Bytes of the certificates in a Secret, as the schema allows for `caBundle`.
+/// Largest certificate bundle in a Secret, in bytes. The schema allows the same for `caBundle`.
 const MAX_CERTIFICATES: usize = 128 * 1024;
 
-/// Reads.
+/// Reads objects from the API server.
 pub struct Reader {
     client: Client,
     at_once: Semaphore,
 }
 
-/// A read that failed; the text of kube's error may quote an object and is dropped.
+/// Why a read failed. The text of kube's error is dropped, because it may quote an object.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 pub enum ReadError {
     /// The operator has no right to read Secrets in the namespace.
-    #[error("the operator may not read this kind in this namespace")]
+    #[error("the operator is not allowed to read this kind in this namespace")]
     Forbidden,
-    /// Any other failure, which will pass.
-    #[error("an object could not be read")]
+    /// Any other failure. The read can be retried.
+    #[error("could not read an object")]
     Unavailable,
 }
 
-/// A service user as it was read.
+/// The result of reading a service user.
 pub enum ReadUser {
-    /// It fits its type.
+    /// The object matches its schema.
     Readable(Arc<ZitadelServiceUser>),
-    /// It does not, or is too large.
+    /// The object does not match its schema, or is too large.
     Unreadable {
-        /// Its UID.
+        /// UID of the object.
         uid: String,
-        /// Its generation.
+        /// Generation of the object.
         generation: Option<i64>,
     },
 }
 
 impl Reader {
-    /// Reads by this client.
+    /// A reader that uses this client.
     #[must_use]
     pub fn new(client: Client) -> Self {
         Self {
@@ -81,14 +81,14 @@ impl Reader {
         }
     }
 
-    /// A service user, as it is now. None if it does not exist.
+    /// Reads a service user from the API server, not from the cache. `None` if it does not exist.
     pub async fn user(&self, id: &ObjectRef) -> Result<Option<ReadUser>, ReadError> {
         self.get::<ZitadelServiceUser, _>(&id.namespace, &id.name, read_user)
             .await?
             .map_or(Ok(None), |user| user.map(Some).ok_or(ReadError::Unavailable))
     }
 
-    /// A token Secret: of it, what is `wanted`. None if it does not exist.
+    /// Reads the `wanted` parts of a token Secret. `None` if it does not exist.
     pub async fn token_secret(
         &self,
         namespace: &str,
@@ -100,7 +100,7 @@ impl Reader {
             .map_or(Ok(None), |secret| secret.map(Some).ok_or(ReadError::Unavailable))
     }
 
-    /// The key in a Secret.
+    /// Reads the key in a Secret.
     pub async fn key(
         &self,
         namespace: &str,
@@ -114,7 +114,7 @@ impl Reader {
         }
     }
 
-    /// Certificates in an entry of a Secret. None if there is no such entry, or if it is too large.
+    /// Reads the certificates in an entry of a Secret. `None` if the entry does not exist or is too large.
     pub async fn certificates(
         &self,
         namespace: &str,
@@ -135,7 +135,7 @@ impl Reader {
     {
         let request = Request::new(K::url_path(&(), Some(namespace))).get(name, &GetParams::default());
         let request = request.map_err(|_| ReadError::Unavailable)?;
-        // Closed never; who waits for a place does not use up its time.
+        // The semaphore is never closed. The wait for a permit does not count toward the timeout.
         let _place = self.at_once.acquire().await;
         let whole = async {
             let text = self.client.request_text(request).await.map(SecretString::from)?;
@@ -151,8 +151,8 @@ impl Reader {
     }
 }
 
-/// Whether the API server says of this very object that it does not exist. A 404 of something in between, or for a kind
-/// that is not served at the moment, says nothing about the object.
+/// Whether the API server reports that exactly this object does not exist. A 404 from a proxy, or for a kind that is
+/// currently not served, says nothing about the object.
 #[must_use]
 pub fn is_absent(status: &Status, name: &str) -> bool {
     status.code == 404 && status.details.as_ref().is_some_and(|details| details.name == name)
@@ -178,8 +178,8 @@ fn read_user(text: &str) -> Option<ReadUser> {
     })
 }
 
-/// Of an object's metadata what decides. Labels, owners and other tools' annotations may be most of an object, and a
-/// status is written without touching them.
+/// Keeps the metadata that the operator uses. Labels, owners and annotations of other tools can be most of an object,
+/// and a status update does not change them.
 fn needed(metadata: ObjectMeta) -> ObjectMeta {
     let annotations = metadata.annotations.map(|mut annotations| {
         annotations.retain(|key, _| is_ours(key));
@@ -197,7 +197,7 @@ fn needed(metadata: ObjectMeta) -> ObjectMeta {
     }
 }
 
-/// A Secret as text. Its values are not looked into before it is known which are needed.
+/// A Secret as JSON text. Values are decoded only once it is known which are needed.
 #[derive(Deserialize)]
 struct SecretText<'a> {
     #[serde(borrow)]
@@ -210,7 +210,7 @@ struct SecretText<'a> {
     immutable: Option<&'a RawValue>,
 }
 
-/// Without managed fields, in which a writer may set any depth and times that do not decode.
+/// Omits managed fields, in which a writer can set any nesting depth and times that do not decode.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct MetadataText<'a> {
@@ -223,8 +223,8 @@ struct MetadataText<'a> {
     annotations: Option<&'a RawValue>,
 }
 
-/// A token Secret from its JSON: of it, what is `wanted`. A value that is larger than one of ours is left out: so it
-/// differs from what is to be there.
+/// Decodes the `wanted` parts of a token Secret from JSON. A value that is larger than the operator would write is
+/// omitted, so the Secret counts as changed.
 #[must_use]
 pub fn observed(text: &str, wanted: &Wanted<'_>) -> Option<ObservedSecret> {
     let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
@@ -264,19 +264,20 @@ pub fn observed(text: &str, wanted: &Wanted<'_>) -> Option<ObservedSecret> {
         annotations: annotations.collect(),
         data: Arc::new(data.collect()),
         opaque: secret.kind.is_some_and(|kind| kind.get() == r#""Opaque""#),
-        // Whatever else stands there is not ours to write over.
+        // Any value other than `false` counts as immutable, so that the operator does not write.
         immutable: secret.immutable.is_some_and(|immutable| immutable.get() != "false"),
     })
 }
 
-/// The key in a Secret from its JSON: from the entry that is named, or from the only one. None if it is no Secret.
+/// Reads the key from the JSON of a Secret: from the named entry, or from the only entry. `None` if the text is not a
+/// Secret.
 #[must_use]
 pub fn service_key(text: &str, entry: Option<&str>) -> Option<Result<ServiceKey, Reason>> {
     let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
     let labels = pick(secret.metadata.labels, usize::MAX, key::is_label_of_ours);
     let labels = labels.into_iter().filter_map(|(key, raw)| Some((key, parsed(raw)?)));
     let labels: BTreeMap<String, String> = labels.collect();
-    // Two show that the only one is not meant.
+    // Two entries are enough to detect that the entry is ambiguous.
     let entries = pick(secret.data, 2, |name| entry.is_none_or(|entry| entry == name));
     let too_large = |raw: &RawValue| decoded(raw, key::MAX_BYTES).is_none();
     if let [(_, raw)] = entries[..]
@@ -290,9 +291,10 @@ pub fn service_key(text: &str, entry: Option<&str>) -> Option<Result<ServiceKey,
     Some(key::from_secret(Some(&labels), &data.collect(), entry))
 }
 
-/// The decoded value of an entry; empty if it is no base64, none if it is longer.
+/// Decodes the value of an entry. Returns an empty value if it is not base64, and `None` if it is longer than
+/// `longest`.
 fn decoded(raw: &RawValue, longest: usize) -> Option<SecretSlice<u8>> {
-    // Three bytes are four characters, and there are two quotes.
+    // Base64 encodes three bytes in four characters. JSON adds two quotes.
     if raw.get().len() > longest.div_ceil(3) * 4 + 2 {
         return None;
     }
@@ -305,8 +307,8 @@ fn parsed<T: DeserializeOwned>(raw: &RawValue) -> Option<T> {
     serde_json::from_str(raw.get()).ok()
 }
 
-/// The entries of a JSON object that are `wanted`, at most so many, not looked into. The others take no memory: a Secret
-/// has room for a hundred thousand.
+/// Returns at most `most` entries of a JSON object that are `wanted`, without decoding their values. Other entries take
+/// no memory: a Secret can have a hundred thousand.
 fn pick(object: Option<&RawValue>, most: usize, wanted: impl Fn(&str) -> bool) -> Vec<(String, &RawValue)> {
     struct Pick<F> {
         most: usize,
@@ -344,7 +346,7 @@ mod tests {
     use crate::api::metadata::ANNOTATION_RECORD;
     use crate::domain::fixtures;
 
-    /// As the API server sends it after `kubectl apply`, and with more than a megabyte of what is not ours.
+    /// A Secret after `kubectl apply`, with 20,000 entries that the operator does not use.
     fn secret(change: impl FnOnce(&mut Value)) -> String {
         let many: serde_json::Map<String, Value> = (0..20_000).map(|i| (format!("e{i}"), json!("canary"))).collect();
         let mut secret = json!({
@@ -362,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_token_secret_only_what_decides_is_kept() {
+    fn only_wanted_parts_of_a_token_secret_are_decoded() {
         let facts = fixtures::facts(&["invoices"]);
         let token = &facts.user.spec.tokens[0];
         let read = observed(&secret(|_| {}), &Wanted::of(Some(token))).expect("a Secret");
@@ -374,7 +376,7 @@ mod tests {
         assert!(!format!("{read:?}").contains("canary"));
         let leftover = observed(&secret(|_| {}), &Wanted::of(None)).expect("a Secret");
         assert_eq!(leftover.data.keys().collect::<Vec<_>>(), ["token"]);
-        // What is larger than ours, or cannot be read, is missing or empty: it differs from what is to be there.
+        // Values that are too large or unreadable are missing or empty, so the Secret counts as changed.
         let large = "A".repeat(2 * MAX_BYTES);
         let read = observed(
             &secret(|s| {
@@ -393,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_key_secret_only_the_entry_is_read() {
+    fn only_the_named_or_only_entry_of_a_key_secret_is_read() {
         let file = fixtures::key_file().to_string();
         let with = |entries: Value| {
             let data = entries.as_object().expect("an object").iter();
@@ -438,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_user_is_read_or_said_to_be_unreadable() {
+    fn service_user_is_readable_or_unreadable() {
         let user = |spec: Value| {
             json!({"apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser",
                 "metadata": {"name": "n", "uid": "u", "generation": 3, "labels": {"a": "b"},
@@ -451,7 +453,7 @@ mod tests {
         let spec =
             |tokens: Value| json!({"instanceRef": {"name": "i"}, "keySecretRef": {"name": "k"}, "tokens": tokens});
         let Some(ReadUser::Readable(read)) = read_user(&user(spec(token("a")))) else {
-            panic!("not readable")
+            panic!("expected a readable service user")
         };
         let annotations = read.metadata.annotations.clone().unwrap_or_default();
         assert_eq!(
@@ -467,14 +469,14 @@ mod tests {
             spec(token(&"x".repeat(MAX_SPEC))),
         ] {
             let Some(ReadUser::Unreadable { uid, generation }) = read_user(&user(spec)) else {
-                panic!("readable")
+                panic!("expected an unreadable service user")
             };
             assert_eq!((&*uid, generation), ("u", Some(3)));
         }
     }
 
     #[test]
-    fn only_a_404_about_the_object_says_that_it_is_gone() {
+    fn only_a_404_that_names_the_object_means_absent() {
         let status = |code: u16, name: Option<&str>| {
             let details = name.map(|name| json!({"name": name, "kind": "zitadelserviceusers"}));
             let status = json!({"status": "Failure", "message": "", "reason": "", "code": code, "details": details});

@@ -18,22 +18,23 @@ use crate::controller::watch::{List, WatchError, endless};
 use crate::controller::watched::{WatchedNamespace, WatchedSecret, WatchedUser};
 use crate::domain::object_ref::ObjectRef;
 
-/// Objects that found no room in the cache get another chance after this.
+/// The time between relists, which give objects that exceeded the memory limit of their namespace another chance.
 const RELIST: Duration = Duration::from_mins(10);
 
-/// The watches at work.
+/// The watches and what they trigger.
 pub struct Triggers {
     cache: Arc<Cache>,
     users: Arc<Queue>,
     instances: Arc<Queue>,
     within: Vec<Option<String>>,
-    /// How many watches know what exists.
+    /// The number of watches that are current: none of them has failed since its last list.
     current: watch::Sender<usize>,
 }
 
 impl Triggers {
-    /// Watches that fill `cache` and wake the two queues. Service users and Secrets are watched `within` these
-    /// namespaces, one by one, since a Role gives rights in one; None is everywhere.
+    /// Creates watches that fill `cache` and wake the two queues. Service users and Secrets have one watch for each
+    /// entry of `within`: a namespace, because a Role grants rights in one namespace only, or `None` for the whole
+    /// cluster.
     #[must_use]
     pub fn new(cache: Arc<Cache>, users: Arc<Queue>, instances: Arc<Queue>, within: Vec<Option<String>>) -> Self {
         Self {
@@ -45,26 +46,28 @@ impl Triggers {
         }
     }
 
-    /// Completes when every watch has had its first list: nothing is decided before (decision K14).
+    /// Completes when every watch has completed its first list. The operator decides nothing before that
+    /// (docs/adr/0004-own-index-and-first-lists.md).
     pub fn first_lists(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut current = self.current.subscribe();
         let watches = self.watches();
         async move {
-            // The sender lives as long as the watches.
+            // An error means that the sender was dropped. It lives as long as the watches.
             let _ = current.wait_for(|count| *count >= watches).await;
         }
     }
 
-    /// Whether all watches know what exists: none has failed since its last list. Who does not know is not to take over,
-    /// since what another did meanwhile would look as if somebody else had done it.
+    /// Whether all watches are current: none has failed since its last list. A replica whose watches are not current
+    /// must not become leader, because it would take the writes of the previous leader for changes by a third party.
     #[must_use]
     pub fn are_current(&self) -> bool {
         *self.current.borrow() >= self.watches()
     }
 
-    /// Runs the watches; never ends while they live. `instance_selector` limits the instances that are served.
+    /// Runs the watches, which are endless. `instance_selector` selects the instances that this operator serves.
     pub async fn run(&self, client: Client, instance_selector: &str) {
-        // What gives rights is listed as of now. The others are read again before anything is decided.
+        // Kinds that grant rights are listed at the latest version. The operator reads other objects again before it
+        // decides.
         let instances = watcher::Config::default().labels(instance_selector);
         let instances = endless(Api::all(client.clone()), instances, List::Pages, RELIST, || false);
         let namespaces = endless(
@@ -108,11 +111,12 @@ impl Triggers {
         );
     }
 
-    /// Follows one watch. After a relist, what is known and was not listed is gone: kube's own stores would not tell
-    /// (decision K6).
+    /// Handles the events of one watch. After a relist, known objects that were not listed are gone. kube's own stores
+    /// do not report them (docs/adr/0004-own-index-and-first-lists.md).
     ///
-    /// A named namespace that may not be listed counts as listed: it was deleted, and its Role with it. The others must
-    /// not wait for it, and nothing of it is known, so that nothing is decided about it.
+    /// A namespace of `within` that the operator may not list counts as listed: it was deleted together with its Role.
+    /// Other namespaces must not wait for it. The cache forgets its objects, so the operator decides nothing about
+    /// them.
     async fn follow<K>(
         &self,
         within: Option<&str>,
@@ -159,12 +163,12 @@ impl Triggers {
         }
     }
 
-    /// Those of instances, policies and namespaces, and two for each place.
+    /// The number of watches: instances, policies and namespaces, and two for each entry of `within`.
     fn watches(&self) -> usize {
         3 + 2 * self.within.len()
     }
 
-    /// Counts a watch among those that know what exists, or no more.
+    /// Updates the number of current watches after one of them changed from `before` to `now`.
     fn count(&self, before: &mut bool, now: bool) {
         match (std::mem::replace(before, now), now) {
             (false, true) => self.current.send_modify(|count| *count += 1),
@@ -181,12 +185,12 @@ impl Triggers {
             Applied::Known | Applied::Refused { tell: false } => {}
             Applied::Changed => {
                 if names_none {
-                    tracing::warn!(object = %id, "a service user names no instance and is not served");
+                    tracing::warn!(object = %id, "a service user has no valid spec.instanceRef and is not served");
                 }
                 self.users.changed(&id, Some(&version));
             }
             Applied::Refused { tell: true } => {
-                tracing::warn!(object = %id, "its namespace takes more memory than one may (--namespace-memory)");
+                tracing::warn!(object = %id, "not served: its namespace is at the memory limit (--namespace-memory)");
                 self.users.changed(&id, Some(&version));
             }
         }
@@ -194,7 +198,7 @@ impl Triggers {
 
     fn user_gone(&self, id: &ObjectRef) {
         self.cache.user_gone(id);
-        // Its reconcile finds nothing and clears what is remembered of it.
+        // A last reconcile finds no object and clears what is remembered about it.
         self.users.gone(id);
     }
 
@@ -215,7 +219,8 @@ impl Triggers {
             return;
         }
         self.instances.changed(&id, version.as_deref());
-        // The status of an instance is output: it decides nothing (decision K14).
+        // A change of the status alone wakes no service user: status is output only
+        // (docs/adr/0005-status-is-output-only.md).
         if !same(&|before, now| before.spec == now.spec) {
             self.users.wake_all(self.cache.users_of(&id.name));
         }
@@ -289,7 +294,7 @@ where
     }
 }
 
-/// Without what nobody here reads: other tools' annotations are most of an object's memory.
+/// Drops annotations, which the operator does not read and which take most of an object's memory.
 fn trimmed(mut instance: ZitadelInstance) -> ZitadelInstance {
     instance.metadata.annotations = None;
     instance

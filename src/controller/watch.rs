@@ -1,4 +1,4 @@
-//! Watches that go on for ever: each begins with a list, and with a list again after an error.
+//! Endless watches. Each starts with a list, and starts again with a list after an error.
 
 use std::fmt::Debug;
 use std::pin::Pin;
@@ -10,30 +10,31 @@ use kube::runtime::watcher::{self, DefaultBackoff, Event, watcher};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 
-/// Between two tries of a watch; kube's own limit.
+/// The longest delay before a failed watch starts again. The same as kube's limit.
 const LONGEST_DELAY: Duration = Duration::from_secs(30);
 
-/// Objects in a page of a list. An object has up to 1.5 MiB (etcd's limit), and a page is in memory as a whole.
+/// Objects in a page of a list. An object has up to 1.5 MiB (etcd's limit), and a whole page is in memory at once.
 const PAGE: u32 = 8;
 
-/// How a watch lists first.
+/// How the first list of a watch is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
-    /// One object at a time, where the API server can (`WatchList`, on by default since Kubernetes 1.34), else in pages.
-    /// What comes first may be some moments old.
+    /// One object at a time if the API server supports it (`WatchList`, on by default since Kubernetes 1.34), otherwise
+    /// in pages. The list may be slightly outdated.
     Streaming,
-    /// In pages, as of now.
+    /// In pages, at the latest version.
     Pages,
 }
 
-/// A watch broke off. What happens until its next list is not seen.
+/// A watch failed. Changes until its next list are not reported as events.
 #[derive(Debug)]
 pub struct WatchError {
-    /// The operator may not list.
+    /// Whether the operator is not allowed to list or watch.
     pub forbidden: bool,
 }
 
-/// Watches for ever. `relist` is asked each `every`: if it says so, the watch begins with a list again.
+/// An endless watch. `relist` is called after each period of `every`. If it returns true, the watch starts again with a
+/// list.
 pub fn endless<K>(
     api: Api<K>,
     config: watcher::Config,
@@ -54,7 +55,7 @@ where
     };
     retried(watch, list, every, relist)
         .inspect_err(
-            |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and is tried again"),
+            |error| tracing::warn!(kind = %K::kind(&()), error = kind(error), "a watch failed and will be retried"),
         )
         .map(|event| {
             event.map_err(|error| WatchError {
@@ -63,8 +64,8 @@ where
         })
 }
 
-/// kube's watcher goes on after an error from where it was and does not tell when it has caught up. So after an error
-/// this begins another watch with a list, after a growing delay.
+/// Starts a new watch with a list after an error and a growing delay. kube's watcher would continue from its last
+/// version and not report when it has caught up.
 fn retried<'a, K: 'a>(
     watch: impl Fn(List) -> Events<'a, K> + Send + 'a,
     list: List,
@@ -93,7 +94,7 @@ struct Watch<'a, K, B, R> {
     list: List,
     running: Option<Events<'a, K>>,
     delay: Duration,
-    // A delay of our own: kube's counts the first event of a new watch as a success, and would never grow.
+    // kube's own backoff counts the first event of a new watch as a success, so its delay would never grow.
     backoff: DefaultBackoff,
     relist: Pin<Box<tokio::time::Sleep>>,
 }
@@ -124,7 +125,7 @@ impl<'a, K, B: Fn(List) -> Events<'a, K>, R: Fn() -> bool> Watch<'a, K, B, R> {
     }
 }
 
-/// An API server without streaming lists refuses the field `sendInitialEvents` as invalid.
+/// An API server without streaming lists rejects the parameter `sendInitialEvents` as invalid.
 fn is_unsupported(error: &watcher::Error) -> bool {
     matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 400 | 422))
 }
@@ -137,7 +138,7 @@ fn is_forbidden(error: &watcher::Error) -> bool {
     )
 }
 
-/// What failed, without the server's words.
+/// A description of the error that does not quote the API server.
 fn kind(error: &watcher::Error) -> &'static str {
     let code = match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
@@ -146,14 +147,14 @@ fn kind(error: &watcher::Error) -> &'static str {
         _ => 0,
     };
     match error {
-        _ if code == 404 => "the API server does not know this kind: is its CustomResourceDefinition installed?",
-        _ if matches!(code, 401 | 403) => "the operator may not list and watch this kind: does its role allow it?",
-        _ if code == 410 => "the history is gone: 410",
-        watcher::Error::InitialListFailed(_) => "list failed",
-        watcher::Error::WatchStartFailed(_) => "watch could not start",
-        watcher::Error::WatchError(_) => "the server ended the watch",
-        watcher::Error::WatchFailed(_) => "the watch broke off",
-        watcher::Error::NoResourceVersion => "the list had no version",
+        _ if code == 404 => "the API server does not know this kind: install its CustomResourceDefinition",
+        _ if matches!(code, 401 | 403) => "the operator may not list and watch this kind: check its RBAC rules",
+        _ if code == 410 => "the resource version is too old: 410",
+        watcher::Error::InitialListFailed(_) => "the list failed",
+        watcher::Error::WatchStartFailed(_) => "the watch could not be started",
+        watcher::Error::WatchError(_) => "the API server ended the watch with an error",
+        watcher::Error::WatchFailed(_) => "the connection of the watch failed",
+        watcher::Error::NoResourceVersion => "the list has no resource version",
     }
 }
 
@@ -172,23 +173,23 @@ mod tests {
         futures::stream::iter(events).chain(futures::stream::pending()).boxed()
     }
 
-    /// kube's own back-off counts the first event of each new watch as a success, and would stay at its first step.
+    /// kube's own backoff counts the first event of each new watch as a success, and would stay at its first step.
     #[tokio::test(start_paused = true)]
-    async fn a_watch_that_fails_each_time_is_tried_ever_more_seldom() {
+    async fn delay_grows_while_a_watch_fails_each_time() {
         let begun = tokio::time::Instant::now();
         let fails = |_| stream(vec![Ok(Event::Init), Err(watcher::Error::NoResourceVersion)]);
         let all = retried(fails, List::Pages, NEVER, || false);
-        let mut tries = std::pin::pin!(all.filter(|event| std::future::ready(event.is_err())));
+        let mut errors = std::pin::pin!(all.filter(|event| std::future::ready(event.is_err())));
         let mut times = Vec::new();
         for _ in 0..8 {
-            assert!(tries.next().await.is_some_and(|tried| tried.is_err()));
+            assert!(errors.next().await.is_some_and(|event| event.is_err()));
             times.push(begun.elapsed().as_secs());
         }
         assert!(times[0] == 0 && times[7] > 60 && times[7] < 300, "{times:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_server_without_streaming_lists_is_asked_for_pages() {
+    async fn watch_uses_pages_if_the_server_has_no_streaming_lists() {
         let watch = |list| {
             let status = kube::core::Status::failure("", "Invalid").with_code(422);
             match list {
@@ -203,12 +204,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_watch_lists_again_when_it_is_asked_to() {
-        static ASKED: AtomicUsize = AtomicUsize::new(0);
+    async fn watch_lists_again_on_request() {
+        static CALLS: AtomicUsize = AtomicUsize::new(0);
         let begun = tokio::time::Instant::now();
         let watch = |_| stream(vec![Ok(Event::Init)]);
-        // At the second time, and at each after it.
-        let relist = || ASKED.fetch_add(1, Ordering::Relaxed) > 0;
+        // True from the second call on.
+        let relist = || CALLS.fetch_add(1, Ordering::Relaxed) > 0;
         let mut events = std::pin::pin!(retried(watch, List::Pages, Duration::from_mins(10), relist));
         for minutes in [0, 20, 30] {
             assert!(matches!(events.next().await, Some(Ok(Event::Init))));

@@ -1,5 +1,5 @@
-//! What the watches decode. Each type keeps little and decodes every object, so that an object that nobody can read, or
-//! that is very large, costs neither memory nor the others.
+//! The types that the watches decode. Each type decodes every object and keeps little of it, so an invalid or very
+//! large object neither costs memory nor hides other objects.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -15,20 +15,21 @@ use crate::api::ZitadelServiceUser;
 use crate::api::metadata::LABEL_SERVICE_USER;
 use crate::domain::summary::UserSummary;
 
-/// Bytes of a namespace's labels that are kept, with [`LABEL_COST`] for each. Real ones have some hundred.
+/// Largest size of a namespace's labels that is kept, in bytes, with [`LABEL_COST`] for each label. Typical namespaces
+/// have a few hundred bytes.
 const MAX_NAMESPACE_LABELS: usize = 8 * 1024;
 
-/// What a label takes beside its characters.
+/// Bytes of memory that a label takes besides its characters.
 const LABEL_COST: usize = 64;
 
-/// Longest UID that is kept. Kubernetes makes them of 36 characters and lets a writer name an owner by any text.
+/// Longest UID that is kept. UIDs made by Kubernetes have 36 characters, but an owner reference may contain any text.
 const MAX_UID: usize = 64;
 
 /// A service user, reduced to its summary.
 #[derive(Clone, Debug)]
 pub struct WatchedUser {
     metadata: ObjectMeta,
-    /// What is kept of it.
+    /// What the operator keeps of the object.
     pub summary: UserSummary,
 }
 
@@ -39,16 +40,17 @@ pub struct WatchedNamespace {
     metadata: ObjectMeta,
     /// Whether the namespace is being deleted.
     pub terminating: bool,
-    /// None if they are larger than what is kept: a selector that excludes a label must not match without it.
+    /// None if the labels are larger than [`MAX_NAMESPACE_LABELS`]. They are not truncated, because a selector that
+    /// excludes a label would then match.
     pub labels: Option<BTreeMap<String, String>>,
 }
 
-/// A Secret: its version, our label and its controller.
+/// A Secret: its version, the operator's label and its controller.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(from = "Object")]
 pub struct WatchedSecret {
     metadata: ObjectMeta,
-    /// Name of the service user in our label.
+    /// Name of the service user in the operator's label.
     pub service_user: Option<String>,
     /// UID of the object that controls it.
     pub controller: Option<String>,
@@ -61,8 +63,8 @@ struct Object {
     metadata: Metadata,
 }
 
-/// Metadata without annotations, where `kubectl apply` keeps a copy of the whole object, and without managed fields,
-/// where a writer may set any depth and times that do not decode.
+/// Metadata without annotations, in which `kubectl apply` keeps a copy of the whole object, and without managed fields,
+/// in which any writer can set any depth and times that do not decode.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Metadata {
@@ -131,7 +133,7 @@ impl From<Object> for WatchedSecret {
     }
 }
 
-/// The type is the resource `$resource`, of which it asks for metadata only or for all.
+/// Implements `Resource` for `$type` as the resource `$resource`, with requests for metadata only or for whole objects.
 macro_rules! is_resource {
     ($type:ty, $resource:ty, metadata_only: $metadata_only:literal) => {
         impl Resource for $type {
@@ -175,19 +177,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_large_object_is_kept_small() {
+    fn large_object_takes_little_memory() {
         let long = "x".repeat(100_000);
         let metadata = json!({"name": "n", "namespace": "s", "resourceVersion": "7",
             "labels": {LABEL_SERVICE_USER: "billing", "a": &long},
             "annotations": {"kubectl.kubernetes.io/last-applied-configuration": &long},
             "managedFields": [{"manager": &long, "time": "9999-12-31T23:59:59Z"}],
             "ownerReferences": [{"apiVersion": "v1", "kind": "K", "name": "o", "uid": "u", "controller": true}]});
-        // In the order in which the API server writes the two.
+        // The API server writes the two fields in this order.
         let event = |object: serde_json::Value| format!(r#"{{"type":"ADDED","object":{object}}}"#);
         let secret = event(json!({"metadata": metadata}));
         let WatchEvent::Added(secret) = serde_json::from_str::<WatchEvent<WatchedSecret>>(&secret).expect("an event")
         else {
-            panic!("another event")
+            panic!("not an ADDED event")
         };
         assert_eq!(
             (secret.service_user.as_deref(), secret.controller.as_deref()),
@@ -197,11 +199,11 @@ mod tests {
         let owner = json!({"apiVersion": "v1", "kind": "K", "name": "o", "uid": &long, "controller": true});
         let secret: WatchedSecret =
             serde_json::from_value(json!({"metadata": {"name": "n", "ownerReferences": [owner]}})).expect("a Secret");
-        assert_eq!(secret.controller, None, "nobody's UID");
+        assert_eq!(secret.controller, None, "too long for a UID");
         let spec = json!({"instanceRef": {"name": "main"}, "tokens": [{"name": "t", "secret": {"name": "s", "template": {"a": &long}}}]});
         let user = event(json!({"metadata": metadata, "spec": spec}));
         let WatchEvent::Added(user) = serde_json::from_str::<WatchEvent<WatchedUser>>(&user).expect("an event") else {
-            panic!("another event")
+            panic!("not an ADDED event")
         };
         assert_eq!(
             (user.meta().name.as_deref(), &*user.summary.instance),
@@ -209,18 +211,18 @@ mod tests {
         );
         assert!(format!("{user:?}").len() < 2_000);
         let namespace: WatchedNamespace = serde_json::from_value(json!({"metadata": metadata})).expect("a namespace");
-        assert_eq!(namespace.labels, None, "as if no label were known");
+        assert_eq!(namespace.labels, None, "labels with long values are dropped");
         let many: BTreeMap<String, &str> = (0..200).map(|i| (format!("{i}"), "")).collect();
         let namespace: WatchedNamespace =
             serde_json::from_value(json!({"metadata": {"name": "n", "labels": many}})).expect("a namespace");
-        assert_eq!(namespace.labels, None, "each takes more than its characters");
+        assert_eq!(namespace.labels, None, "many short labels are dropped");
         let namespace: WatchedNamespace =
             serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"a": "b"}}})).expect("a namespace");
         assert_eq!(namespace.labels.map(|labels| labels.len()), Some(1));
     }
 
     #[test]
-    fn an_object_that_nobody_can_read_still_has_its_name() {
+    fn undecodable_object_keeps_its_name() {
         for spec in [
             json!(7),
             json!({"tokens": "none"}),

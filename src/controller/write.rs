@@ -1,5 +1,6 @@
-//! The one file that writes to Kubernetes, but for the Lease (`ops/election.rs`). Every write is guarded by what was seen, bounded in time, and made only
-//! while this process leads.
+//! All writes to Kubernetes, except those of the Lease (`ops/election.rs`). Every write is bounded in time and happens
+//! only while this process is the leader. Every apply, replacement and deletion states the version that it expects
+//! (docs/adr/0003-guarded-server-side-apply.md).
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -34,57 +35,57 @@ use crate::ops::lease::{LeadershipGuard, NotLeading};
 /// Longest time of one write; the API server's own limit is a minute.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// So many status writes at once.
+/// Concurrent status writes.
 const AT_ONCE: usize = 4;
 
-/// Events of one object: as many as client-go's recorder lets through at once
-/// (`tools/record/events_cache.go`), and more of them for long.
+/// Rate limit of Events per object. The burst equals that of client-go's recorder (`tools/record/events_cache.go`); the
+/// sustained rate is higher.
 const EVENTS_OF_OBJECT: Rate = Rate {
     burst: 25.0,
     per_second: 1.0 / 30.0,
 };
 
-/// Events of all objects of a namespace.
+/// Rate limit of Events per namespace.
 const EVENTS_OF_NAMESPACE: Rate = Rate {
     burst: 1_000.0,
     per_second: 2.0,
 };
 
-/// Writes.
+/// Writes objects to the API server.
 pub struct Writer {
     client: Client,
     leadership: LeadershipGuard,
     recorder: Recorder,
-    /// Namespaces to which the last write of a Secret succeeded.
+    /// Namespaces in which the last write of a Secret succeeded.
     takes_secrets: Mutex<HashSet<String>>,
     events: Mutex<Allowances>,
     started: Instant,
-    /// The answer to a status write is a whole object, which may have more than a megabyte.
+    /// Limits concurrent status writes: each response is a whole object, which may have more than a megabyte.
     at_once: Semaphore,
 }
 
-/// Why a write did not happen.
+/// Why a write failed.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
-    /// Something else was there than what was seen: look again.
+    /// The object differs from the one that was read. Read it again.
     #[error("the object changed since it was read")]
     Conflict,
-    /// The API server answered 404: the object, its namespace or its kind is missing, or something in between answered.
-    #[error("the API server did not find the object or what it belongs to")]
+    /// The API server returned 404: the object, its namespace or its kind is missing, or a proxy answered.
+    #[error("the API server did not find the object, its namespace or its kind")]
     Missing,
-    /// The API server refused it: quota, admission, permission, validation.
+    /// The API server refused the write because of quota, admission, permissions or validation.
     #[error("the API server refused the write with status {code}")]
     Refused {
         /// The HTTP status.
         code: u16,
-        /// What refused it, if it has a name.
+        /// The quota, webhook or policy that refused the write, if the message names it.
         by: Option<Refuser>,
     },
-    /// The API server could not be reached, did not answer in time, or failed.
-    #[error("the API server did not take the write")]
+    /// The API server is unreachable, did not answer in time, or failed.
+    #[error("the API server is unavailable")]
     Unavailable,
-    /// Another replica leads.
-    #[error("another replica leads")]
+    /// This process is not the leader.
+    #[error("this replica is not the leader")]
     NotLeading,
 }
 
@@ -95,7 +96,7 @@ impl From<NotLeading> for WriteError {
 }
 
 impl From<kube::Error> for WriteError {
-    /// The text of the error is dropped: it may quote what was written.
+    /// Drops the text of the error, which may quote the written object.
     fn from(error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) => match status.code {
@@ -113,7 +114,7 @@ impl From<kube::Error> for WriteError {
 }
 
 impl Writer {
-    /// A writer that is held back by `leadership`.
+    /// A writer that writes only while `leadership` allows it.
     #[must_use]
     pub fn new(client: Client, leadership: LeadershipGuard) -> Self {
         let reporter = Reporter {
@@ -131,19 +132,19 @@ impl Writer {
         }
     }
 
-    /// What holds back each write, and is to hold back what leads to one.
+    /// The guard that every write checks. Work that leads to a write must check it too.
     #[must_use]
     pub fn leadership(&self) -> &LeadershipGuard {
         &self.leadership
     }
 
-    /// Writes a token Secret by server-side apply, over exactly what was seen (decision K5: without the guard an
-    /// apply would take over a foreign Secret). Returns the new version.
+    /// Writes a token Secret by server-side apply, with the write precondition of the draft. Without it, an apply would
+    /// take over a foreign Secret (docs/adr/0003-guarded-server-side-apply.md). Returns the new resource version.
     pub async fn apply_secret(&self, draft: &SecretDraft) -> Result<String, WriteError> {
         self.apply(draft, PatchParams::apply(MANAGER).force()).await
     }
 
-    /// Asks whether a Secret would be taken: quota, admission and permissions are checked, and nothing is written.
+    /// Checks with a dry run whether quota, admission and permissions allow the write of a Secret.
     pub async fn try_secret(&self, draft: &SecretDraft) -> Result<(), WriteError> {
         self.apply(draft, PatchParams::apply(MANAGER).force().dry_run())
             .await
@@ -151,7 +152,7 @@ impl Writer {
     }
 
     async fn apply(&self, draft: &SecretDraft, params: PatchParams) -> Result<String, WriteError> {
-        // Metadata only: the answer need not carry the token back.
+        // Request only the metadata, so that the response does not contain the token.
         let api: Api<WatchedSecret> = Api::namespaced(self.client.clone(), &draft.namespace);
         let written = self
             .bounded(api.patch(&draft.name, &params, &Patch::Apply(&Applied::new(draft))))
@@ -166,19 +167,19 @@ impl Writer {
         Ok(written?.resource_version().unwrap_or_default())
     }
 
-    /// Whether the last write of a Secret to this namespace succeeded. If not, whether the next would be allowed is to be
-    /// asked before a token is requested: it would be lost.
+    /// Whether the last write of a Secret in this namespace succeeded. If not, check with [`Self::try_secret`] before
+    /// requesting a token, because a token that cannot be written is lost.
     #[must_use]
     pub fn takes_secrets(&self, namespace: &str) -> bool {
         lock(&self.takes_secrets).contains(namespace)
     }
 
-    /// A namespace is gone.
+    /// Forgets a namespace that was deleted.
     pub fn forget_namespace(&self, namespace: &str) {
         lock(&self.takes_secrets).remove(namespace);
     }
 
-    /// Deletes a token Secret, exactly the one that was seen.
+    /// Deletes a token Secret, if it still has the observed UID and resource version.
     pub async fn delete_secret(&self, namespace: &str, secret: &SecretRef) -> Result<(), WriteError> {
         let api: Api<WatchedSecret> = Api::namespaced(self.client.clone(), namespace);
         let params = DeleteParams {
@@ -189,19 +190,19 @@ impl Writer {
             ..DeleteParams::default()
         };
         match self.bounded(api.delete(&secret.name, &params)).await {
-            // Without the Secret there is nothing to delete; whatever else is missing, the next reconcile finds out.
+            // If the Secret is missing, it needs no deletion. The next reconcile detects any other cause of the 404.
             Ok(_) | Err(WriteError::Missing) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    /// Replaces the status of a service user: replaced, not applied, so that nothing foreign stays in it
-    /// (decision K13). Returns the new version.
+    /// Replaces the status of a service user. An apply would keep foreign fields; a replacement does not
+    /// (docs/adr/0005-status-is-output-only.md). Returns the new resource version.
     pub async fn replace_user_status(&self, user: &ZitadelServiceUser) -> Result<String, WriteError> {
         self.replace_status(user.metadata.namespace.as_deref(), user).await
     }
 
-    /// Replaces the status of an instance. Returns the new version.
+    /// Replaces the status of an instance. Returns the new resource version.
     pub async fn replace_instance_status(&self, instance: &ZitadelInstance) -> Result<String, WriteError> {
         self.replace_status(None, instance).await
     }
@@ -220,7 +221,7 @@ impl Writer {
             .await
     }
 
-    /// The answer is the whole object, and of it only the version is decoded.
+    /// Sends a status write. The response is the whole object; only its resource version is decoded.
     async fn write_status(
         &self,
         request: Result<hyper::Request<Vec<u8>>, kube::core::request::Error>,
@@ -235,21 +236,21 @@ impl Writer {
             resource_version: String,
         }
         let request = request.map_err(|_| WriteError::Unavailable)?;
-        // Closed never.
+        // The semaphore is never closed.
         let _place = self.at_once.acquire().await;
         let written = self.bounded(self.client.request_text(request)).await?;
         let object: Object = serde_json::from_str(&written).map_err(|_| WriteError::Unavailable)?;
         Ok(object.metadata.resource_version)
     }
 
-    /// Says in the status of a service user why it is not served at all, with a merge patch: a status that cannot be
-    /// read can be patched. Returns the new version.
+    /// Writes to the status of a service user why the operator does not serve it. A merge patch works even if the
+    /// present status is unreadable. Returns the new resource version.
     pub async fn patch_user_status(&self, id: &ObjectRef, patch: &Value) -> Result<String, WriteError> {
         self.patch_status::<ZitadelServiceUser>(Some(&id.namespace), &id.name, patch)
             .await
     }
 
-    /// The same for an instance.
+    /// Like [`Self::patch_user_status`], for an instance.
     pub async fn patch_instance_status(&self, name: &str, patch: &Value) -> Result<String, WriteError> {
         self.patch_status::<ZitadelInstance>(None, name, patch).await
     }
@@ -267,15 +268,15 @@ impl Writer {
             .await
     }
 
-    /// Publishes an Event. It tells, and decides nothing: a failure is logged and forgotten, and so is an Event of an
-    /// object that changes again and again.
+    /// Publishes an Event. Events are informational, so a failure is only logged. Events beyond the rate limits are
+    /// dropped.
     pub async fn event<K>(&self, object: &K, action: &str, note: EventDraft)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
     {
         let id = reference(object);
         if lock(&self.events).try_take(self.started.elapsed(), &id).is_err() {
-            tracing::debug!(object = %id, reason = %note.reason, "too many Events; this one is dropped");
+            tracing::debug!(object = %id, reason = %note.reason, "Event dropped because of the rate limit");
             return;
         }
         let event = Event {
@@ -291,7 +292,7 @@ impl Writer {
         };
         let reference = object.object_ref(&());
         if let Err(error) = self.bounded(self.recorder.publish(&event, &reference)).await {
-            tracing::warn!(%error, "an Event could not be published");
+            tracing::warn!(%error, "could not publish an Event");
         }
     }
 
@@ -312,7 +313,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl WriteError {
-    /// Logs it. A conflict is no trouble: the cache was a moment behind, and the next look mends it.
+    /// Logs the error. A conflict is harmless and logged at debug level: the cache was behind, and the next reconcile
+    /// retries.
     pub fn log(&self, object: &ObjectRef, what: &str) {
         if matches!(self, Self::Conflict) {
             tracing::debug!(%object, error = %self, "{what} could not be written");
@@ -321,7 +323,8 @@ impl WriteError {
         }
     }
 
-    /// Why something else than a Secret is to be written again: soon, unless it was refused.
+    /// The reason of a failed write of an object other than a Secret. The operator retries soon, unless the API server
+    /// refused the write.
     #[must_use]
     pub fn reason_besides_secrets(&self) -> Reason {
         match self {
@@ -331,7 +334,7 @@ impl WriteError {
         }
     }
 
-    /// The reason that a user sees when a Secret could not be written or deleted.
+    /// The reason that users see if a Secret could not be written or deleted.
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
@@ -342,7 +345,7 @@ impl WriteError {
         }
     }
 
-    /// What refused the write, if it has a name.
+    /// The quota, webhook or policy that refused the write, if known.
     #[must_use]
     pub fn refused_by(self) -> Option<Refuser> {
         match self {
@@ -352,7 +355,7 @@ impl WriteError {
     }
 }
 
-/// The Secret as it goes over the wire; values are exposed while it is serialized and nowhere else.
+/// The body of the apply request. Secret values are exposed only during serialization.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Applied<'a> {
@@ -370,7 +373,8 @@ struct Applied<'a> {
 struct AppliedMeta<'a> {
     name: &'a str,
     namespace: &'a str,
-    /// "1" lets a create pass and gives 409 if something is there (decision K5, measured).
+    /// With "1" the API server creates the Secret, or returns 409 if one exists
+    /// (docs/adr/0003-guarded-server-side-apply.md).
     resource_version: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     uid: Option<&'a str>,
@@ -402,7 +406,7 @@ impl<'a> Applied<'a> {
             name: &draft.owner.0,
             uid: &draft.owner.1,
             controller: true,
-            // Deletion of the object need not wait for its Secrets.
+            // A foreground deletion of the owner does not wait for its Secrets.
             block_owner_deletion: false,
         };
         Self {
@@ -437,7 +441,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_goes_over_the_wire_holds_the_token_and_shows_none() {
+    fn debug_output_of_an_apply_omits_the_token() {
         let draft = SecretDraft {
             namespace: "shop".into(),
             name: "billing-token".into(),

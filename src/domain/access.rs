@@ -1,5 +1,6 @@
-//! Which audiences a namespace may have. ZITADEL does not check whether a service user may ask for the audience of a
-//! project (zitadel#9515), so this is the only check.
+//! Which audiences a namespace may request. ZITADEL does not check whether a service user may request the audience of a
+//! project (<https://github.com/zitadel/zitadel/issues/9515>), so this is the only check
+//! (docs/adr/0008-access-policies-are-objects.md).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,10 +10,10 @@ use crate::api::access_policy::ZitadelAccessPolicySpec;
 use crate::api::service_user::Token;
 use crate::domain::reason::Reason;
 
-/// A `projectIDs` entry of a policy that stands for every project except the one of the ZITADEL API.
+/// Entry of `projectIDs` in an access policy that allows every project except that of the ZITADEL API.
 const EVERY_PROJECT: &str = "*";
 
-/// The audiences that the policies of one instance allow to one namespace. None by default.
+/// The audiences that the access policies of one instance allow one namespace. By default there are none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowedAudiences {
     project_ids: BTreeSet<String>,
@@ -37,8 +38,8 @@ impl AllowedAudiences {
         allowed
     }
 
-    /// The audiences of `token` that are not allowed, as the token's spec names them. `zitadel_project_id` is the id of
-    /// the ZITADEL API's project, if it is known: that id needs `zitadelAPI: true`, and `"*"` does not include it.
+    /// The audiences of `token` that are not allowed, as the token's spec names them. `zitadel_project_id` is the ID of
+    /// the ZITADEL API's project, if it is known: this ID requires `zitadelAPI: true`, and `"*"` does not include it.
     #[must_use]
     pub fn denied<'a>(&self, token: &'a Token, zitadel_project_id: Option<&str>) -> Vec<&'a str> {
         let is_denied = |id: &&str| {
@@ -54,7 +55,7 @@ impl AllowedAudiences {
         denied
     }
 
-    /// Refuses `token` unless every audience of it is allowed.
+    /// Refuses `token` unless all its audiences are allowed.
     pub fn check(&self, token: &Token, zitadel_project_id: Option<&str>) -> Result<(), Reason> {
         if self.denied(token, zitadel_project_id).is_empty() {
             Ok(())
@@ -64,7 +65,8 @@ impl AllowedAudiences {
     }
 }
 
-/// The audience that an issued token must have, exactly: a further audience would be access that no policy allows.
+/// The exact audience that an issued token must have. An additional audience would be access that no policy allows
+/// (docs/adr/0007-audience-must-be-equal.md).
 #[must_use]
 pub fn audience(token: &Token, zitadel_project_id: &str) -> BTreeSet<String> {
     let mut audience: BTreeSet<String> = token.project_ids.iter().cloned().collect();
@@ -74,8 +76,8 @@ pub fn audience(token: &Token, zitadel_project_id: &str) -> BTreeSet<String> {
     audience
 }
 
-/// Whether `labels` match `selector`, by the rules of `metav1.LabelSelector`. A requirement that Kubernetes would not
-/// accept matches nothing, so that a mistake denies access.
+/// Whether `labels` match `selector`, by the rules of `metav1.LabelSelector`. A requirement that Kubernetes would
+/// reject matches nothing, so that a mistake denies access.
 #[must_use]
 pub fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
     let equal = selector
@@ -192,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn selector_that_kubernetes_refuses_selects_nothing() {
+    fn selector_that_kubernetes_rejects_selects_nothing() {
         let requirement = |operator: &str, values: Value| {
             let selector = json!({"matchExpressions": [{"key": "team", "operator": operator, "values": values}]});
             serde_json::from_value::<LabelSelector>(selector).expect("a selector")

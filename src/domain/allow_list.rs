@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use crate::api::metadata::{ALLOWED_SECRET_METADATA, is_operators_own};
 use crate::domain::validate::is_qualified;
 
-/// Most entries that the platform team can add: the chart's admission policy compares every key with all of them, and the
-/// API server bounds what an expression may cost.
+/// Maximum number of entries that the platform team can add. The chart's admission policy compares every key with all
+/// entries, and the API server limits the cost of an expression.
 pub const MOST_ADDED: usize = 64;
 
-/// The keys that are allowed, and prefixes as `PREFIX/*`.
+/// The allowed keys. `PREFIX/*` allows all keys with that prefix.
 #[derive(Clone, Debug)]
 pub struct AllowList(BTreeSet<String>);
 
@@ -20,7 +20,7 @@ impl Default for AllowList {
 }
 
 impl AllowList {
-    /// The defaults and what the platform team adds, or a sentence about an entry that cannot be added.
+    /// The defaults plus the entries of the platform team. The error describes the first entry that cannot be added.
     pub fn with(added: &[impl AsRef<str>]) -> Result<Self, String> {
         let mut all = Self::default();
         if added.len() > MOST_ADDED {
@@ -48,7 +48,7 @@ impl AllowList {
 
 fn refusal(entry: &str) -> Option<&'static str> {
     let prefix = entry.strip_suffix("/*");
-    // A prefix is well-formed if a key with it is.
+    // A prefix is well-formed if a key with this prefix is well-formed.
     let key = prefix.map_or_else(|| entry.to_owned(), |prefix| format!("{prefix}/x"));
     if !is_qualified(&key) {
         return Some("write a key such as `example.com/team`, or a prefix such as `example.com/*`");
@@ -95,13 +95,13 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_such_as_could_be_added() {
+    fn default_entries_pass_the_rules_for_added_entries() {
         AllowList::with(&ALLOWED_SECRET_METADATA).expect("well-formed");
     }
 
     #[test]
-    fn what_is_added_is_well_formed_and_takes_nothing_of_the_operator_and_of_kubernetes() {
-        for (entry, said) in [
+    fn malformed_and_reserved_entries_are_rejected() {
+        for (entry, expected) in [
             ("team", ""),
             ("example.com/*", ""),
             ("kubernetes.io/description", ""),
@@ -128,12 +128,12 @@ mod tests {
             ("k8s.io/*", "add single keys"),
             ("scheduling.k8s.io/*", "add single keys"),
         ] {
-            let told = AllowList::with(&[entry]).err().unwrap_or_default();
-            assert_eq!(told.is_empty(), said.is_empty(), "{entry}: {told}");
-            assert!(told.contains(said), "{entry}: {told}");
+            let error = AllowList::with(&[entry]).err().unwrap_or_default();
+            assert_eq!(error.is_empty(), expected.is_empty(), "{entry}: {error}");
+            assert!(error.contains(expected), "{entry}: {error}");
         }
         let many: Vec<String> = (0..=MOST_ADDED).map(|i| format!("key{i}")).collect();
-        AllowList::with(&many[1..]).expect("as many as fit");
-        assert!(AllowList::with(&many).expect_err("one more").contains("At most 64"));
+        AllowList::with(&many[1..]).expect("the maximum is allowed");
+        assert!(AllowList::with(&many).expect_err("too many").contains("At most 64"));
     }
 }

@@ -1,7 +1,8 @@
-//! How much one tenant may have done at once and for long: token buckets for each object and each namespace.
+//! Burst and sustained rate of the work that one tenant can cause: token buckets for each object and each namespace.
 //!
-//! What a tenant does with its own objects (edit, delete and create again, ask for refreshes) costs requests to ZITADEL
-//! and to the API server. Buckets are kept by name and outlive the object, so that deleting it does not refill them.
+//! A tenant's changes to its own objects (edits, deletion and recreation, renew requests) cause requests to ZITADEL and
+//! to the API server. Buckets are kept by name and outlive the object. Deleting an object therefore does not refill its
+//! bucket (`docs/adr/0009-unwritten-tokens-are-kept.md`).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,30 +11,31 @@ use std::time::Duration;
 use crate::domain::limits::{Level, Rate};
 use crate::domain::object_ref::ObjectRef;
 
-/// Below this many buckets nothing is pruned.
+/// Pruning starts at this number of buckets.
 const PRUNE_FROM: usize = 1024;
 
-/// Work is promised for so much later at most. Names that come and go would otherwise leave a debt that others pay.
+/// Upper bound of the debt of a bucket, as a waiting time. Without it, objects that are created and deleted in a loop
+/// would delay the other objects of their namespace for long.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
-/// A claim that nobody comes for is dropped after this.
+/// An unused claim is dropped after this time.
 const CLAIM_LASTS: Duration = Duration::from_mins(10);
 
-/// The buckets of all objects and namespaces, for one kind of work. Time is the caller's monotonic clock, as a duration
-/// since any fixed moment.
+/// The buckets of all objects and namespaces, for one kind of work. Times are durations since a fixed moment, by the
+/// caller's monotonic clock.
 #[derive(Debug)]
 pub struct Allowances {
     object: Rate,
     namespace: Rate,
     objects: HashMap<ObjectRef, Level>,
     namespaces: HashMap<Arc<str>, Level>,
-    /// When those may go on that were told to wait.
+    /// Objects that wait, and when each may continue.
     claims: HashMap<ObjectRef, Duration>,
     prune_at: usize,
 }
 
 impl Allowances {
-    /// Full buckets for everybody.
+    /// Starts with full buckets.
     #[must_use]
     pub fn new(object: Rate, namespace: Rate) -> Self {
         Self {
@@ -46,7 +48,7 @@ impl Allowances {
         }
     }
 
-    /// Takes one for `id`, or says how long it has to wait; then nothing is taken.
+    /// Takes one unit for `id`. If none is available, takes nothing and returns the waiting time.
     pub fn try_take(&mut self, now: Duration, id: &ObjectRef) -> Result<(), Duration> {
         let wait = self.wait(now, id);
         if wait.is_zero() {
@@ -56,8 +58,9 @@ impl Allowances {
         Err(wait)
     }
 
-    /// Takes one for `id`, or says when its turn comes: those that wait get different times, so that none comes in vain. If
-    /// too many wait, `id` has no turn yet and asks again after the longest wait.
+    /// Takes one unit for `id`, or reserves one for later and returns the waiting time. Waiting objects get different
+    /// times, so that a unit is available to each of them when it calls again. If the waiting time reaches
+    /// `LONGEST_WAIT`, nothing is reserved, and `id` has to call again after the returned time.
     pub fn claim(&mut self, now: Duration, id: &ObjectRef) -> Result<(), Duration> {
         if let Some(at) = self.claims.get(id).copied() {
             if at > now {
@@ -78,12 +81,12 @@ impl Allowances {
         Err(wait)
     }
 
-    /// What `id` took was not used: its next claim is free.
+    /// Returns an unused unit: the next claim of `id` takes nothing.
     pub fn give_back(&mut self, now: Duration, id: &ObjectRef) {
         self.claims.insert(id.clone(), now);
     }
 
-    /// Takes one for `id` in any case, and says how long it has to wait for it.
+    /// Takes one unit for `id` even if none is available, and returns the waiting time.
     pub fn reserve(&mut self, now: Duration, id: &ObjectRef) -> Duration {
         let wait = self.wait(now, id);
         self.take(now, id);
@@ -102,7 +105,7 @@ impl Allowances {
     fn take(&mut self, now: Duration, id: &ObjectRef) {
         if self.objects.len().max(self.claims.len()) >= self.prune_at {
             let (object, namespace) = (self.object, self.namespace);
-            // A full bucket is like a new one.
+            // A full bucket is equal to a new one.
             self.objects
                 .retain(|_, level| level.left_at(object, now) < object.burst);
             self.namespaces
@@ -141,10 +144,10 @@ mod tests {
     };
 
     proptest! {
-        /// However often somebody asks, each object and each namespace gets its burst and its rate and no more,
-        /// and what waits as long as it is told gets its turn.
+        /// However often callers ask, no object and no namespace exceeds its burst and its rate. A caller that waits
+        /// for the returned time succeeds.
         #[test]
-        fn nobody_gets_more_than_burst_and_rate(
+        fn burst_and_rate_are_never_exceeded(
             asks in prop::collection::vec((0_u64..400, 0_u8..2, 0_u8..8), 1..400), reserves in any::<bool>(),
         ) {
             let mut allowances = Allowances::new(OBJECT, NAMESPACE);
@@ -189,9 +192,9 @@ mod tests {
         }
     }
 
-    /// Many objects of a namespace wait: each comes back once, when its turn is, and the rate is used fully.
+    /// Many objects of a namespace wait. Each calls fewer than three times on average, and the rate is fully used.
     #[test]
-    fn those_that_wait_get_turns_one_after_another() {
+    fn waiting_objects_get_staggered_times() {
         let mut allowances = Allowances::new(OBJECT, NAMESPACE);
         let id = |i: usize| ObjectRef::new("n", &format!("o{i}"));
         let mut due: Vec<(Duration, usize)> = (0..500).map(|i| (Duration::ZERO, i)).collect();
@@ -205,11 +208,11 @@ mod tests {
             }
         }
         assert_eq!(granted.len(), 500);
-        // 480 at four a second, after 20 at once.
+        // A burst of 20, then 480 at four per second.
         let last = granted.last().expect("one").as_secs_f64();
         assert!((118.0..=200.0).contains(&last), "{last}");
         assert!(asks < 3 * 500, "{asks}");
-        // What was not used is not lost.
+        // A unit that was given back can be claimed again.
         let spent = ObjectRef::new("other", "spent");
         for _ in 0..5 {
             assert_eq!(allowances.claim(Duration::ZERO, &spent), Ok(()));
@@ -220,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_come_and_go_leave_no_long_debt() {
+    fn debt_of_a_namespace_is_bounded() {
         let mut allowances = Allowances::new(OBJECT, NAMESPACE);
         let one = ObjectRef::new("n", "one");
         for _ in 0..10_000 {
@@ -233,14 +236,14 @@ mod tests {
     }
 
     #[test]
-    fn full_buckets_are_forgotten_and_others_are_not() {
+    fn only_full_buckets_are_pruned() {
         let rate = |burst| Rate { burst, per_second: 1.0 };
         let mut allowances = Allowances::new(rate(2.0), rate(1e9));
         for i in 0..10 * PRUNE_FROM {
             let id = ObjectRef::new("tenant", &format!("new-{i}"));
             assert_eq!(allowances.try_take(Duration::from_millis(i as u64), &id), Ok(()));
         }
-        // One is full again after a second, in which a thousand others came.
+        // A bucket is full again after one second, in which 1,000 other objects were added.
         assert!(
             allowances.objects.len() <= 3 * PRUNE_FROM,
             "{}",
@@ -252,6 +255,6 @@ mod tests {
         assert_eq!(allowances.try_take(now, &spent), Ok(()));
         allowances.prune_at = 0;
         assert_eq!(allowances.try_take(now, &ObjectRef::new("tenant", "other")), Ok(()));
-        assert!(allowances.try_take(now, &spent).is_err(), "remembered");
+        assert!(allowances.try_take(now, &spent).is_err(), "bucket was pruned");
     }
 }

@@ -1,4 +1,4 @@
-//! The token endpoint's answer, and whether the token in it is the one that was asked for.
+//! The response of the token endpoint, and the check that its token matches the request.
 
 use std::collections::BTreeSet;
 
@@ -12,21 +12,21 @@ use crate::domain::reason::Reason;
 use crate::domain::schedule::{LONGEST_LIFETIME, SHORTEST_LIFETIME};
 use crate::domain::time::shifted;
 
-/// A token of more than this is none (ZITADEL's are about 1 kB).
+/// Maximum accepted size of a token. Tokens of ZITADEL have about 1 kB.
 pub const MAX_TOKEN_BYTES: usize = 32 * 1024;
 
-/// RFC 6749 §5.1, the fields that we need.
+/// The fields of a token response (RFC 6749 §5.1) that the operator needs.
 #[derive(Deserialize, Debug)]
 pub struct TokenAnswer {
     /// The token.
     pub access_token: SecretString,
     /// Must be Bearer.
     pub token_type: String,
-    /// Seconds, from the moment of the answer.
+    /// Lifetime in seconds, from the moment of the response.
     pub expires_in: Option<i64>,
 }
 
-/// Reads the body of a 200.
+/// Reads the body of a response with status 200.
 pub fn parse(body: &[u8]) -> Result<TokenAnswer, Reason> {
     // The parser's error could quote the token, so it is dropped.
     serde_json::from_slice(body).map_err(|_| Reason::MalformedAnswer)
@@ -42,7 +42,8 @@ pub enum Format {
 }
 
 impl Format {
-    /// What kind of token this is. ZITADEL's opaque tokens look like a JWE of five parts (zitadel.md §10.6).
+    /// The format of `token`. ZITADEL's opaque tokens look like a JWE of five parts
+    /// (`docs/reference/zitadel-protocol.md#token-formats`).
     #[must_use]
     pub fn of(token: &str) -> Self {
         if claims(token).is_some() {
@@ -52,7 +53,7 @@ impl Format {
         }
     }
 
-    /// As shown in `status`.
+    /// The value in `status`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -62,33 +63,34 @@ impl Format {
     }
 }
 
-/// What a minted token must be.
+/// The claims that an issued token must have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Expected {
     /// `iss`.
     pub issuer: String,
     /// `sub`.
     pub user_id: String,
-    /// `aud`, all of it.
+    /// The complete `aud`.
     pub audience: BTreeSet<String>,
-    /// The claim `urn:zitadel:iam:org:id`, if it was asked for: ZITADEL drops the scope in silence when it is not
-    /// the user's own organization (zitadel.md §4.1).
+    /// The claim `urn:zitadel:iam:org:id`, if the token requests an organization. ZITADEL silently drops the scope of
+    /// an organization other than the user's own (`docs/reference/zitadel-protocol.md#scopes`).
     pub organization_id: Option<String>,
 }
 
-/// A token that was minted and checked.
+/// A token that ZITADEL issued and the operator checked.
 #[derive(Clone, Debug)]
 pub struct Minted {
     /// The token.
     pub token: SecretString,
-    /// Start of its lifetime by our clock: when the request was sent.
+    /// Start of its lifetime: when the operator sent the request, by the server's clock.
     pub issued: Timestamp,
-    /// End of its lifetime by our clock.
+    /// End of its lifetime, by the server's clock.
     pub expires: Timestamp,
 }
 
-/// Checks an answer to a request sent at `sent`. The expiry is the earlier of `sent + expires_in` and `exp`, so that
-/// it errs to the early side (design §3.10).
+/// Checks the response to a request that was sent at `sent`. The expiry is the earlier of `sent + expires_in` and
+/// `exp`, so that an error makes it too early and never too late
+/// (`docs/adr/0010-refresh-schedule-with-stable-jitter.md`).
 pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Result<Minted, Reason> {
     let token = answer.access_token.expose_secret();
     if !is_b64token(token) || !answer.token_type.eq_ignore_ascii_case("Bearer") {
@@ -122,7 +124,8 @@ pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Resu
     })
 }
 
-/// The claims of a JWT that we judge by. Read, not verified: it came over TLS from the issuer itself.
+/// The claims of a JWT that the operator checks. The signature is not verified: the token was received over TLS from
+/// the issuer itself.
 #[derive(Debug)]
 pub struct Claims {
     iss: Option<String>,
@@ -134,7 +137,7 @@ pub struct Claims {
 }
 
 impl Claims {
-    /// The audience, if it is a single one.
+    /// The audience, if it has exactly one entry.
     #[must_use]
     pub fn only_audience(&self) -> Option<&str> {
         let mut audience = self.aud.iter();
@@ -155,7 +158,7 @@ struct RawClaims {
     organization_id: Option<String>,
 }
 
-/// RFC 7519 §4.1.3: one string or a list.
+/// `aud` is one string or a list of strings (RFC 7519 §4.1.3).
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Audience {
@@ -163,8 +166,8 @@ enum Audience {
     Many(BTreeSet<String>),
 }
 
-/// The claims, if `token` is a JWT: three parts, the first or second a JSON object. Of claims that cannot be read there
-/// are none, which is never what was asked for: who would read them otherwise than we do might be let through.
+/// The claims, if `token` is a JWT: three parts, of which the first or the second is a JSON object. Unreadable claims
+/// count as missing, so the token is rejected: another parser could read them differently.
 #[must_use]
 pub fn claims(token: &str) -> Option<Claims> {
     let mut parts = token.split('.');
@@ -190,7 +193,7 @@ pub fn claims(token: &str) -> Option<Claims> {
             Some(Audience::Many(many)) => many,
             None => BTreeSet::new(),
         },
-        // Whole seconds, rounded down; a number that is no time is no expiry.
+        // Rounded down to whole seconds. A number outside the range of `Timestamp` counts as no expiry.
         exp: raw
             .exp
             .and_then(|s| SignedDuration::try_from_secs_f64(s.floor()).ok())
@@ -199,8 +202,8 @@ pub fn claims(token: &str) -> Option<Claims> {
     })
 }
 
-/// Whether a JWT is what was asked for: issuer and subject right, the audience equal and not merely containing,
-/// the organization there if asked for.
+/// Checks that a JWT matches the request: issuer and subject are as expected, the audience is equal
+/// (`docs/adr/0007-audience-must-be-equal.md`), and the organization is present if it was requested.
 pub fn check_claims(claims: &Claims, expected: &Expected) -> Result<(), Reason> {
     let right = claims.iss.as_ref() == Some(&expected.issuer)
         && claims.sub.as_ref() == Some(&expected.user_id)
@@ -209,7 +212,7 @@ pub fn check_claims(claims: &Claims, expected: &Expected) -> Result<(), Reason> 
     if right { Ok(()) } else { Err(Reason::TokenMismatch) }
 }
 
-/// RFC 6750 §2.1, bounded.
+/// The syntax of a bearer token (RFC 6750 §2.1), with a maximum length.
 fn is_b64token(token: &str) -> bool {
     let body = token.trim_end_matches('=');
     !body.is_empty()
@@ -242,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jwt_is_taken_only_if_it_is_what_was_asked_for() {
+    fn jwt_is_accepted_only_if_it_matches_the_request() {
         let sent = Timestamp::from_second(1_800_000_000).expect("in range");
         let good =
             serde_json::json!({"iss": "https://auth.example.com", "sub": "7", "aud": ["2", "1"], "exp": 1_800_000_100});
@@ -274,7 +277,7 @@ mod tests {
             (with("exp", serde_json::json!(1_800_000_050.9)), Ok(50)),
             (with("exp", serde_json::json!(-1e300)), Ok(3600)),
             (with("exp", serde_json::json!(-1)), Err(Reason::LifetimeTooShort)),
-            // What another reader might take for the right claims, or for none.
+            // Another parser might accept these claims, or treat them as missing.
             (with("aud", serde_json::Value::Null), Err(Reason::TokenMismatch)),
             (with("aud", serde_json::json!({"1": "2"})), Err(Reason::TokenMismatch)),
             (with("aud", serde_json::json!([["1", "2"]])), Err(Reason::TokenMismatch)),
@@ -320,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_answers_have_a_reason_and_never_panic() {
+    fn odd_responses_have_a_reason_and_never_panic() {
         let sent = Timestamp::from_second(1_800_000_000).expect("in range");
         let opaque = "eyJh.bGci.OiJB.MjU2.R0NN";
         let cases = [
@@ -347,7 +350,7 @@ mod tests {
                 "{token} {expires_in}"
             );
         }
-        // A clock that lies may say any time.
+        // A wrong clock can return any time.
         for sent in [Timestamp::MIN, Timestamp::MAX] {
             let got = answer(opaque, r#","expires_in":9223372036854775807"#).and_then(|a| accept(a, &expected(), sent));
             assert_eq!(got.is_ok(), sent == Timestamp::MIN);

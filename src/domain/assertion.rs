@@ -1,4 +1,4 @@
-//! The RFC 7523 assertion: a JWT with which a service user asks for a token.
+//! The RFC 7523 assertion: a JWT with which a service user requests a token.
 
 use jsonwebtoken::{Algorithm, Header};
 use k8s_openapi::jiff::Timestamp;
@@ -8,12 +8,13 @@ use serde::Serialize;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 
-/// `iat` lies this far back: ZITADEL refuses an `iat` more than a second ahead of its clock and takes one up to an
-/// hour old (zitadel.md §2, check 4), so that a small lead of our clock must not matter.
+/// `iat` is this far in the past, so that a small lead of the operator's clock does not matter. ZITADEL refuses an
+/// `iat` more than a second ahead of its clock and accepts one up to an hour old
+/// (`docs/reference/zitadel-protocol.md#the-assertion`).
 const BACKDATE_SECONDS: i64 = 15;
 
-/// How long an assertion can be used from now. It can be replayed until then (zitadel.md §2), hence short; with the
-/// back-dating an assertion lives under two minutes.
+/// `exp` is this far in the future. The time is short because an assertion can be replayed until it expires
+/// (`docs/reference/zitadel-protocol.md#the-assertion`). The time from `iat` to `exp` is below two minutes.
 const VALID_SECONDS: i64 = 60;
 
 #[derive(Serialize)]
@@ -25,8 +26,9 @@ struct Claims<'a> {
     exp: i64,
 }
 
-/// Signs an assertion for the key's user, RS256: the one algorithm valid for RSA keys on every version
-/// (zitadel.md §1.3). `now` is by the server's clock, as far as it is known.
+/// Signs an assertion for the key's user with RS256, the only algorithm for RSA keys that every version of ZITADEL
+/// accepts (`docs/reference/zitadel-protocol.md#key-sizes-and-algorithms`). `now` is by the server's clock, as far as
+/// it is known.
 pub fn sign(key: &ServiceKey, issuer: &str, now: Timestamp) -> Result<SecretString, Reason> {
     let now = now.as_second();
     let claims = Claims {
@@ -38,7 +40,7 @@ pub fn sign(key: &ServiceKey, issuer: &str, now: Timestamp) -> Result<SecretStri
     };
     let mut header = Header::new(Algorithm::RS256);
     header.kid = Some(key.key_id.clone());
-    // A PEM that decodes may still hold numbers that are no RSA key.
+    // The numbers in a well-formed PEM may still not be a valid RSA key.
     jsonwebtoken::encode(&header, &claims, &key.signing)
         .map(SecretString::from)
         .map_err(|_| Reason::KeyPEMInvalid)

@@ -1,4 +1,4 @@
-//! How long something that failed is held back, from how it failed and how it did before.
+//! The backoff after a failure, computed from the failure and the previous backoff.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
@@ -7,25 +7,25 @@ use crate::domain::retry::{Failed, PendingRetry};
 use crate::domain::schedule::backoff;
 use crate::domain::time::shifted;
 
-/// `Retry-After` is believed up to this.
+/// Maximum delay that the operator accepts from `Retry-After`.
 pub const LONGEST_RETRY_AFTER: SignedDuration = SignedDuration::from_mins(15);
 
-/// A back-off that runs, and what the next one must know of it.
+/// A running backoff, with the state that the next one depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backoff {
-    /// Failures in a row.
+    /// Number of consecutive failures.
     pub failures: u32,
-    /// What failed, and until when it is not tried.
+    /// The failure, and when the operator retries.
     pub hold: PendingRetry,
-    /// The server asked not to come back before (`Retry-After`).
+    /// The `Retry-After` deadline of the server.
     asked: Option<Timestamp>,
-    /// It is tried before the back-off has run, since a good token is about to expire.
+    /// The next attempt is earlier than the full backoff. The next failure therefore does not increase `failures`.
     cut_short: bool,
-    /// It was not tried, because the circuit breaker refused it.
+    /// Not attempted, because the circuit breaker refused it.
     refused: bool,
 }
 
-/// What works again.
+/// The dependency that recovered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Recovery {
     /// The circuit breaker closed.
@@ -35,15 +35,16 @@ pub enum Recovery {
 }
 
 impl Backoff {
-    /// Longer with each failure; as long as before if it was not tried. `seed` spreads what failed together.
+    /// The backoff after `failed`. It grows with each failure and does not change while the attempt is deferred. `seed`
+    /// spreads objects that failed together.
     #[must_use]
     pub fn after(failed: &Failed, last: Option<&Self>, seed: &str, now: Timestamp) -> Self {
         let reason = failed.reason;
-        // A token that is still good must not expire meanwhile.
+        // The backoff must not outlast a token that is still valid.
         let until = |at: Timestamp| failed.not_after.map_or(at, |not_after| at.min(not_after));
         match (last, failed.not_before) {
             (Some(last), None) if failed.deferred => *last,
-            // Nobody was asked, so that it does not count (design §3.5).
+            // No request was sent, so this is not a failure (docs/adr/0012-circuit-breaker-evidence.md).
             (last, not_before) if failed.deferred => Self {
                 failures: last.map_or(0, |last| last.failures),
                 hold: PendingRetry {
@@ -56,7 +57,7 @@ impl Backoff {
                 refused: reason != Reason::RequestsThrottled,
             },
             (last, not_before) => {
-                // The many tries before an expiry are not held against the object after it.
+                // Retries that were brought forward to beat an expiry do not lengthen the backoff after it.
                 let failures = last.map_or(1, |last| last.failures.saturating_add(u32::from(!last.cut_short)));
                 let patient = shifted(now, backoff(reason.retry(), failures, seed));
                 let until = until(patient);
@@ -76,8 +77,9 @@ impl Backoff {
         }
     }
 
-    /// What a change of the object leaves of it: the time that the server asked for, else whoever edits in a loop would
-    /// ask again each time. Our own clock may have been set since: no server is believed to ask for more from now on.
+    /// The part of the backoff that a change of the object leaves: the server's `Retry-After` deadline. Otherwise,
+    /// edits in a loop would send a request each time. The deadline is at most [`LONGEST_RETRY_AFTER`] from now,
+    /// because the operator's own clock may have been set meanwhile.
     #[must_use]
     pub fn anew(self, now: Timestamp) -> Option<Self> {
         let until = self.asked?.min(shifted(now, LONGEST_RETRY_AFTER));
@@ -94,8 +96,9 @@ impl Backoff {
         })
     }
 
-    /// What a recovery leaves of it. What the breaker refused is tried now. What failed by itself keeps its back-off,
-    /// unless the instance was the cause: else each recovery would bring back all who fail through their own fault.
+    /// The part of the backoff that a recovery leaves. Attempts that the circuit breaker refused are retried now.
+    /// Objects that failed keep their backoff, unless the instance was the cause. Otherwise, each recovery would retry
+    /// every object that fails for its own reasons.
     #[must_use]
     pub fn after_recovery(self, recovery: Recovery, now: Timestamp) -> Option<Self> {
         if recovery == Recovery::Instance && self.hold.reason.subject() == Subject::Instance {
@@ -118,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_was_not_asked_waits_no_longer_than_a_good_token_lasts() {
+    fn deferred_attempt_does_not_outlast_a_valid_token() {
         for (not_before, not_after, until) in [(300, None, 300), (300, Some(40), 40), (30, Some(40), 30)] {
             let failed = Failed {
                 not_before: Some(at(not_before)),
@@ -131,24 +134,24 @@ mod tests {
     }
 
     #[test]
-    fn a_change_leaves_what_the_server_asked_for_and_nothing_of_what_we_chose() {
+    fn change_clears_the_backoff_but_not_retry_after() {
         let after = |not_before: Option<i64>, times: usize| {
             let failed = Failed {
                 not_before: not_before.map(at),
                 ..Failed::now("t", Reason::ServerError)
             };
             let once = |last: Option<Backoff>| Some(Backoff::after(&failed, last.as_ref(), "", at(0)));
-            (0..times).fold(None, |last, _| once(last)).expect("one")
+            (0..times).fold(None, |last, _| once(last)).expect("a failure")
         };
-        // A server that asks for a second each time, until our own back-off is far longer.
+        // The server sends `Retry-After: 1` each time, and the operator's own backoff grows far beyond it.
         let long = after(Some(1), 12);
         assert!(long.hold.until > at(60));
-        let left = long.anew(at(0)).expect("the second");
+        let left = long.anew(at(0)).expect("Retry-After remains");
         assert_eq!((left.hold.until, left.failures), (at(1), 0));
         assert_eq!(after(Some(900), 1).anew(at(0)).map(|b| b.hold.until), Some(at(900)));
         assert_eq!(after(None, 5).anew(at(0)), None);
-        // Our own clock was years ahead when the server asked.
-        let left = after(Some(1_000_000), 1).anew(at(0)).expect("the server asked");
+        // The operator's own clock was far ahead when the server sent `Retry-After`.
+        let left = after(Some(1_000_000), 1).anew(at(0)).expect("Retry-After remains");
         assert_eq!(left.hold.until, at(900));
     }
 }

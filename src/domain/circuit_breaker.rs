@@ -1,21 +1,23 @@
-//! The circuit breaker of one way to one ZITADEL host: whether a token request may be sent now, as a pure state machine.
+//! The circuit breaker for one ZITADEL host and one set of connection settings: a pure state machine that decides
+//! whether a token request may be sent now (docs/adr/0012-circuit-breaker-evidence.md).
 //!
-//! A tenant can make its own requests fail: by slow or broken Actions, or by a refused key, which ZITADEL up to v4.13
-//! answers with a 500. The breaker must tell that from a host that is down. The rule:
+//! A tenant can make its own requests fail: by slow or broken Actions, or by a refused key, to which ZITADEL up to
+//! v4.13 responds with a 500. The breaker must distinguish these failures from a host that is down. The rules:
 //!
-//! 1. The breaker opens after three connection failures without any answer in between, or when requests of three users in
-//!    two namespaces fail within a minute and no token request has succeeded meanwhile.
-//! 2. A successful token request closes the breaker. Every namespace that failed before, or while that request succeeded,
-//!    is then a suspect until ten minutes after its last failure: its failures count only if no request at all has
-//!    succeeded for a minute.
-//! 3. While the breaker is open, it admits one probe at a time, at most one per second, but for rule 4. Namespaces whose
-//!    last request did not fail go first, then those whose last failure is oldest. A namespace whose probe failed or said
-//!    nothing waits 1, 2, 4 .. 30 s, or for its `Retry-After`, which holds up the others for 30 s at most.
-//! 4. As long as the host answers, a namespace whose last request did not fail is refused for 30 s at most.
-//! 5. A host is silent if no connection is made, or discovery gets no answer. Successful discovery closes the breaker of a
-//!    silent host; of any other host discovery proves only that it answers.
+//! 1. The breaker opens after three connection failures without any answer in between, or when requests of three users
+//!    in two namespaces fail within a minute and no token request has succeeded meanwhile.
+//! 2. A successful token request closes the breaker. Every namespace that failed before, or while that request
+//!    succeeded, is then a suspect until ten minutes after its last failure. The failures of a suspect count only if no
+//!    request has succeeded for a minute.
+//! 3. While the breaker is open, it admits one probe at a time and at most one per second, except by rule 4. Namespaces
+//!    whose last request did not fail go first, then those whose last failure is oldest. A namespace whose probe failed
+//!    or was inconclusive waits 1, 2, 4 .. 30 s, or for its `Retry-After`. A `Retry-After` delays other namespaces for
+//!    at most 30 s.
+//! 4. As long as the host answers, a namespace whose last request did not fail is refused for at most 30 s.
+//! 5. A host is silent if connections fail or discovery gets no answer. Successful discovery closes the breaker of a
+//!    silent host. For any other host, discovery proves only that the host answers.
 //!
-//! `model` checks the bounds that follow.
+//! The tests in `model` check the bounds that follow from these rules.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,42 +27,43 @@ use crate::domain::failure::{Failure, classify};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 
-/// Connection failures in a row that open the breaker: one may be a restart behind a balancer.
+/// Consecutive connection failures that open the breaker. A single one may be a restart behind a load balancer.
 const CONNECTION_FAILURES: u32 = 3;
 
-/// Users whose requests fail that open the breaker, and how many of them may be of one namespace: a tenant owns all users
-/// of its own.
+/// Failing users that open the breaker, and how many of them may be in one namespace. A tenant controls all users of
+/// its namespace.
 const USERS: usize = 3;
 const OF_ONE_NAMESPACE: usize = 2;
 
-/// Failures count together, and a success speaks for the host, for this long.
+/// How long a failure counts against the host, and how long a success counts for it.
 const WINDOW: Duration = Duration::from_mins(1);
 
-/// A namespace is remembered for this long after its last failure.
+/// How long a namespace is remembered after its last failure.
 const MEMORY: Duration = Duration::from_mins(10);
 
-/// Between the starts of two probes.
+/// Minimum time between the starts of two probes.
 const SPACING: Duration = Duration::from_secs(1);
 
 /// The longest time that a namespace waits because of its own failed probes, or because of other namespaces.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// A namespace loses its place in the line if its user comes so much later than it was told.
+/// A namespace loses its place in the queue if its user retries this much later than its assigned time.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Users beyond the first of their namespace are woken when the breaker closes. Should that fail, they come back
-/// after this.
+/// The longest retry time for further users of a namespace that already waits for a probe. They are normally woken when
+/// the breaker closes.
 const PATIENCE: Duration = Duration::from_mins(5);
 
-/// Longer than any back-off with its jitter, and a request. If nothing is asked for so long, nobody needs the host.
+/// Longer than any backoff with its jitter plus a request. If there is no request for this long, no user needs the
+/// host.
 const QUIET: Duration = Duration::from_mins(7);
 
-/// What one failed request says against the host.
+/// The kind of failure that one request is evidence of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// No connection, or no trusted one. No tenant can cause that.
+    /// No connection, or no trusted TLS connection. A tenant cannot cause this.
     Connection,
-    /// A timeout, or a connection that ends before the answer.
+    /// A timeout, or a connection that ends before the response.
     NoAnswer,
     /// 429, 500, 502, 503 or 504.
     ErrorAnswer,
@@ -77,54 +80,55 @@ impl Fault {
     }
 }
 
-/// A request that must not be sent now.
+/// The refusal of a request that must not be sent now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// Why the last request failed.
+    /// Why the last request to the host failed.
     pub reason: Reason,
-    /// The user may ask again after this.
+    /// The user may retry after this time.
     pub retry_in: Duration,
 }
 
-/// A token request that may be sent. Its outcome is recorded once, or it is released.
+/// Permission to send one token request. The caller records its outcome once, or releases it.
 #[derive(Debug)]
 pub struct Admission {
     user: ObjectRef,
     began: Duration,
-    /// Which opening of the breaker it probes; none if the breaker was closed.
+    /// The opening of the breaker that the request probes. None if the breaker was closed.
     probe: Option<u64>,
 }
 
-/// Time is the caller's monotonic clock, as a duration since any fixed moment.
+/// The circuit breaker. Times are the caller's monotonic clock, as durations since any fixed moment.
 #[derive(Debug, Default)]
 pub struct CircuitBreaker {
-    /// The last successful token request.
+    /// Time of the last successful token request.
     succeeded: Option<Duration>,
-    /// Who failed since then, within the window: of each user the last failure, of each namespace two users.
+    /// Users that failed since then and within [`WINDOW`], with the time of their last failure: at most
+    /// [`OF_ONE_NAMESPACE`] users of one namespace.
     evidence: Vec<(Duration, ObjectRef)>,
-    /// Connection failures since the last answer.
+    /// Connection failures since the last response.
     unreachable: u32,
-    /// No connection was made, or discovery got no answer, and nothing was answered since.
+    /// Whether a connection failed or discovery got no answer, without any response since.
     silent: bool,
-    /// No probe before this.
+    /// The earliest time of the next probe.
     next: Duration,
-    /// Namespaces that failed lately. The empty one stands for discovery.
+    /// Namespaces that failed within [`MEMORY`]. The empty name stands for discovery.
     namespaces: BTreeMap<Arc<str>, Namespace>,
     open: Option<Open>,
-    /// How often it opened.
+    /// How often the breaker has opened.
     openings: u64,
 }
 
 #[derive(Debug, Default)]
 struct Namespace {
     last_failure: Duration,
-    /// Its last request failed.
+    /// Whether the last request of the namespace failed.
     failing: bool,
-    /// It failed while others succeeded.
+    /// Whether the namespace failed before or while a request of any namespace succeeded (rule 2).
     suspect: bool,
     /// Failed probes since the breaker opened.
     probes: u32,
-    /// No probe of this namespace before.
+    /// The earliest time of the next probe of this namespace.
     not_before: Duration,
 }
 
@@ -132,28 +136,28 @@ struct Namespace {
 struct Open {
     id: u64,
     reason: Reason,
-    /// Probes that have not ended.
+    /// Probes in flight.
     in_flight: usize,
     waiting: BTreeMap<Arc<str>, Waiting>,
-    /// After this nobody is expected any more.
+    /// After this time no further request is expected.
     until: Duration,
 }
 
-/// A namespace in the line for a probe.
+/// A namespace in the queue for a probe.
 #[derive(Debug)]
 struct Waiting {
-    /// When it was refused first.
+    /// When it was first refused.
     since: Duration,
-    /// The user who comes for the next probe.
+    /// The user that is to send the next probe.
     user: Arc<str>,
-    /// When.
+    /// The time at which that user is to retry.
     told: Duration,
-    /// When the last of its other users comes.
+    /// The latest retry time assigned to its other users.
     last: Duration,
 }
 
 impl CircuitBreaker {
-    /// A user asks to send a token request.
+    /// Asks for permission to send a token request for `user`.
     pub fn admit(&mut self, now: Duration, user: &ObjectRef) -> Result<Admission, Refused> {
         Ok(Admission {
             user: user.clone(),
@@ -197,8 +201,8 @@ impl CircuitBreaker {
         })
     }
 
-    /// The request succeeded, or its refusal shows that the host works. True if the breaker was open: those that it
-    /// refused may come.
+    /// Records that the request succeeded, or was refused in a way that shows that the host works. Returns whether this
+    /// closed the breaker: then the caller wakes the users that it refused.
     pub fn record_success(&mut self, now: Duration, request: &Admission) -> bool {
         if let Some(namespace) = self.namespaces.get_mut(&request.user.namespace) {
             namespace.failing = false;
@@ -212,7 +216,7 @@ impl CircuitBreaker {
         self.close()
     }
 
-    /// The request failed. The server asked to wait for `retry_after` from now on.
+    /// Records that the request failed. `retry_after` is the delay that the server asked for, from now on.
     pub fn record_failure(&mut self, now: Duration, request: &Admission, failure: Failure, retry_after: Duration) {
         let probe = self.end(request);
         if matches!(failure, Failure::Status { .. } | Failure::Malformed) {
@@ -226,7 +230,7 @@ impl CircuitBreaker {
         self.note(now, &request.user, failure, counts);
     }
 
-    /// No token was asked for, because discovery failed.
+    /// Records that no token was requested because discovery failed.
     pub fn record_no_discovery(
         &mut self,
         now: Duration,
@@ -242,8 +246,9 @@ impl CircuitBreaker {
         self.record_discovery(now, instance, Err(failure));
     }
 
-    /// How discovery of an instance ended. True if that closed the breaker: those that it refused may come. A status is
-    /// no evidence, since a wrong issuer may be the cause.
+    /// Records the result of discovery of an instance. Returns whether this closed the breaker: then the caller wakes
+    /// the users that it refused. An error status is no evidence against the host, because a wrong issuer may be the
+    /// cause.
     pub fn record_discovery(&mut self, now: Duration, instance: &str, ended: Result<(), Failure>) -> bool {
         let fault = ended.err().and_then(Fault::of);
         if let (Err(failure), Some(Fault::Connection | Fault::NoAnswer)) = (ended, fault) {
@@ -258,8 +263,8 @@ impl CircuitBreaker {
         recovered && self.close()
     }
 
-    /// The request was not sent, or its outcome says nothing. The namespace waits as after a failed probe, else one whose
-    /// probes never say anything would keep its place at the head of the line.
+    /// Records that the request was not sent, or that its outcome is inconclusive. The namespace waits as after a
+    /// failed probe. Otherwise a namespace whose probes are always inconclusive would stay at the head of the queue.
     pub fn release(&mut self, now: Duration, request: &Admission) {
         if self.end(request) {
             self.blame(now, &request.user.namespace, false);
@@ -267,14 +272,14 @@ impl CircuitBreaker {
         }
     }
 
-    /// Whether it refuses requests, or would if somebody asked. If nobody asks any more, it is half-open.
+    /// Whether the breaker refuses requests. It is half-open once no further request is expected.
     #[must_use]
     pub fn is_open(&self, now: Duration) -> bool {
         let open = self.open.as_ref();
         open.is_some_and(|open| open.in_flight > 0 || now < open.until)
     }
 
-    /// Whether the request was a probe of the present opening.
+    /// Ends the request. Returns whether it was a probe of the current opening.
     fn end(&mut self, request: &Admission) -> bool {
         let open = self.open.as_mut().filter(|open| request.probe == Some(open.id));
         open.map(|open| open.in_flight -= 1).is_some()
@@ -295,8 +300,9 @@ impl CircuitBreaker {
         self.open.take().is_some()
     }
 
-    /// Remembers a failure of the namespace. Returns whether it counts against the host: a success since the request
-    /// began contradicts it.
+    /// Remembers a failure of the namespace. Returns whether it counts against the host. It does not if a success since
+    /// the start of the request contradicts it, or if the namespace is a suspect and a request has succeeded within
+    /// [`WINDOW`].
     fn blame(&mut self, now: Duration, namespace: &Arc<str>, contradicted: bool) -> bool {
         self.prune(now);
         let lately = self.succeeded.is_some_and(|at| now < at + WINDOW);
@@ -307,7 +313,7 @@ impl CircuitBreaker {
         !(contradicted || namespace.suspect && lately)
     }
 
-    /// Lets the namespace wait for its next probe, and the others a little.
+    /// Delays the next probe of the namespace, and those of other namespaces by at most [`LONGEST`].
     fn postpone(&mut self, now: Duration, namespace: &Arc<str>, probe: bool, retry_after: Duration) {
         let namespace = self.namespaces.entry(namespace.clone()).or_default();
         namespace.not_before = namespace.not_before.max(now + retry_after);
@@ -359,8 +365,8 @@ impl CircuitBreaker {
 }
 
 impl Open {
-    /// When the user may ask again. One user of its namespace comes for the next probe, when it was told; the others
-    /// come after it, in case that it does not.
+    /// Returns when the user may retry. One user of each namespace retries for the next probe. The others get later
+    /// times, in case that user does not retry.
     fn refuse(&mut self, now: Duration, user: &ObjectRef, told: Duration) -> Duration {
         let waiting = self.waiting.entry(user.namespace.clone()).or_insert_with(|| Waiting {
             since: now,
@@ -380,7 +386,7 @@ impl Open {
     }
 }
 
-/// The wait after so many failed probes and one more.
+/// The wait after a failed probe that follows `probes` other failed probes.
 fn wait(probes: u32) -> Duration {
     Duration::from_secs(1 << probes.min(10)).min(LONGEST)
 }

@@ -1,8 +1,9 @@
-//! The server's clock beside ours, measured from the `Date` of its answers (design §3.8).
+//! The difference between the server's clock and the operator's, measured from the `Date` header of responses
+//! (`docs/adr/0011-times-follow-the-servers-clock.md`).
 //!
-//! Whether an assertion is valid, a token expired or a key at its end is decided by the server's clock. So every time
-//! that the domain handles, and every time in a record or a status, is by that clock as far as it is known; where a
-//! pass begins and ends, the controller translates.
+//! The server's clock decides whether an assertion is valid and whether a token or a key has expired. All times in the
+//! domain, in records and in the status of a service user are therefore by the server's clock, as far as it is known.
+//! The controller converts times at the beginning and at the end of a reconcile.
 
 use std::time::Instant;
 
@@ -11,20 +12,20 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use crate::domain::reason::Reason;
 use crate::domain::time::shifted;
 
-/// A skew beyond this is told and never used: neither to sign nor to judge a token. With a `Date` that lies, an
-/// assertion would become valid some time in the future, and a valid token would seem expired.
+/// A skew beyond this is reported and never used, neither to sign an assertion nor to check a token. Otherwise, a wrong
+/// `Date` could lead to an assertion that becomes valid in the future, or make a valid token seem expired.
 const FARTHEST: SignedDuration = SignedDuration::from_mins(5);
 
-/// Two clocks that were used one after the other are at most this far apart.
+/// Maximum difference between two usable skews: each is at most [`FARTHEST`] from zero.
 const FARTHEST_APART: SignedDuration = SignedDuration::from_mins(10);
 
-/// `status.clockSkewSeconds` is rounded to this, so that it does not change with every answer.
+/// `status.clockSkewSeconds` is rounded to a multiple of this, so that it does not change with every response.
 const ROUNDED_TO: i64 = 5;
 
-/// A change of the estimate by less comes of measuring.
+/// A smaller change of the estimate is measurement noise.
 const NEWS: SignedDuration = SignedDuration::from_secs(1);
 
-/// By how much the server's clock may be ahead of ours, from one answer.
+/// Bounds of the server's lead over the operator's clock, from one response.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample {
     least: SignedDuration,
@@ -32,8 +33,9 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// From an answer dated `date` by the server, in whole seconds (RFC 9110 §6.6.1), to a request that was `sent` and
-    /// whose answer was `received` by our clock. None if our clock was set back meanwhile.
+    /// Computes the bounds from the server's `Date`, which has whole seconds (RFC 9110 §6.6.1), and from when the
+    /// request was `sent` and its response `received` by the operator's clock. Returns `None` if the operator's clock
+    /// was set back in between.
     #[must_use]
     pub fn new(date: Timestamp, sent: Timestamp, received: Timestamp) -> Option<Self> {
         let sample = Self {
@@ -47,7 +49,7 @@ impl Sample {
         self.least <= skew && skew <= self.most
     }
 
-    /// What both allow, if they agree.
+    /// The intersection of both bounds, if there is one.
     fn and(self, other: Self) -> Option<Self> {
         let both = Self {
             least: self.least.max(other.least),
@@ -57,28 +59,28 @@ impl Sample {
     }
 }
 
-/// How far the server's clock is ahead of ours, negative if it is behind. Taken to be nothing until two answers agree
-/// that it is something, and kept until two agree that it is something else: a single `Date` proves nothing.
+/// How far the server's clock is ahead of the operator's, negative if it is behind. It starts at zero and changes only
+/// if two successive responses agree on another value, because a single `Date` proves nothing.
 ///
-/// What was measured is told to users. What is used is the last that was measured within [`FARTHEST`], or nothing.
+/// The status reports the measured value. Decisions use the last measured value within [`FARTHEST`], or zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Skew {
     measured: SignedDuration,
     usable: SignedDuration,
-    /// Whether answers confirmed `measured` since our own clock was last set.
+    /// Whether a response confirmed `measured` since the operator's own clock was last set.
     proven: bool,
-    /// The last answer, if it contradicts what was measured.
+    /// The last response, if it contradicts `measured`.
     contradiction: Option<Sample>,
 }
 
 impl Skew {
-    /// Takes an answer into account.
+    /// Records a response.
     pub fn observe(&mut self, sample: Sample) {
         if sample.allows(self.measured) {
             self.proven = true;
             self.contradiction = None;
         } else if let Some(both) = self.contradiction.and_then(|last| last.and(sample)) {
-            // The smallest that both allow: a second's fraction that `Date` does not tell is no skew.
+            // The value nearest to zero that both allow: `Date` lacks fractions of a second, and those are not a skew.
             self.measured = SignedDuration::ZERO.clamp(both.least, both.most);
             self.proven = true;
             self.contradiction = None;
@@ -90,7 +92,7 @@ impl Skew {
         }
     }
 
-    /// What is left of it after our own clock was set: the usable skew until the server confirms or corrects it.
+    /// The skew after the operator's own clock was set: the usable value, until a response confirms or corrects it.
     #[must_use]
     pub fn unproven(self) -> Self {
         Self {
@@ -101,38 +103,38 @@ impl Skew {
         }
     }
 
-    /// The last answer contradicts what was measured: another one will tell.
+    /// Whether the last response contradicts the measured value, so that another response is needed.
     #[must_use]
     pub fn is_in_doubt(self) -> bool {
         self.contradiction.is_some()
     }
 
-    /// How far the server's clock is ahead by its answers, however far that is. For people, not for decisions.
+    /// The measured lead of the server's clock, without a bound. For users, not for decisions.
     #[must_use]
     pub fn measured(self) -> SignedDuration {
         self.measured
     }
 
-    /// How far the server's clock is taken to be ahead.
+    /// The lead of the server's clock that decisions use.
     #[must_use]
     pub fn usable(self) -> SignedDuration {
         self.usable
     }
 
-    /// The moment `ours` by the server's clock, as far as it is usable.
+    /// Converts a time of the operator's clock to the server's clock, with the usable skew.
     #[must_use]
     pub fn theirs(self, ours: Timestamp) -> Timestamp {
         shifted(ours, self.usable)
     }
 
-    /// The moment `ours` by the server's clock, once answers have confirmed it: for what cannot be taken back.
+    /// Like [`Self::theirs`], but `None` until a response has confirmed the skew. For actions that cannot be undone.
     #[must_use]
     pub fn certain(self, ours: Timestamp) -> Option<Timestamp> {
         let certain = self.proven && self.check().is_ok();
         certain.then(|| self.theirs(ours))
     }
 
-    /// Whether anything may be signed, or said to have expired.
+    /// Whether the skew permits signing an assertion or treating a token as expired.
     pub fn check(self) -> Result<(), Reason> {
         if self.measured.abs() <= FARTHEST {
             Ok(())
@@ -141,7 +143,7 @@ impl Skew {
         }
     }
 
-    /// The skew in seconds as shown in `status`; none below half of the rounding.
+    /// The skew in seconds for `status`. `None` if it rounds to zero.
     #[must_use]
     pub fn rounded_seconds(self) -> Option<i64> {
         let seconds = self.measured.as_secs();
@@ -150,23 +152,24 @@ impl Skew {
     }
 }
 
-/// Our own clocks at one moment: the wall clock and a monotonic one.
+/// The operator's wall clock and monotonic clock at one moment.
 pub type Reading = (Timestamp, Instant);
 
-/// Whether the wall clock was set between two readings, or the machine slept.
+/// Whether the wall clock was set, or the machine was suspended, between two readings.
 #[must_use]
 pub fn was_set(before: Reading, after: Reading) -> bool {
     let passed = SignedDuration::try_from(after.1.duration_since(before.1)).unwrap_or(SignedDuration::MAX);
     is_news(passed, after.0.duration_since(before.0))
 }
 
-/// Whether `time`, at which something happened, is not in the future of `now`, as far as clocks that were used can say.
+/// Whether `time` is not in the future, with a tolerance of `FARTHEST_APART`: `time` and `now` may have been computed
+/// with different skews.
 #[must_use]
 pub fn is_past(time: Timestamp, now: Timestamp) -> bool {
     time <= shifted(now, FARTHEST_APART)
 }
 
-/// Whether a usable skew changed so much that what was reckoned by it has to be reckoned again.
+/// Whether the usable skew changed so much that times derived from it have to be computed again.
 #[must_use]
 pub fn is_news(before: SignedDuration, after: SignedDuration) -> bool {
     after.saturating_sub(before).abs() >= NEWS
@@ -182,17 +185,18 @@ mod tests {
         Timestamp::from_duration(since).expect("in range")
     }
 
-    /// An answer of a server that is `ahead` seconds ahead, to a request that was sent at `sent` and took `took`.
+    /// The response of a server whose clock is `ahead` seconds ahead, to a request sent at `sent` that took `took`
+    /// seconds.
     fn answered(ahead: f64, sent: f64, took: f64) -> Sample {
         let date = at((sent + took / 2.0 + ahead).floor());
-        Sample::new(date, at(sent), at(sent + took)).expect("time goes on")
+        Sample::new(date, at(sent), at(sent + took)).expect("a sample")
     }
 
     proptest! {
-        /// However slow the answers are and wherever in a second they come: once two have come, the truth is within
-        /// what they allow, and a server whose clock is right is never corrected.
+        /// After two responses the error is at most one second plus the response time, wherever in a second they
+        /// arrive. For a server with a correct clock, the skew stays zero.
         #[test]
-        fn two_answers_tell_the_skew(
+        fn two_responses_determine_the_skew(
             ahead in -100_000_000.0_f64..100_000_000.0, right in any::<bool>(),
             first in 0.0_f64..1.0, second in 1.0_f64..5.0, took in 0.001_f64..2.0,
         ) {
@@ -210,22 +214,22 @@ mod tests {
     }
 
     #[test]
-    fn one_answer_proves_nothing_and_what_two_said_stays() {
+    fn only_two_agreeing_responses_change_the_skew() {
         let mut skew = Skew::default();
         let whole = |skew: Skew| skew.measured().as_secs();
         let steps = [
-            // A lie between two truths.
+            // Responses alternate, so that no two successive ones agree on a new value.
             (40.0, 0, true),
             (0.0, 0, false),
             (40.0, 0, true),
-            // Two lies that do not agree.
+            // Two successive responses disagree with the estimate and with each other.
             (80.0, 0, true),
             (80.0, 80, false),
             (80.5, 80, false),
             (-20.0, 80, true),
             (80.0, 80, false),
             (-20.0, 80, true),
-            // Of what both allow, the nearest to none.
+            // Of the values that both responses allow, the one nearest to zero.
             (-20.0, -19, false),
         ];
         let mut now = 0.0;
@@ -234,12 +238,12 @@ mod tests {
             skew.observe(answered(ahead, now, 0.0));
             assert_eq!((whole(skew), skew.is_in_doubt()), (expected, in_doubt), "at {now}");
         }
-        // Our clock was set back by an hour between question and answer.
+        // The operator's clock was set back by an hour between request and response.
         assert_eq!(Sample::new(at(0.0), at(0.0), at(-3_600.0)), None);
     }
 
-    /// What two answers say after whatever was known before.
-    fn told(mut before: Skew, ahead: f64) -> Skew {
+    /// `before` after two responses of a server whose clock is `ahead` seconds ahead.
+    fn after_two(mut before: Skew, ahead: f64) -> Skew {
         for sent in [0.0, 10.0] {
             before.observe(answered(ahead, sent, 0.0));
         }
@@ -247,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_skew_beyond_the_bound_is_told_and_the_last_one_within_it_is_used() {
+    fn skew_beyond_the_bound_is_reported_but_not_used() {
         let mut skew = Skew::default();
         let rows = [
             (40.0, Some(40.0)),
@@ -260,7 +264,7 @@ mod tests {
         ];
         let mut used = 0.0;
         for (ahead, certain) in rows {
-            skew = told(skew, ahead);
+            skew = after_two(skew, ahead);
             used = certain.unwrap_or(used);
             assert_eq!(
                 (skew.theirs(at(0.0)), skew.certain(at(0.0))),
@@ -272,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn no_time_is_certain_before_an_answer() {
+    fn no_time_is_certain_before_the_first_response() {
         let mut skew = Skew::default();
         assert_eq!(skew.certain(at(0.0)), None);
         skew.observe(answered(0.0, 0.0, 0.0));
@@ -280,19 +284,19 @@ mod tests {
     }
 
     #[test]
-    fn what_was_known_when_our_own_clock_was_set_has_to_be_confirmed() {
+    fn skew_must_be_confirmed_after_the_own_clock_was_set() {
         for before in [40.0, 3.0e8] {
-            let known = told(told(Skew::default(), 40.0), before).unproven();
+            let known = after_two(after_two(Skew::default(), 40.0), before).unproven();
             assert_eq!((known.theirs(at(0.0)), known.certain(at(0.0))), (at(40.0), None));
             assert_eq!(known.check(), Ok(()));
-            assert_eq!(told(known, 40.0).certain(at(0.0)), Some(at(40.0)));
-            assert_eq!(told(known, -3.0e8).check(), Err(Reason::ClockSkew));
+            assert_eq!(after_two(known, 40.0).certain(at(0.0)), Some(at(40.0)));
+            assert_eq!(after_two(known, -3.0e8).check(), Err(Reason::ClockSkew));
         }
     }
 
     #[test]
-    fn a_clock_more_than_five_minutes_away_is_not_followed() {
-        let skew = |ahead| told(Skew::default(), ahead);
+    fn skew_of_more_than_five_minutes_is_refused() {
+        let skew = |ahead| after_two(Skew::default(), ahead);
         let table = [
             (0.0, Ok(()), None),
             (2.0, Ok(()), None),

@@ -1,4 +1,5 @@
-//! What is known of one service user at one moment: read by the controller, judged by `plan` and `report`.
+//! What the operator knows about one service user at one moment. The controller gathers it; `plan` and `report` decide
+//! by it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,50 +22,52 @@ use crate::domain::refuser::Refuser;
 use crate::domain::retry::PendingRetries;
 use crate::domain::schedule::Schedule;
 
-/// A renew request up to this many bytes stands in the record as it is: a time, a name, a UUID.
+/// Maximum length in bytes of a renew request that the record keeps verbatim: enough for a time, a name or a UUID.
 const LONGEST_REQUEST: usize = 256;
 
-/// Mints and repairs that somebody forced are counted over this time.
+/// The operator counts unscheduled refreshes and repairs of a token over this time
+/// (`docs/adr/0009-unwritten-tokens-are-kept.md`).
 pub const CONTEST_WINDOW: Duration = Duration::from_mins(10);
 
-/// Everything that decides about one service user. All times are by the clock of its instance, as far as
-/// it is usable (`clock`).
+/// The input of all decisions about one service user. All times are by the clock of its instance, as far as it is
+/// usable (see [`Facts::clock`]).
 #[derive(Debug)]
 pub struct Facts {
     /// The object.
     pub user: Arc<ZitadelServiceUser>,
-    /// The labels and annotations that it may set on its Secrets.
+    /// The labels and annotations that the object may set on its Secrets.
     pub allowed_metadata: Arc<AllowList>,
-    /// Whether it lies in the operator's own namespace.
+    /// Whether the object is in the operator's own namespace.
     pub in_operator_namespace: bool,
-    /// The audiences that policies allow to its namespace, or why they are not known.
+    /// The audiences that access policies allow in its namespace, or why they are unknown.
     pub allowed_audiences: Result<AllowedAudiences, Reason>,
-    /// The instance that it names, or why there is none.
+    /// The instance that the spec names, or why it is unavailable.
     pub instance: Result<Arc<ZitadelInstance>, Reason>,
-    /// The real id behind the `zitadel` audience, once learned.
+    /// The project id of the ZITADEL API, which replaces the alias `zitadel`, once the server has returned it.
     pub zitadel_project_id: Option<String>,
-    /// What was known of the instance's clock when the facts were gathered.
+    /// The skew of the instance's clock at the time of gathering.
     pub clock: Skew,
-    /// The key, or why there is none. It is read only if a token of the spec is admitted.
+    /// The key, or why it is unavailable. The operator reads it only if at least one token of the spec is admitted.
     pub key: Result<ServiceKey, Reason>,
-    /// The Secrets that exist under the names of the spec, and the leftovers, by name.
+    /// The existing Secrets that the spec names, and the leftovers, by name.
     pub secrets: BTreeMap<String, ObservedSecret>,
-    /// Tokens that were minted and could not be written, by token name.
+    /// Tokens that were issued and not yet written, by token name.
     pub unwritten: BTreeMap<String, Arc<UnwrittenToken>>,
-    /// Tokens whose last write failed, by name: whether the next would be allowed is asked before a request.
+    /// Names of tokens whose last write failed. Before it requests the next token, the operator asks the API server by
+    /// a dry run whether the write would succeed.
     pub write_failed: BTreeSet<String>,
     /// Secrets of this object that the spec no longer names.
     pub leftovers: Vec<SecretRef>,
-    /// Tokens that failed a moment ago.
+    /// Tokens whose backoff is running, by token name.
     pub pending_retries: PendingRetries,
-    /// How often each token was minted before it was due, or its Secret repaired, within [`CONTEST_WINDOW`], by name.
+    /// Number of unscheduled refreshes and repairs of each token within [`CONTEST_WINDOW`], by token name.
     pub unscheduled: BTreeMap<String, usize>,
-    /// Inputs and renew time of the last mint of each token in this process, by name: by these a Secret that somebody
-    /// put back is recognised.
+    /// Request hash and refresh time of the last token that this process requested, by token name. With these the
+    /// operator recognises that another writer restored an older version of the Secret.
     pub last_mints: BTreeMap<String, (String, Timestamp)>,
 }
 
-/// A token that waits for its write (decision K3).
+/// A token that is not yet written to its Secret (`docs/adr/0009-unwritten-tokens-are-kept.md`).
 #[derive(Debug)]
 pub struct UnwrittenToken {
     /// The token.
@@ -73,34 +76,34 @@ pub struct UnwrittenToken {
     pub record: Record,
 }
 
-/// A token that is in its Secret.
+/// A token in its Secret.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CurrentToken {
-    /// Issued, due, expired.
+    /// When the token was issued, is due and expires.
     pub schedule: Schedule,
     /// JWT or opaque.
     pub format: Format,
 }
 
-/// How one token fared in this pass.
+/// The result for one token in this reconcile.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// Which token, by its place in the spec.
+    /// Index of the token in the spec.
     pub token: usize,
-    /// How it ended.
+    /// The reason to report.
     pub reason: Reason,
-    /// A token of the current inputs that is in the Secret now, old or new.
+    /// The token in the Secret now, old or new, if it matches the current request.
     pub current: Option<CurrentToken>,
-    /// The server asked not to come back before.
+    /// The earliest time of the next attempt, for example from `Retry-After`.
     pub not_before: Option<Timestamp>,
-    /// It was not tried: the back-off of an earlier failure runs.
+    /// Not attempted in this reconcile.
     pub deferred: bool,
-    /// What in the cluster refused the write of the Secret, if it is known.
+    /// The policy, webhook or quota that refused the write of the Secret, if known.
     pub refused_by: Option<Refuser>,
 }
 
 impl Outcome {
-    /// An attempt that ended so.
+    /// The outcome of an attempt with this reason.
     #[must_use]
     pub fn new(token: usize, reason: Reason, current: Option<CurrentToken>) -> Self {
         Self {
@@ -133,13 +136,13 @@ impl Facts {
         self.user.metadata.namespace.as_deref().unwrap_or_default()
     }
 
-    /// The issuer, empty without an instance.
+    /// The issuer. Empty without an instance.
     #[must_use]
     pub fn issuer(&self) -> &str {
         self.instance.as_ref().map_or("", |i| i.spec.issuer.as_str())
     }
 
-    /// The id of the ZITADEL API's project: as the server told it, else as the instance pins it.
+    /// The project id of the ZITADEL API: the id that the server returned, or else the id that the instance pins.
     #[must_use]
     pub fn zitadel_project_id(&self) -> Option<&str> {
         let pinned = self
@@ -150,8 +153,8 @@ impl Facts {
         self.zitadel_project_id.as_deref().or(pinned)
     }
 
-    /// The renew request on the object, if there is one, as a record keeps it: a long one as its hash. A Secret has
-    /// room for 256 KiB of annotations, as the object has, and the record is only one of them.
+    /// The renew request of the object in the form that a record keeps. A long request is replaced by its hash: all
+    /// annotations of a Secret together are limited to 256 KiB, as on the object, and the record is only one of them.
     #[must_use]
     pub fn renew_request(&self) -> Option<String> {
         let annotations = self.user.metadata.annotations.as_ref()?;
@@ -162,7 +165,8 @@ impl Facts {
         Some(hash::of([request.as_bytes()]))
     }
 
-    /// What the record in the token's Secret says, whatever the inputs are today; nothing if record or token was edited.
+    /// The token that the record in the Secret describes, whether or not it matches the current request. `None` if the
+    /// record or the token was edited.
     #[must_use]
     pub fn recorded(&self, token: &Token) -> Option<CurrentToken> {
         let observed = self.secrets.get(&token.secret.name)?;

@@ -1,4 +1,4 @@
-//! What went wrong on the way to ZITADEL, as plain data without a word of the server's, and the reason that it is.
+//! Failures of requests to ZITADEL, as plain data without text from the server, and their mapping to a [`Reason`].
 
 use k8s_openapi::jiff::Timestamp;
 
@@ -7,44 +7,45 @@ use crate::domain::reason::Reason;
 /// Evidence of a failed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// No connection: name, route, refusal.
+    /// No connection: the name does not resolve, there is no route, or the host refuses the connection.
     Connect,
-    /// The connection ended before the answer.
+    /// The connection ended before the response.
     Broken,
-    /// The connection is there, but its certificate is not trusted.
+    /// The server's certificate is not trusted.
     Tls,
-    /// No answer in time.
+    /// No response in time.
     Timeout,
-    /// An answer that no rule of the protocol allows, too long, or cut off.
+    /// A response that violates the protocol, is too long or is truncated.
     Malformed,
     /// An HTTP status other than 200.
     Status {
         /// The status.
         code: u16,
-        /// What the body says, if it is an OAuth error.
+        /// The error in the body, if it is an OAuth error.
         error: Option<OAuthError>,
-        /// `Retry-After`, as a moment.
+        /// `Retry-After`, as a point in time.
         retry_after: Option<Timestamp>,
     },
-    /// A reason that is known already.
+    /// A failure whose reason is already known.
     Known(Reason),
 }
 
 impl Failure {
-    /// Whether it may be a refused assertion or an outage (zitadel.md §2.1).
+    /// Whether the failure is either a refused assertion or an outage
+    /// (`docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint`).
     #[must_use]
     pub fn is_ambiguous(self) -> bool {
         let Self::Status { error, .. } = self else { return false };
         error == Some(OAuthError::InternalError)
     }
 
-    /// Whether the token endpoint judged the request and refused it, as it should: it works.
+    /// Whether the token endpoint processed the request and refused it, which shows that the endpoint works.
     #[must_use]
     pub fn is_refusal(self) -> bool {
         matches!(self, Self::Status { code, error: Some(_), .. } if code < 500 && code != 429)
     }
 
-    /// The server asked not to come back before.
+    /// The `Retry-After` deadline of the server.
     #[must_use]
     pub fn retry_after(self) -> Option<Timestamp> {
         let Self::Status { retry_after, .. } = self else {
@@ -53,8 +54,9 @@ impl Failure {
         retry_after
     }
 
-    /// Whether a wrong clock on one side may be behind it: an assertion that is not valid yet, or no longer, is refused
-    /// like a bad key (zitadel.md §2.1).
+    /// Whether a wrong clock on either side may be the cause. ZITADEL refuses an assertion that is not yet valid, or no
+    /// longer valid, with the same error as a bad key
+    /// (`docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint`).
     #[must_use]
     pub fn may_be_the_clock(self) -> bool {
         let Self::Status { error, .. } = self else { return false };
@@ -62,7 +64,8 @@ impl Failure {
     }
 }
 
-/// The errors of the token endpoint that we tell apart (zitadel.md §2.1).
+/// The errors of the token endpoint that the operator distinguishes
+/// (`docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OAuthError {
     /// `invalid_grant`: the assertion is refused (v4.14 and newer).
@@ -75,8 +78,8 @@ pub enum OAuthError {
     Other,
 }
 
-/// The reason of a failure at the token endpoint. `discovery_works` tells a refused assertion from an outage: up to
-/// v4.13 both are a 500 with the same body.
+/// The reason for a failure at the token endpoint. `discovery_works` distinguishes a refused assertion from an outage:
+/// up to v4.13, ZITADEL returns a 500 with the same body for both.
 #[must_use]
 pub fn classify(failure: Failure, discovery_works: bool) -> Reason {
     match failure {
@@ -91,7 +94,7 @@ pub fn classify(failure: Failure, discovery_works: bool) -> Reason {
             Some(OAuthError::InternalError) if discovery_works => Reason::KeyRejected,
             _ if code >= 500 => Reason::ServerError,
             Some(_) => Reason::RequestRefused,
-            // Not in OAuth's form: something before ZITADEL, or a host that ZITADEL does not know.
+            // Not an OAuth error: the response is from a proxy in front of ZITADEL, or ZITADEL does not know the host.
             None => Reason::MalformedAnswer,
         },
     }
@@ -108,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_dialects_of_a_refused_assertion() {
+    fn refused_assertions_of_all_versions_are_recognized() {
         let status = |code, error| Failure::Status {
             code,
             error,

@@ -1,5 +1,5 @@
-//! Facts for tests, as the product itself would find them: Secrets are rendered by `secret_draft::draft` from the plan's
-//! own mint requests, the key is read by `key::parse`.
+//! Facts for tests, made by product code: `secret_draft::draft` renders the Secrets from the requests of the plan, and
+//! `key::parse` reads the key.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
@@ -25,20 +25,20 @@ use crate::domain::observed_secret::{Controller, OWNER_KIND, ObservedSecret};
 use crate::domain::plan::{self, MintRequest, Step, plan};
 use crate::domain::secret_draft::{self, SecretDraft};
 
-/// Every token is minted at `at(0)` and lives this many seconds.
+/// Every token is issued at `at(0)` and lives this many seconds.
 pub const LIFETIME: i64 = 3_600;
-/// No token is due yet, whatever its jitter.
+/// At `at(FRESH)` no token is due, whatever its jitter.
 pub const FRESH: i64 = 2_000;
-/// Every token is due, whatever its jitter.
+/// At `at(DUE)` every token is due, whatever its jitter.
 pub const DUE: i64 = 2_400;
-/// Farther than any clock is followed.
+/// Far beyond every skew that the operator uses.
 pub const TEN_YEARS: i64 = 10 * 365 * 24 * 3_600;
 /// Name of the object.
 pub const NAME: &str = "billing";
 /// UID of the object.
 pub const UID: &str = "9f0c6c1e-0000-4000-8000-000000000001";
 
-/// A test key file, its key made anew in each run and known to no server.
+/// A key file for tests. Its key is generated in each run, and no server knows it.
 static KEY_FILE: LazyLock<Value> = LazyLock::new(|| {
     let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
     let der: Pkcs8V1Der<'_> = pair.as_der().expect("PKCS#8");
@@ -49,12 +49,12 @@ static KEY_FILE: LazyLock<Value> = LazyLock::new(|| {
 static KEY: LazyLock<ServiceKey> =
     LazyLock::new(|| key::parse(KEY_FILE.to_string().as_bytes()).expect("a machine key"));
 
-/// A key file as ZITADEL writes it, apart from the end.
+/// A key file as ZITADEL writes it, but without `expirationDate`.
 pub fn key_file() -> Value {
     KEY_FILE.clone()
 }
 
-/// A PEM with these bytes.
+/// A PEM block with these bytes.
 pub fn pem(kind: &str, der: &[u8]) -> String {
     let text = STANDARD.encode(der);
     let lines: Vec<&str> = text
@@ -65,21 +65,21 @@ pub fn pem(kind: &str, der: &[u8]) -> String {
     format!("-----BEGIN {kind}-----\n{}\n-----END {kind}-----\n", lines.join("\n"))
 }
 
-/// A moment, in seconds after the mint.
+/// The time `seconds` after the token was issued.
 pub fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + seconds).expect("in range")
 }
 
-/// What is known of a clock that is so many seconds ahead, after two answers.
+/// The skew of a clock that is `ahead` seconds ahead, after two responses.
 pub fn clock(ahead: i64) -> Skew {
     let mut skew = Skew::default();
     for second in [0, 10] {
-        skew.observe(Sample::new(at(second + ahead), at(second), at(second)).expect("time goes on"));
+        skew.observe(Sample::new(at(second + ahead), at(second), at(second)).expect("a sample"));
     }
     skew
 }
 
-/// An object with these tokens before anything was written. Projects 1 and 2 are allowed.
+/// An object with these tokens, before any Secret is written. Projects 1 and 2 are allowed.
 pub fn facts(tokens: &[&str]) -> Facts {
     let token = |name: &&str| {
         json!({"name": name, "projectIDs": ["1"], "secret": {
@@ -114,7 +114,7 @@ pub fn facts(tokens: &[&str]) -> Facts {
     }
 }
 
-/// The same after the first pass: every token is a JWT in its Secret.
+/// Like [`facts`], after the first reconcile: every token is a JWT in its Secret.
 pub fn filled(tokens: &[&str]) -> Facts {
     let mut facts = facts(tokens);
     for index in 0..tokens.len() {
@@ -124,7 +124,7 @@ pub fn filled(tokens: &[&str]) -> Facts {
     facts
 }
 
-/// What a policy with these audiences allows.
+/// The audiences that an access policy with these values allows.
 pub fn allowed(project_ids: &[&str], zitadel_api: bool) -> AllowedAudiences {
     let policy = json!({"instanceRef": {"name": "main"}, "namespaceSelector": {},
         "audiences": {"projectIDs": project_ids, "zitadelAPI": zitadel_api}});
@@ -132,27 +132,27 @@ pub fn allowed(project_ids: &[&str], zitadel_api: bool) -> AllowedAudiences {
     AllowedAudiences::of([&policy], &BTreeMap::new())
 }
 
-/// The object, to be changed.
+/// Mutable access to the object.
 pub fn user(facts: &mut Facts) -> &mut ZitadelServiceUser {
     Arc::make_mut(&mut facts.user)
 }
 
-/// A token of its spec, to be changed.
+/// Mutable access to a token of its spec.
 pub fn token(facts: &mut Facts, index: usize) -> &mut Token {
     &mut user(facts).spec.tokens[index]
 }
 
-/// Its instance, to be changed.
+/// Mutable access to its instance.
 pub fn instance(facts: &mut Facts) -> &mut ZitadelInstance {
     Arc::make_mut(facts.instance.as_mut().expect("an instance"))
 }
 
-/// Its key, to be changed.
+/// Mutable access to its key.
 pub fn service_key(facts: &mut Facts) -> &mut ServiceKey {
     facts.key.as_mut().expect("a key")
 }
 
-/// The Secret of a token, to be changed.
+/// Mutable access to the Secret of a token.
 pub fn observed(facts: &mut Facts, index: usize) -> &mut ObservedSecret {
     let name = facts.user.spec.tokens[index].secret.name.clone();
     facts.secrets.get_mut(&name).expect("a Secret")
@@ -166,7 +166,7 @@ pub fn edit(secret: &mut ObservedSecret, change: impl FnOnce(&mut BTreeMap<Strin
     secret.data = Arc::new(data.into_iter().map(|(k, v)| (k, SecretSlice::from(v))).collect());
 }
 
-/// Asks for new tokens.
+/// Sets or removes the renew request annotation.
 pub fn ask(facts: &mut Facts, value: Option<&str>) {
     user(facts).metadata.annotations = value.map(|value| {
         BTreeMap::from([(
@@ -176,31 +176,31 @@ pub fn ask(facts: &mut Facts, value: Option<&str>) {
     });
 }
 
-/// The claims that ZITADEL would give a token of this spec.
+/// The claims that ZITADEL puts into a token of this spec.
 pub fn claims(facts: &Facts, index: usize, expires: Timestamp) -> Value {
     let id = facts.zitadel_project_id.as_deref().unwrap_or_default();
     let expected = plan::expect(facts, &facts.user.spec.tokens[index], id).expect("allowed");
     json!({"iss": expected.issuer, "sub": expected.user_id, "aud": expected.audience, "exp": expires.as_second()})
 }
 
-/// A JWT with these claims; nobody reads its signature.
+/// A JWT with these claims and a dummy signature.
 pub fn jwt(claims: &Value) -> String {
     let part = |json: &Value| URL_SAFE_NO_PAD.encode(json.to_string());
     format!("{}.{}.c2ln", part(&json!({"alg": "RS256"})), part(claims))
 }
 
-/// What the plan asks for when nothing is there.
+/// The request that the plan makes if there is no Secret and no unwritten token.
 pub fn request(facts: &mut Facts, index: usize) -> MintRequest {
     let Token { name, secret, .. } = facts.user.spec.tokens[index].clone();
     facts.secrets.remove(&secret.name);
     facts.unwritten.remove(&name);
     match plan(facts, at(0)).steps.swap_remove(index) {
         Step::Mint(request) => *request,
-        other => panic!("no mint: {other:?}"),
+        other => panic!("expected Step::Mint: {other:?}"),
     }
 }
 
-/// Writes a token as after a mint.
+/// Puts a token into its Secret as after a successful request and write.
 pub fn fill(facts: &mut Facts, index: usize, value: &str, issued: Timestamp, expires: Timestamp) {
     let request = request(facts, index);
     let minted = Minted {
@@ -213,7 +213,7 @@ pub fn fill(facts: &mut Facts, index: usize, value: &str, issued: Timestamp, exp
     apply(facts, &draft);
 }
 
-/// Keeps a token as after a mint whose write failed; what is in the Secret stays.
+/// Adds an unwritten token, as after a successful request and a failed write. The Secret is unchanged.
 pub fn keep_unwritten(facts: &mut Facts, index: usize, value: &str, issued: Timestamp) {
     let Token { name, secret, .. } = facts.user.spec.tokens[index].clone();
     let there = facts.secrets.remove(&secret.name);
@@ -230,7 +230,7 @@ pub fn keep_unwritten(facts: &mut Facts, index: usize, value: &str, issued: Time
     facts.secrets.extend(there.map(|there| (secret.name, there)));
 }
 
-/// What server-side apply makes of a draft.
+/// Applies a draft to the observed Secrets, like server-side apply.
 pub fn apply(facts: &mut Facts, draft: &SecretDraft) {
     let secret = facts
         .secrets

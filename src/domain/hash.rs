@@ -1,9 +1,9 @@
-//! Hashes: of what was asked for, of what was written, and of names for a jitter that survives a restart.
+//! Hashes of requests, of written content, and of names for a jitter that is the same after a restart.
 
 use aws_lc_rs::digest::{Context, SHA256};
 
-/// SHA-256 over `parts`, each preceded by its length so that no two lists give the same bytes; hexadecimal, cut to
-/// 128 bits, which is enough where nobody gains by a collision.
+/// SHA-256 over `parts`, in hexadecimal, truncated to 128 bits. Each part is preceded by its length, so that different
+/// lists have different inputs. 128 bits suffice, because a collision gains an attacker nothing.
 #[must_use]
 pub fn of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     use std::fmt::Write;
@@ -16,7 +16,7 @@ pub fn of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
         })
 }
 
-/// A number in [0, 1) that is the same for the same seed.
+/// A number in `0.0..1.0` that depends only on the seed.
 #[must_use]
 pub fn fraction(seed: &str) -> f64 {
     let digest = digest([seed.as_bytes()]);

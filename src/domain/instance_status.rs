@@ -1,4 +1,4 @@
-//! What the status of an instance says.
+//! The status of a `ZitadelInstance`.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -10,7 +10,8 @@ use crate::domain::reason::Reason;
 use crate::domain::time::whole_seconds;
 use crate::domain::validate;
 
-/// The status of `instance` after discovery gave the token endpoint's path, or failed. `now` is by our own clock.
+/// The status of `instance` after discovery. `discovered` is the path of the token endpoint or the reason for the
+/// failure. `now` is by the operator's own clock.
 #[must_use]
 pub fn status(
     instance: &ZitadelInstance,
@@ -43,7 +44,7 @@ pub fn status(
             Err(violation) => format!("{} {violation} {}", reason.meaning(), reason.remedy()),
             Ok(()) => reason.advice(),
         },
-        (Reason::InstanceReady, true) => format!("{} Plain http is allowed.", reason.meaning()),
+        (Reason::InstanceReady, true) => format!("{} Plain HTTP is allowed.", reason.meaning()),
         (Reason::InstanceReady, false) => reason.meaning().to_owned(),
         _ => reason.advice(),
     };
@@ -72,7 +73,7 @@ mod tests {
     use crate::domain::fixtures::{at, facts, instance};
 
     #[test]
-    fn a_broken_rule_is_told_with_its_field() {
+    fn message_names_the_field_of_a_violated_rule() {
         let mut facts = facts(&["a"]);
         let instance = instance(&mut facts);
         instance.spec.issuer.push('/');

@@ -1,4 +1,5 @@
-//! ZITADEL's machine key file (zitadel.md §1): what a key Secret's entry must hold.
+//! ZITADEL's machine key file, which an entry of the key Secret contains
+//! (`docs/reference/zitadel-protocol.md#key-file`).
 
 use std::collections::BTreeMap;
 
@@ -13,14 +14,14 @@ use serde_json::error::Category;
 use crate::api::metadata::{LABEL_MANAGED_BY, MANAGER, is_ours};
 use crate::domain::reason::Reason;
 
-/// A service user's key, ready to sign with. Redacted in `Debug`, zeroized on drop (by `EncodingKey`).
+/// A service user's key, ready to sign with. `Debug` redacts the private key, and `EncodingKey` zeroizes it on drop.
 #[derive(Clone, Debug)]
 pub struct ServiceKey {
-    /// The ZITADEL user, both `iss` and `sub` of the assertion.
+    /// The ZITADEL user id: `iss` and `sub` of the assertion.
     pub user_id: String,
-    /// The key, `kid` of the assertion.
+    /// The key id: `kid` of the assertion.
     pub key_id: String,
-    /// When the key stops working; absent in files of servers before v2.48.
+    /// When the key expires. Absent in files of servers before v2.48.
     pub expires: Option<Timestamp>,
     /// The RSA private key.
     pub signing: EncodingKey,
@@ -37,16 +38,16 @@ struct KeyFile {
     expiration_date: Option<String>,
 }
 
-/// A key file is about 2 kB; an RSA-4096 key in PKCS#8 about 3.5 kB.
+/// Maximum size of a key file. A key file has about 2 kB; an RSA-4096 key in PKCS#8 has about 3.5 kB.
 pub const MAX_BYTES: usize = 64 * 1024;
 
-/// Reads the key from a Secret: from the entry that is named, or from the only one, whatever its name.
+/// Reads the key from a Secret: from the named entry, or from the only entry if `entry` is `None`.
 pub fn from_secret(
     labels: Option<&BTreeMap<String, String>>,
     data: &BTreeMap<String, SecretSlice<u8>>,
     entry: Option<&str>,
 ) -> Result<ServiceKey, Reason> {
-    // What we write are tokens. A key among them could only have been planted, or would be lost at the next write.
+    // The operator writes only token Secrets. A key in such a Secret was planted, or the next write would remove it.
     let labelled_by_us = |(key, value): (&String, &String)| is_label_of_ours(key) && (is_ours(key) || value == MANAGER);
     if labels.into_iter().flatten().any(labelled_by_us) {
         return Err(Reason::KeyIsTokenSecret);
@@ -59,14 +60,14 @@ pub fn from_secret(
     parse(file.ok_or(Reason::KeyEntryMissing)?.expose_secret())
 }
 
-/// Whether a label of this key may say that a Secret is one of ours.
+/// Whether a label with this key can mark a Secret as written by the operator.
 #[must_use]
 pub fn is_label_of_ours(key: &str) -> bool {
     is_ours(key) || key == LABEL_MANAGED_BY
 }
 
-/// Reads a key file as ZITADEL writes it, and older ones: `type` and `expirationDate` may be missing, the PEM may be
-/// PKCS#1 or PKCS#8 (zitadel.md §1.4). Whether it has expired is the planner's question.
+/// Reads a key file of any ZITADEL version: `type` and `expirationDate` may be missing, and the PEM may be PKCS#1 or
+/// PKCS#8 (`docs/reference/zitadel-protocol.md#key-file`). `plan` checks whether the key has expired.
 pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
     if file.len() > MAX_BYTES {
         return Err(Reason::KeyTooLarge);
@@ -74,7 +75,7 @@ pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
     if !file.trim_ascii_start().starts_with(b"{") {
         return Err(Reason::KeyNotJSON);
     }
-    // The parser's error could quote the file: only its class goes on.
+    // The parser's error could quote the file, so only its category is used.
     let file: KeyFile = serde_json::from_slice(file).map_err(|error| match error.classify() {
         Category::Data => Reason::KeyFieldInvalid,
         Category::Syntax | Category::Eof | Category::Io => Reason::KeyNotJSON,
@@ -98,12 +99,12 @@ pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
     })
 }
 
-/// Length of what precedes the PKCS#1 key in the PKCS#8 form that aws-lc writes (RFC 5208 §5): the headers and the
-/// algorithm `rsaEncryption`. It is the same for all keys of 2048 to 8192 bits.
+/// Length of the prefix before the PKCS#1 key in the PKCS#8 form that aws-lc writes (RFC 5208 §5): the headers and the
+/// algorithm `rsaEncryption`. The length is the same for all keys of 2048 to 8192 bits.
 const PKCS8_HEADER: usize = 26;
 
-/// The RSA key in a PEM. aws-lc parses it, as it will for each signature. Nothing else does: a parser that recurses for
-/// each level of nesting would overflow its stack on a crafted key, which ends the process for all tenants.
+/// The RSA key in a PEM block. Only aws-lc parses the DER, here and for each signature. A parser that recurses for each
+/// level of nesting would overflow its stack on a crafted key, which ends the process for all tenants.
 fn signing_key(text: &SecretString) -> Result<EncodingKey, Reason> {
     let pem = pem::parse(text.expose_secret()).map_err(|_| Reason::KeyPEMInvalid)?;
     let tag = pem.tag().to_owned();
@@ -114,19 +115,20 @@ fn signing_key(text: &SecretString) -> Result<EncodingKey, Reason> {
         _ => return Err(Reason::KeyPEMInvalid),
     };
     let pair = parsed.map_err(|rejected| match rejected.description_() {
-        // aws-lc signs with 2048 bits and more.
+        // aws-lc requires at least 2048 bits.
         "TooSmall" => Reason::KeyTooShort,
         _ => Reason::KeyPEMInvalid,
     })?;
     let pkcs8: Pkcs8V1Der<'_> = pair.as_der().map_err(|_| Reason::KeyPEMInvalid)?;
-    // `jsonwebtoken` signs with the PKCS#1 key, which is what follows the header.
+    // `jsonwebtoken` signs with the PKCS#1 key, which follows the header.
     let pkcs1 = pkcs8.as_ref().get(PKCS8_HEADER..).unwrap_or_default();
     KeyPair::from_der(pkcs1).map_err(|_| Reason::KeyPEMInvalid)?;
     Ok(EncodingKey::from_rsa_der(pkcs1))
 }
 
-/// The date of a key's end. Without one ZITADEL writes `9999-12-31T23:59:59Z` (zitadel.md §1.1), which lies past the
-/// last moment that jiff can count: that year is "never".
+/// Parses a key's expiration date. For a key without expiry ZITADEL writes `9999-12-31T23:59:59Z`
+/// (`docs/reference/zitadel-protocol.md#key-file`), which is later than the maximum of jiff's `Timestamp`. Every date
+/// in that year therefore means "never".
 fn expiry(date: &str) -> Result<Option<Timestamp>, Reason> {
     if date.starts_with("9999-") {
         return Ok(None);
@@ -134,7 +136,7 @@ fn expiry(date: &str) -> Result<Option<Timestamp>, Reason> {
     date.parse().map(Some).map_err(|_| Reason::KeyFieldInvalid)
 }
 
-/// Ids go into JWT claims, hashes and status; a bound keeps nonsense out of all three.
+/// Ids become part of JWT claims, hashes and status, so length and characters are restricted.
 fn is_id(id: &str) -> bool {
     (1..=200).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
 }
@@ -148,13 +150,13 @@ mod tests {
     use crate::domain::assertion;
     use crate::domain::fixtures::{at, key_file, pem};
 
-    /// Names of the entries, the one that is named, labels, and how it ends.
+    /// Names of the entries, the requested entry, the labels, and the expected reason.
     type Row<'a> = (&'a [&'a str], Option<&'a str>, BTreeMap<String, String>, Option<Reason>);
 
-    /// A throw-away key; aws-lc makes none so short.
+    /// A throw-away key. aws-lc does not generate keys this short.
     const SHORT: &str = include_str!("../../tests/support/rsa-1024.pem");
 
-    /// A good file with a change.
+    /// A valid key file, modified by `change`.
     fn file(change: impl FnOnce(&mut Value)) -> Vec<u8> {
         let mut file = key_file();
         change(&mut file);
@@ -166,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_without_an_end() {
+    fn expiration_in_year_9999_means_never() {
         assert_eq!(expiry("9999-12-31T23:59:59Z"), Ok(None));
         assert_eq!(
             expiry("2026-11-25T00:00:00.5Z").map(|t| t.map(Timestamp::as_second)),
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_every_version_are_read() {
+    fn key_files_of_every_version_are_read() {
         let pkcs1 = pem(
             "RSA PRIVATE KEY",
             parse(&file(|_| {})).expect("a key").signing.as_bytes(),
@@ -185,13 +187,13 @@ mod tests {
             ("PKCS#8", file(|_| {})),
             ("PKCS#1, as ZITADEL writes it", file(|f| f["key"] = json!(pkcs1))),
             ("without type", without("type")),
-            ("without an end", file(|f| f["expirationDate"] = Value::Null)),
+            ("null expirationDate", file(|f| f["expirationDate"] = Value::Null)),
             (
-                "for ever",
+                "expires in year 9999",
                 file(|f| f["expirationDate"] = json!("9999-12-31T23:59:59Z")),
             ),
             (
-                "with a field more",
+                "with an additional field",
                 file(|f| f["issuer"] = json!("https://auth.example.com")),
             ),
             ("indented", format!("\r\n  {:#}\n", key_file()).into_bytes()),
@@ -207,22 +209,22 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_no_machine_key_have_their_own_reason() {
+    fn invalid_key_files_have_specific_reasons() {
         let whole = file(|_| {});
         let ec = "-----BEGIN EC PRIVATE KEY-----\nMAAA\n-----END EC PRIVATE KEY-----\n";
         let public = pem("RSA PUBLIC KEY", &[0x30, 0]);
         #[rustfmt::skip]
         let table: &[(&str, Vec<u8>, Reason)] = &[
-            ("garbage of a megabyte", vec![b'x'; 1 << 20], Reason::KeyTooLarge),
+            ("a megabyte of garbage", vec![b'x'; 1 << 20], Reason::KeyTooLarge),
             ("a byte too many", file(|f| f["pad"] = json!("x".repeat(MAX_BYTES))), Reason::KeyTooLarge),
             ("empty", Vec::new(), Reason::KeyNotJSON),
-            ("cut off", whole[..whole.len() / 2].to_vec(), Reason::KeyNotJSON),
+            ("truncated", whole[..whole.len() / 2].to_vec(), Reason::KeyNotJSON),
             ("twice", [&whole[..], &whole[..]].concat(), Reason::KeyNotJSON),
             ("encoded twice", json!(key_file().to_string()).to_string().into_bytes(), Reason::KeyNotJSON),
             ("a list", format!("[{}]", key_file()).into_bytes(), Reason::KeyNotJSON),
             ("a bare PEM", SHORT.as_bytes().to_vec(), Reason::KeyNotJSON),
             ("not UTF-8", b"{\xff\xfe".to_vec(), Reason::KeyNotJSON),
-            ("nested without end", [b"{\"a\":".repeat(4_000), b"1".to_vec()].concat(), Reason::KeyNotJSON),
+            ("deeply nested", [b"{\"a\":".repeat(4_000), b"1".to_vec()].concat(), Reason::KeyNotJSON),
             ("no field", b"{}".to_vec(), Reason::KeyFieldInvalid),
             ("no keyId", without("keyId"), Reason::KeyFieldInvalid),
             ("no userId", without("userId"), Reason::KeyFieldInvalid),
@@ -232,16 +234,16 @@ mod tests {
             ("a list as type", file(|f| f["type"] = json!([])), Reason::KeyFieldInvalid),
             ("an empty keyId", file(|f| f["keyId"] = json!("")), Reason::KeyFieldInvalid),
             ("an id with a line break", file(|f| f["keyId"] = json!("1\n")), Reason::KeyFieldInvalid),
-            ("an id without end", file(|f| f["userId"] = json!("7".repeat(201))), Reason::KeyFieldInvalid),
-            ("no date", file(|f| f["expirationDate"] = json!("soon")), Reason::KeyFieldInvalid),
+            ("an overlong id", file(|f| f["userId"] = json!("7".repeat(201))), Reason::KeyFieldInvalid),
+            ("an invalid date", file(|f| f["expirationDate"] = json!("soon")), Reason::KeyFieldInvalid),
             ("an unknown type", file(|f| f["type"] = json!("robot")), Reason::KeyTypeUnknown),
             ("a type in capitals", file(|f| f["type"] = json!("ServiceAccount")), Reason::KeyTypeUnknown),
-            ("an application's", br#"{"type":"application","keyId":"1","key":"x","appId":"2","clientId":"3"}"#.to_vec(), Reason::KeyIsApplicationKey),
+            ("an application key", br#"{"type":"application","keyId":"1","key":"x","appId":"2","clientId":"3"}"#.to_vec(), Reason::KeyIsApplicationKey),
             ("no PEM", file(|f| f["key"] = json!("x")), Reason::KeyPEMInvalid),
             ("a PEM with escapes", file(|f| f["key"] = json!(SHORT.replace('\n', "\\n"))), Reason::KeyPEMInvalid),
             ("an EC key", file(|f| f["key"] = json!(ec)), Reason::KeyPEMInvalid),
             ("a public key", file(|f| f["key"] = json!(public)), Reason::KeyPEMInvalid),
-            ("numbers that are no key", file(|f| f["key"] = json!(pem("RSA PRIVATE KEY", &[0x30, 0]))), Reason::KeyPEMInvalid),
+            ("an empty sequence", file(|f| f["key"] = json!(pem("RSA PRIVATE KEY", &[0x30, 0]))), Reason::KeyPEMInvalid),
             ("1024 bits", file(|f| f["key"] = json!(SHORT)), Reason::KeyTooShort),
         ];
         for (name, file, reason) in table {
@@ -250,22 +252,22 @@ mod tests {
         }
     }
 
-    /// Sequences within sequences, as deep as a key file has room for.
+    /// Nested DER sequences, as deep as the size limit of a key file allows.
     fn nested() -> Vec<u8> {
         let mut der = Vec::new();
         while der.len() < 40_000 {
             let length = u16::try_from(der.len()).expect("short").to_be_bytes();
-            // Written backwards: the next sequence goes before what it holds.
+            // Written backwards: each sequence header precedes its content.
             der.extend([length[1], length[0], 0x82, 0x30]);
         }
         der.reverse();
         der
     }
 
-    /// jsonwebtoken's own reader of PEM calls itself for each level, and a stack that overflows ends the process: one
-    /// tenant's key would have stopped the operator for all.
+    /// The PEM parser of `jsonwebtoken` recurses for each level. A stack overflow ends the process, so the key of one
+    /// tenant would stop the operator for all tenants.
     #[test]
-    fn a_key_nested_without_end_is_refused() {
+    fn deeply_nested_key_is_refused() {
         for kind in ["RSA PRIVATE KEY", "PRIVATE KEY"] {
             let file = file(|f| f["key"] = json!(pem(kind, &nested())));
             assert!(file.len() <= MAX_BYTES, "{}", file.len());
@@ -274,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn the_entry_that_is_meant() {
+    fn key_entry_is_selected_by_name_or_if_it_is_the_only_one() {
         let secret = |names: &[&str]| -> BTreeMap<String, SecretSlice<u8>> {
             names
                 .iter()

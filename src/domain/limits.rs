@@ -1,27 +1,27 @@
-//! Token buckets, as pure state machines. Time is the caller's monotonic clock, as a duration since any fixed moment.
+//! Token buckets, as pure state machines. Times are durations since a fixed moment, by the caller's monotonic clock.
 
 use std::time::Duration;
 
 /// Size and rate of a bucket.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
-    /// So many at once after a quiet time.
+    /// The size of the bucket: how many units can be taken at once.
     pub burst: f64,
-    /// So many a second for long.
+    /// The sustained rate: how many units are added per second.
     pub per_second: f64,
 }
 
-/// What was left in a bucket at a moment. Negative if work was promised for later.
+/// The level of a bucket at a point in time. Negative if units are reserved for later.
 #[derive(Clone, Copy, Debug)]
 pub struct Level {
-    /// So many may be taken without a wait.
+    /// How many units can be taken without waiting.
     pub left: f64,
-    /// When that was so.
+    /// The time of this level.
     pub at: Duration,
 }
 
 impl Level {
-    /// What is left now.
+    /// The level at `now`.
     #[must_use]
     pub fn left_at(self, rate: Rate, now: Duration) -> f64 {
         let since = now.saturating_sub(self.at).as_secs_f64();
@@ -37,8 +37,8 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// A bucket with a second's worth in it: who led before, or this process before it died, may have spent the burst a
-    /// moment ago (decision K15).
+    /// A bucket that starts with the budget of one second. The previous leader, or this process before a restart, may
+    /// have just used the full burst (`docs/adr/0013-request-budget-per-host.md`).
     #[must_use]
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self {
@@ -50,14 +50,14 @@ impl Bucket {
         }
     }
 
-    /// Changes rate and size; what is in it stays, as far as it fits.
+    /// Changes rate and size. The current level stays, limited by the new size.
     pub fn resize(&mut self, per_second: u32, burst: u32) {
         self.rate = at_least_one(per_second, burst);
         self.level.left = self.level.left.min(self.rate.burst);
     }
 
-    /// Takes one request out of the budget and says how long it must wait. Takers are served in the order of their
-    /// calls: the level may go below zero, which is the queue.
+    /// Takes one request out of the budget and returns how long it must wait. Callers are served in the order of their
+    /// calls: a level below zero is the queue of waiting requests.
     pub fn take(&mut self, now: Duration) -> Duration {
         self.level = Level {
             left: self.level.left_at(self.rate, now) - 1.0,
@@ -81,7 +81,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_more_than_the_burst_and_the_rate(
+        fn burst_and_rate_are_never_exceeded(
             rate in 1_u32..100, burst in 1_u32..100, gaps in prop::collection::vec(0_u64..500, 1..200),
         ) {
             let mut bucket = Bucket::new(rate, burst);

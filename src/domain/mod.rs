@@ -1,4 +1,5 @@
-//! The decisions: plain functions over plain data. No I/O, no clock, no Kubernetes client; `now` is an argument.
+//! All decisions of the operator, as pure functions over plain data. This module has no I/O, no clock and no Kubernetes
+//! client; `now` is an argument (`docs/adr/0016-one-package-with-rooms.md`).
 
 pub mod access;
 pub mod allow_list;

@@ -1,18 +1,18 @@
-//! Names of Kubernetes objects.
+//! References to Kubernetes objects.
 
 use std::sync::Arc;
 
-/// Names an object: namespace (empty for cluster-scoped kinds) and name.
+/// The namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectRef {
-    /// The namespace, empty for cluster-scoped kinds.
+    /// The namespace. Empty for cluster-scoped kinds.
     pub namespace: Arc<str>,
     /// The name.
     pub name: Arc<str>,
 }
 
 impl ObjectRef {
-    /// A reference from its two parts.
+    /// Creates a reference.
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! A token Secret as it was read: whose it is, what it holds, and what a write must meet.
+//! A token Secret as the operator read it: its owner, its content, and the precondition of a write.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,29 +11,29 @@ use crate::domain::answer::MAX_TOKEN_BYTES;
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
 
-/// Largest Secret that we write. A reconcile holds all of an object's Secrets in memory, and every kubelet has to carry
-/// them; a token has about 1 kB.
+/// Maximum size of a Secret that the operator writes. A reconcile holds all Secrets of an object in memory, and
+/// kubelets cache and mount them. A token has about 1 kB.
 pub const MAX_BYTES: usize = 128 * 1024;
 
-/// Kind of the controller that token Secrets belong to.
+/// Kind of the object that controls a token Secret.
 pub const OWNER_KIND: &str = "ZitadelServiceUser";
 
-/// Longest annotation of ours: a record has about 600 bytes, a name 253.
+/// Maximum size of an annotation that the operator reads: a record has about 600 bytes, a name at most 253.
 const MAX_ANNOTATION: usize = 4 * 1024;
 
-/// Which parts of a token Secret decide: what a draft of the token sets, or what every token Secret has. Of the others
-/// nothing is read, however much they hold.
+/// The parts of a token Secret that decisions depend on: those that a draft of the token sets, and those that every
+/// token Secret has. The operator ignores all other parts, whatever their size.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a>(Option<&'a Token>);
 
 impl<'a> Wanted<'a> {
-    /// What decides about the Secret of a token, or about one that the spec no longer names.
+    /// The relevant parts of the Secret of `token`, or with `None` of a Secret that the spec no longer names.
     #[must_use]
     pub fn of(token: Option<&'a Token>) -> Self {
         Self(token)
     }
 
-    /// The longest value of this label that can be right, if the label decides.
+    /// The maximum length of a correct value of this label, or `None` if no decision depends on the label.
     #[must_use]
     pub fn label(self, key: &str) -> Option<usize> {
         let named = || self.0.and_then(|token| token.secret.labels.get(key));
@@ -43,7 +43,7 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// The same for an annotation.
+    /// Like [`Self::label`], for an annotation.
     #[must_use]
     pub fn annotation(self, key: &str) -> Option<usize> {
         let named = || self.0.and_then(|token| token.secret.annotations.get(key));
@@ -53,7 +53,7 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// The same for an entry of the data.
+    /// Like [`Self::label`], for an entry of the data.
     #[must_use]
     pub fn data(self, key: &str) -> Option<usize> {
         let named = || self.0.is_some_and(|token| token.secret.template.contains_key(key));
@@ -65,18 +65,19 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// A Secret that exists, reduced to what is [`Wanted`]. Values are redacted in `Debug` and zeroized on drop.
+/// An existing Secret, reduced to the parts that are [`Wanted`]. `Debug` redacts the values, and they are zeroized on
+/// drop.
 #[derive(Debug)]
 pub struct ObservedSecret {
     /// Its UID.
     pub uid: String,
-    /// Its version.
+    /// Its resource version.
     pub resource_version: String,
     /// The object that controls it.
     pub controller: Option<Controller>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
-    /// Its annotations. Tools keep copies of the whole object there, values and all.
+    /// Its annotations. They are secret, because some tools store a copy of the whole object in an annotation.
     pub annotations: BTreeMap<String, SecretString>,
     /// Its data, decoded.
     pub data: Arc<BTreeMap<String, SecretSlice<u8>>>,
@@ -97,37 +98,39 @@ pub struct Controller {
     pub uid: String,
 }
 
-/// A Secret to delete, guarded by what was seen.
+/// A Secret to delete, with the UID and resource version that the operator read as preconditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecretRef {
     /// Its name, in the object's namespace.
     pub name: String,
     /// Its UID.
     pub uid: String,
-    /// Its version.
+    /// Its resource version.
     pub resource_version: String,
 }
 
-/// What a write expects to meet: the guard against writing over somebody else's Secret (decision K5).
+/// What a write expects to replace. It prevents the operator from overwriting a Secret that it does not own
+/// (`docs/adr/0003-guarded-server-side-apply.md`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WritePrecondition {
-    /// Nothing of that name.
+    /// There is no Secret with this name.
     Absent,
-    /// This very version.
+    /// The Secret has exactly this UID and resource version.
     Present {
         /// Its UID.
         uid: String,
-        /// Its version.
+        /// Its resource version.
         resource_version: String,
     },
 }
 
 impl ObservedSecret {
-    /// Whether the object of this name and UID may write it.
+    /// Checks that the object with this name and UID may write this Secret.
     pub fn owned_by(&self, name: &str, uid: &str) -> Result<(), Reason> {
         match &self.controller {
             Some(c) if c.uid == uid && self.opaque && !self.immutable => Ok(()),
-            // The object was deleted and made again before garbage collection ran (decision K24).
+            // The object was deleted and recreated, and garbage collection has not run yet
+            // (docs/adr/0003-guarded-server-side-apply.md).
             Some(c) if c.uid != uid && c.kind == OWNER_KIND && c.name == name => Err(Reason::SecretBeingReplaced),
             None if self.opaque
                 && !self.immutable
@@ -139,30 +142,30 @@ impl ObservedSecret {
         }
     }
 
-    /// Whether it was written for the object of this UID without an owner reference.
+    /// Whether the record says that the Secret was written for the object with this UID.
     fn is_retained_for(&self, uid: &str) -> bool {
         self.record().is_some_and(|record| record.owner == uid)
     }
 
-    /// The record, if there is one.
+    /// The record, if there is a readable one.
     #[must_use]
     pub fn record(&self) -> Option<Record> {
         Record::parse(self.annotation(ANNOTATION_RECORD)?)
     }
 
-    /// An annotation that decides.
+    /// The value of a [`Wanted`] annotation.
     #[must_use]
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.get(name).map(ExposeSecret::expose_secret)
     }
 
-    /// The token, if there is text in its place.
+    /// The token, if the entry exists and is UTF-8.
     #[must_use]
     pub fn token(&self) -> Option<&str> {
         std::str::from_utf8(self.data.get("token")?.expose_secret()).ok()
     }
 
-    /// The guard for a write over it.
+    /// The precondition for a write that replaces this Secret.
     #[must_use]
     pub fn precondition(&self) -> WritePrecondition {
         WritePrecondition::Present {
@@ -177,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whose_a_secret_is() {
+    fn ownership_of_existing_secrets() {
         let controller = |kind: &str, name: &str, uid: &str| {
             Some(Controller {
                 kind: kind.into(),
@@ -189,7 +192,7 @@ mod tests {
         let none = BTreeMap::new();
         let table = [
             (
-                "ours",
+                "owned",
                 controller(OWNER_KIND, "billing", "u1"),
                 &none,
                 true,
@@ -197,7 +200,7 @@ mod tests {
                 Ok(()),
             ),
             (
-                "ours, immutable",
+                "owned, immutable",
                 controller(OWNER_KIND, "billing", "u1"),
                 &none,
                 true,
@@ -205,7 +208,7 @@ mod tests {
                 Err(Reason::SecretConflict),
             ),
             (
-                "ours, of another type",
+                "owned, of another type",
                 controller(OWNER_KIND, "billing", "u1"),
                 &none,
                 false,
@@ -213,7 +216,7 @@ mod tests {
                 Err(Reason::SecretConflict),
             ),
             (
-                "an earlier object's",
+                "owned by an earlier object of the same name",
                 controller(OWNER_KIND, "billing", "u0"),
                 &none,
                 true,
@@ -221,7 +224,7 @@ mod tests {
                 Err(Reason::SecretBeingReplaced),
             ),
             (
-                "another object's",
+                "owned by another object",
                 controller(OWNER_KIND, "orders", "u2"),
                 &none,
                 true,
@@ -229,17 +232,17 @@ mod tests {
                 Err(Reason::SecretConflict),
             ),
             (
-                "another kind's",
+                "owned by another kind",
                 controller("Certificate", "billing", "u1x"),
                 &adopt,
                 true,
                 false,
                 Err(Reason::SecretConflict),
             ),
-            ("nobody's", None, &none, true, false, Err(Reason::SecretConflict)),
-            ("nobody's, to adopt", None, &adopt, true, false, Ok(())),
+            ("no controller", None, &none, true, false, Err(Reason::SecretConflict)),
+            ("no controller, adopt", None, &adopt, true, false, Ok(())),
             (
-                "nobody's, to adopt, immutable",
+                "no controller, adopt, immutable",
                 None,
                 &adopt,
                 true,

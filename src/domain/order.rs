@@ -1,4 +1,4 @@
-//! Who is served next: urgency of an object, and the fair order among all that wait (design §3.6).
+//! Who is served next: urgency of an object, and the fair order among all that wait (docs/adr/0006-own-priority-queue.md).
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;

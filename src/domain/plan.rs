@@ -1,4 +1,4 @@
-//! The decision: what to do for each token, from facts and the time alone.
+//! The decision: what to do for each token. It depends only on the facts and the time.
 
 use std::collections::BTreeSet;
 
@@ -15,44 +15,43 @@ use crate::domain::record::Record;
 use crate::domain::secret_draft::{self, SecretDraft};
 use crate::domain::{access, hash, scope, validate};
 
-/// What is to be done: one step per token of the spec, in its order, and the Secrets to delete.
+/// What to do for one service user: one step per token, in the order of the spec, and the Secrets to delete.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// One per token.
+    /// One step per token.
     pub steps: Vec<Step>,
-    /// Ours, and no longer asked for.
+    /// Secrets that the object controls and that its spec no longer names.
     pub deletes: Vec<SecretRef>,
 }
 
-/// What is to be done for one token.
+/// What to do for one token.
 #[derive(Debug)]
 pub enum Step {
-    /// Nothing: the token in the Secret is good.
+    /// No action: the Secret holds a fresh token and matches the spec.
     Keep {
         /// The token in the Secret.
         current: CurrentToken,
     },
-    /// Nothing, because something is missing or forbidden. The Secret stays as it is, and with it what it may hold of a
-    /// good token.
+    /// No action, because a prerequisite is missing or the token is not allowed. The Secret stays unchanged, and so
+    /// does a valid token in it.
     Refuse {
-        /// What is missing or forbidden.
+        /// Why the operator does nothing.
         reason: Reason,
         /// A valid token that is still in the Secret.
         current: Option<CurrentToken>,
     },
-    /// Nothing yet: it failed a moment ago for this reason.
+    /// No action yet: the backoff of an earlier failure is running.
     Wait {
         /// Why the last attempt failed.
         reason: Reason,
         /// A valid token that is still in the Secret.
         current: Option<CurrentToken>,
     },
-    /// Ask ZITADEL for a token and write it.
+    /// Request a token from ZITADEL and write it to the Secret.
     Mint(Box<MintRequest>),
-    /// Write a token that is there already: what is around it has changed, or its first write failed. Should it fail
-    /// again, the last is what is still in the Secret.
+    /// Write a token that was issued earlier: the rest of its Secret differs from the spec, or an earlier write failed.
     Write {
-        /// The Secret as it is to be.
+        /// The Secret to write.
         draft: Box<SecretDraft>,
         /// The token in the draft.
         current: CurrentToken,
@@ -67,30 +66,33 @@ impl Step {
     }
 }
 
-/// A token to be minted.
+/// A token to request from ZITADEL.
 #[derive(Debug)]
 pub struct MintRequest {
-    /// The value of the `scope` field.
+    /// The value of the `scope` parameter of the token request.
     pub scope: String,
-    /// Goes into the record.
+    /// Stored in the record.
     pub request_hash: String,
-    /// Goes into the record.
+    /// Stored in the record.
     pub template_hash: String,
-    /// A token of the same inputs that is still in the Secret, in case the mint fails.
+    /// A valid token with the same request hash that stays in the Secret if the token request fails.
     pub fallback: Option<CurrentToken>,
-    /// Neither the schedule nor the spec asks for it: the Secret is missing or was edited, or a renewal was asked for.
+    /// Whether neither the schedule nor a changed spec is the cause: the Secret is missing, was edited or was restored,
+    /// or the object has a new renew request.
     pub unscheduled: bool,
-    /// The token of the same inputs is due or has expired: it is the one request of its lifetime.
+    /// Whether this is the regular refresh of a due or expired token: its request hash is unchanged, and it is the only
+    /// such request in the token's lifetime.
     pub scheduled: bool,
-    /// The last token could not be written: whether this one could is asked before it is minted (decision K3).
+    /// Whether an earlier token could not be written. The operator then checks by a dry run that the API server would
+    /// accept the Secret before it requests another token (docs/adr/0009-unwritten-tokens-are-kept.md).
     pub try_write_first: bool,
 }
 
-/// More forced mints and repairs of a token within the window than this, the first mint not counted, and somebody
-/// fights us.
+/// Unscheduled refreshes and repairs of one token that are allowed within `facts::CONTEST_WINDOW`, not counting the
+/// first token. More of them mean that there is a conflicting writer.
 const UNSCHEDULED: usize = 3;
 
-/// Decides. Level-based: the same facts give the same plan, whatever happened before.
+/// Computes the plan. It is level-based: the same facts and time give the same plan, whatever happened before.
 #[must_use]
 pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
     let suspended = facts.user.spec.suspend == Some(true);
@@ -105,8 +107,9 @@ pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
     }
 }
 
-/// Which of the Secrets that the spec no longer names may go after these outcomes. What a renamed entry leaves stays
-/// until its successor is there, or its token has expired. Without a time that is certain, nothing has expired.
+/// The Secrets among `deletes` that may be deleted after these outcomes. If an entry of the spec names another Secret,
+/// its old Secret stays until the new one exists or the old token has expired. Without a trusted time (`now`), no token
+/// counts as expired.
 #[must_use]
 pub fn may_go<'a>(
     facts: &Facts,
@@ -114,7 +117,7 @@ pub fn may_go<'a>(
     outcomes: &[Outcome],
     now: Option<Timestamp>,
 ) -> Vec<&'a SecretRef> {
-    // As a rule there is none, and what follows looks at every token.
+    // Usually there is nothing to delete, and the checks below are done for every token.
     if deletes.is_empty() {
         return Vec::new();
     }
@@ -125,7 +128,7 @@ pub fn may_go<'a>(
     let mut tokens = facts.user.spec.tokens.iter().zip(outcomes);
     let all_there = tokens.all(|(token, outcome)| outcome.current.is_some() || is_ours(token));
     let has_expired = |record: &Record| now.is_some_and(|now| record.expires_at <= now);
-    // It may be the only good one of an entry that was given a Secret which is there and holds another token.
+    // An old Secret may hold the only valid token of an entry whose new Secret exists but holds another token.
     let without = outcomes.iter().filter(|outcome| outcome.current.is_none());
     let missed: BTreeSet<String> = without
         .filter_map(|outcome| {
@@ -140,7 +143,7 @@ pub fn may_go<'a>(
     deletes.iter().filter(may_go).collect()
 }
 
-/// What is needed before anything can be done.
+/// The prerequisites of every step but `Refuse`.
 struct Admitted<'a> {
     instance: &'a ZitadelInstance,
     key: &'a ServiceKey,
@@ -148,14 +151,15 @@ struct Admitted<'a> {
     scope: String,
 }
 
-/// Whether the Secrets of a token are to be read: its spec keeps the rules, and it is allowed. What a tenant may not have
-/// anyway is not worth the memory. On the way it is checked that the names are names, before they become a part of a URL.
+/// Whether the operator may read the Secrets of a token: its spec is valid, and the access policies allow it. Secrets
+/// of a token that is refused anyway are not worth the memory. Validation also checks the names before they become part
+/// of a URL.
 pub fn may_read(facts: &Facts, index: usize) -> Result<(), Reason> {
     let token = facts.user.spec.tokens.get(index).ok_or(Reason::InvalidSpec)?;
     allow(facts, index, token).map(drop)
 }
 
-/// The instance and the scope, if spec and rights allow the token.
+/// The instance and the scope, if the spec is valid and the access policies allow the token.
 fn allow<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<(&'a ZitadelInstance, String), Reason> {
     if facts.in_operator_namespace {
         return Err(Reason::OperatorNamespace);
@@ -166,7 +170,7 @@ fn allow<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<(&'a Zitad
     validate::instance(name, &instance.spec).map_err(|_| Reason::InstanceInvalid)?;
     let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;
     allowed.check(token, facts.zitadel_project_id())?;
-    // Refused above; but what holds a space would be two scopes, so that it is looked at where it is put together.
+    // Validation above rejects spaces. `scope::field` checks again, because a value with a space would be two scopes.
     let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
     Ok((instance, scope))
 }
@@ -248,12 +252,13 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     }))
 }
 
-/// Whether somebody fights us over the token's Secret.
+/// Whether the token's Secret has a conflicting writer.
 fn is_contested(facts: &Facts, token: &Token) -> bool {
     facts.unscheduled.get(&token.name).copied().unwrap_or(0) > UNSCHEDULED
 }
 
-/// Whether a mint is forced from outside, and not due and not of other inputs.
+/// Whether a token request is unscheduled. It is if the Secret holds a valid token that is not due, if an unexpired
+/// record has the same request hash (the Secret was edited), or if there is no record.
 fn is_unscheduled(
     observed: Option<&ObservedSecret>,
     fallback: Option<CurrentToken>,
@@ -267,7 +272,7 @@ fn is_unscheduled(
     }
 }
 
-/// What failed is tried again when its back-off has run, whatever else woke the object.
+/// Defers a token request or a write while the token's backoff runs, whatever triggered this reconcile.
 fn await_backoff(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> Step {
     let hold = facts.pending_retries.get(&token.name).filter(|hold| hold.until > now);
     match (hold, step) {
@@ -283,14 +288,14 @@ fn await_backoff(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> St
     }
 }
 
-/// Whether there is a renew request that this token does not serve. One that was taken back asks for nothing.
+/// Whether the object has a renew request that this token does not serve. A withdrawn request has no effect.
 fn asked(facts: &Facts, record: &Record) -> bool {
     facts
         .renew_request()
         .is_some_and(|request| record.request.as_ref() != Some(&request))
 }
 
-/// The token in the Secret, if it is the one that we wrote for these inputs.
+/// The token in the Secret, if the operator wrote it for this request hash.
 fn good<'a>(
     facts: &Facts,
     token: &Token,
@@ -306,7 +311,7 @@ fn good<'a>(
     let mut expires = record.expires_at;
     let format = Format::of(value);
     if let Some(claims) = answer::claims(value) {
-        // A JWT speaks for itself: a record could be forged along with its token.
+        // A record can be forged together with its token, so the claims of a JWT must match as well.
         if let Some(id) = known_project_id(facts, token) {
             let expected = expected(token, admitted.instance, admitted.key, id);
             answer::check_claims(&claims, &expected).ok()?;
@@ -317,7 +322,8 @@ fn good<'a>(
     Some((record, value, CurrentToken { schedule, format }))
 }
 
-/// A token for these inputs in a Secret that the spec no longer names: its entry was given another Secret.
+/// A token with this request hash in a Secret that the spec no longer names, because its entry now names another
+/// Secret.
 fn left_over<'a>(
     facts: &'a Facts,
     token: &Token,
@@ -329,7 +335,8 @@ fn left_over<'a>(
     ours.find_map(|observed| good(facts, token, observed, admitted, request_hash))
 }
 
-/// The real project id if it matters for `token`; any text if it does not; none if it matters and is not known.
+/// The ID of the ZITADEL API's project if `token` needs it, an empty string if it does not, or `None` if `token` needs
+/// the ID and it is not known yet.
 fn known_project_id<'a>(facts: &'a Facts, token: &Token) -> Option<&'a str> {
     if token.zitadel_api == Some(true) {
         facts.zitadel_project_id.as_deref()
@@ -386,7 +393,7 @@ fn write_again(
     Some((Box::new(draft), CurrentToken { schedule, format }))
 }
 
-/// Hash of what decides a token: another one of these needs another token.
+/// Hash of everything that determines a token. If any of it changes, the operator requests another token.
 fn request_hash(facts: &Facts, admitted: &Admitted<'_>) -> String {
     hash::of([
         facts.user.spec.instance_ref.name.as_bytes(),
@@ -406,8 +413,9 @@ fn expected(token: &Token, instance: &ZitadelInstance, key: &ServiceKey, zitadel
     }
 }
 
-/// What the token must be, once the real id of the ZITADEL project is known: the last check before a mint, since
-/// until then a tenant might ask for that id by number (design §3.11).
+/// What the token must contain, now that the ID of the ZITADEL API's project is known. This is the last check before a
+/// token request: while the ID is unknown, a tenant can request it like that of any other project
+/// (docs/adr/0007-audience-must-be-equal.md).
 pub fn expect(facts: &Facts, token: &Token, zitadel_project_id: &str) -> Result<Expected, Reason> {
     let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
     let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;

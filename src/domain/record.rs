@@ -1,47 +1,51 @@
-//! The record: an annotation on the token Secret that says what was minted, from what, until when. The Secret is the
-//! record, so that a restart needs no other state and mints nothing (design §2.3).
+//! The record: an annotation on the token Secret that describes the token, the request that led to it, and its expiry.
+//! It is the only durable state of a token, so that a restart requests no tokens
+//! (`docs/adr/0002-the-secret-is-the-record.md`).
 
 use k8s_openapi::jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::hash;
 
-/// Version that we write. An older one will be compared by its own rule, so that an upgrade mints nothing (K8).
+/// The version that the operator writes. A later release has to compare an older record by the rule of its version, so
+/// that an upgrade requests no tokens (`docs/adr/0002-the-secret-is-the-record.md`).
 pub const VERSION: u32 = 1;
 
-/// What is known of the token in a Secret.
+/// The record of the token in a Secret.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
     /// Version of this record.
     pub v: u32,
-    /// UID of the object that it was written for; a Secret that is to outlive its object has no owner reference.
+    /// UID of the object that the Secret was written for. A Secret with `deletionPolicy: Retain` has no owner
+    /// reference.
     pub owner: String,
-    /// Hash of what decided the token: other inputs need another token.
+    /// Hash of the inputs of the token request. If they change, the operator requests a new token.
     pub request_hash: String,
-    /// Hash of what is rendered around the token: another shape needs another write, and no mint.
+    /// Hash of the labels, annotations and templates. If they change, the operator writes the Secret again and requests
+    /// no token.
     pub template_hash: String,
-    /// When the token was minted, by our clock.
+    /// When the token was issued, by the server's clock.
     pub issued_at: Timestamp,
-    /// When it expires, by our clock.
+    /// When the token expires, by the server's clock.
     pub expires_at: Timestamp,
     /// The last renew request that was served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request: Option<String>,
-    /// Hash of the token and the fields above: finds a token or record that somebody edited.
+    /// Hash of the token and the fields above. It reveals an edited token or record.
     pub content: String,
 }
 
 impl Record {
-    /// The record with its `content` for `token`.
+    /// The record with `content` computed for `token`.
     #[must_use]
     pub fn sealed(mut self, token: &str) -> Self {
         self.content = self.seal(token);
         self
     }
 
-    /// The record of `token` with another shape, for the object of this UID: the token may have been another's, whose
-    /// Secret was adopted.
+    /// The record of `token` with another template hash and owner. The owner changes if the object with this UID
+    /// adopted the Secret of another object.
     #[must_use]
     pub fn rehashed(&self, owner: &str, template_hash: &str, token: &str) -> Self {
         let (owner, template_hash) = (owner.to_owned(), template_hash.to_owned());
@@ -54,7 +58,7 @@ impl Record {
         .sealed(token)
     }
 
-    /// Whether `token` is the one that this record was written for, and the record unedited.
+    /// Whether this record was written for `token`, and neither was edited.
     #[must_use]
     pub fn vouches_for(&self, token: &str) -> bool {
         self.v == VERSION && self.content == self.seal(token)
@@ -73,13 +77,13 @@ impl Record {
         ])
     }
 
-    /// Reads the annotation; anything that is not a record is none.
+    /// Parses the annotation. Returns `None` if it is not a record.
     #[must_use]
     pub fn parse(annotation: &str) -> Option<Self> {
         serde_json::from_str(annotation).ok()
     }
 
-    /// The annotation.
+    /// The value of the annotation.
     #[must_use]
     pub fn render(&self) -> String {
         // A struct of strings and numbers always serializes.

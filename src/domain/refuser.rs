@@ -1,15 +1,16 @@
-//! Who in the cluster refused a write: of the API server's words only the name of a policy, webhook or quota.
+//! The policy, webhook or quota that refused a write. Only its name is taken from the API server's message.
 
 use std::fmt;
 
-/// What refused a write. Its name is one that Kubernetes takes, and nothing else of the message.
+/// The policy, webhook or quota that refused a write. The name has the syntax of a Kubernetes name, so that no other
+/// text of the message gets through.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refuser {
     kind: &'static str,
     name: String,
 }
 
-/// What stands before the name, after it, and what it names.
+/// The text before the name, the text after it, and the kind that the name belongs to.
 const FORMS: [(&str, &str, &str); 3] = [
     ("ValidatingAdmissionPolicy '", "'", "ValidatingAdmissionPolicy"),
     ("admission webhook \"", "\"", "admission webhook"),
@@ -17,13 +18,13 @@ const FORMS: [(&str, &str, &str); 3] = [
 ];
 
 impl Refuser {
-    /// From the message of a refused write.
+    /// Finds the refuser in the API server's message.
     #[must_use]
     pub fn of(message: &str) -> Option<Self> {
-        // Built-in admission plugins name the object first.
-        let told = message.split_once(" is forbidden: ").map_or(message, |(_, told)| told);
+        // Messages of built-in admission plugins start with the object.
+        let rest = message.split_once(" is forbidden: ").map_or(message, |(_, rest)| rest);
         FORMS.iter().find_map(|(before, after, kind)| {
-            let (name, _) = told.strip_prefix(before)?.split_once(after)?;
+            let (name, _) = rest.strip_prefix(before)?.split_once(after)?;
             let is_name = !name.is_empty()
                 && name.len() <= 253
                 && name
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_name_of_what_refused_is_taken() {
+    fn only_the_name_is_taken_from_the_message() {
         let table = [
             (
                 r#"secrets "s" is forbidden: ValidatingAdmissionPolicy 'zitadel-tokens' with binding 'b' denied request: no"#,

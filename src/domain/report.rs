@@ -1,4 +1,4 @@
-//! The report: status, Events and the next look, from what was known and what came of it.
+//! The report: status, Events and the next reconcile, computed from the facts and the outcomes.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -10,36 +10,36 @@ use crate::domain::retry::{Failed, Retry, Wake};
 use crate::domain::time::{shifted, whole_seconds};
 use crate::domain::validate;
 
-/// A permanent failure is called stalled only after this: Flux and Helm treat `Stalled` as final, and a key Secret
-/// may arrive a little later than the object (decision K9).
+/// How long a permanent failure lasts before it sets `Stalled`. Flux and Helm treat `Stalled` as final, and a key
+/// Secret may be created shortly after the object (docs/adr/0005-status-is-output-only.md).
 const PATIENCE: SignedDuration = SignedDuration::from_mins(5);
 
-/// Denied audiences that a message lists: the API server takes no Event with a note of more than 1024 bytes.
+/// Denied audiences that a message lists. The API server rejects an Event whose note is longer than 1024 bytes.
 const MOST_DENIED: usize = 4;
 
-/// What to tell and when to look again.
+/// The new status, the Events to publish and the next reconcile.
 #[derive(Debug)]
 pub struct Report {
-    /// The status as it is to be.
+    /// The complete new status.
     pub status: ZitadelServiceUserStatus,
-    /// Events, on a change of outcome only.
+    /// Events for changed outcomes only.
     pub events: Vec<EventDraft>,
-    /// When to look again.
+    /// When to reconcile next.
     pub wake: Wake,
 }
 
-/// An Event to be.
+/// An Event that is not yet published.
 #[derive(Debug, PartialEq, Eq)]
 pub struct EventDraft {
-    /// Whether it is a warning.
+    /// Whether the Event has the type `Warning`.
     pub warning: bool,
-    /// What happened.
+    /// The `reason` of the Event.
     pub reason: Reason,
-    /// The sentence.
+    /// The `note` of the Event.
     pub text: String,
 }
 
-/// The status, the Events and the next reconcile that these outcomes call for.
+/// Computes the report for these outcomes.
 #[must_use]
 pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
     let before = facts.user.status.clone().unwrap_or_default();
@@ -90,8 +90,8 @@ pub fn refusal(reason: Reason, generation: Option<i64>, now: Timestamp) -> serde
     serde_json::json!({"status": {"observedGeneration": generation, "conditions": conditions}})
 }
 
-/// Whether a valid token for the spec is in the Secret. A token that was just found good or written counts, even if it
-/// expired during this reconcile: the next one follows at once.
+/// Whether the Secret holds a valid token for the spec. A token that this reconcile kept or wrote counts even if it
+/// expired meanwhile: the next reconcile follows at once.
 fn is_ready(outcome: &Outcome, now: Timestamp) -> bool {
     outcome.reason == Reason::Issued || outcome.current.is_some_and(|h| h.schedule.is_valid(now))
 }
@@ -105,8 +105,9 @@ fn line(
 ) -> TokenStatus {
     let current: Option<CurrentToken> = outcome.current.or_else(|| facts.recorded(token));
     let failing = outcome.reason.retry() != Retry::No;
-    // A new spec begins anew, else a roll-out whose key comes a little later would be stalled at once (decision K9).
-    // A time ahead of ours was written by another clock, or by hand.
+    // The time until `Stalled` restarts with each generation. Otherwise a rollout whose key Secret is created shortly
+    // after the object would stall at once (docs/adr/0005-status-is-output-only.md). A time in the future was written
+    // by another clock or by hand, and is ignored.
     let since = before
         .tokens
         .iter()
@@ -127,7 +128,7 @@ fn line(
     }
 }
 
-/// A sentence for each token whose renewal does not follow the spec.
+/// A sentence for each token whose refresh time in the spec does not fit its lifetime.
 fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
     let those = outcomes
         .iter()
@@ -135,19 +136,19 @@ fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
     let names = those.filter_map(|o| Some(&facts.user.spec.tokens.get(o.token)?.name));
     names.fold(String::new(), |text, name| {
         text + &format!(
-            " Token `{name}`: renewBefore or renewBeforePercentage does not fit its lifetime; renewAt in its status tells when it is renewed."
+            " Token `{name}`: renewBefore or renewBeforePercentage does not fit the token lifetime, so the token is refreshed at status.tokens[].renewAt instead. Set a value that fits, or remove the field."
         )
     })
 }
 
-/// Sets the conditions. Returns when a failure will be called stalled.
+/// Sets the conditions. Returns when a failure that is not `Stalled` yet becomes so.
 ///
 /// | condition | status | reason |
 /// |---|---|---|
-/// | `Ready` | whether each Secret holds a valid token | `Issued`, or why the first token that is not ready is not |
-/// | `UpToDate` | whether each latest refresh succeeded; `Unknown` while suspended | `Issued`, `Suspended`, or why the worst failed |
-/// | `Reconciling` or `Stalled` | `True` while not ready and not suspended, never both | as `Ready` |
-/// | `KeyValid` | whether the key is usable; `Unknown` if it was not read | `KeyUsable`, or what is wrong |
+/// | `Ready` | whether each Secret holds a valid token | `Issued`, or the reason of the first token that is not ready |
+/// | `UpToDate` | whether the latest refresh of every token succeeded; `Unknown` while suspended | `Issued`, `Suspended`, or the reason of the first failure |
+/// | `Reconciling` or `Stalled` | `True` while not ready and not suspended, never both | same as `Ready` |
+/// | `KeyValid` | whether the key is usable; `Unknown` if it was not read | `KeyUsable`, or what is wrong with the key |
 fn conditions(
     facts: &Facts,
     outcomes: &[Outcome],
@@ -156,7 +157,7 @@ fn conditions(
     now: Timestamp,
 ) -> Option<Timestamp> {
     let failed = |o: &&Outcome| o.reason.retry() != Retry::No;
-    // Of several tokens the first in the spec decides.
+    // Tokens that are not ready decide before others, failures before the rest, then the order of the spec.
     let not_ready = || outcomes.iter().filter(|o| !is_ready(o, now));
     let missing = not_ready().find(failed).or_else(|| not_ready().next());
     let failed = missing.filter(failed).or_else(|| outcomes.iter().find(failed));
@@ -167,7 +168,7 @@ fn conditions(
         .map_or(now, |t| t.0);
     let stalls_at = shifted(since, PATIENCE);
     let waits = missing.is_some_and(|o| o.reason.is_permanent());
-    // An untrusted clock must not report a failure as final: Flux and Helm stop waiting then.
+    // An untrusted clock must not make a failure final: Flux and Helm would stop waiting.
     let stalled = waits && stalls_at <= now && facts.clock.check().is_ok();
     let mut set = |kind: &str, value: &str, reason: Reason, message: &str| {
         let same = |c: &&Condition| c.type_ == kind && c.status == value && c.last_transition_time.0 <= now;
@@ -190,7 +191,7 @@ fn conditions(
             let message = sentence(facts, missing);
             set(READY, "False", missing.reason, &message);
             if missing.reason != Reason::Suspended {
-                // kstatus: Stalled is final and Reconciling is not.
+                // kstatus treats `Stalled` as final and `Reconciling` as in progress.
                 let kind = if stalled { "Stalled" } else { "Reconciling" };
                 set(kind, "True", missing.reason, &message);
             }
@@ -209,7 +210,7 @@ fn conditions(
     let key = key_state(facts, outcomes, now);
     let usable = key == Reason::KeyUsable;
     let message = if usable { key.meaning().to_owned() } else { key.advice() };
-    // A key is not read if no token is allowed.
+    // The operator does not read the key if no token is allowed.
     let unread = facts.key.is_err() && key.subject() != Subject::Key && key != Reason::SecretsForbidden;
     let value = match (unread, usable) {
         (true, _) => "Unknown",
@@ -240,7 +241,7 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
             )
         }
         (_, Some(refuser)) => format!(
-            "Token `{name}`: {} It was refused by {refuser}. {}",
+            "Token `{name}`: {} The write was refused by {refuser}. {}",
             reason.meaning(),
             reason.remedy()
         ),
@@ -248,7 +249,8 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
     }
 }
 
-/// The audiences that no policy allows. Their ids match the schema's pattern, or the reason would be another.
+/// The audiences that no access policy allows. Their IDs match the schema's pattern: otherwise the reason is
+/// `InvalidSpec`.
 fn denied(facts: &Facts, outcome: &Outcome) -> String {
     let token = facts.user.spec.tokens.get(outcome.token);
     let denied = token.zip(facts.allowed_audiences.as_ref().ok());
@@ -261,7 +263,7 @@ fn denied(facts: &Facts, outcome: &Outcome) -> String {
     }
 }
 
-/// What is known of the key: what it says of itself, and what the server said.
+/// The state of the key: from its own expiration date, and from ZITADEL's responses to token requests.
 fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
     match &facts.key {
         Err(reason) => *reason,
@@ -276,7 +278,7 @@ fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
     }
 }
 
-/// An Event for each token whose outcome changed. What passes within seconds is not worth one.
+/// An Event for each token whose outcome changed. Failures that are retried within seconds (`Retry::Soon`) get none.
 fn events(
     facts: &Facts,
     outcomes: &[Outcome],
@@ -296,7 +298,10 @@ fn events(
         warning: outcome.reason.retry() != Retry::No,
         reason: outcome.reason,
         text: if outcome.reason == Reason::Issued {
-            format!("Token `{}` is valid and in Secret `{}`.", token.name, token.secret_name)
+            format!(
+                "Token `{}` is valid and stored in Secret `{}`.",
+                token.name, token.secret_name
+            )
         } else {
             sentence(facts, outcome)
         },
@@ -304,7 +309,8 @@ fn events(
     .collect()
 }
 
-/// When a token that failed is tried again at the latest: when it is due, and then ever sooner as its expiry nears.
+/// The latest time of the next attempt after a failure: the token's refresh time, or, for a due token, after a third of
+/// its remaining lifetime. The attempts become more frequent as the expiry approaches.
 fn latest_try(current: CurrentToken, now: Timestamp) -> Timestamp {
     if current.schedule.renew > now {
         return current.schedule.renew;
@@ -319,7 +325,7 @@ fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: 
         if o.reason == Reason::Issued {
             return Some(schedule.renew);
         }
-        // A due token whose renewal fails is the back-off's; its expiry must still be told in time.
+        // The backoff schedules the next attempt. The status must still change when the token expires.
         Some(schedule.expires).filter(|at| *at > now)
     });
     let failing = outcomes
@@ -334,7 +340,7 @@ fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: 
                 deferred: o.deferred,
             })
         });
-    // The condition KeyValid changes then, whatever the tokens do.
+    // `KeyValid` changes when the key expires, whatever the state of the tokens.
     let key_ends = facts.key.as_ref().ok().and_then(|k| k.expires).filter(|at| *at > now);
     Wake {
         at: next.chain(stalls_at).chain(key_ends).min(),
@@ -342,7 +348,7 @@ fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: 
     }
 }
 
-/// A time as the API shows it.
+/// A time as the API shows it: in whole seconds.
 fn time(at: Timestamp) -> Time {
     Time(whole_seconds(at))
 }

@@ -1,4 +1,4 @@
-//! Retries: the class of a failure, what waits for its retry, and when an object is reconciled next.
+//! Retries: the class of a failure, pending retries, and when an object is reconciled next.
 
 use std::collections::BTreeMap;
 
@@ -7,47 +7,48 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use crate::domain::reason::Reason;
 use crate::domain::time::shifted;
 
-/// How a failed attempt is tried again.
+/// How a failed attempt is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Retry {
     /// Nothing failed.
     No,
     /// Waits for a change of any input, plus a slow retry.
     Permanent,
-    /// The same, after a few early retries: a new key or a reactivated user takes effect in ZITADEL with a delay.
+    /// Like `Permanent`, after a few early retries: a new key or a reactivated user takes effect in ZITADEL with a
+    /// delay.
     Eventual,
-    /// Grows from a second to five minutes.
+    /// The backoff grows from one second to five minutes.
     Transient,
-    /// Grows from a second to ten: nobody is asked but the cluster's own API server, and a token that was due while it
-    /// was away has not long to wait.
+    /// The backoff grows from one second to ten. Retries reach only the cluster's API server, and a token that became
+    /// due during its outage must not wait long.
     Soon,
 }
 
-/// What failed before and is not to be tried yet, by token name.
+/// Pending retries, by token name.
 pub type PendingRetries = BTreeMap<String, PendingRetry>;
 
-/// A back-off that runs.
+/// A failure that the operator retries after its backoff.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingRetry {
-    /// What failed.
+    /// The reason for the failure.
     pub reason: Reason,
-    /// Until when.
+    /// When the operator retries.
     pub until: Timestamp,
-    /// What is tried next is a retry of the same, not something that a change asks for.
+    /// Whether the next attempt repeats a failed one, as opposed to an attempt that a change of the object caused.
     pub is_retry: bool,
 }
 
-/// When an object is looked at again; without either, when something changes.
+/// When an object is reconciled next. If both fields are empty, the next change triggers the reconcile.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wake {
     /// At this time.
     pub at: Option<Timestamp>,
-    /// After a back-off that the queue computes for each of these.
+    /// After a backoff that the queue computes for each of these failures.
     pub failed: Vec<Failed>,
 }
 
 impl Wake {
-    /// The same by another clock that is so far ahead.
+    /// The same times by a clock that is ahead by `by`.
     #[must_use]
     pub fn shifted(self, by: SignedDuration) -> Self {
         let shift = |at: Option<Timestamp>| at.map(|at| shifted(at, by));
@@ -63,23 +64,23 @@ impl Wake {
     }
 }
 
-/// Something that failed and is to be tried again.
+/// A failure to retry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failed {
-    /// Name of the token; empty for the object as a whole.
+    /// Name of the token. Empty for the object as a whole.
     pub what: String,
-    /// Why.
+    /// The reason for the failure.
     pub reason: Reason,
-    /// Not to be tried before this.
+    /// The earliest time of the retry.
     pub not_before: Option<Timestamp>,
-    /// To be tried by then at the latest: a back-off must not outlast the token that is still good.
+    /// The latest time of the retry: the backoff must not outlast a token that is still valid.
     pub not_after: Option<Timestamp>,
-    /// It was not tried this time, so that its back-off does not grow.
+    /// Not attempted in this reconcile, so that the backoff does not grow.
     pub deferred: bool,
 }
 
 impl Failed {
-    /// A failure of just now.
+    /// A failure of this reconcile.
     #[must_use]
     pub fn now(what: &str, reason: Reason) -> Self {
         Self {

@@ -1,4 +1,5 @@
-//! When a token is renewed: a pure function of its lifetime, the spec and a jitter that is the same after a restart.
+//! The refresh time of a token: a pure function of its lifetime, the spec and a jitter that is the same after a restart
+//! (`docs/adr/0010-refresh-schedule-with-stable-jitter.md`).
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
@@ -7,48 +8,48 @@ use crate::domain::hash;
 use crate::domain::retry::Retry;
 use crate::domain::time::shifted;
 
-/// A lifetime below this cannot be kept fresh: mint, write and mount take seconds.
+/// Minimum lifetime. A shorter token cannot be kept fresh, because request, write and mount take seconds.
 pub const SHORTEST_LIFETIME: SignedDuration = SignedDuration::from_secs(5);
 
-/// No token is believed to live longer; ZITADEL's default is 12 hours.
+/// Maximum lifetime. The operator does not rely on a longer one. ZITADEL's default is 12 hours.
 pub const LONGEST_LIFETIME: SignedDuration = SignedDuration::from_hours(31 * 24);
 
-/// No token is due earlier than this after its issue, whatever the spec says.
+/// Minimum time between issue and refresh, whatever the spec says.
 const SHORTEST_WAIT: SignedDuration = SignedDuration::from_secs(2);
 
-/// No token is due later than this before its expiry, whatever the spec says.
+/// Minimum time between refresh and expiry, whatever the spec says.
 const SHORTEST_MARGIN: SignedDuration = SignedDuration::from_secs(2);
 
-/// When the spec wants a token renewed.
+/// When the spec asks for the refresh of a token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Renewal {
     /// At two thirds of the lifetime, as cert-manager does.
     #[default]
     Default,
-    /// This long before the expiry.
+    /// This long before expiry.
     Before(SignedDuration),
-    /// This percentage of the lifetime before the expiry.
+    /// This percentage of the lifetime before expiry.
     Percentage(i32),
 }
 
-/// A token's way through time: issued, due, expired.
+/// The times of a token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
     /// Start of the lifetime.
     pub issued: Timestamp,
-    /// When it is to be renewed.
+    /// When the token is due for a refresh.
     pub renew: Timestamp,
-    /// When it is no longer accepted.
+    /// When the token expires.
     pub expires: Timestamp,
-    /// What the spec asks for does not fit the lifetime, so that something near it was taken.
+    /// The time in the spec does not fit the lifetime, so the nearest permitted time was used.
     pub clamped: bool,
 }
 
 impl Schedule {
-    /// Computes the renew time. `seed` (object UID and token name) picks a jitter of up to 10 % of the lifetime,
-    /// towards earlier only, so that tokens minted together do not come back together. The result is clamped: not
-    /// before 20 % of the lifetime nor 2 s after the issue, and not in the last 5 % nor the last 2 s, which a mint and
-    /// a write may take (design §3.2).
+    /// Computes the refresh time. `seed` (object UID and token name) selects a jitter of up to 10 % of the lifetime,
+    /// only toward an earlier time, so that tokens issued together do not come due together. The result is clamped: not
+    /// before 20 % of the lifetime and 2 s after issue, and not in the last 5 % or the last 2 s, which request and
+    /// write may take (`docs/adr/0010-refresh-schedule-with-stable-jitter.md`).
     #[must_use]
     pub fn new(issued: Timestamp, expires: Timestamp, renewal: Renewal, seed: &str) -> Self {
         let expires = expires.min(shifted(issued, LONGEST_LIFETIME));
@@ -58,7 +59,8 @@ impl Schedule {
             Renewal::Before(before) => before,
             Renewal::Percentage(percent) => scale(lifetime, f64::from(percent.clamp(1, 99)) / 100.0),
         };
-        // Longer than the whole lifetime: ignored, else every look would mint (decision K4).
+        // A margin that is not shorter than the lifetime is ignored: each reconcile would request a token
+        // (docs/adr/0010-refresh-schedule-with-stable-jitter.md).
         let fitting = if wanted < lifetime { wanted } else { lifetime / 3 };
         let margin = fitting.max(scale(lifetime, 0.05)).max(SHORTEST_MARGIN);
         let jitter = scale(lifetime, 0.10 * hash::fraction(seed));
@@ -72,13 +74,13 @@ impl Schedule {
         }
     }
 
-    /// Whether the token is accepted at this moment. One that is issued later is not, whatever wrote that time.
+    /// Whether the token is valid at `now`. A token with an issue time in the future is not, whatever the record says.
     #[must_use]
     pub fn is_valid(self, now: Timestamp) -> bool {
         is_past(self.issued, now) && self.expires > now
     }
 
-    /// Whether it is valid and not to be renewed yet.
+    /// Whether the token is valid and not yet due.
     #[must_use]
     pub fn is_fresh(self, now: Timestamp) -> bool {
         self.is_valid(now) && self.renew > now
@@ -89,11 +91,12 @@ fn scale(duration: SignedDuration, factor: f64) -> SignedDuration {
     SignedDuration::try_from_secs_f64(duration.as_secs_f64() * factor).unwrap_or(SignedDuration::ZERO)
 }
 
-/// After a second, two and four: a change in ZITADEL took up to 750 ms to take effect, measured on one server in a burst.
+/// Number of early retries, after 1 s, 2 s and 4 s. A change in ZITADEL took up to 750 ms to take effect, measured on
+/// one server in a burst.
 const EARLY_RETRIES: u32 = 3;
 
-/// How long to wait after `failures` failures in a row: from a second, doubling to five minutes, or about ten minutes
-/// for what only a change can mend. `seed` spreads objects that failed together.
+/// The backoff after `failures` consecutive failures: it starts at one second and doubles up to the limit of `retry`,
+/// or is about ten minutes for failures that only a change can fix. `seed` spreads objects that failed together.
 #[must_use]
 pub fn backoff(retry: Retry, failures: u32, seed: &str) -> SignedDuration {
     let base = match retry {
@@ -106,13 +109,13 @@ pub fn backoff(retry: Retry, failures: u32, seed: &str) -> SignedDuration {
     scale(base, 0.8 + 0.4 * hash::fraction(&format!("{seed}/{failures}")))
 }
 
-/// A second, and twice as much with each further failure.
+/// One second, doubled with each further failure.
 fn growing(failures: u32) -> SignedDuration {
     SignedDuration::from_secs(1_i64 << failures.saturating_sub(1).min(9))
 }
 
-/// Reads a duration of the spec, such as `1h30m`: what the schema's pattern lets through, and what CEL's `duration()`
-/// makes of it. jiff's own parser wants the units in order.
+/// Parses a duration of the spec, such as `1h30m`. It accepts what the pattern in the schema accepts, and agrees with
+/// CEL's `duration()`. jiff's own parser requires the units in descending order.
 #[must_use]
 pub fn duration(text: &str) -> Option<SignedDuration> {
     const UNITS: [(&str, i64); 4] = [
@@ -132,7 +135,7 @@ pub fn duration(text: &str) -> Option<SignedDuration> {
         };
         let (unit, nanoseconds_each) = UNITS.iter().find(|(unit, _)| after.starts_with(unit))?;
         let whole = whole.parse::<i64>().ok()?.checked_mul(*nanoseconds_each)?;
-        // Nine digits reach a nanosecond of a second; what an hour's further digits add does not matter.
+        // Nine digits give nanoseconds for the unit `s`. The error in larger units is negligible.
         let fraction = fraction.get(..9).unwrap_or(fraction);
         let scale = 10_i128.pow(u32::try_from(fraction.len()).ok()?);
         let part = i128::from(fraction.parse::<i64>().ok()?) * i128::from(*nanoseconds_each) / scale;
@@ -153,7 +156,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_after_the_expiry_never_before_a_fifth(
+        fn refresh_is_after_a_fifth_of_the_lifetime_and_before_expiry(
             issued in 1_700_000_000_i64..1_900_000_000,
             lifetime in 5_i64..2_678_400,
             before in 0_i64..3_000_000,
@@ -178,9 +181,10 @@ mod tests {
             prop_assert_eq!(s, Schedule::new(issued, expires, renewal, &seed));
         }
 
-        /// Who lives longer is not renewed earlier, and who asks for more margin not later.
+        /// A token with a longer lifetime is not refreshed earlier, and a token with a larger margin is not refreshed
+        /// later.
         #[test]
-        fn a_longer_life_and_a_smaller_margin_never_renew_earlier(
+        fn longer_lifetime_or_smaller_margin_never_refreshes_earlier(
             lifetime in 5_i64..2_678_400,
             longer in 0_i64..2_678_400,
             percent in 1..99,
@@ -194,16 +198,16 @@ mod tests {
             for renewal in [Renewal::Default, Renewal::Percentage(percent)] {
                 prop_assert!(renew(lifetime, renewal) <= renew(lifetime + longer, renewal));
             }
-            // A fixed margin: only among lifetimes that it fits, since one that does not fit is ignored.
+            // A fixed margin is compared only among lifetimes that it fits, because it is ignored otherwise.
             let before = Renewal::Before(SignedDuration::from_secs(lifetime * i64::from(margin) / 100));
             prop_assert!(renew(lifetime, before) <= renew(lifetime + longer, before));
             let smaller = Renewal::Percentage(percent.min(margin).max(1));
             prop_assert!(renew(lifetime, Renewal::Percentage(percent)) <= renew(lifetime, smaller));
         }
 
-        /// Tokens that were minted together come back over a tenth of their lifetime, none of its tenths empty.
+        /// Tokens that were issued together come due over a tenth of their lifetime. Each tenth of that span has some.
         #[test]
-        fn the_jitter_spreads_over_a_tenth_of_the_lifetime(lifetime in 3_600_i64..2_678_400, prefix in "[a-f0-9]{8}") {
+        fn jitter_spreads_over_a_tenth_of_the_lifetime(lifetime in 3_600_i64..2_678_400, prefix in "[a-f0-9]{8}") {
             let issued = Timestamp::UNIX_EPOCH;
             let expires = issued + SignedDuration::from_secs(lifetime);
             let mut parts = [0; 10];
@@ -220,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn two_thirds_by_default_earlier_by_at_most_a_tenth() {
+    fn default_is_two_thirds_minus_at_most_a_tenth() {
         let issued = Timestamp::UNIX_EPOCH;
         let expires = issued + SignedDuration::from_secs(1_000);
         let all: Vec<i64> = (0..1_000)
@@ -236,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_the_lifetime_is_clamped_and_said() {
+    fn margin_that_does_not_fit_the_lifetime_is_clamped() {
         let issued = Timestamp::UNIX_EPOCH;
         let renew = |lifetime, renewal| {
             // This seed's jitter is small.
@@ -281,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_as_users_write_them() {
+    fn durations_of_the_spec_are_parsed() {
         assert_eq!(duration("1h30m"), Some(SignedDuration::from_secs(5_400)));
         assert_eq!(duration("10s"), Some(SignedDuration::from_secs(10)));
         assert_eq!(duration("250ms"), Some(SignedDuration::from_millis(250)));

@@ -1,13 +1,14 @@
-//! Scopes: what a token of the spec asks ZITADEL for, and the audience that it must then carry (zitadel.md §4).
+//! The scopes that a token of the spec requests from ZITADEL (`docs/reference/zitadel-protocol.md#scopes`).
 
 use std::collections::BTreeSet;
 
 use crate::api::service_user::Token;
 
-/// The alias that ZITADEL replaces by the real id of its own project (zitadel.md §4.1).
+/// The alias that ZITADEL replaces by the id of its own project
+/// (`docs/reference/zitadel-protocol.md#the-zitadel-apis-audience`).
 pub const ZITADEL_ALIAS: &str = "zitadel";
 
-/// The scopes of `token`, sorted and without doubles, so that their order in the spec decides nothing.
+/// The scopes of `token`, sorted and without duplicates, so that their order in the spec does not matter.
 #[must_use]
 pub fn scopes(token: &Token) -> BTreeSet<String> {
     let audience = |id: &str| format!("urn:zitadel:iam:org:project:id:{id}:aud");
@@ -30,14 +31,15 @@ pub fn scopes(token: &Token) -> BTreeSet<String> {
     scopes
 }
 
-/// The scope of the operator's own look at the ZITADEL API.
+/// The scope of the operator's own request to the ZITADEL API.
 #[must_use]
 pub fn zitadel_api() -> BTreeSet<String> {
     BTreeSet::from([format!("urn:zitadel:iam:org:project:id:{ZITADEL_ALIAS}:aud")])
 }
 
-/// The value of the one `scope` field. ZITADEL splits at spaces only (zitadel.md §10.2), so that a scope that holds a
-/// space would be two; such a list is refused here whatever the schema let through.
+/// The value of the `scope` field of a token request. ZITADEL splits it only at spaces
+/// (`docs/reference/zitadel-protocol.md#scopes`), so a scope that contains a space would count as two. Such a list is
+/// refused here, whatever the schema accepted.
 #[must_use]
 pub fn field(scopes: &BTreeSet<String>) -> Option<String> {
     let clean = scopes

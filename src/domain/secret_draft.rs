@@ -1,4 +1,4 @@
-//! A token Secret as it is to be: what goes into it, and the hash that tells whether that changed.
+//! The desired state of a token Secret: its content, and the hash that shows whether the spec of that content changed.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use crate::domain::observed_secret::{MAX_BYTES, ObservedSecret, WritePreconditio
 use crate::domain::record::{Record, VERSION};
 use crate::domain::time::whole_seconds;
 
-/// A Secret as it is to be.
+/// The desired state of a Secret.
 #[derive(Debug)]
 pub struct SecretDraft {
     /// Namespace of the object and its Secret.
@@ -23,22 +23,23 @@ pub struct SecretDraft {
     pub name: String,
     /// Name and UID of the object that controls it.
     pub owner: (String, String),
-    /// Whether it outlives that object: then nothing refers to the object.
+    /// Whether the Secret outlives that object. It then has no owner reference.
     pub retained: bool,
-    /// All labels that are ours to set.
+    /// All labels that the operator sets.
     pub labels: BTreeMap<String, String>,
-    /// All annotations that are ours to set, the record included.
+    /// All annotations that the operator sets, including the record.
     pub annotations: BTreeMap<String, String>,
     /// All data.
     pub data: BTreeMap<String, SecretString>,
-    /// What must be there.
+    /// What the write expects to replace.
     pub precondition: WritePrecondition,
-    /// It undoes what somebody did: the spec asks for nothing new.
+    /// The write reverts a change of another writer: the spec has not changed.
     pub repair: bool,
 }
 
-/// Hash of what the spec wants around the token. A key that left the spec must leave the Secret, which a comparison
-/// of what is there cannot see.
+/// Hash of the parts of the Secret besides the token that the spec decides. A key that was removed from the spec must
+/// be removed from the Secret. A comparison with the observed Secret cannot detect that, because other writers may add
+/// keys.
 #[must_use]
 pub fn template_hash(facts: &Facts, token: &Token) -> String {
     let secret = &token.secret;
@@ -54,7 +55,7 @@ pub fn template_hash(facts: &Facts, token: &Token) -> String {
     hash::of([json.to_string().as_bytes()])
 }
 
-/// The record of a token that was just minted from these inputs.
+/// The record of a newly issued token.
 #[must_use]
 pub fn record(facts: &Facts, request_hash: &str, template_hash: &str, minted: &Minted) -> Record {
     Record {
@@ -70,11 +71,11 @@ pub fn record(facts: &Facts, request_hash: &str, template_hash: &str, minted: &M
     .sealed(minted.token.expose_secret())
 }
 
-/// The size of a token that is assumed before there is one; ZITADEL's with many roles have about 4 KiB.
+/// Assumed size of a token that is not issued yet. Tokens of ZITADEL with many roles have about 4 KiB.
 const ASSUMED_BYTES: usize = 8 * 1024;
 
 impl SecretDraft {
-    /// Whether something of this draft is missing in `observed` or differs there. What others added is theirs.
+    /// Whether a part of this draft is missing in `observed` or differs. Additions of other writers are ignored.
     #[must_use]
     pub fn differs_from(&self, observed: &ObservedSecret) -> bool {
         let missing = |(key, value): (&String, &String)| observed.labels.get(key) != Some(value);
@@ -90,7 +91,7 @@ impl SecretDraft {
             })
     }
 
-    /// Whether it is too large to be written.
+    /// Whether the Secret is too large to be written.
     #[must_use]
     pub fn is_too_large(&self) -> bool {
         let texts = self.labels.iter().chain(&self.annotations);
@@ -99,15 +100,15 @@ impl SecretDraft {
     }
 }
 
-/// Whether the Secret of `token` will be small enough. Asked before a mint, since a token that cannot be written is
-/// lost.
+/// Whether the Secret of `token` will be small enough. The operator checks this before it requests a token, because a
+/// token that cannot be written is lost.
 #[must_use]
 pub fn fits(facts: &Facts, token: &Token) -> bool {
-    // Without a template the rest has bounds of its own.
+    // Without a template, other rules bound the size.
     token.secret.template.is_empty() || !placeholder(facts, token, "", "").is_too_large()
 }
 
-/// The Secret of `token` as it will be, with something of a token's size in it.
+/// The future Secret of `token`, with a placeholder of `ASSUMED_BYTES` as the token.
 #[must_use]
 pub fn placeholder(facts: &Facts, token: &Token, request_hash: &str, template_hash: &str) -> SecretDraft {
     let minted = Minted {
@@ -165,7 +166,7 @@ pub fn draft(facts: &Facts, token: &Token, value: &SecretString, record: &Record
     }
 }
 
-/// The audience as templates show it: project ids in order, `zitadel` for the API, separated by commas.
+/// The audience for templates: the sorted project ids, then `zitadel` for the API, separated by commas.
 fn audience(token: &Token) -> String {
     let mut ids = token.project_ids.clone();
     ids.sort();
@@ -175,8 +176,8 @@ fn audience(token: &Token) -> String {
     ids.join(",")
 }
 
-/// Literal substitution of `{{ name }}` by its value, one pass from left to right, so that nothing that was put in is
-/// read again.
+/// Replaces each `{{ name }}` by its value, once from left to right. Inserted values are not expanded again, and
+/// unknown names stay as they are.
 #[must_use]
 pub fn render(text: &str, names: &[(&str, &str)]) -> String {
     let mut out = String::with_capacity(text.len() + 64);
@@ -205,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn templates_are_literal_text_with_five_names() {
+    fn templates_replace_only_known_names_once() {
         let names = [("token", "{{ issuer }}"), ("issuer", "I")];
         let table = [
             ("Bearer {{ token }}", "Bearer {{ issuer }}"),

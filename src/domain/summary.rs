@@ -1,5 +1,6 @@
-//! What of a service user stays in memory: enough to order the queue, to tell which changes concern it, and to show it
-//! in metrics. Its size is bounded however large the object is. Each reconcile reads the rest from the API server.
+//! The part of a service user that stays in memory: enough to order the queue, to find the objects that a change
+//! affects, and to export metrics. Its size is bounded, however large the object is. Each reconcile reads the object
+//! from the API server.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -10,30 +11,30 @@ use serde_json::value::RawValue;
 use crate::api::service_user::{READY, UP_TO_DATE};
 use crate::domain::reason::Reason;
 
-/// The schema allows so many tokens; an outdated CRD may allow more.
+/// Maximum number of tokens, as in the schema. An outdated CRD may allow more.
 pub const MAX_TOKENS: usize = 16;
 
-/// The longest name that Kubernetes takes. A longer one names nothing.
+/// The maximum length of a Kubernetes name. An object with a longer name cannot exist.
 const MAX_NAME: usize = 253;
 
-/// Bytes charged for an object besides its tokens: its entries in cache and queue.
+/// Bytes charged for an object in addition to its tokens: its entries in cache and queue.
 const CHARGE_OBJECT: usize = 1024;
 
-/// Bytes charged for each token: its entry, its back-off and its lines in `/metrics`.
+/// Bytes charged for each token: its entry, its backoff and its lines in `/metrics`.
 const CHARGE_TOKEN: usize = 1024;
 
-/// A service user as the cache keeps it.
+/// A service user in the cache.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct UserSummary {
     /// UID of the object.
     pub uid: Box<str>,
-    /// Version of the object.
+    /// Resource version of the object.
     pub resource_version: Box<str>,
     /// Generation of the spec.
     pub generation: Option<i64>,
     /// Whether the object is being deleted.
     pub deleting: bool,
-    /// Name of the instance; empty if the spec cannot be read.
+    /// Name of the instance. Empty if the spec is unreadable.
     pub instance: Box<str>,
     /// Name of the Secret with the key.
     pub key_secret: Box<str>,
@@ -41,8 +42,8 @@ pub struct UserSummary {
     pub suspended: bool,
     /// The tokens of the spec.
     pub tokens: Vec<TokenSummary>,
-    /// Whether the condition `Ready` is true, and the reason of `UpToDate`. None before the first reconcile. The reason is
-    /// none if it is not in the closed set.
+    /// Whether the condition `Ready` is true, and the reason of `UpToDate`. `None` before the first reconcile. The
+    /// reason is `None` if it is not a known [`Reason`].
     pub ready: Option<(bool, Option<Reason>)>,
     /// When the key expires.
     pub key_expires_at: Option<Timestamp>,
@@ -50,14 +51,14 @@ pub struct UserSummary {
     pub observed_generation: Option<i64>,
 }
 
-/// A token of the spec, and what the status says of the token of that name.
+/// A token of the spec, with the status of the token of that name.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenSummary {
     /// Name of the token.
     pub name: Box<str>,
     /// Name of its Secret.
     pub secret: Box<str>,
-    /// None before the first reconcile.
+    /// `None` before the first reconcile.
     pub status: Option<TokenTimes>,
 }
 
@@ -70,25 +71,25 @@ pub struct TokenTimes {
     pub expires_at: Option<Timestamp>,
     /// Since when refreshes fail.
     pub failing_since: Option<Timestamp>,
-    /// How the last refresh ended.
+    /// Result of the last refresh.
     pub reason: Option<Reason>,
 }
 
 impl UserSummary {
-    /// Whether the object names this instance.
+    /// Whether the object refers to this instance.
     #[must_use]
     pub fn is_of(&self, instance: &str) -> bool {
         &*self.instance == instance
     }
 
-    /// Names of the Secrets that the object names.
+    /// Names of the Secrets that the object refers to.
     pub fn secrets(&self) -> impl Iterator<Item = &str> {
         let tokens = self.tokens.iter().map(|token| &*token.secret);
         tokens.chain([&*self.key_secret]).filter(|name| !name.is_empty())
     }
 
-    /// How many bytes of memory the object is charged with. More than it takes as a rule, so that a limit on the sum
-    /// bounds the memory.
+    /// The number of bytes that the object counts toward the memory limit. It is usually more than the object takes, so
+    /// that a limit on the sum bounds the memory.
     #[must_use]
     pub fn charge(&self) -> usize {
         let names = |token: &TokenSummary| 2 * (token.name.len() + token.secret.len());
@@ -116,7 +117,7 @@ struct Metadata {
     deletion_timestamp: Option<serde::de::IgnoredAny>,
 }
 
-/// Each field by itself: one that cannot be read spoils no other.
+/// Each field is parsed separately, so that an unreadable field does not affect the others.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Spec {
@@ -159,7 +160,7 @@ struct StatusToken {
 }
 
 impl<'de> Deserialize<'de> for UserSummary {
-    /// Reads the object as the API server sends it. Parts that cannot be read are as if they were missing.
+    /// Reads the object as the API server sends it. Unreadable parts count as missing.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let object = Object::deserialize(deserializer)?;
         let meta = object.metadata;
@@ -184,7 +185,7 @@ impl<'de> Deserialize<'de> for UserSummary {
             summary.suspended = read(spec.suspend.as_deref()) == Some(true);
             let tokens: Vec<SpecToken> = read(spec.tokens.as_deref()).unwrap_or_default();
             let tokens = tokens.into_iter().take(MAX_TOKENS).map(|token| TokenSummary {
-                status: status.tokens.iter().find(|told| told.name == token.name).map(times),
+                status: status.tokens.iter().find(|item| item.name == token.name).map(times),
                 name: bounded(token.name),
                 secret: bounded(token.secret.name),
             });
@@ -247,14 +248,14 @@ mod tests {
         assert_eq!(summary.ready, Some((true, None)));
         assert_eq!(summary.tokens.len(), MAX_TOKENS);
         assert_eq!(&*summary.tokens[3].secret, "");
-        let times = summary.tokens[1].status.expect("told");
+        let times = summary.tokens[1].status.expect("a status");
         assert_eq!(times.reason, Some(Reason::Issued));
         assert!(times.expires_at.is_some() && summary.tokens[0].status.is_none());
         assert!(format!("{summary:?}").len() < summary.charge());
     }
 
     #[test]
-    fn an_unreadable_part_is_missing_and_spoils_no_other() {
+    fn unreadable_part_counts_as_missing_and_affects_no_other() {
         let status = json!({"keyExpiresAt": "2026-11-25T00:00:00Z"});
         let spec = json!({"instanceRef": {"name": "main"}, "tokens": []});
         let deep = "[".repeat(10_000) + &"]".repeat(10_000);

@@ -1,15 +1,15 @@
-//! Arithmetic with times that cannot overflow, and their form in the API.
+//! Saturating arithmetic with times, and their precision in the API.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-/// `time`, this much later. Stays in range: a record or a `Date` may claim any time.
+/// `time` plus `by`, limited to the range of `Timestamp`: a record or a `Date` can contain any time.
 #[must_use]
 pub fn shifted(time: Timestamp, by: SignedDuration) -> Timestamp {
-    // Only a span with days or more, which a duration is not, is an error.
+    // Only a span with units of days or more is an error, and `SignedDuration` has none.
     time.saturating_add(by).unwrap_or(time)
 }
 
-/// Cut to whole seconds, towards earlier, as the Kubernetes API does with times.
+/// Rounds down to whole seconds, like times in the Kubernetes API.
 #[must_use]
 pub fn whole_seconds(time: Timestamp) -> Timestamp {
     time - SignedDuration::from_nanos(time.subsec_nanosecond().rem_euclid(1_000_000_000).into())

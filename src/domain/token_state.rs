@@ -1,28 +1,28 @@
-//! How far a token is on its way to its end, for those who watch over many of them.
+//! The state of a token between issue and expiry, for metrics.
 
 use k8s_openapi::jiff::Timestamp;
 
 use crate::domain::summary::TokenTimes;
 
-/// Where a token is in its life, by its status.
+/// The state of a token, computed from its status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TokenState {
-    /// It is not to be renewed yet.
+    /// The token is valid and not yet due.
     Fresh,
-    /// It is to be renewed: now, or a moment ago.
+    /// The token is due for a refresh.
     Due,
-    /// Half of the time from its renewal to its expiry is gone, so that something must be wrong.
+    /// At least half of the time between refresh time and expiry has passed, which indicates a failure.
     Stale,
-    /// It is no longer accepted.
+    /// The token has expired.
     Expired,
-    /// There is none.
+    /// There is no token.
     Missing,
-    /// Nobody renews it: its object is suspended.
+    /// The object is suspended, so the token is not refreshed.
     Suspended,
 }
 
 impl TokenState {
-    /// By a token's status, if it has one.
+    /// The state of the token with this status, if it has one.
     #[must_use]
     pub fn of(token: Option<&TokenTimes>, suspended: bool, now: Timestamp) -> Self {
         if suspended {
@@ -43,7 +43,7 @@ impl TokenState {
         }
     }
 
-    /// As a label shows it.
+    /// The value of the metric label.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -63,7 +63,7 @@ mod tests {
     use crate::domain::fixtures::at;
 
     #[test]
-    fn a_token_grows_old() {
+    fn state_changes_with_time() {
         let token = TokenTimes {
             renew_at: Some(at(800)),
             expires_at: Some(at(1_000)),

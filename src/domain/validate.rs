@@ -1,5 +1,5 @@
 //! The rules of the schema once more. A cluster may still have the CRDs of an older version, or objects that were
-//! stored under them, and some rules guard a secret or an access (design §2): what the API server should have refused
+//! stored under them, and some rules guard a secret or an access (docs/adr/0008-access-policies-are-objects.md): what the API server should have refused
 //! is refused here. `tests/it/schema.rs` checks that both refuse the same.
 
 use std::borrow::Cow;
@@ -47,7 +47,7 @@ const DATA_KEY: &str = "1 to 253 of A-Z a-z 0-9 - _ . are allowed";
 const ID: &str = "1 to 64 of A-Z a-z 0-9 - _ are allowed";
 const ALIAS: &str = "`zitadel` is the ZITADEL API itself; use zitadelAPI: true for it";
 const INSECURE: &str = "http:// needs spec.connection.allowInsecureHTTP: true; better, use https://";
-const FAR: &str = "http:// goes only to loopback or *.svc; use https://";
+const FAR: &str = "http:// is allowed only for loopback addresses and *.svc hosts; use https://";
 
 /// Whether a service user of this name and spec is such as the schema and the platform team let through.
 pub fn service_user(name: &str, spec: &ZitadelServiceUserSpec, allowed: &AllowList) -> Checked {
@@ -419,7 +419,7 @@ fn is_duration(text: &str, least: SignedDuration, most: SignedDuration) -> bool 
 }
 
 /// Further scopes: complete ones, and prefixes with the characters that may follow besides letters and digits.
-/// `access` is enforced by us (design §2.1), and an audience among the scopes would pass it by.
+/// Access is enforced by the operator, and an audience among the scopes would pass it by.
 fn is_further_scope(scope: &str) -> bool {
     const WHOLE: [&str; 7] = [
         "openid",

@@ -1,16 +1,16 @@
-//! Notices that the wall clock was set or that the machine slept: what was to happen at a time of the wall clock is then
-//! waited for by a monotonic clock that knows nothing of it (decision K18).
+//! Detects that the wall clock was set or that the machine was suspended. Timers for wall-clock times run on the
+//! monotonic clock and are wrong after such a jump (docs/adr/0011-times-follow-the-servers-clock.md).
 
 use std::time::{Duration, Instant, SystemTime};
 
-/// How often the two clocks are compared. What is computed by a wrong time until then is computed again; two changes that
-/// cancel each other out in between are not noticed.
+/// How often the two clocks are compared. Times computed with a wrong clock in between are recomputed. Two changes that
+/// cancel each other out within one interval are not detected.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// They part by less than this while the wall clock is only slewed (500 ppm at most).
+/// Largest difference without a jump. Slewing of the wall clock (at most 500 ppm) stays below it.
 const TOLERANCE: Duration = Duration::from_secs(1);
 
-/// Calls `jumped` each time that the wall clock has moved against the monotonic one. Never ends.
+/// Calls `jumped` each time the wall clock has jumped relative to the monotonic clock. Never returns.
 pub async fn watch(jumped: impl Fn()) {
     let mut last = (SystemTime::now(), Instant::now());
     loop {
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clock_that_was_set_is_told_from_time_that_passed() {
+    fn clock_jump_differs_from_elapsed_time() {
         let (wall, monotonic) = (SystemTime::now(), Instant::now());
         let seconds = Duration::from_secs;
         let table = [

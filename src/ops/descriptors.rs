@@ -1,9 +1,9 @@
-//! How many files and connections the process may have open.
+//! The limit of open file descriptors.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the limit as far as this process may. The usual 1,024 is for programs that use `select(2)`, which cannot name
-/// more descriptors; this one uses `epoll`.
+/// Raises the soft limit to the hard limit. The usual soft limit of 1,024 exists for programs that use `select(2)`,
+/// which supports no higher descriptors. This program uses `epoll`.
 pub fn raise_limit() -> std::io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -20,7 +20,7 @@ mod tests {
     #[test]
     fn soft_limit_is_raised_to_the_hard_one() {
         let before = getrlimit(Resource::Nofile);
-        // Enough for the tests that run beside this one.
+        // Enough descriptors for the tests that run at the same time.
         let lowered = Rlimit {
             current: before.maximum.map(|most| most.min(1_000)).or(Some(1_000)),
             ..before

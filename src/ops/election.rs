@@ -1,5 +1,5 @@
-//! Stands for election on a Lease: the one place of this room that writes to Kubernetes. Each write goes over exactly what
-//! was seen, so that of two candidates one gets a conflict.
+//! Leader election on a Lease. This is the only part of `ops` that writes to Kubernetes. Each write states the version
+//! of the Lease that it replaces, so that one of two candidates gets a conflict.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -17,13 +17,13 @@ use crate::ops::lease::{
 };
 use crate::ops::shutdown::Shutdown;
 
-/// Longest time to give the lease back, so that a process that was asked to end does.
+/// Longest time to release the lease. It bounds the shutdown.
 const LONGEST_RELEASE: Duration = Duration::from_secs(5);
 
-/// What a watch of the Lease says.
+/// A watch of the Lease.
 type Changes = Pin<Box<dyn Stream<Item = watcher::Result<Option<Lease>>> + Send>>;
 
-/// A candidate.
+/// A candidate for leadership.
 pub struct Election {
     leases: Api<Lease>,
     name: String,
@@ -34,7 +34,7 @@ pub struct Election {
 }
 
 impl Election {
-    /// Stands for the Lease `name` in `namespace` as `pod`, and the fence that is open while it leads.
+    /// A candidate for the Lease `name` in `namespace`, identified by `pod`, and the guard that grants leadership.
     pub fn new(
         client: Client,
         namespace: &str,
@@ -54,8 +54,9 @@ impl Election {
         Ok((election, leadership))
     }
 
-    /// Stands while `work` goes on, and gives the lease back when it has ended. It takes the lease only while it `can`;
-    /// `begin` is called each time, before the first thing that is done as leader.
+    /// Runs the election while `work` runs, and releases the lease when `work` ends. Acquires the lease only while
+    /// `can` returns true. Calls `begin` each time this process becomes the leader, before any work of the leader
+    /// starts.
     pub async fn during<T>(mut self, work: impl Future<Output = T>, can: impl Fn() -> bool, begin: impl Fn()) -> T {
         let done = tokio::select! {
             biased;
@@ -64,20 +65,20 @@ impl Election {
         };
         self.gate.close();
         if tokio::time::timeout(LONGEST_RELEASE, self.release()).await.is_err() {
-            tracing::warn!("the lease could not be given back in time; it ends by itself");
+            tracing::warn!("the lease could not be released in time; it expires without a release");
         }
         done
     }
 
     async fn stand(&mut self, can: impl Fn() -> bool, begin: impl Fn()) -> Infallible {
-        tracing::info!(lease = self.name, candidate = self.me, "standing for election");
+        tracing::info!(lease = self.name, candidate = self.me, "starting leader election");
         self.look().await;
         let mut led = false;
         let mut changes: Option<Changes> = None;
         loop {
             let leading = self.leadership.is_leading();
             if led && !leading {
-                tracing::warn!("not leading any more; standing by");
+                tracing::warn!("leadership lost; this replica is now a standby");
             }
             led = leading;
             let wait = match evaluate(self.sight.as_ref(), &self.me, lease::now()) {
@@ -86,12 +87,12 @@ impl Election {
                 Step::Acquire | Step::Renew => match self.claim().await {
                     Some(sent) => {
                         if !self.leadership.is_leading() {
-                            tracing::info!("leading");
+                            tracing::info!("this replica is now the leader");
                             begin();
                         }
                         self.gate.renewed(sent);
                         led = true;
-                        // A leader needs none: it hears of others by a conflict.
+                        // The leader does not need the watch: a conflict shows that another replica wrote the Lease.
                         changes = None;
                         RENEW_EVERY
                     }
@@ -109,14 +110,14 @@ impl Election {
                     changes = None;
                     tokio::time::sleep(RETRY.min(wait)).await;
                 }
-                // One that tells nothing while a lease runs out may be dead.
+                // A watch without an event until the lease expired may be broken, so start a new one.
                 Err(_) if wait > RETRY => changes = None,
                 Err(_) => {}
             }
         }
     }
 
-    /// Takes or renews the lease. If that worked: when it was asked for.
+    /// Acquires or renews the lease. Returns when the request was sent if it succeeded.
     async fn claim(&mut self) -> Option<Duration> {
         let sent = lease::now();
         let wanted = lease::claimed(self.sight.as_ref(), &self.name, &self.me, Timestamp::now());
@@ -131,14 +132,14 @@ impl Election {
                 self.saw(Some(lease));
                 return Some(sent);
             }
-            // Somebody was faster, or an answer of ours was lost.
+            // Another candidate was faster, or the response to an earlier request was lost.
             Err(Trouble::Changed) => self.look().await,
-            Err(trouble) => tracing::warn!(%trouble, "the lease could not be taken or renewed"),
+            Err(trouble) => tracing::warn!(%trouble, "the lease could not be acquired or renewed"),
         }
         None
     }
 
-    /// Gives the lease back, if it is ours.
+    /// Releases the lease, if this process holds it.
     async fn release(&mut self) {
         while let Some(sight) = self
             .sight
@@ -148,10 +149,10 @@ impl Election {
             let released = sight.released();
             let params = PostParams::default();
             match bounded(self.leases.replace(&self.name, &params, &released)).await {
-                Ok(_) => return tracing::info!("the lease was given back"),
+                Ok(_) => return tracing::info!("lease released"),
                 Err(Trouble::Changed) => self.look().await,
                 Err(trouble) => {
-                    tracing::warn!(%trouble, "the lease could not be given back");
+                    tracing::warn!(%trouble, "the lease could not be released");
                     tokio::time::sleep(RETRY).await;
                 }
             }
@@ -177,12 +178,12 @@ impl Election {
     }
 }
 
-/// Why a request came to nothing. The text of kube's error is dropped, as everywhere.
+/// Why a request failed. The text of kube's error is dropped, because it may quote data.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
-    #[error("it is not as it was seen")]
+    #[error("the Lease changed since it was read")]
     Changed,
-    #[error("the API server refused it with status {0}")]
+    #[error("the API server refused the request with status {0}")]
     Refused(u16),
     #[error("the API server did not answer in time")]
     Unavailable,
@@ -199,7 +200,8 @@ async fn bounded<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T,
     }
 }
 
-/// A pod that is started anew is another holder: what it knew of its lease is gone.
+/// A unique identity. A restarted pod is a different holder, because it knows nothing about the lease of its
+/// predecessor.
 fn identity(pod: Option<String>) -> Result<String, String> {
     let mut random = [0; 4];
     aws_lc_rs::rand::fill(&mut random).map_err(|_| "no random numbers")?;

@@ -1,5 +1,5 @@
-//! How metrics look on the wire: `OpenMetrics` to who asks for it, as Prometheus does, and else the older text format, the
-//! only one that many agents and `promtool check metrics` read.
+//! Formats of `/metrics`. Clients that accept `OpenMetrics`, such as Prometheus, get it. All others get the older text
+//! format of Prometheus, the only one that many agents and `promtool check metrics` can read.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,27 +7,27 @@ use std::sync::Arc;
 use prometheus_client::encoding::text;
 use prometheus_client::registry::Registry;
 
-/// About how many bytes of a text are sent at once.
+/// Approximate size of one part of a response, in bytes.
 const PART: usize = 16 * 1024;
 
-/// The metrics of `registry`, in `OpenMetrics`.
+/// Encodes the metrics of `registry` as `OpenMetrics`.
 pub fn expose(registry: &Registry) -> Result<String, fmt::Error> {
     let mut text = String::new();
     text::encode(&mut text, registry)?;
     Ok(text)
 }
 
-/// How metrics are sent.
+/// The format of a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// As they are exposed.
+    /// `OpenMetrics`, unchanged.
     OpenMetrics,
     /// The older text format of Prometheus.
     Text,
 }
 
 impl Format {
-    /// The format for a request with this header `Accept`.
+    /// The format for a request with this `Accept` header.
     #[must_use]
     pub fn asked_for_by(accept: &str) -> Self {
         if accept.contains("application/openmetrics-text") {
@@ -46,7 +46,8 @@ impl Format {
         }
     }
 
-    /// What was exposed, in this format, in small parts: a text can be large, and many clients may read it slowly.
+    /// Converts the output of [`expose`] to this format in small parts, because the text can be large and many clients
+    /// may read it slowly.
     pub fn parts(self, exposed: Arc<String>) -> impl Iterator<Item = String> + Send {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -61,7 +62,7 @@ impl Format {
     }
 }
 
-/// Whole lines, and not the help of a family without its type.
+/// The first part of `text`. It ends after a whole line and never between the help and the type of a metric family.
 fn first_part(text: &str) -> &str {
     let mut end = 0;
     for line in text.split_inclusive('\n') {
@@ -73,14 +74,14 @@ fn first_part(text: &str) -> &str {
     &text[..end]
 }
 
-/// The same metrics in the older format. Samples look alike in both; there a family has the name of its samples, and
-/// there are neither units nor infos (`OpenMetrics` 1.0, "Prometheus Compatibility").
+/// Converts metrics to the older format. Samples are the same in both formats. In the older format a metric family has
+/// the name of its samples, and there are no units and no infos (`OpenMetrics` 1.0, "Prometheus Compatibility").
 fn older(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len());
     let mut help = None;
     for line in open_metrics.lines() {
         if let Some(described) = line.strip_prefix("# HELP ") {
-            // The type, which comes next, decides about the name.
+            // The name depends on the type, which is on the next line.
             help = described.split_once(' ');
         } else if let Some(typed) = line.strip_prefix("# TYPE ") {
             let (name, kind) = typed.split_once(' ').unwrap_or((typed, "untyped"));
@@ -116,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn each_asker_gets_a_format_that_it_reads() {
+    fn format_follows_the_accept_header() {
         let mut registry = Registry::default();
         registry.register("panics", "Panics", Counter::<u64>::default());
         registry.register_with_unit("oldest", "Oldest", Unit::Seconds, Gauge::<i64>::default());
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn long_text_is_the_same_in_parts() {
+    fn parts_add_up_to_the_whole_text() {
         let mut registry = Registry::default();
         for i in 0..2_000 {
             registry.register(format!("panics_{i}"), "Panics", Counter::<u64>::default());

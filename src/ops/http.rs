@@ -1,6 +1,6 @@
 //! The operator's own HTTP port: `/livez`, `/readyz`, `/metrics`.
 //!
-//! A client may be hostile, so connections are bounded in time, memory and number. See docs/architecture.md, "The port".
+//! Clients may be hostile, so connections are bounded in time, memory and number (docs/architecture.md).
 
 mod connections;
 mod scrapes;
@@ -30,19 +30,20 @@ use crate::ops::exposition::Format;
 use connections::Connections;
 use scrapes::Scrapes;
 
-/// A question about the process, asked at each probe.
+/// A check that runs on each request of a probe.
 pub type Probe = Arc<dyn Fn() -> bool + Send + Sync>;
 
-/// What a connection may cost.
+/// Limits of connections.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// Connections that do not read metrics. Few enough to leave most of 1,024 descriptors to the API server and ZITADEL.
+    /// Connections that do not read metrics. This leaves most of 1,024 file descriptors for connections to the API
+    /// server and ZITADEL.
     open: usize,
     /// Connections that read metrics.
     scraping: usize,
     /// From accept to the end of the headers.
     headers: Duration,
-    /// From accept to close, whatever the client does.
+    /// From accept to close.
     lifetime: Duration,
 }
 
@@ -53,24 +54,24 @@ const LIMITS: Limits = Limits {
     lifetime: Duration::from_secs(15),
 };
 
-/// Longest header block; also the most that is buffered of an answer. Prometheus sends about 300 bytes.
+/// Longest header block, and the largest buffer for a response. Prometheus sends about 300 bytes of headers.
 const HEADERS: usize = 16 * 1024;
 
-/// What the kernel may hold of one connection, in each direction. It doubles both numbers for its bookkeeping (socket(7)).
+/// Kernel buffers of one connection, in each direction. The kernel doubles both values for its bookkeeping (socket(7)).
 const RECEIVE_BUFFER: u32 = 16 * 1024;
 const SEND_BUFFER: u32 = 128 * 1024;
 
-/// Connections that the kernel completes while the accept loop is busy. Beyond that, clients try again after a second, and
-/// so would a probe.
+/// Connections that the kernel completes while the accept loop is busy. Beyond that, clients, including probes, retry
+/// after a second.
 const BACKLOG: u32 = 4096;
 
-/// How much of what the client sends after the headers is read and dropped.
+/// How many bytes after the headers the operator reads and drops.
 const REST: u64 = 16 * 1024;
 
-/// Before the next attempt to accept, after one failed.
+/// Pause after a failed accept.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// At most one log line about a failed accept in this time.
+/// Minimum time between two log lines about failed accepts.
 const SILENCE: Duration = Duration::from_mins(1);
 
 /// Opens the port.
@@ -80,14 +81,14 @@ pub fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
         SocketAddr::V6(_) => TcpSocket::new_v6(),
     }?;
     socket.set_reuseaddr(true)?;
-    // Accepted connections inherit both.
+    // Accepted connections inherit both buffer sizes.
     socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
     socket.set_send_buffer_size(SEND_BUFFER)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }
 
-/// Serves until it is aborted.
+/// Serves until the task is aborted.
 pub async fn serve(listener: TcpListener, live: Probe, ready: Probe, registry: Arc<Registry>) {
     Port::new(live, ready, registry, LIMITS).serve(listener).await;
 }
@@ -100,7 +101,7 @@ struct Port {
     open: Mutex<Open>,
 }
 
-/// Connections by what they do. Many of one kind close none of the other.
+/// Open connections of both kinds. Each kind has its own limit, so that many of one kind close none of the other.
 struct Open {
     last_id: u64,
     waiting: Connections<AbortHandle>,
@@ -134,23 +135,24 @@ impl Port {
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) => self.admit(stream, peer.ip()),
-                // Most likely the process has no descriptors left. Each connection that is closed here lets one in.
+                // Usually the process has no file descriptors left. Closing a connection frees one for the next accept.
                 Err(error) => {
                     if told.is_none_or(|at| at.elapsed() > SILENCE) {
-                        tracing::warn!(%error, "the HTTP port cannot accept a connection");
+                        tracing::warn!(%error, "could not accept a connection on the HTTP port");
                         told = Some(Instant::now());
                     }
                     self.open().close_one().inspect(AbortHandle::abort);
                     sleep(PAUSE).await;
                 }
             }
-            // Other tasks run first, so a request that has arrived is answered before newer connections close its own.
+            // Let other tasks run, so that a request that has arrived is answered before newer connections close its
+            // connection.
             tokio::task::yield_now().await;
         }
     }
 
     fn admit(self: &Arc<Self>, stream: TcpStream, peer: IpAddr) {
-        // The lock is held until the task is listed, because the task removes itself when it ends.
+        // Keep the lock until the task is registered, because the task removes itself when it ends.
         let mut open = self.open();
         open.last_id += 1;
         let id = open.last_id;
@@ -169,11 +171,12 @@ impl Port {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a connection for one request.
+    /// Serves one request on a connection, then closes it.
     async fn keep(self: Arc<Self>, mut stream: TcpStream, id: u64) {
-        // A close then drops what the client did not read. Otherwise the kernel keeps it for minutes, outside all limits.
+        // With zero linger, closing drops the data that the client did not read. Otherwise the kernel would keep it for
+        // minutes, outside all limits.
         if stream.set_zero_linger().is_ok() {
-            // Errors and the timeout concern only the client.
+            // Errors and the timeout affect only this client.
             let _ = timeout(self.limits.lifetime, self.converse(&mut stream, id)).await;
         }
         let mut open = self.open();
@@ -195,14 +198,14 @@ impl Port {
         if served.is_err_and(|error| error.is_timeout()) {
             return Ok(());
         }
-        // After any other error there may be an answer too, 400 or 431. Wait until the client has it and closes: a close
-        // that leaves bytes of the client unread could take the answer back (RFC 9112 §9.6).
+        // hyper may have sent a response even after other errors, such as 400 or 431. Wait until the client closes:
+        // closing with unread bytes of the client could discard the response (RFC 9112 §9.6).
         stream.shutdown().await?;
         tokio::io::copy(&mut stream.take(REST), &mut tokio::io::sink()).await?;
         Ok(())
     }
 
-    /// Answers from the headers alone; a body is never read.
+    /// Responds from the headers alone. The body of the request is never read.
     async fn answer(&self, request: &Request<Incoming>, id: u64) -> Response<Text> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut answer = line(StatusCode::METHOD_NOT_ALLOWED, "use GET\n");
@@ -251,7 +254,7 @@ fn answer(content_type: &'static str, parts: Box<dyn Iterator<Item = Bytes> + Se
     answer
 }
 
-/// A body in parts; each is made after the client has read those before.
+/// A body in parts. Each part is built after the client has read the previous ones.
 struct Text(Box<dyn Iterator<Item = Bytes> + Send>);
 
 impl Body for Text {

@@ -1,9 +1,10 @@
-//! Leadership. Of the replicas one leads, the one that holds the Lease; and whoever writes asks the [`LeadershipGuard`], which is a
-//! deadline by our own clock. Everything here is plain: [`crate::ops::election`] talks to the API server.
+//! Leadership. The replica that holds the Lease is the leader. Every write checks the [`LeadershipGuard`], which is a
+//! deadline by the local clock. This module does no I/O; [`crate::ops::election`] talks to the API server
+//! (docs/adr/0014-leadership-has-a-deadline.md).
 //!
-//! Clocks of two machines are never compared. Who renews counts from before the request was sent; who waits counts from
-//! when it saw the renewal, which is later. Both count the same duration, so that the one has stopped before the other
-//! begins, however wrong their wall clocks are.
+//! The clocks of two machines are never compared. The leader counts from before it sent the renewal. A standby counts
+//! from when it saw the renewal, which is later. The leader also stops `MARGIN` earlier. The leader has therefore
+//! stopped before a standby begins, even if their wall clocks differ.
 
 use std::pin::pin;
 use std::task::Poll;
@@ -17,87 +18,87 @@ use tokio::sync::watch;
 
 use crate::ops::shutdown::Shutdown;
 
-/// How long a Lease is good for after it was renewed. A leader that dies is followed in this time at the latest; a second
-/// less than the 15 that we promise.
+/// How long a Lease is valid after a renewal. A standby replaces a crashed leader after at most this time. The
+/// documented limit is 15 s, one second more.
 pub const TERM: Duration = Duration::from_secs(14);
 
-/// How often it is renewed.
+/// How often the leader renews the lease.
 pub const RENEW_EVERY: Duration = Duration::from_secs(3);
 
-/// The leader stops so much earlier: for what it has sent and the API server has not done yet, and for clocks that go at
-/// different speed.
+/// How much earlier the leader stops. This covers requests that were sent and not processed yet, and clocks that run at
+/// different speeds.
 const MARGIN: Duration = Duration::from_secs(2);
 
-/// How long a leader may write after it asked for a renewal.
+/// How long the leader may write, counted from when it sent the renewal.
 const WRITE_TERM: Duration = TERM.saturating_sub(MARGIN);
 
-/// After this a request for the lease is given up. A leader has time for two before its fence closes.
+/// Timeout of a request for the lease. The leader has time for two requests before its guard expires.
 pub const LONGEST_REQUEST: Duration = Duration::from_secs(3);
 
-/// After this one that failed is tried again.
+/// Delay before the retry of a failed request.
 pub const RETRY: Duration = Duration::from_secs(1);
 
-/// How long a leader may still write at any moment while at most one renewal in a row fails.
+/// The least remaining time to write while no two renewals in a row fail.
 const SAFE_TO_BEGIN: Duration = WRITE_TERM
     .saturating_sub(RENEW_EVERY)
     .saturating_sub(LONGEST_REQUEST)
     .saturating_sub(RETRY);
 
-/// A term in somebody else's Lease counts up to this: nobody shall hold it for ever.
+/// Longest accepted term in a Lease of another holder, so that no holder keeps the lease forever.
 const LONGEST_TERM: Duration = Duration::from_mins(1);
 
-/// Time since the machine started, sleep included: what a lease is measured by. A monotonic clock that stands still in
-/// suspend (`CLOCK_MONOTONIC`, `clock_gettime(2)`) would wake up as leader.
+/// Time since boot, including suspend. Leases are measured by this clock. With `CLOCK_MONOTONIC`, which stops during
+/// suspend (`clock_gettime(2)`), a process would still be the leader after a suspend.
 #[must_use]
 pub fn now() -> Duration {
-    // Nothing is negative before 1970: it begins at zero.
+    // The conversion cannot fail: this clock starts at zero and is never negative.
     Duration::try_from(clock_gettime(ClockId::Boottime)).unwrap_or_default()
 }
 
-/// Whether, and how long at least, this process may write.
+/// Tells whether this process may write, and for how long at least.
 #[derive(Clone, Debug)]
 pub struct LeadershipGuard {
-    /// Until then, by [`now`].
+    /// The deadline, by [`now`].
     until: watch::Receiver<Duration>,
     shutdown: Shutdown,
 }
 
-/// Opens and closes a [`LeadershipGuard`].
+/// Sets the deadline of a [`LeadershipGuard`].
 #[derive(Debug)]
 pub struct Leadership(watch::Sender<Duration>);
 
-/// Another replica leads.
+/// This process is not the leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotLeading;
 
 impl Leadership {
-    /// A lease was renewed by a request that was sent at `sent`.
+    /// The lease was acquired or renewed by a request that was sent at `sent`.
     pub fn renewed(&self, sent: Duration) {
         self.0.send_replace(sent + WRITE_TERM);
     }
 
-    /// Another replica leads, or may.
+    /// Ends leadership, because another replica is or may be the leader.
     pub fn close(&self) {
         self.0.send_replace(Duration::ZERO);
     }
 }
 
 impl LeadershipGuard {
-    /// A fence that is closed, and who opens it.
+    /// A guard without leadership, and the handle that grants it.
     #[must_use]
     pub fn new(shutdown: Shutdown) -> (Leadership, Self) {
         let (sender, until) = watch::channel(Duration::ZERO);
         (Leadership(sender), Self { until, shutdown })
     }
 
-    /// The fence of a process that runs alone.
+    /// A guard that always grants leadership, for a process without leader election.
     #[must_use]
     pub fn always(shutdown: Shutdown) -> Self {
         let until = watch::channel(Duration::MAX).1;
         Self { until, shutdown }
     }
 
-    /// How long this process may still write, if the lease is not renewed.
+    /// How long this process may still write if the lease is not renewed.
     pub fn remaining(&self) -> Result<Duration, NotLeading> {
         let until = *self.until.borrow();
         until
@@ -106,20 +107,21 @@ impl LeadershipGuard {
             .ok_or(NotLeading)
     }
 
-    /// Whether this process leads.
+    /// Whether this process is the leader.
     #[must_use]
     pub fn is_leading(&self) -> bool {
         self.remaining().is_ok()
     }
 
-    /// Whether something may begin whose write comes last: not once the process was asked to end, nor while the lease is
-    /// in danger. What takes longer than the lease lasts costs what a crash would if the lease is lost meanwhile.
+    /// Whether work that ends in a write may begin. It may not after shutdown was requested, or while renewals of the
+    /// lease fail. If the lease is lost during work that takes longer than the lease lasts, the cost is that of a
+    /// crash.
     #[must_use]
     pub fn may_begin(&self) -> bool {
         !self.shutdown.is_requested() && self.remaining().is_ok_and(|left| left >= SAFE_TO_BEGIN)
     }
 
-    /// Completes when this process leads.
+    /// Completes when this process is the leader.
     pub async fn leading(&self) {
         let mut until = self.until.clone();
         while !self.is_leading() {
@@ -129,8 +131,8 @@ impl LeadershipGuard {
         }
     }
 
-    /// Does `work` as long as this process leads. What the lease does not cover is dropped where it is: the clock is
-    /// asked at each step, since a process that was stopped goes on before its timers do.
+    /// Runs `work` while this process is the leader, and drops it when leadership ends. The clock is checked at each
+    /// poll, because a process that was stopped continues before its timers fire.
     pub async fn while_leading<T>(&self, work: impl Future<Output = T>) -> Result<T, NotLeading> {
         let (mut work, mut lapsed) = (pin!(work), pin!(self.lapsed()));
         std::future::poll_fn(|cx| {
@@ -142,7 +144,7 @@ impl LeadershipGuard {
         .await
     }
 
-    /// Completes when this process does not lead.
+    /// Completes when this process is not the leader.
     async fn lapsed(&self) {
         let mut until = self.until.clone();
         while let Ok(left) = self.remaining() {
@@ -151,33 +153,34 @@ impl LeadershipGuard {
                     std::future::pending::<()>().await;
                 }
             };
-            // Either way the clock is asked again.
+            // After a change or the timeout, check the clock again.
             let _ = tokio::time::timeout(left, changed).await;
         }
     }
 }
 
-/// What a candidate does next.
+/// The next step of a candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Take the lease: nobody holds it, or not any more.
+    /// Acquire the lease: it has no holder, or it has expired.
     Acquire,
-    /// Renew the lease: it is ours.
+    /// Renew the lease: this candidate holds it.
     Renew,
-    /// Another holds it, so long at least.
+    /// Another candidate holds the lease, for at least this time.
     Wait(Duration),
 }
 
-/// A Lease as it was seen, and since when it is so, by [`now`].
+/// A Lease as it was read, and when its current spec was first seen, by [`now`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct ObservedLease {
-    /// Without a version: it was deleted. That frees nothing, since its holder may not have noticed.
+    /// Has no resource version if the Lease was deleted. A deletion does not free the lease, because the holder may not
+    /// have noticed it.
     lease: Lease,
     since: Duration,
 }
 
 impl ObservedLease {
-    /// What is known after `before`, now that `lease` was seen. A Lease that only got another label is not renewed.
+    /// The state after `before` once `lease` was read. Only a change of the spec is a renewal; a changed label is not.
     #[must_use]
     pub fn next(before: Option<Self>, lease: Option<Lease>, now: Duration) -> Option<Self> {
         let Some(lease) = lease else {
@@ -192,8 +195,9 @@ impl ObservedLease {
         Some(Self { lease, since })
     }
 
-    /// The Lease was deleted while `me`, whom it named, did not lead: another may hold what was made in its place, and we
-    /// have not seen it. It counts like a lease of another that begins now.
+    /// Handles a Lease that named `me` and was deleted while `me` was not the leader. Another candidate may hold a new
+    /// Lease that this process has not seen. The deleted Lease therefore counts like one that another holder renewed
+    /// now.
     #[must_use]
     pub fn disowned(mut self, me: &str, now: Duration) -> Self {
         if !self.exists() && self.holder() == Some(me) {
@@ -209,26 +213,26 @@ impl ObservedLease {
         self.lease.metadata.resource_version.is_some()
     }
 
-    /// Who holds it.
+    /// The identity of the holder.
     #[must_use]
     pub fn holder(&self) -> Option<&str> {
         let holder = self.lease.spec.as_ref()?.holder_identity.as_deref();
         holder.filter(|holder| !holder.is_empty())
     }
 
-    /// For how long, as its holder wrote: that may be another version of us.
+    /// The term that the holder wrote. The holder may run another version of the operator.
     fn term(&self) -> Duration {
         let told = self.lease.spec.as_ref().and_then(|spec| spec.lease_duration_seconds);
         let told = told.and_then(|seconds| u64::try_from(seconds).ok());
         told.map_or(TERM, Duration::from_secs).min(LONGEST_TERM)
     }
 
-    /// The Lease once it is given back: the next may take it at once.
+    /// The released Lease, which another candidate may acquire at once.
     #[must_use]
     pub fn released(&self) -> Lease {
         let mut lease = self.lease.clone();
         let spec = lease.spec.get_or_insert_default();
-        // Not empty, which the API server refuses.
+        // An empty string is invalid for the API server.
         spec.holder_identity = None;
         spec.acquire_time = None;
         spec.renew_time = None;
@@ -236,7 +240,7 @@ impl ObservedLease {
     }
 }
 
-/// What `me` does about the Lease, of which nothing was ever seen if it is none.
+/// The next step of `me`. `sight` is `None` if no Lease was ever seen.
 #[must_use]
 pub fn evaluate(sight: Option<&ObservedLease>, me: &str, now: Duration) -> Step {
     let Some(sight) = sight else {
@@ -256,7 +260,8 @@ pub fn evaluate(sight: Option<&ObservedLease>, me: &str, now: Duration) -> Step 
     }
 }
 
-/// The Lease as `me` writes it, over exactly what was seen. The times in it are for people: nobody of us reckons by them.
+/// The Lease as `me` writes it, with the resource version that was read as precondition. The times in it are for
+/// people; the operator does not use them.
 #[must_use]
 pub fn claimed(sight: Option<&ObservedLease>, name: &str, me: &str, clock: Timestamp) -> Lease {
     let mut lease = sight.map(|sight| sight.lease.clone()).unwrap_or_default();

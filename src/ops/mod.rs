@@ -1,4 +1,5 @@
-//! Running as a service: logs, health, leadership, shutdown, memory, descriptors. A leaf: knows nothing of tokens.
+//! Running as a service: logs, health, leadership, shutdown, memory protection, file descriptors. This module depends
+//! on no other module of the operator and knows nothing about tokens.
 
 pub mod clock_jump;
 pub mod descriptors;

@@ -1,9 +1,9 @@
-//! One signal, seen by all.
+//! Shutdown on SIGTERM or SIGINT.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// Turns true when the process is asked to end.
+/// Whether shutdown was requested. All clones share the state.
 #[derive(Clone, Debug)]
 pub struct Shutdown(watch::Receiver<bool>);
 
@@ -19,21 +19,21 @@ impl Shutdown {
                 _ = interrupt.recv() => {}
             }
             tracing::info!("shutting down");
-            // Without a receiver nobody is left to tell.
+            // An error means that no receiver is left.
             let _ = sender.send(true);
         });
         Ok(Self(receiver))
     }
 
-    /// Whether the process was asked to end.
+    /// Whether shutdown was requested.
     #[must_use]
     pub fn is_requested(&self) -> bool {
         *self.0.borrow()
     }
 
-    /// Completes when the process is asked to end.
+    /// Completes when shutdown is requested.
     pub async fn requested(&mut self) {
-        // An error means that the sender is gone, which it is only after the signal.
+        // An error means that the sender was dropped, which happens only after the signal.
         let _ = self.0.wait_for(|requested| *requested).await;
     }
 }

@@ -1,4 +1,4 @@
-//! Logs.
+//! Logging.
 
 use clap::ValueEnum;
 use prometheus_client::metrics::counter::Counter;
@@ -8,32 +8,33 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people.
+    /// Plain text.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// The most that libraries log.
+/// The most verbose level at which libraries may log.
 pub type Most = LevelFilter;
 
-/// Our own log targets.
-const WRITE_TERM: &str = "zitadel_tokens";
+/// Prefix of the operator's own log targets.
+const OWN_TARGETS: &str = "zitadel_tokens";
 
-/// Logs whole bodies of Secrets that it cannot read, at WARN and TRACE (reference/kube.md §0, fact 5).
+/// This target logs whole bodies of Secrets that kube cannot decode, at WARN and TRACE
+/// (docs/adr/0017-crypto-backend-and-kube-defaults.md).
 const LOGS_BODIES: &str = "kube_client::client";
 
-/// Starts logging to stderr. `filter` is in `RUST_LOG`'s form. Libraries log at `libraries` at most, whatever the filter
-/// says: they know nothing of what is secret here. Each panic is counted.
+/// Starts logging to stderr. `filter` has the syntax of `RUST_LOG`. Libraries log at most at `libraries`, whatever the
+/// filter says, because they do not know which values are secret. Increments `panics` on each panic.
 pub fn start(format: Format, filter: &str, libraries: Most, panics: Counter) -> Result<(), String> {
     let wanted: EnvFilter = filter
         .parse()
-        .map_err(|_| format!("--log-level: {filter:?} is not a filter such as `info` or `zitadel_tokens=debug`"))?;
+        .map_err(|_| format!("--log-level: {filter:?} is invalid; use e.g. `info` or `zitadel_tokens=debug`"))?;
     let cap = Targets::new()
-        .with_target(WRITE_TERM, LevelFilter::TRACE)
+        .with_target(OWN_TARGETS, LevelFilter::TRACE)
         .with_target(LOGS_BODIES, LevelFilter::OFF)
         .with_default(libraries);
     let lines = fmt::layer().with_writer(std::io::stderr);
@@ -44,8 +45,8 @@ pub fn start(format: Format, filter: &str, libraries: Most, panics: Counter) -> 
     tracing_subscriber::registry()
         .with(lines.with_filter(cap).with_filter(wanted))
         .try_init()
-        .map_err(|_| "logging was started twice".to_owned())?;
-    // The message of a panic may hold a value; where it happened is enough to find it.
+        .map_err(|_| "logging is already initialized".to_owned())?;
+    // The message of a panic may contain a secret value. The location is enough to find the fault.
     std::panic::set_hook(Box::new(move |panic| {
         panics.inc();
         let at = panic.location().map(ToString::to_string).unwrap_or_default();
@@ -60,12 +61,12 @@ mod tests {
 
     use super::*;
 
-    /// Set in the process that panics.
+    /// Set in the child process that panics.
     const CHILD: &str = "ZITADEL_TOKENS_TEST_PANIC";
 
-    /// The hook is the whole process's, so that it is tried in another one: this test once more.
+    /// The panic hook affects the whole process, so the test runs itself again in a child process.
     #[test]
-    fn a_panic_tells_its_place_and_not_its_message() {
+    fn panic_log_has_the_location_and_not_the_message() {
         if let Ok(message) = std::env::var(CHILD) {
             let panics = Counter::default();
             start(Format::Text, "trace", LevelFilter::TRACE, panics.clone()).expect("started");
@@ -78,7 +79,7 @@ mod tests {
             .args([
                 "--exact",
                 "--nocapture",
-                "ops::telemetry::tests::a_panic_tells_its_place_and_not_its_message",
+                "ops::telemetry::tests::panic_log_has_the_location_and_not_the_message",
             ])
             .env(CHILD, "canary-in-a-message")
             .output()

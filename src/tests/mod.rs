@@ -1,3 +1,3 @@
-//! Tests of more than one room that need private fixtures.
+//! Tests that span several modules and need private fixtures.
 
 mod redaction;

@@ -1,4 +1,5 @@
-//! Whatever holds a key or a token shows none of it when it is printed. Nobody prints them; one day somebody will.
+//! The `Debug` output of types that hold a key or a token contains no secret value. No code prints these types today;
+//! this test guards against code that will.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -15,10 +16,10 @@ use crate::domain::plan::{Step, plan};
 use crate::domain::{assertion, key};
 use crate::zitadel::{Exchanged, Hosts, RequestBudget, Settings, ZitadelClient};
 
-/// A token, and a proxy's password.
+/// Used as the token and as the proxy's password.
 const MARK: &str = "canary-that-nobody-may-see";
 
-/// As text, in base64, and as the numbers by which `Debug` shows bytes.
+/// The secret values as text, in base64, and as the list of numbers that `Debug` prints for bytes.
 fn marks() -> Vec<String> {
     let file = key_file();
     let pem = file["key"].as_str().expect("a PEM");
@@ -34,7 +35,7 @@ fn marks() -> Vec<String> {
 }
 
 #[test]
-fn what_holds_a_secret_shows_none_of_it() {
+fn debug_output_contains_no_secret_value() {
     let mut shown: Vec<(&str, String)> = Vec::new();
     let mut show = |name, value: &dyn Debug| shown.push((name, format!("{value:?} {value:#?}")));
 
@@ -70,7 +71,7 @@ fn what_holds_a_secret_shows_none_of_it() {
         "data": {"token": STANDARD.encode(MARK), "key.json": STANDARD.encode(&file)}});
     let existing = read::observed(&secret.to_string(), &Wanted::of(None));
     assert!(existing.as_ref().is_some_and(|existing| existing.token() == Some(MARK)));
-    show("Existing", &existing);
+    show("ObservedSecret", &existing);
     let found = read::service_key(&secret.to_string(), Some("key.json"));
     assert!(found.as_ref().is_some_and(Result::is_ok));
     show("a key in a Secret", &found);
@@ -101,10 +102,10 @@ fn what_holds_a_secret_shows_none_of_it() {
         },
     };
     show("Settings", &settings);
-    // Another test may have been first.
+    // Another test may have installed the provider already.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     show(
-        "Instance",
+        "ZitadelClient",
         &ZitadelClient::new(settings, &Hosts::default()).expect("prepared"),
     );
 

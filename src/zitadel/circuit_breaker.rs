@@ -1,4 +1,5 @@
-//! The circuit breaker that instances share, and the permit for one token request.
+//! The circuit breaker that instances share if they reach one host in the same way, and the permit for one token
+//! request.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,7 +10,7 @@ use crate::domain::circuit_breaker::{Admission, CircuitBreaker, Refused};
 use crate::domain::failure::Failure;
 use crate::domain::object_ref::ObjectRef;
 
-/// A circuit breaker with its clock.
+/// A circuit breaker with its own monotonic clock, behind a lock.
 #[derive(Debug)]
 pub struct Breaker {
     started: Instant,
@@ -26,7 +27,7 @@ impl Default for Breaker {
 }
 
 impl Breaker {
-    /// A user asks to send a token request.
+    /// Requests permission to send a token request for `user`.
     pub fn admit(self: &Arc<Self>, user: &ObjectRef) -> Result<Permit, Refused> {
         let admission = self.lock().admit(self.now(), user)?;
         Ok(Permit {
@@ -36,13 +37,13 @@ impl Breaker {
         })
     }
 
-    /// How discovery of an instance ended. True if that closed the breaker.
+    /// Records the outcome of a discovery of `instance`. Returns true if this closed the breaker.
     #[must_use]
     pub fn record_discovery(&self, instance: &str, ended: Result<(), Failure>) -> bool {
         self.lock().record_discovery(self.now(), instance, ended)
     }
 
-    /// Whether requests are refused.
+    /// Whether the breaker refuses token requests.
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.lock().is_open(self.now())
@@ -57,8 +58,8 @@ impl Breaker {
     }
 }
 
-/// A token request that may be sent. Dropped without an outcome, it proves nothing: a reconcile that is cut off leaves no
-/// probe behind.
+/// Permission to send one token request. Dropping it without an outcome releases the probe and counts as no evidence,
+/// so an aborted reconcile does not block later probes.
 #[derive(Debug)]
 #[must_use]
 pub struct Permit {
@@ -68,21 +69,22 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// The request succeeded, or its refusal shows that the host works. True if that closed the breaker.
+    /// Records a success: a token, or a refusal that shows that the host works. Returns true if this closed the
+    /// breaker.
     #[must_use]
     pub fn record_success(mut self) -> bool {
         self.ended = true;
         self.breaker.lock().record_success(self.breaker.now(), &self.admission)
     }
 
-    /// The request failed, and the server asked to wait for `retry_after` from now on.
+    /// Records a failure. The server asked to wait for `retry_after`, counted from now.
     pub fn record_failure(mut self, failure: Failure, retry_after: Duration) {
         self.ended = true;
         let mut breaker = self.breaker.lock();
         breaker.record_failure(self.breaker.now(), &self.admission, failure, retry_after);
     }
 
-    /// No token was asked for, because discovery of the instance failed.
+    /// Records that no token was requested, because discovery of `instance` failed.
     pub fn record_discovery_failure(mut self, instance: &str, failure: Failure, retry_after: Duration) {
         self.ended = true;
         let mut breaker = self.breaker.lock();
@@ -104,7 +106,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_probe_that_is_cut_off_makes_room_for_the_next() {
+    async fn dropped_probe_frees_its_slot() {
         let breaker = Arc::new(Breaker::default());
         let user = |name: &str| ObjectRef::new("shop", name);
         for _ in 0..3 {
@@ -117,7 +119,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(1)).await;
         assert!(breaker.admit(&user("orders")).is_err());
         drop(probe);
-        // Others go first.
+        // A namespace whose probe had no outcome waits 1 s before its next probe.
         tokio::time::advance(Duration::from_secs(1)).await;
         let probe = breaker.admit(&user("orders")).expect("the next probe");
         assert!(probe.record_success() && !breaker.is_open());

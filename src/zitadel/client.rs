@@ -1,4 +1,4 @@
-//! One ZITADEL instance as this process knows it: connection, discovery, and the id of its own project.
+//! The client of one ZITADEL instance: its connection, its discovery document, and the id of the ZITADEL API's project.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,30 +22,31 @@ use crate::zitadel::limits::{Hosts, Limits};
 use crate::zitadel::settings::Settings;
 use crate::zitadel::token;
 
-/// Discovery is asked again after this, when it is needed.
+/// A discovery document older than this is fetched again before it is used.
 const DISCOVERY_AGE: Duration = Duration::from_hours(1);
 
-/// After a failed discovery no user of the instance starts another one before this time has passed: not every user
-/// has to find the failure by a request of its own.
+/// For this long after a failed discovery, the service users of the instance get the same failure without a request of
+/// their own.
 const DISCOVERY_PAUSE: Duration = Duration::from_secs(5);
 
-/// Where the management API names the instance's own project (zitadel.md §6.2).
+/// The management API's path for the id of the instance's own project
+/// (docs/reference/zitadel-protocol.md#the-zitadel-apis-audience).
 const IAM_PATH: &str = "/management/v1/iam";
 
-/// Another's attempt to learn the project id is waited for so long: one tenant whose requests hang must not hold up
+/// Longest wait for another service user's attempt to learn the project id. A tenant whose requests hang must not block
 /// the others.
 const PATIENCE_WITH_OTHERS: Duration = Duration::from_millis(500);
 
-/// A token as it came, and when it was asked for.
+/// A token response and the time of its request.
 #[derive(Debug)]
 pub struct Exchanged {
-    /// The answer, not judged yet.
+    /// The token response, not validated yet.
     pub answer: TokenAnswer,
-    /// When the request went out, by the server's clock.
+    /// When the request was sent, by the server's clock.
     pub sent: Timestamp,
 }
 
-/// The last discovery that succeeded, and the last one if it failed.
+/// The last discovery that succeeded, and the last discovery if it failed.
 #[derive(Debug, Default)]
 struct Discoveries {
     known: Option<(Discovery, Instant)>,
@@ -64,17 +65,17 @@ pub struct ZitadelClient {
 }
 
 impl ZitadelClient {
-    /// Prepares the connection; nothing is sent yet.
+    /// Prepares the connection. Sends nothing.
     pub fn new(settings: Settings, hosts: &Hosts) -> Result<Self, Failure> {
         let origin = settings.endpoint.as_deref().unwrap_or(&settings.issuer);
         let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
-        // A proxy is far, wherever the host is.
+        // Requests to a proxy leave the machine or cluster, even if the host itself is local.
         let near = settings.proxy.is_none() && is_near(authority);
         if scheme != "https" && !(settings.allow_insecure_http && near) {
             return Err(Reason::InsecureHTTP.into());
         }
-        // All that decides, besides the host, whether a request gets through: these settings of one instance must not
-        // open the circuit breaker of another.
+        // Besides the host, these settings decide whether a request gets through. Instances that differ in them have
+        // separate circuit breakers, so that wrong settings of one do not open the breaker of another.
         let timeout = settings.timeout.as_millis().to_string();
         let way = [&settings.ca, &settings.tls_server_name, &settings.proxy];
         let way = way.map(|part| part.as_deref().unwrap_or_default());
@@ -91,25 +92,25 @@ impl ZitadelClient {
         })
     }
 
-    /// How it is reached.
+    /// The connection settings.
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// The limits of the host that it dials.
+    /// The limits of the dialled host.
     #[must_use]
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
-    /// How far the server's clock is from ours, by all answers so far.
+    /// How far the server's clock is ahead of the local clock, according to all responses so far.
     #[must_use]
     pub fn skew(&self) -> Skew {
         self.http.skew()
     }
 
-    /// How long the server asked to wait, from now on.
+    /// How long the server asked to wait, counted from now.
     #[must_use]
     pub fn retry_in(&self, failure: Failure) -> Duration {
         let now = self.skew().theirs(Timestamp::now());
@@ -117,7 +118,8 @@ impl ZitadelClient {
         left.and_then(|left| Duration::try_from(left).ok()).unwrap_or_default()
     }
 
-    /// Asks for the discovery document now; twice where the answer casts doubt on the server's clock, so that two tell.
+    /// Fetches the discovery document. If the response contradicts the known clock skew, fetches it once more, because
+    /// only two agreeing responses change the skew (docs/adr/0011-times-follow-the-servers-clock.md).
     pub async fn discover(&self) -> Result<Discovery, Failure> {
         let found = self.ask_discovery().await?;
         if self.skew().is_in_doubt() {
@@ -127,8 +129,8 @@ impl ZitadelClient {
         }
     }
 
-    /// The discovery document. The server is asked if it is old, or if our clock was set: what follows goes by both
-    /// clocks.
+    /// The discovery document, from the cache if it is fresh. It is fetched again if the local clock was set: signing
+    /// an assertion needs a current clock skew.
     pub async fn discovery(&self) -> Result<Discovery, Failure> {
         {
             let discoveries = self.discoveries();
@@ -170,16 +172,17 @@ impl ZitadelClient {
         Ok(discovery::parse(reply.body.expose_secret(), &self.settings.issuer)?)
     }
 
-    /// Exchanges an assertion of `key` for a token with these scopes (the value of the `scope` field). Where a refusal
-    /// shows that the server's clock is not as assumed, it is signed again, once.
+    /// Exchanges an assertion signed with `key` for a token with these scopes (the value of the `scope` field). If a
+    /// refusal shows that the clock skew differs from the assumed one, signs a new assertion and retries once.
     pub async fn exchange(&self, key: &ServiceKey, scope: &str) -> Result<Exchanged, Failure> {
-        // Before anything is signed: the issuer must be the one that we know (zitadel.md §5.2).
+        // Discovery confirms the issuer before anything is signed
+        // (docs/reference/zitadel-protocol.md#instance-selection).
         let path = self.discovery().await?.token_path;
         let assumed = self.skew().usable();
         match self.exchange_at(&path, key, scope).await {
             Err(failure) if failure.may_be_the_clock() => {
                 if self.skew().is_in_doubt() {
-                    // Its failure would say less than the refusal does.
+                    // If this fails too, the refusal is the more useful error.
                     let _ = self.discover().await;
                 }
                 self.skew().check()?;
@@ -198,7 +201,7 @@ impl ZitadelClient {
         skew.check()?;
         let assertion = assertion::sign(key, &self.settings.issuer, skew.theirs(Timestamp::now()))?;
         let (answer, reply) = token::exchange(&self.http, path, &assertion, scope).await?;
-        // By a clock that turns out to be so far away, its lifetime cannot be told.
+        // If the response shows an unusable skew, the lifetime of the token is unknown.
         self.skew().check()?;
         Ok(Exchanged {
             answer,
@@ -206,17 +209,17 @@ impl ZitadelClient {
         })
     }
 
-    /// The real id of the ZITADEL API's project, if it was learned.
+    /// The real id of the ZITADEL API's project, if this process has learned it.
     #[must_use]
     pub fn known_project_id(&self) -> Option<&str> {
         self.project_id.get().map(String::as_str)
     }
 
-    /// The real id of the ZITADEL API's project: learned once, with the key of whoever is first, from the audience
-    /// of a token that names the alias or, if that token is opaque, from the API, which any user may ask
-    /// (design §3.11).
+    /// The real id of the ZITADEL API's project. It is learned once, with the key of the first service user that needs
+    /// it: from the audience of a token requested for the alias or, if that token is opaque, from the management API,
+    /// which any user may call (docs/adr/0007-audience-must-be-equal.md).
     pub async fn project_id(&self, key: &ServiceKey) -> Result<&str, Failure> {
-        // Usually one asks and the others find the answer.
+        // Usually one service user learns the id while the others wait for it here.
         let _turn = tokio::time::timeout(PATIENCE_WITH_OTHERS, self.learning.lock()).await;
         if let Some(known) = self.project_id.get() {
             return Ok(known);
@@ -247,7 +250,7 @@ impl ZitadelClient {
             let iam: Iam = serde_json::from_slice(reply.body.expose_secret()).map_err(|_| Failure::Malformed)?;
             iam.iam_project_id
         };
-        // It goes into status: an id and nothing else (the pattern of the schema).
+        // The id is written into the status, so it must match the pattern in the CRD schema.
         let is_id = (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
         if !is_id || id == scope::ZITADEL_ALIAS {
             return Err(Failure::Malformed);

@@ -1,4 +1,5 @@
-//! Discovery: where the token endpoint is. Not trusted to move us to another host (design §2.1).
+//! Discovery of the token endpoint. The document cannot redirect the operator to another host
+//! (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
 
 use serde::Deserialize;
 
@@ -7,13 +8,14 @@ use crate::domain::reason::Reason;
 /// Path of the document, below the issuer.
 pub const PATH: &str = "/.well-known/openid-configuration";
 
-/// ZITADEL's paths have about twenty characters; this one is shown in status.
+/// Longest token path. ZITADEL's paths have about twenty characters. The limit exists because the status shows the
+/// path.
 const MAX_PATH: usize = 256;
 
-/// What we take from the document.
+/// The part of the document that the operator uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Discovery {
-    /// The token endpoint's path.
+    /// The path of the token endpoint.
     pub token_path: String,
 }
 
@@ -23,8 +25,8 @@ struct Document {
     token_endpoint: String,
 }
 
-/// Reads the document. The issuer must be the same to the letter, the token endpoint below it, without a query (a
-/// `scope` there would override the form's) or fragment.
+/// Parses the document. Its issuer must be exactly `issuer`. The token endpoint must be below the issuer, without a
+/// fragment and without a query: a `scope` in the query would override the `scope` of the form.
 pub fn parse(body: &[u8], issuer: &str) -> Result<Discovery, Reason> {
     let document: Document = serde_json::from_slice(body).map_err(|_| Reason::MalformedAnswer)?;
     if document.issuer != issuer {
@@ -46,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn discovery_cannot_move_us() {
+    fn discovery_cannot_change_the_host() {
         let issuer = "https://auth.example.com";
         let table = [
             (
@@ -113,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_documents_have_a_reason() {
+    fn invalid_documents_are_rejected_with_a_reason() {
         let issuer = "https://auth.example.com";
         let endpoint = |endpoint: &str| format!(r#"{{"issuer":"{issuer}","token_endpoint":"{endpoint}"}}"#);
         let below = |path: &str| endpoint(&format!("{issuer}{path}"));
@@ -122,7 +124,7 @@ mod tests {
         let table = [
             (below(&format!("/{}", "t".repeat(255))), Ok(256)),
             (below(&format!("/{}", "t".repeat(256))), mismatch),
-            // Still a path, since nothing is resolved against it.
+            // This stays a path, because it is appended to the origin and not resolved as a relative URL.
             (below("//evil.example/t"), Ok(16)),
             (below(""), mismatch),
             (below(":443/t"), mismatch),

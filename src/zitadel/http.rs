@@ -1,4 +1,4 @@
-//! One HTTP exchange with a ZITADEL host: bounded in time and size, within the host's limits, never redirected.
+//! One HTTP exchange with a ZITADEL host: bounded in time and size, within the host's limits, without redirects.
 
 use std::error::Error;
 use std::net::SocketAddr;
@@ -20,16 +20,17 @@ use crate::domain::time::shifted;
 use crate::zitadel::limits::Limits;
 use crate::zitadel::settings::Settings;
 
-/// No answer that we need is longer: a token is at most 64 KiB, a discovery document about 3 KiB.
+/// Longest accepted body. A token has at most 64 KiB, a discovery document about 3 KiB.
 const MAX_BODY: usize = 256 * 1024;
 
-/// Where the server does not tell: a token with many roles has about 4 KiB.
+/// Initial capacity without a `Content-Length`. A token with many roles has about 4 KiB.
 const USUAL_BODY: usize = 16 * 1024;
 
-/// In front of a ZITADEL that is dialled by another name, tells which instance is meant (zitadel.md §5.2).
+/// Selects the instance if the dialled host name is not the issuer's
+/// (docs/reference/zitadel-protocol.md#instance-selection).
 const INSTANCE_HOST: HeaderName = HeaderName::from_static("x-zitadel-instance-host");
 
-/// A client of one host.
+/// An HTTP client for one host.
 pub struct Http {
     client: reqwest::Client,
     origin: String,
@@ -38,7 +39,7 @@ pub struct Http {
     clock: Mutex<ServerClock>,
 }
 
-/// What the answers say of the server's clock, and when the last one came.
+/// The clock skew according to the responses, and the local time of the last response.
 #[derive(Default)]
 struct ServerClock {
     skew: Skew,
@@ -46,7 +47,7 @@ struct ServerClock {
 }
 
 impl ServerClock {
-    /// Whether our own clock was set since the last answer.
+    /// Whether the local clock was set since the last response.
     fn is_outdated(&self, now: Reading) -> bool {
         self.last.is_some_and(|last| was_set(last, now))
     }
@@ -65,45 +66,46 @@ fn read_clocks() -> Reading {
 }
 
 impl std::fmt::Debug for Http {
-    /// Without reqwest's client, which shows its proxy.
+    /// Omits reqwest's client, whose `Debug` output contains the proxy.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut shown = f.debug_struct("Http");
         shown.field("origin", &self.origin).finish_non_exhaustive()
     }
 }
 
-/// Looks up one host, whatever name is asked for.
+/// A resolver that looks up the addresses of one fixed host for every name.
 struct Fixed(String);
 
 impl Resolve for Fixed {
     fn resolve(&self, _: Name) -> Resolving {
         let host = self.0.clone();
         Box::pin(async move {
-            // Port 0: the URL's counts.
+            // Port 0 makes reqwest use the port of the URL.
             let found: Vec<SocketAddr> = tokio::net::lookup_host((host, 0)).await?.collect();
             Ok(Box::new(found.into_iter()) as Addrs)
         })
     }
 }
 
-/// A complete answer.
+/// A complete response.
 pub struct Answer {
     /// The HTTP status.
     pub status: u16,
-    /// `Retry-After` as a moment by the server's clock, capped.
+    /// `Retry-After` as a time by the server's clock, capped.
     pub retry_after: Option<Timestamp>,
-    /// The body, whole.
+    /// The whole body.
     pub body: SecretSlice<u8>,
-    /// When the request went out, by the server's clock.
+    /// When the request was sent, by the server's clock.
     pub sent: Timestamp,
 }
 
 impl Http {
-    /// A client that dials `origin` and, if that is not the issuer's own, names the instance that is meant.
+    /// A client that dials `origin`. If the issuer has another host, every request names the instance in a header.
     pub fn new(settings: &Settings, origin: &str, limits: Arc<Limits>) -> Result<Self, Failure> {
         let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
         let mut builder = reqwest::Client::builder()
-            // Proxies come from the instance only, never from the environment (design §2.1).
+            // Only the ZitadelInstance configures a proxy, never the environment
+            // (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
             .no_proxy()
             .redirect(Policy::none())
             .timeout(settings.timeout)
@@ -121,7 +123,7 @@ impl Http {
         }
         let mut origin = origin.to_owned();
         if let Some(name) = &settings.tls_server_name {
-            // The URL carries the name that the certificate must have, and its look-up leads to the host.
+            // The URL carries the name that the certificate must have. The resolver maps it to the dialled host.
             let (host, port) = authority
                 .rsplit_once(':')
                 .map_or((authority, None), |(h, p)| (h, Some(p)));
@@ -142,17 +144,17 @@ impl Http {
         })
     }
 
-    /// How far the server's clock is from ours, by all answers so far.
+    /// How far the server's clock is ahead of the local clock, according to all responses so far.
     pub fn skew(&self) -> Skew {
         self.lock().skew(read_clocks())
     }
 
-    /// Whether our own clock was set since the last answer, so that the server's has to be measured again.
+    /// Whether the local clock was set since the last response, so that the skew must be measured again.
     pub fn clock_was_set(&self) -> bool {
         self.lock().is_outdated(read_clocks())
     }
 
-    /// GET, with a bearer token if given.
+    /// Sends a GET request, with a bearer token if given.
     pub async fn get(&self, path: &str, bearer: Option<&SecretString>) -> Result<Answer, Failure> {
         let request = self.client.get(format!("{}{path}", self.origin));
         self.send(match bearer {
@@ -162,7 +164,7 @@ impl Http {
         .await
     }
 
-    /// POST of a form.
+    /// Sends a form in a POST request.
     pub async fn post(&self, path: &str, form: &[(&str, &str)]) -> Result<Answer, Failure> {
         self.send(self.client.post(format!("{}{path}", self.origin)).form(form))
             .await
@@ -182,7 +184,7 @@ impl Http {
         let status = response.status().as_u16();
         let retry_after = retry_after(response.headers(), skew.theirs(received.0));
         let body = match body(response).await {
-            // What a status says counts without its body, which only an OAuth error explains.
+            // An error status is meaningful without its body, which can only add an OAuth error.
             Err(Failure::Malformed) if status != 200 => Vec::new().into(),
             read => read?,
         };
@@ -194,7 +196,8 @@ impl Http {
         })
     }
 
-    /// Learns from the `Date` of an answer. One from a cache tells when it was made (RFC 9111 §5.1), which is not now.
+    /// Updates the clock skew from the `Date` of a response. A response with `Age` comes from a cache and is ignored:
+    /// its `Date` is the time of its creation (RFC 9111 §5.1).
     fn observe(&self, headers: &HeaderMap, sent: Reading, received: Reading) -> Skew {
         let date = headers.get(DATE).filter(|_| !headers.contains_key(AGE));
         let date = date.and_then(|value| rfc2822::parse(value.to_str().ok()?).ok());
@@ -214,7 +217,7 @@ impl Http {
     }
 }
 
-/// The body, as a rule in one allocation: one that grows leaves copies behind that nobody wipes.
+/// Reads the body, usually into one allocation: a growing buffer leaves copies in memory that are not wiped.
 async fn body(mut response: Response) -> Result<SecretSlice<u8>, Failure> {
     let told = response
         .content_length()
@@ -229,7 +232,7 @@ async fn body(mut response: Response) -> Result<SecretSlice<u8>, Failure> {
     Ok(body.into())
 }
 
-/// What kind of failure it was; the text, which may hold an address or worse, is dropped.
+/// Classifies an error and drops its text, which may contain addresses or secrets.
 fn failure(error: &reqwest::Error) -> Failure {
     if error.is_timeout() {
         return Failure::Timeout;
@@ -253,13 +256,13 @@ fn failure(error: &reqwest::Error) -> Failure {
     }
 }
 
-/// rustls errors arrive inside an `io::Error`, maybe inside another, whose `source()` skips the error itself.
+/// Finds a rustls error inside an `io::Error`, which may be nested. `io::Error::source()` skips the inner error itself.
 fn is_tls(error: &(dyn Error + 'static)) -> bool {
     let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
     error.is::<rustls::Error>() || inner.is_some_and(|e| is_tls(e))
 }
 
-/// RFC 9110 §10.2.3: seconds, or a date.
+/// Parses `Retry-After`, which is a number of seconds or a date (RFC 9110 §10.2.3).
 fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let at = match text.parse::<u32>() {
@@ -277,7 +280,7 @@ mod tests {
     use crate::domain::fixtures::TEN_YEARS;
 
     #[test]
-    fn a_tls_error_is_found_however_deep_it_is_wrapped() {
+    fn tls_error_is_found_in_nested_errors() {
         use std::io;
         let once = io::Error::other(rustls::Error::DecryptError);
         assert!(is_tls(&once));
@@ -286,12 +289,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_of_the_servers_clock_ends_when_ours_is_set() {
+    fn setting_the_local_clock_makes_the_skew_unproven() {
         let then = (Timestamp::UNIX_EPOCH, Instant::now());
         let mut skew = Skew::default();
-        skew.observe(Sample::new(then.0, then.0, then.0).expect("time goes on"));
+        skew.observe(Sample::new(then.0, then.0, then.0).expect("a sample"));
         let clock = ServerClock { skew, last: Some(then) };
-        // Seconds by the wall clock and by the monotonic one.
+        // Seconds that pass on the wall clock and on the monotonic clock, and whether the skew stays proven.
         for (wall, monotonic, known) in [
             (0, 0, true),
             (3_600, 3_600, true),
@@ -310,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_in_seconds_and_as_a_date_capped() {
+    fn retry_after_accepts_seconds_and_dates_and_is_capped() {
         let now: Timestamp = "2026-11-25T12:00:00Z".parse().expect("a time");
         let table = [
             ("30", Some(30)),
@@ -327,7 +330,7 @@ mod tests {
             let got = retry_after(&headers, now).map(|at| at.as_second() - now.as_second());
             assert_eq!(got, seconds, "{value}");
         }
-        // A `Date` that lies may put their clock anywhere.
+        // With a wrong `Date`, the server's clock may have any value.
         for now in [Timestamp::MIN, Timestamp::MAX] {
             let headers = HeaderMap::from_iter([(RETRY_AFTER, "4294967295".parse().expect("a header"))]);
             assert!(retry_after(&headers, now).is_some_and(|at| at >= now), "{now}");

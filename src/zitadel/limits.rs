@@ -1,4 +1,5 @@
-//! Budget, concurrency and circuit breaker of each dialled host, shared by all instances that dial it.
+//! The request budget, concurrency limit and circuit breakers of each dialled host, shared by all instances that dial
+//! it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -11,7 +12,8 @@ use crate::zitadel::circuit_breaker::Breaker;
 use crate::zitadel::settings::RequestBudget;
 
 impl RequestBudget {
-    /// Of two instances with one host the smaller rate counts (design §2.1).
+    /// If two instances dial one host, the smaller value of each limit applies
+    /// (docs/adr/0013-request-budget-per-host.md).
     fn min(self, other: Self) -> Self {
         Self {
             per_second: self.per_second.min(other.per_second),
@@ -21,14 +23,14 @@ impl RequestBudget {
     }
 }
 
-/// The limits of one way to a host.
+/// The limits for one host, reached with one set of connection settings.
 #[derive(Debug)]
 pub struct Limits {
     budget: Arc<Budget>,
     breaker: Arc<Breaker>,
 }
 
-/// What a host is asked at most, whichever way.
+/// The request budget of a host, whatever the connection settings.
 #[derive(Debug)]
 struct Budget {
     started: Instant,
@@ -43,13 +45,13 @@ struct Now {
 }
 
 impl Limits {
-    /// The circuit breaker of this way.
+    /// The circuit breaker for this host and these connection settings.
     #[must_use]
     pub fn breaker(&self) -> &Arc<Breaker> {
         &self.breaker
     }
 
-    /// Waits for a place among the concurrent requests and for the budget. The place is held until the permit drops.
+    /// Waits for a concurrency slot and for the request budget. The permit keeps the slot until it is dropped.
     pub async fn admit(&self) -> Option<OwnedSemaphorePermit> {
         let slots = self.budget.lock().slots.clone();
         let permit = slots.acquire_owned().await.ok()?;
@@ -81,7 +83,7 @@ impl Budget {
         let mut now = self.lock();
         now.bucket.resize(budget.per_second, budget.burst);
         if now.budget.concurrent != budget.concurrent {
-            // Requests under way end on the old places.
+            // Requests in flight finish with their permits of the old semaphore.
             now.slots = Arc::new(Semaphore::new(budget.concurrent.max(1)));
         }
         now.budget = budget;
@@ -101,14 +103,16 @@ pub struct Hosts {
 #[derive(Debug)]
 struct Host {
     budget: Arc<Budget>,
-    /// What each instance asks for.
+    /// The budget in the spec of each instance that dials this host.
     wanted: BTreeMap<String, RequestBudget>,
-    /// By way: what fails with the connection settings of one instance may work with those of another.
+    /// By hash of the connection settings: a failure with the settings of one instance says nothing about other
+    /// settings.
     breakers: HashMap<String, Weak<Breaker>>,
 }
 
 impl Hosts {
-    /// The limits of `host`, now that `instance` dials it at this rate, this way.
+    /// Registers that `instance` dials `host` with this budget and with the connection settings whose hash is `way`.
+    /// Returns the limits that apply.
     pub fn dial(&self, instance: &str, host: &str, way: &str, budget: RequestBudget) -> Arc<Limits> {
         self.hang_up(instance);
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,8 +131,8 @@ impl Hosts {
         Arc::new(Limits { budget, breaker })
     }
 
-    /// `instance` dials no more. What a host has used of its budget is remembered as long as the process lives: an
-    /// instance that is deleted and made again must not begin anew.
+    /// Unregisters `instance`. The used budget of a host stays until the process ends, so that deleting and recreating
+    /// an instance does not reset it.
     pub fn hang_up(&self, instance: &str) {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         for host in hosts.values_mut() {
@@ -147,7 +151,7 @@ mod tests {
     use crate::domain::failure::Failure;
 
     #[test]
-    fn the_smallest_rate_of_those_who_dial_counts() {
+    fn smallest_rate_of_the_dialling_instances_applies() {
         let budget = |per_second| RequestBudget {
             per_second,
             burst: 10,
@@ -165,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn instances_share_a_breaker_only_if_they_dial_the_same_way() {
+    fn instances_share_a_breaker_only_with_equal_connection_settings() {
         let budget = RequestBudget {
             per_second: 1,
             burst: 1,

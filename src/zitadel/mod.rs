@@ -1,5 +1,5 @@
-//! HTTP to ZITADEL: discovery, the token exchange, and the limits that protect the server. Knows no Kubernetes and
-//! passes on no word of the server's.
+//! HTTP to ZITADEL: discovery, the token request, and the limits that protect the server. This module does not use the
+//! Kubernetes API, and its errors never contain text from a response.
 
 mod circuit_breaker;
 mod client;

@@ -1,32 +1,32 @@
-//! How an instance is reached.
+//! The connection settings of an instance.
 
 use std::time::Duration;
 
-/// How an instance is reached.
+/// The connection settings of an instance.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Settings {
     /// Name of the instance.
     pub name: String,
-    /// The issuer, as tokens and discovery state it.
+    /// The issuer, exactly as in tokens and in the discovery document.
     pub issuer: String,
-    /// Where to dial, if not at the issuer.
+    /// The origin to dial, if it is not the issuer.
     pub endpoint: Option<String>,
-    /// Trusted certificates in PEM, instead of the system's.
+    /// Trusted CA certificates in PEM, which replace those of the system.
     pub ca: Option<String>,
-    /// Name that the certificate must carry, if not the dialled host's.
+    /// The name that the server's certificate must have, if it is not the dialled host.
     pub tls_server_name: Option<String>,
-    /// Proxy to go through.
+    /// URL of the proxy.
     pub proxy: Option<String>,
-    /// Time for one request.
+    /// Timeout of one request.
     pub timeout: Duration,
-    /// Whether plain http is allowed, to loopback and `*.svc`.
+    /// Whether plain HTTP is allowed. It is then limited to loopback and `*.svc`.
     pub allow_insecure_http: bool,
-    /// Budget and concurrency of the dialled host.
+    /// Request budget and concurrency limit for the dialled host.
     pub budget: RequestBudget,
 }
 
 impl std::fmt::Debug for Settings {
-    /// Without the proxy: a password in its URL is refused (`domain::validate`), and yet it could be there.
+    /// Omits the proxy, whose URL may contain a password even though `domain::validate` rejects one.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut shown = f.debug_struct("Settings");
         shown.field("name", &self.name).field("issuer", &self.issuer);
@@ -34,13 +34,13 @@ impl std::fmt::Debug for Settings {
     }
 }
 
-/// What an instance asks for its host.
+/// The request budget that an instance sets for its host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestBudget {
     /// Sustained requests per second.
     pub per_second: u32,
-    /// Requests at once after a quiet time.
+    /// Requests that may be sent at once after an idle period.
     pub burst: u32,
-    /// Requests under way at once.
+    /// Concurrent requests.
     pub concurrent: usize,
 }

@@ -1,4 +1,4 @@
-//! The token request (RFC 7523 §2.1) and its errors (zitadel.md §2.1).
+//! The token request (RFC 7523 §2.1) and its errors (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -9,7 +9,7 @@ use crate::zitadel::http::{Answer, Http};
 
 const GRANT_TYPE: &str = "urn:ietf:params:oauth:grant-type:jwt-bearer";
 
-/// Asks for a token.
+/// Requests a token.
 pub async fn exchange(
     http: &Http,
     path: &str,
@@ -33,7 +33,8 @@ pub async fn exchange(
     Ok((answer, reply))
 }
 
-/// The two fields of an OAuth error (RFC 6749 §5.2), read into a closed set and dropped. They may quote the assertion.
+/// Maps the two fields of an OAuth error (RFC 6749 §5.2) to a closed set. Their text is dropped, because it may quote
+/// the assertion.
 fn error(body: &[u8]) -> Option<OAuthError> {
     #[derive(Deserialize)]
     struct Body {

@@ -1,4 +1,4 @@
-//! What is true of the stand-in and of a real ZITADEL alike.
+//! Cases that hold on the stand-in and on a real ZITADEL server.
 
 use std::collections::BTreeSet;
 
@@ -15,10 +15,11 @@ use super::client::{connect, exchange, expected, mint, scope, settings};
 use super::server::{Kind, Server, on_any_server, takes_effect};
 use super::support::world::{PROJECT, claims};
 
-/// A second project; neither need exist (§10.2: ids are copied into the audience unchecked).
+/// A second project. Neither project needs to exist, because ZITADEL copies ids into the audience without a check
+/// (docs/reference/zitadel-protocol.md#audience).
 const OTHER_PROJECT: &str = "69234237810729020";
 
-/// Audience of a JWT, as the server wrote it.
+/// The audience claim of a JWT.
 fn audience(minted: &Minted) -> BTreeSet<String> {
     let claims = claims(minted.token.expose_secret());
     let list = claims["aud"].as_array().expect("a list");
@@ -29,15 +30,15 @@ fn set<const N: usize>(ids: [&str; N]) -> BTreeSet<String> {
     ids.map(str::to_owned).into()
 }
 
-/// Asks until the server refuses; says why it did.
+/// Repeats the token request until the server refuses it, and returns the reason.
 async fn refusal(instance: &ZitadelClient, key: &ServiceKey) -> Reason {
     let refused = takes_effect(async || exchange(instance, key, "openid").await, Result::is_err);
     refused.await.expect_err("refused")
 }
 
-/// §4.4, §10.6.
+/// docs/reference/zitadel-protocol.md#token-response
 #[tokio::test]
-async fn an_exchange_gives_a_bearer_token_and_its_lifetime() {
+async fn an_exchange_returns_a_bearer_token_and_its_lifetime() {
     on_any_server(async |server| {
         for kind in [Kind::Jwt, Kind::Opaque] {
             let key = server.user(kind).await;
@@ -54,9 +55,9 @@ async fn an_exchange_gives_a_bearer_token_and_its_lifetime() {
     .await;
 }
 
-/// §4.2, §4.3, §10.2: `aud` is what was asked for and nothing else, whether or not the project exists.
+/// `aud` equals the requested ids, whether or not the projects exist (docs/reference/zitadel-protocol.md#audience).
 #[tokio::test]
-async fn a_jwt_names_issuer_user_and_exactly_the_projects() {
+async fn a_jwt_names_issuer_user_and_exactly_the_requested_projects() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
         let instance = server.instance();
@@ -69,16 +70,16 @@ async fn a_jwt_names_issuer_user_and_exactly_the_projects() {
             assert_eq!(claims["sub"], key.user_id.as_str());
             assert_eq!(audience(&minted), projects.into_iter().map(str::to_owned).collect());
             let exp = claims["exp"].as_i64().expect("exp");
-            assert!(minted.expires.as_second() <= exp, "errs to the early side");
+            assert!(minted.expires.as_second() <= exp, "expiry is later than exp");
             assert!(minted.expires > minted.issued);
         }
     })
     .await;
 }
 
-/// Design §3.10: a token for more, or for less, than was asked for is not taken.
+/// A token with a larger or smaller audience than requested is rejected (docs/adr/0007-audience-must-be-equal.md).
 #[tokio::test]
-async fn an_audience_that_merely_contains_ours_is_not_taken() {
+async fn a_larger_or_smaller_audience_is_rejected() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
         let instance = server.instance();
@@ -95,10 +96,11 @@ async fn an_audience_that_merely_contains_ours_is_not_taken() {
     .await;
 }
 
-/// §4.1, §6.2, §10.6, design §3.11: the alias becomes an id, which is learned from a JWT's audience or, with an
-/// opaque token, from `GET /management/v1/iam`. Both ways lead to the same id.
+/// ZITADEL replaces the alias by an id. The operator learns it from the audience of a JWT or, with an opaque token,
+/// from `GET /management/v1/iam`. Both return the same id
+/// (docs/reference/zitadel-protocol.md#the-zitadel-apis-audience).
 #[tokio::test]
-async fn the_zitadel_alias_becomes_the_id_that_is_learned() {
+async fn the_zitadel_alias_resolves_to_the_learned_id() {
     on_any_server(async |server| {
         let (jwt, opaque) = (server.user(Kind::Jwt).await, server.user(Kind::Opaque).await);
         let (by_jwt, by_opaque) = (server.instance(), server.instance());
@@ -116,9 +118,9 @@ async fn the_zitadel_alias_becomes_the_id_that_is_learned() {
     .await;
 }
 
-/// §4.3, §10.6: it may look like a JWE of five parts; nobody but the server can read it, and it can be sent.
+/// An opaque token may have five parts like a JWE (docs/reference/zitadel-protocol.md#token-formats).
 #[tokio::test]
-async fn an_opaque_token_is_known_as_such() {
+async fn an_opaque_token_is_recognized() {
     on_any_server(async |server| {
         let key = server.user(Kind::Opaque).await;
         let minted = mint(&server.instance(), &key, &json!({"projectIDs": [PROJECT]})).await;
@@ -130,9 +132,9 @@ async fn an_opaque_token_is_known_as_such() {
     .await;
 }
 
-/// §4.3, §10.3.
+/// docs/reference/zitadel-protocol.md#token-formats
 #[tokio::test]
-async fn a_change_of_the_users_kind_affects_later_tokens() {
+async fn a_changed_token_type_affects_later_tokens() {
     on_any_server(async |server| {
         let key = server.user(Kind::Opaque).await;
         let instance = server.instance();
@@ -149,9 +151,9 @@ async fn a_change_of_the_users_kind_affects_later_tokens() {
     .await;
 }
 
-/// §4.4, §10.6: so `scopes: []` loses nothing that we use.
+/// `scopes: []` therefore loses nothing that the operator uses (docs/reference/zitadel-protocol.md#token-response).
 #[tokio::test]
-async fn openid_only_adds_an_id_token_which_we_ignore() {
+async fn openid_adds_only_an_id_token() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
         let without = json!({"projectIDs": [PROJECT], "scopes": []});
@@ -180,7 +182,7 @@ async fn openid_only_adds_an_id_token_which_we_ignore() {
     .await;
 }
 
-/// The token endpoint's whole answer, of which the product reads only a part.
+/// The complete answer of the token endpoint. The product reads only a part of it.
 async fn answer(server: &Server, key: &ServiceKey, fields: &Value) -> Value {
     let instance = server.instance();
     let path = instance.discover().await.expect("discovered").token_path;
@@ -195,10 +197,10 @@ async fn answer(server: &Server, key: &ServiceKey, fields: &Value) -> Value {
     answer.await.expect("answered").json().await.expect("JSON")
 }
 
-/// §4.1: the claim is there for the user's own organization; a foreign one is dropped in silence, which only the
-/// missing claim shows.
+/// ZITADEL adds the claim for the user's own organization. It drops the scope of another organization silently, and
+/// only the missing claim shows that (docs/reference/zitadel-protocol.md#scopes).
 #[tokio::test]
-async fn a_foreign_organization_does_not_pass_as_ones_own() {
+async fn a_token_without_the_requested_organization_is_rejected() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
         let instance = server.instance();
@@ -215,9 +217,10 @@ async fn a_foreign_organization_does_not_pass_as_ones_own() {
     .await;
 }
 
-/// §4.1, §10.6: no grant, no role claim; the audience stays as asked.
+/// Without a grant there is no role claim, and the audience stays as requested
+/// (docs/reference/zitadel-protocol.md#claims-of-access-tokens).
 #[tokio::test]
-async fn project_roles_without_a_grant_change_nothing() {
+async fn project_roles_without_a_grant_add_no_claim() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
         let fields = json!({"projectIDs": [PROJECT], "projectRoles": true});
@@ -234,7 +237,8 @@ async fn project_roles_without_a_grant_change_nothing() {
     .await;
 }
 
-/// §2.1, §10.2. In whichever dialect the server speaks; the older one is a case of the stand-in's.
+/// In the error dialect of the server. `only_stand_in` covers both dialects
+/// (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 #[tokio::test]
 async fn a_removed_key_is_rejected() {
     on_any_server(async |server| {
@@ -247,7 +251,7 @@ async fn a_removed_key_is_rejected() {
     .await;
 }
 
-/// §2, check 7; §10.2.
+/// docs/reference/zitadel-protocol.md#key-lookup
 #[tokio::test]
 async fn an_expired_key_is_rejected() {
     on_any_server(async |server| {
@@ -256,15 +260,15 @@ async fn an_expired_key_is_rejected() {
         let instance = server.instance();
         exchange(&instance, &key, "openid")
             .await
-            .expect("a token while the key is good");
+            .expect("a token while the key is valid");
         assert_eq!(refusal(&instance, &key).await, Reason::KeyRejected);
     })
     .await;
 }
 
-/// §2, check 7; §10.2: the key is looked up by its id and the user's.
+/// ZITADEL looks up the key by its id and the user id (docs/reference/zitadel-protocol.md#key-lookup).
 #[tokio::test]
-async fn a_user_that_does_not_exist_or_has_not_this_key_is_rejected() {
+async fn an_unknown_user_or_a_key_of_another_user_is_rejected() {
     on_any_server(async |server| {
         let (key, other) = (server.user(Kind::Jwt).await, server.user(Kind::Jwt).await);
         let instance = server.instance();
@@ -287,9 +291,9 @@ async fn a_user_that_does_not_exist_or_has_not_this_key_is_rejected() {
     .await;
 }
 
-/// §2.1, §10.2.
+/// docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint
 #[tokio::test]
-async fn a_deactivated_user_is_told_from_a_rejected_key() {
+async fn a_deactivated_user_has_its_own_reason() {
     on_any_server(async |server| {
         let key = server.user(Kind::Jwt).await;
         let instance = server.instance();
@@ -302,7 +306,8 @@ async fn a_deactivated_user_is_told_from_a_rejected_key() {
     .await;
 }
 
-/// §5.1, §5.2: discovery says our issuer to the letter, port and all; another spelling of it is not ours.
+/// The issuer in discovery equals the configured issuer to the letter, including the port. Another spelling is refused
+/// (docs/reference/zitadel-protocol.md#instance-selection).
 #[tokio::test]
 async fn discovery_names_the_issuer_to_the_letter() {
     on_any_server(async |server| {

@@ -1,4 +1,4 @@
-//! The product's own way from a key to a token, in short.
+//! Helpers that exchange a key for a token with the product's own code.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use zitadel_tokens::domain::reason::Reason;
 use zitadel_tokens::domain::scope;
 use zitadel_tokens::zitadel::{Exchanged, Hosts, RequestBudget, Settings, ZitadelClient};
 
-/// The one place that fills in [`Settings`].
+/// Settings for `issuer`.
 pub fn settings(issuer: &str) -> Settings {
     Settings {
         name: "contract".into(),
@@ -32,10 +32,10 @@ pub fn settings(issuer: &str) -> Settings {
 }
 
 pub fn connect(settings: Settings) -> ZitadelClient {
-    // Another test of this process may have been first.
+    // Another test of this process may have installed the providers already.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
-    ZitadelClient::new(settings, &Hosts::default()).expect("settings that can be dialled")
+    ZitadelClient::new(settings, &Hosts::default()).expect("valid settings")
 }
 
 /// An entry of `spec.tokens` with these fields.
@@ -47,12 +47,12 @@ pub fn token(fields: &Value) -> Token {
     serde_json::from_value(entry).expect("an entry of spec.tokens")
 }
 
-/// The one `scope` field for these fields of a token.
+/// The `scope` field of the token request for these fields of a token.
 pub fn scope(fields: &Value) -> String {
     scope::field(&scope::scopes(&token(fields))).expect("clean scopes")
 }
 
-/// One exchange; a failure is looked at as the controller does.
+/// One token request. A failure is classified as in the controller.
 pub async fn exchange(instance: &ZitadelClient, key: &ServiceKey, scope: &str) -> Result<Exchanged, Reason> {
     match instance.exchange(key, scope).await {
         Ok(exchanged) => Ok(exchanged),
@@ -60,12 +60,13 @@ pub async fn exchange(instance: &ZitadelClient, key: &ServiceKey, scope: &str) -
     }
 }
 
-/// The reason that a failure is; whether discovery works tells a refused assertion from an outage (§2.1).
+/// The reason of a failure. Discovery distinguishes a refused assertion from an outage
+/// (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 pub async fn reason(instance: &ZitadelClient, failure: Failure) -> Reason {
     classify(failure, instance.discover().await.is_ok())
 }
 
-/// What a token with these fields must be, with `zitadel_project_id` behind the alias.
+/// What a token with these fields must contain, with `zitadel_project_id` as the id behind the alias.
 pub fn expected(instance: &ZitadelClient, key: &ServiceKey, fields: &Value, zitadel_project_id: &str) -> Expected {
     let token = token(fields);
     Expected {
@@ -76,7 +77,7 @@ pub fn expected(instance: &ZitadelClient, key: &ServiceKey, fields: &Value, zita
     }
 }
 
-/// A token with these fields, as the controller gets it: the project id first, then the exchange, then the checks.
+/// Requests a token with these fields as the controller does: the project id first, then the exchange, then the checks.
 pub async fn mint(instance: &ZitadelClient, key: &ServiceKey, fields: &Value) -> Result<Minted, Reason> {
     let id = match instance.project_id(key).await {
         Ok(id) => id,

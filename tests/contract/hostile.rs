@@ -1,5 +1,6 @@
-//! Answers that no ZITADEL gives: a broken proxy's, or an attacker's. Each ends in bounded time and memory, with the
-//! right reason (design §3.10). Where the stand-in's HTTP is too good, a plain socket answers.
+//! Answers of a broken proxy or an attacker, which ZITADEL itself never sends. Each must end in bounded time and memory
+//! with the right reason (docs/adr/0019-assertions-go-only-to-the-configured-host.md). A plain socket sends the answers
+//! that the stand-in's HTTP server cannot produce.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -18,14 +19,14 @@ use super::client::{connect, exchange, settings};
 use super::only_stand_in::{DISCOVERY, TOKEN, World, user};
 use super::support::issuer::Issuer;
 
-/// A good answer to a token request.
+/// A valid answer to a token request.
 const GOOD: &str = r#"{"access_token":"a.b.c.d.e","token_type":"Bearer","expires_in":60}"#;
 
-/// [`GOOD`] by `gzip`.
+/// [`GOOD`], compressed with `gzip`.
 const GOOD_GZIP: &str =
     "H4sIAAAAAAACA6tWSkxOTi0uji/Jz07NU7JSStRL0kvWS9FLVdJRAovFl1QWpAIlnFITi1KLgKKpFQWZRanF8ZlA5WYGtQDe8/J+QgAAAA==";
 
-/// Time for one request. Long enough for a busy machine to send one.
+/// Timeout of one request, long enough for a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 fn impatient(url: &str) -> Settings {
@@ -35,15 +36,15 @@ fn impatient(url: &str) -> Settings {
     }
 }
 
-/// A server that answers discovery as it should and a token request with whatever it is told to write.
+/// A server that answers discovery correctly and a token request with the bytes that a case supplies.
 struct Socket {
     url: String,
-    /// What it was sent, up to the first empty line.
+    /// The requests, each up to the first empty line.
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Socket {
-    /// It ends with the test's process; its threads wait for connections that do not come.
+    /// The threads end with the test process.
     fn answering(answer: impl Fn(&mut TcpStream) -> std::io::Result<()> + Clone + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
@@ -58,13 +59,13 @@ impl Socket {
                     let head = head(&mut connection);
                     let is_discovery = head.contains(DISCOVERY);
                     kept.lock().expect("not poisoned").push(head);
-                    // An error means that the client has had enough.
+                    // An error means that the client has closed the connection.
                     let _ = if is_discovery {
                         connection.write_all(ok("", &document).as_bytes())
                     } else {
                         answer(&mut connection)
                     };
-                    // Else what it has not read yet would make this end a reset.
+                    // Read the rest of the request: closing the socket with unread data would send a reset.
                     let _ = connection.shutdown(std::net::Shutdown::Write);
                     let _ = connection.set_read_timeout(Some(TIMEOUT));
                     let _ = connection.read(&mut [0; 4 * 1024]);
@@ -85,13 +86,13 @@ fn head(connection: &mut TcpStream) -> String {
     String::from_utf8_lossy(&read).to_lowercase()
 }
 
-/// A whole answer of 200.
+/// A complete answer with status 200.
 fn ok(headers: &str, body: &str) -> String {
     let length = body.len();
     format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}")
 }
 
-/// What becomes of a token request that is answered so, and how long it takes.
+/// The outcome of a token request with this answer, and how long it takes.
 async fn asked(
     key: &ServiceKey,
     answer: impl Fn(&mut TcpStream) -> std::io::Result<()> + Clone + Send + 'static,
@@ -108,7 +109,7 @@ async fn a_key() -> ServiceKey {
     user(&Issuer::start(&[]), "JWT").await
 }
 
-/// The same text over and over, with a pause between.
+/// Writes `first`, then `then` repeatedly with a pause between.
 fn drip(connection: &mut TcpStream, first: &str, then: &str, pause: Duration) -> std::io::Result<()> {
     connection.write_all(first.as_bytes())?;
     let many = then.repeat(if pause.is_zero() { 1_000 } else { 1 });
@@ -118,9 +119,9 @@ fn drip(connection: &mut TcpStream, first: &str, then: &str, pause: Duration) ->
     }
 }
 
-/// The limit is one on the whole request: whoever always sends a little more gets no more time.
+/// The timeout covers the whole request. A server that keeps sending cannot extend it.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_without_end_is_given_up_in_time() {
+async fn an_endless_answer_ends_in_time() {
     const HINT: &str = "HTTP/1.1 103 Early Hints\r\n\r\n";
     const START: &str = "HTTP/1.1 200 OK\r\n";
     const CHUNKED: &str = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
@@ -146,14 +147,14 @@ async fn an_answer_without_end_is_given_up_in_time() {
         ),
         ("a chunk's length, slowly", CHUNKED, "0", slow, late),
         (
-            "no trailer is the last",
+            "trailers without end",
             &format!("{CHUNKED}0\r\n"),
             "a: b\r\n",
             fast,
             malformed,
         ),
     ];
-    // Side by side, since most of them wait.
+    // Concurrently, because most of them wait for the timeout.
     let all = table.map(|(name, first, then, pause, expected)| {
         let (key, first, then) = (&key, first.to_owned(), then.to_owned());
         async move {
@@ -165,12 +166,12 @@ async fn an_answer_without_end_is_given_up_in_time() {
     futures::future::join_all(all).await;
 }
 
-/// What this process has had of the processor.
+/// CPU time of this process.
 fn worked() -> Duration {
-    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it does not run backwards")
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("not negative")
 }
 
-/// Most memory that this process has had, in KiB, and what it has now.
+/// Peak and current memory of this process, in KiB.
 fn memory() -> (u64, u64) {
     let status = std::fs::read_to_string("/proc/self/status").expect("readable");
     let field = |name: &str| {
@@ -183,9 +184,9 @@ fn memory() -> (u64, u64) {
     (field("VmHWM:"), field("VmRSS:"))
 }
 
-/// Both are counted for a whole process, so that this one is for it alone.
+/// CPU time and memory are counted for each process, so the measurement runs in a process of its own.
 #[test]
-fn a_body_of_a_gibibyte_takes_neither_time_nor_memory() {
+fn a_body_of_a_gibibyte_costs_little_time_and_memory() {
     let alone = [
         "hostile::eight_bodies_of_a_gibibyte",
         "--exact",
@@ -195,13 +196,13 @@ fn a_body_of_a_gibibyte_takes_neither_time_nor_memory() {
     let this = std::env::current_exe().expect("a path");
     let output = Command::new(this).args(alone).output().expect("it runs");
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    // One that was renamed would be none, which is no failure.
+    // If the test is renamed, the child process runs no test and still succeeds.
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
     print!("{said}");
 }
 
 #[tokio::test]
-#[ignore = "the test above runs it"]
+#[ignore = "a_body_of_a_gibibyte_costs_little_time_and_memory runs it in a process of its own"]
 async fn eight_bodies_of_a_gibibyte() {
     let world = World::new().await;
     world.instance.discover().await.expect("discovered");
@@ -221,7 +222,7 @@ async fn eight_bodies_of_a_gibibyte() {
             assert_eq!(outcome, Err(Failure::Malformed), "{path}");
         }
         let took = worked().saturating_sub(start);
-        println!("{path}: {took:?} of the processor");
+        println!("{path}: {took:?} of CPU time");
         assert!(took < Duration::from_secs(1), "{took:?}");
     }
     let (peak, _) = memory();
@@ -233,7 +234,7 @@ async fn eight_bodies_of_a_gibibyte() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_is_no_http_is_told_from_no_answer() {
+async fn invalid_http_and_a_missing_answer_are_different_failures() {
     let key = a_key().await;
     let malformed = Err(Failure::Malformed);
     let table = [
@@ -244,21 +245,21 @@ async fn an_answer_that_is_no_http_is_told_from_no_answer() {
             malformed,
         ),
         (
-            "a status that is no number",
+            "a status that is not a number",
             "HTTP/1.1 yes OK\r\n\r\n".to_owned(),
             malformed,
         ),
         ("a header without a name", ok(": x\r\n", GOOD), malformed),
         ("a header with a null", ok("a: \0\r\n", GOOD), malformed),
         ("two lengths", ok("Content-Length: 1\r\n", GOOD), malformed),
-        ("no length", ok("Content-Length: -1\r\n", GOOD), malformed),
+        ("a negative length", ok("Content-Length: -1\r\n", GOOD), malformed),
         (
-            "a length of more than can be counted",
+            "a length that overflows",
             ok("", "").replace(": 0", ": 99999999999999999999"),
             malformed,
         ),
         (
-            "a longer length",
+            "a length beyond the body",
             ok("", GOOD).replace("Content-Length: 6", "Content-Length: 9"),
             malformed,
         ),
@@ -269,20 +270,20 @@ async fn an_answer_that_is_no_http_is_told_from_no_answer() {
         ),
         ("a thousand headers", ok(&"a: b\r\n".repeat(1_000), GOOD), malformed),
         (
-            "a chunk of no length",
+            "a chunk with an invalid length",
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n".to_owned(),
             malformed,
         ),
         (
-            "a chunk of more than can be counted",
+            "a chunk length that overflows",
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n".to_owned(),
             malformed,
         ),
         ("nothing", String::new(), Err(Failure::Broken)),
-        ("a good one", ok("", GOOD), Ok(())),
+        ("a valid answer", ok("", GOOD), Ok(())),
         ("ninety headers", ok(&"a: b\r\n".repeat(90), GOOD), Ok(())),
         (
-            "hints before it",
+            "hints before the answer",
             "HTTP/1.1 103 Early Hints\r\n\r\n".repeat(10) + &ok("", GOOD),
             Ok(()),
         ),
@@ -292,15 +293,15 @@ async fn an_answer_that_is_no_http_is_told_from_no_answer() {
         assert_eq!(outcome, expected, "{name}");
         assert!(took < TIMEOUT, "{name}: {took:?}");
     }
-    // As a switch of protocols, which nobody asked for.
+    // A protocol switch that the client did not request.
     let upgrade = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n";
     let (outcome, _) = asked(&key, |c| c.write_all(upgrade.as_bytes())).await;
     assert_eq!(classify(outcome.expect_err("no answer"), true), Reason::MalformedAnswer);
 }
 
-/// What comes after an answer is no answer to the next question.
+/// A second answer on the connection must not count as the answer to the next request.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_nobody_asked_for_is_not_taken() {
+async fn an_unsolicited_answer_is_ignored() {
     let planted = GOOD.replace("a.b", "planted");
     let key = a_key().await;
     let socket = Socket::answering(move |c| {
@@ -315,9 +316,9 @@ async fn an_answer_that_nobody_asked_for_is_not_taken() {
     }
 }
 
-/// No encoding is asked for, so that nothing is ever inflated: what comes compressed all the same is no JSON.
+/// The client requests no encoding and decompresses nothing. A compressed answer is therefore invalid JSON.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_compressed_answer_is_not_inflated() {
+async fn a_compressed_answer_is_not_decompressed() {
     let world = World::new().await;
     let fault = json!({"path": TOKEN, "times": 1, "status": 200, "bodyBase64": GOOD_GZIP, "headers": {"Content-Encoding": "gzip"}});
     world.issuer.fault(fault).await;
@@ -331,9 +332,9 @@ async fn a_compressed_answer_is_not_inflated() {
     assert!(asked.iter().all(|head| !head.contains("accept-encoding")), "{asked:?}");
 }
 
-/// The body decides, whatever its headers call it; but of two readings of it neither is taken.
+/// The body counts, whatever its `Content-Type`. A body with two possible interpretations is refused.
 #[tokio::test]
-async fn a_body_that_can_be_read_in_two_ways_is_refused() {
+async fn an_ambiguous_body_is_refused() {
     let world = World::new().await;
     let malformed = Some(Reason::MalformedAnswer);
     let with = |field: &str| GOOD.replace('}', &format!(",{field}}}"));
@@ -341,16 +342,16 @@ async fn a_body_that_can_be_read_in_two_ways_is_refused() {
         ("two tokens", with(r#""access_token":"f.g.h.i.j""#), malformed),
         ("one token twice", with(r#""access_token":"a.b.c.d.e""#), malformed),
         ("two lifetimes", with(r#""expires_in":600"#), malformed),
-        ("two kinds", with(r#""token_type":"Bearer""#), malformed),
+        ("two token types", with(r#""token_type":"Bearer""#), malformed),
         (
             "a name with an escape",
             with(r#""access\u005ftoken":"f.g.h.i.j""#),
             malformed,
         ),
         ("two answers", GOOD.repeat(2), malformed),
-        ("something before it", format!("while(1);{GOOD}"), malformed),
+        ("text before the answer", format!("while(1);{GOOD}"), malformed),
         ("a byte order mark", format!("\u{feff}{GOOD}"), malformed),
-        ("a field too few", GOOD.replace("token_type", "Token_Type"), malformed),
+        ("a missing field", GOOD.replace("token_type", "Token_Type"), malformed),
         ("null as token", GOOD.replace(r#""a.b.c.d.e""#, "null"), malformed),
         (
             "a list as token",
@@ -365,17 +366,17 @@ async fn a_body_that_can_be_read_in_two_ways_is_refused() {
             malformed,
         ),
         (
-            "a lifetime that is deep",
+            "a deeply nested lifetime",
             GOOD.replace("60", &"[".repeat(100_000)),
             malformed,
         ),
         (
-            "an unknown field that is deep",
+            "a deeply nested unknown field, unclosed",
             with(&format!(r#""x":{}"#, "[".repeat(100_000))),
             malformed,
         ),
         (
-            "one that closes",
+            "a deeply nested unknown field, closed",
             with(&format!(r#""x":{}{}"#, "[".repeat(100_000), "]".repeat(100_000))),
             None,
         ),
@@ -407,7 +408,7 @@ async fn a_body_that_can_be_read_in_two_ways_is_refused() {
     assert_eq!(world.mint().await.err(), malformed);
 }
 
-/// A refusal's body explains it, if it is OAuth's. What it is besides changes nothing of the status.
+/// An OAuth error body refines the status. Any other body does not change what the status means.
 #[tokio::test]
 async fn a_status_counts_whatever_its_body_is() {
     let world = World::new().await;
@@ -455,21 +456,22 @@ async fn a_status_counts_whatever_its_body_is() {
     }
 }
 
-/// Design §3.8: a `Date` may say any time. By the last second that can be counted, seven more were a panic.
+/// A `Date` header can hold any time. Adding `Retry-After: 7` to the latest representable second once panicked
+/// (docs/adr/0011-times-follow-the-servers-clock.md).
 #[tokio::test]
-async fn the_last_date_that_can_be_written_is_an_error_and_no_panic() {
+async fn the_latest_representable_date_is_an_error_and_not_a_panic() {
     let late = "Thu, 30 Dec 9999 21:59:59 GMT";
-    let lie = |path| json!({"path": path, "headers": {"Date": late, "Retry-After": "7"}});
+    let wrong_date = |path| json!({"path": path, "headers": {"Date": late, "Retry-After": "7"}});
     let world = World::new().await;
-    world.issuer.fault(lie(DISCOVERY)).await;
+    world.issuer.fault(wrong_date(DISCOVERY)).await;
     for _ in 0..2 {
         assert_eq!(world.mint().await.err(), Some(Reason::ClockSkew));
     }
     assert_eq!(world.token_requests().await.len(), 0, "nothing is signed");
 
-    // Only the token endpoint lies: it is known after two tokens, and by then there is one to be dropped.
+    // Only the token endpoint sends the wrong date. Two answers prove it, so the second token is dropped.
     let world = World::new().await;
-    world.issuer.fault(lie(TOKEN)).await;
+    world.issuer.fault(wrong_date(TOKEN)).await;
     assert!(world.mint().await.is_ok(), "one answer proves nothing");
     assert_eq!(world.mint().await.err(), Some(Reason::ClockSkew));
 }

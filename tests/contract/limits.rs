@@ -1,4 +1,4 @@
-//! What a host is asked at most, as it sees it (design §3.5).
+//! The request budget of a host, measured at the host (docs/adr/0013-request-budget-per-host.md).
 
 use std::time::{Duration, Instant};
 
@@ -27,19 +27,22 @@ async fn two_instances_that_dial_one_host_share_its_budget() {
         };
         ZitadelClient::new(settings, &hosts).expect("a connection")
     };
-    // The smaller rate counts.
+    // The lower rate applies.
     let both = [dial("one", 100), dial("two", 5)];
     let started = Instant::now();
     join_all((0..8).map(|i| both[i % 2].exchange(&world.key, "openid"))).await;
     let took = started.elapsed();
     let asked = world.issuer.requests().await.len();
-    assert!(asked > 8, "{asked} requests: eight for tokens, and discovery");
+    assert!(
+        asked > 8,
+        "{asked} requests, expected eight token requests and discovery"
+    );
     let least = Duration::from_secs(1) / RATE.per_second * u32::try_from(asked - 1).expect("few");
     assert!(took >= least, "{asked} requests in {took:?}");
 }
 
 #[tokio::test]
-async fn no_more_requests_than_allowed_are_under_way_at_once() {
+async fn concurrent_requests_are_limited() {
     let world = World::new().await;
     let budget = RequestBudget {
         per_second: 1_000,

@@ -1,8 +1,8 @@
-//! The contract with ZITADEL: what the product's own code (`zitadel`, `domain::answer`, `domain::failure`) sends and
-//! what it makes of the answers. Sections are those of reference/zitadel.md.
+//! The contract with ZITADEL: what the product's own code (`zitadel`, `domain::answer`, `domain::failure`) sends, and
+//! how it interprets the answers. Facts and anchors: docs/reference/zitadel-protocol.md.
 //!
 //! [`any_server`] runs on the stand-in in `make test`, and on a real server in `make test-zitadel`. [`only_stand_in`],
-//! [`limits`] and [`hostile`] need a server that can be told to fail, so `make test-zitadel` leaves them out.
+//! [`limits`] and [`hostile`] need a server that can inject faults, so `make test-zitadel` leaves them out.
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]

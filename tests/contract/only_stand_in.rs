@@ -1,5 +1,5 @@
-//! What only the stand-in can be told to do: lifetimes at runtime, the older dialect, a clock that is off, another
-//! domain, TLS of an unknown CA, faults; and what only its recorder can tell. `make test-zitadel` leaves this file out.
+//! Cases that need controls of the stand-in (lifetimes at run time, the older error dialect, a wrong clock, another
+//! domain, TLS with an unknown CA, faults) or its request recorder. `make test-zitadel` leaves this file out.
 
 use std::io::ErrorKind;
 use std::net::TcpListener;
@@ -23,10 +23,10 @@ pub const TOKEN: &str = "/oauth/v2/token";
 
 const TEN_YEARS: i64 = 10 * 365 * 24 * 3600;
 
-/// Seconds that a token lives, ZITADEL's default.
+/// Lifetime of a token in seconds, ZITADEL's default.
 const LIFETIME: i64 = 12 * 3600;
 
-/// A stand-in with one user whose tokens are JWTs, and a connection to it.
+/// A stand-in with one user whose tokens are JWTs, and a client for it.
 pub struct World {
     pub issuer: Issuer,
     pub key: ServiceKey,
@@ -45,29 +45,29 @@ impl World {
         Self { issuer, key, instance }
     }
 
-    /// What a token for [`PROJECT`] must be.
+    /// What a token for [`PROJECT`] must contain.
     fn expected(&self) -> Expected {
         expected(&self.instance, &self.key, &json!({"projectIDs": [PROJECT]}), "unused")
     }
 
-    /// A token for [`PROJECT`], without a look at the project id before.
+    /// Requests a token for [`PROJECT`] without learning the project id of the ZITADEL API first.
     pub async fn mint(&self) -> Result<Minted, Reason> {
         self.mint_by(&self.instance).await
     }
 
-    /// The same by another connection.
+    /// The same with another client.
     async fn mint_by(&self, instance: &ZitadelClient) -> Result<Minted, Reason> {
         let scope = scope(&json!({"projectIDs": [PROJECT]}));
         let got = exchange(instance, &self.key, &scope).await?;
         accept(got.answer, &self.expected(), got.sent)
     }
 
-    /// Sets the server's clock so many seconds ahead.
+    /// Sets the server's clock this many seconds ahead.
     async fn clock(&self, seconds: i64) {
         self.issuer.settings(json!({"clockOffsetMillis": seconds * 1000})).await;
     }
 
-    /// What becomes of this body of a 200.
+    /// The outcome of a token request that is answered with 200 and this body.
     pub async fn judge(&self, body: impl Into<String>) -> Result<Minted, Reason> {
         self.issuer
             .fault(json!({"path": TOKEN, "times": 1, "status": 200, "body": body.into()}))
@@ -90,7 +90,7 @@ async fn token_requests(issuer: &Issuer) -> Vec<Recorded> {
     all.into_iter().filter(|r| r.path == TOKEN).collect()
 }
 
-/// Another server, which nobody is to call.
+/// Another server that must not receive any request.
 struct Elsewhere(TcpListener);
 
 impl Elsewhere {
@@ -104,8 +104,8 @@ impl Elsewhere {
         format!("http://{}", self.0.local_addr().expect("an address"))
     }
 
-    /// Nobody has connected. To be asked when the call that might have led here has returned: a connection that was
-    /// used by then is in the queue.
+    /// Asserts that nobody connected. Call it after the request under test has returned: a connection made until then
+    /// is in the accept queue.
     fn assert_untouched(&self) {
         let outcome = self.0.accept();
         assert!(
@@ -115,9 +115,10 @@ impl Elsewhere {
     }
 }
 
-/// §2.1: up to v4.13 a refused assertion is a 500, which only a working discovery tells from an outage.
+/// Up to v4.13.1, ZITADEL answers a refused assertion with 500. Only discovery distinguishes it from an outage
+/// (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 #[tokio::test]
-async fn a_refused_assertion_is_known_in_both_dialects() {
+async fn a_refused_assertion_is_recognized_in_both_dialects() {
     let world = World::new().await;
     let user = &world.key.user_id;
     let (removed, file) = world.issuer.key(user, json!({})).await;
@@ -154,14 +155,15 @@ async fn a_refused_assertion_is_known_in_both_dialects() {
     assert_eq!(
         got.err(),
         Some(Reason::ServerError),
-        "an outage, since discovery fails too"
+        "an outage, because discovery fails too"
     );
 }
 
-/// §2, check 4; §10.2; design §3.8. Discovery shows the server's clock, and the assertion is signed by it. More than
-/// five minutes away nothing is signed: no assertion is ever valid only in the future.
+/// Discovery shows the server's clock, and the operator signs assertions by it. If the clocks differ by more than five
+/// minutes, the operator signs nothing, so an assertion never becomes valid only later
+/// (docs/reference/zitadel-protocol.md#the-assertion, docs/adr/0011-times-follow-the-servers-clock.md).
 #[tokio::test]
-async fn a_clock_that_is_off_is_followed_for_five_minutes() {
+async fn a_clock_skew_of_up_to_five_minutes_is_compensated() {
     let table = [
         (-TEN_YEARS, false),
         (-30 * 60, false),
@@ -203,19 +205,20 @@ async fn a_clock_that_is_off_is_followed_for_five_minutes() {
                     "server {seconds} s ahead"
                 );
                 assert_eq!(asked, 0, "nothing is signed");
-                // Whoever mends the clock is believed as soon as discovery has told.
+                // Once the clock is corrected, the next discovery is enough.
                 world.clock(0).await;
                 instance.discover().await.expect("discovered");
-                assert!(world.mint_by(&instance).await.is_ok(), "mended");
+                assert!(world.mint_by(&instance).await.is_ok(), "clock corrected");
             }
         }
     }
 }
 
-/// §2.1: the refusal of an assertion by the clock looks like that of a bad key. What it says of the clock is looked at
-/// first: one more request, and none for the next token.
+/// ZITADEL refuses an assertion with a wrong time like one with a bad key. The operator first checks the `Date` of the
+/// refusal: this costs one more token request, and none for the next token
+/// (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 #[tokio::test]
-async fn a_clock_that_is_set_costs_one_refusal_and_is_not_the_keys_fault() {
+async fn a_changed_server_clock_costs_one_refusal_and_does_not_reject_the_key() {
     for dialect in ["invalid_grant", "errors_internal"] {
         let world = World::new().await;
         world.issuer.settings(json!({"dialect": dialect})).await;
@@ -233,19 +236,19 @@ async fn a_clock_that_is_set_costs_one_refusal_and_is_not_the_keys_fault() {
     }
 }
 
-/// Design §3.8: a proxy on the way may have a clock of its own, and a cache keeps the `Date` of what it holds (RFC 9111
-/// §5.1). One answer moves nothing, nor does any number of old ones.
+/// A proxy may have its own clock, and a cache keeps the `Date` of a stored answer (RFC 9111 §5.1). Neither a single
+/// answer nor any number of cached ones changes the skew (docs/adr/0011-times-follow-the-servers-clock.md).
 #[tokio::test]
-async fn one_date_that_lies_moves_nothing() {
+async fn a_single_wrong_date_changes_nothing() {
     let world = World::new().await;
-    let lie = "Wed, 25 Nov 2015 12:00:00 GMT";
+    let wrong = "Wed, 25 Nov 2015 12:00:00 GMT";
     let path = DISCOVERY;
     world
         .issuer
-        .fault(json!({"path": path, "times": 1, "headers": {"Date": lie}}))
+        .fault(json!({"path": path, "times": 1, "headers": {"Date": wrong}}))
         .await;
-    assert!(world.mint().await.is_ok(), "the second answer is right");
-    let cached = json!({"path": path, "headers": {"Date": lie, "Age": "86400"}});
+    assert!(world.mint().await.is_ok(), "the second answer is correct");
+    let cached = json!({"path": path, "headers": {"Date": wrong, "Age": "86400"}});
     world.issuer.fault(cached).await;
     for _ in 0..3 {
         world.instance.discover().await.expect("discovered");
@@ -257,13 +260,13 @@ async fn one_date_that_lies_moves_nothing() {
         .issuer
         .fault(json!({"path": TOKEN, "headers": {"Date": "yesterday"}}))
         .await;
-    assert!(world.mint().await.is_ok(), "no date at all");
+    assert!(world.mint().await.is_ok(), "an unreadable date");
     assert_eq!(world.instance.skew().rounded_seconds(), None);
 }
 
-/// A `Date` beyond the bound is told, and what was measured before it stays in use.
+/// A `Date` beyond the limit is reported, and the skew that was measured before it stays in use.
 #[tokio::test]
-async fn a_date_beyond_the_bound_is_told_and_not_used() {
+async fn a_date_beyond_the_limit_is_reported_and_not_used() {
     let world = World::new().await;
     world.clock(40).await;
     world.mint().await.expect("a token");
@@ -271,8 +274,8 @@ async fn a_date_beyond_the_bound_is_told_and_not_used() {
         let ours = Timestamp::now();
         let used = world.instance.skew().theirs(ours);
         assert_eq!(world.instance.skew().certain(ours), Some(used));
-        let lie = SignedDuration::from_secs(ahead);
-        let date = (Timestamp::now() + lie).strftime("%a, %d %b %Y %H:%M:%S GMT");
+        let offset = SignedDuration::from_secs(ahead);
+        let date = (Timestamp::now() + offset).strftime("%a, %d %b %Y %H:%M:%S GMT");
         let headers = json!({"Date": date.to_string(), "Retry-After": "900"});
         world.issuer.fault(json!({"path": DISCOVERY, "headers": headers})).await;
         world.instance.discover().await.expect("discovered");
@@ -296,8 +299,8 @@ async fn a_date_beyond_the_bound_is_told_and_not_used() {
     }
 }
 
-/// §2: an assertion can be used again until it ends, hence two minutes at most. `aud` is the issuer to the letter,
-/// `iss` and `sub` are the user's id, `kid` the key's.
+/// An assertion can be replayed until it expires, so it must be short-lived. `aud` is the issuer to the letter, `iss`
+/// and `sub` are the user id, and `kid` is the key id (docs/reference/zitadel-protocol.md#the-assertion).
 #[tokio::test]
 async fn an_assertion_is_short_lived_and_names_issuer_user_and_key() {
     let world = World::new().await;
@@ -307,7 +310,7 @@ async fn an_assertion_is_short_lived_and_names_issuer_user_and_key() {
     let assertion = world.token_requests().await.remove(0).assertion;
     let (header, claims) = (&assertion["header"], &assertion["claims"]);
     assert_eq!(header["kid"], world.key.key_id.as_str());
-    // §1.3: valid for RSA keys on every version.
+    // Every version accepts RS256 for RSA keys (docs/reference/zitadel-protocol.md#key-sizes-and-algorithms).
     assert_eq!(header["alg"], "RS256");
     assert_eq!(claims["aud"], world.issuer.url.as_str());
     assert_eq!(claims["iss"], world.key.user_id.as_str());
@@ -318,8 +321,8 @@ async fn an_assertion_is_short_lived_and_names_issuer_user_and_key() {
     assert!(number("exp") <= after + 60, "{claims}");
 }
 
-/// RFC 7523 §2.1; §10.1; design §2.2. A second `scope` would be one that nobody allowed, and a header would be another
-/// credential.
+/// RFC 7523 §2.1, docs/reference/zitadel-protocol.md#token-request. A second `scope` field could hold scopes that no
+/// access policy allows, and an `Authorization` header would be a second credential.
 #[tokio::test]
 async fn a_token_request_is_one_form_with_one_scope_field_and_no_other_credential() {
     let world = World::new().await;
@@ -356,7 +359,8 @@ async fn a_token_request_is_one_form_with_one_scope_field_and_no_other_credentia
     assert_eq!(sent.collect::<Vec<_>>(), intended);
 }
 
-/// §6.2, design §3.11: an opaque token has no audience to read, so the API is asked, with the token and nothing else.
+/// An opaque token has no readable audience, so the operator asks the API for the id, authorized by that token only
+/// (docs/reference/zitadel-protocol.md#the-zitadel-apis-audience, docs/adr/0007-audience-must-be-equal.md).
 #[tokio::test]
 async fn the_api_is_asked_for_the_project_id_only_if_the_token_is_opaque() {
     let issuer = Issuer::start(&[]);
@@ -374,9 +378,10 @@ async fn the_api_is_asked_for_the_project_id_only_if_the_token_is_opaque() {
     }
 }
 
-/// §5.2, §10.7: a host that the server does not know. Discovery fails first, so that nothing is signed.
+/// The server does not know the host. Discovery fails first, so the operator signs nothing
+/// (docs/reference/zitadel-protocol.md#instance-selection).
 #[tokio::test]
-async fn nothing_is_signed_for_a_host_that_is_no_instance() {
+async fn nothing_is_signed_for_a_host_that_serves_no_instance() {
     let world = World::new().await;
     world
         .issuer
@@ -399,8 +404,8 @@ async fn nothing_is_signed_for_a_host_that_is_no_instance() {
     assert_eq!(world.token_requests().await.len(), 0);
 }
 
-/// §5.2, §10.7: dialled by another name, with the header the server is the issuer that we want, port or none; the
-/// tokens name it too.
+/// With the instance host header, a server that is dialled by another name serves the configured issuer, with or
+/// without a port. The tokens name that issuer too (docs/reference/zitadel-protocol.md#instance-selection).
 #[tokio::test]
 async fn the_instance_host_header_selects_the_issuer() {
     for host in ["auth.example.com", "auth.example.com:8443"] {
@@ -421,7 +426,8 @@ async fn the_instance_host_header_selects_the_issuer() {
     }
 }
 
-/// §5.2, §10.7: the server does not match the port, the issuer follows it. Without the port it is another issuer.
+/// The server ignores the port to find the instance, and keeps it in the issuer. Without the port it is another issuer
+/// (docs/reference/zitadel-protocol.md#instance-selection).
 #[tokio::test]
 async fn the_port_is_part_of_the_issuer() {
     let world = World::new().await;
@@ -429,7 +435,7 @@ async fn the_port_is_part_of_the_issuer() {
     let iss = claims(minted.token.expose_secret())["iss"].clone();
     assert_eq!(iss, world.issuer.url.as_str());
 
-    // As if a proxy in front had dropped the port from the host.
+    // As if a proxy in front of the server had dropped the port from the host.
     let (without, _) = world.issuer.url.rsplit_once(':').expect("a port");
     let body = json!({"issuer": without, "token_endpoint": format!("{without}{TOKEN}")}).to_string();
     world.issuer.fault(json!({"path": DISCOVERY, "body": body})).await;
@@ -437,9 +443,9 @@ async fn the_port_is_part_of_the_issuer() {
     assert_eq!(outcome, Err(Failure::Known(Reason::IssuerMismatch)));
 }
 
-/// Design §2.1: discovery does not move us.
+/// Discovery cannot redirect the operator (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
 #[tokio::test]
-async fn discovery_that_names_another_server_is_not_followed() {
+async fn discovery_that_names_another_server_is_refused() {
     let world = World::new().await;
     let elsewhere = Elsewhere::new();
     let (ours, theirs) = (world.issuer.url.clone(), elsewhere.url());
@@ -464,14 +470,14 @@ async fn discovery_that_names_another_server_is_not_followed() {
             .fault(json!({"path": DISCOVERY, "times": 1, "body": body}))
             .await;
         let got = world.instance.exchange(&world.key, "openid").await;
-        let failure = got.map(|_| ()).expect_err("not to be followed");
+        let failure = got.map(|_| ()).expect_err("refused");
         assert_eq!(failure, Failure::Known(Reason::IssuerMismatch), "{issuer} {endpoint}");
     }
     elsewhere.assert_untouched();
     assert_eq!(world.token_requests().await.len(), 0, "nothing was signed");
 }
 
-/// Design §3.10: an assertion goes where it was meant to go.
+/// An assertion goes only to the configured host (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
 #[tokio::test]
 async fn a_redirect_is_not_followed() {
     let world = World::new().await;
@@ -488,25 +494,26 @@ async fn a_redirect_is_not_followed() {
             } else {
                 world.instance.discover().await.map(|_| ())
             };
-            let failure = failure.expect_err("no answer that can be used");
+            let failure = failure.expect_err("no usable answer");
             assert_eq!(classify(failure, true), Reason::MalformedAnswer, "{status} {path}");
         }
     }
     elsewhere.assert_untouched();
 }
 
-/// The stand-in's CA is one that nobody knows.
+/// The client does not trust the stand-in's CA.
 #[tokio::test]
-async fn a_server_of_an_unknown_ca_gets_nothing() {
+async fn a_server_with_an_unknown_ca_gets_no_request() {
     let issuer = Issuer::start(&["--tls"]);
     let key = user(&issuer, "JWT").await;
     let got = connect(settings(&issuer.url)).exchange(&key, "openid").await;
-    let failure = got.map(|_| ()).expect_err("no trust");
+    let failure = got.map(|_| ()).expect_err("untrusted");
     assert_eq!(classify(failure, false), Reason::TLSFailure);
     assert_eq!(issuer.requests().await.len(), 0);
 }
 
-/// RFC 9110 §10.2.3. ZITADEL itself sends none (§5.4), what stands before it may.
+/// RFC 9110 §10.2.3. ZITADEL itself sends no `Retry-After`; a proxy in front of it may
+/// (docs/reference/zitadel-protocol.md#rate-limits).
 #[tokio::test]
 async fn retry_after_reaches_the_failure_as_seconds_and_as_a_date() {
     let world = World::new().await;
@@ -528,7 +535,7 @@ async fn retry_after_reaches_the_failure_as_seconds_and_as_a_date() {
         );
         assert_eq!(classify(failure, true), reason);
 
-        // It is counted from the answer.
+        // The delay counts from the answer.
         let slow = SignedDuration::from_millis(1_500);
         let mut late = refusal(status, "7".into());
         late["latencyMillis"] = json!(1_500);
@@ -553,7 +560,7 @@ async fn retry_after_reaches_the_failure_as_seconds_and_as_a_date() {
     assert_eq!((classify(failure, true), at), (Reason::RateLimited, None));
 }
 
-/// A refused exchange, and until when.
+/// The failure of a refused exchange, and its retry-after deadline.
 async fn refused(world: &World) -> (Failure, Option<Timestamp>) {
     let got = world.instance.exchange(&world.key, "openid").await;
     let failure = got.map(|_| ()).expect_err("refused");
@@ -563,10 +570,10 @@ async fn refused(world: &World) -> (Failure, Option<Timestamp>) {
     }
 }
 
-/// §4.4, design §3.10: `expires_in` may be absent, as at a lifetime of one second (§10.6). Then a JWT says itself when
-/// it ends; an opaque token does not.
+/// `expires_in` may be absent, for example with a lifetime of one second. A JWT then has its own `exp`; an opaque token
+/// has none (docs/reference/zitadel-protocol.md#token-response).
 #[tokio::test]
-async fn without_expires_in_the_claim_counts() {
+async fn without_expires_in_the_exp_claim_counts() {
     let world = World::new().await;
     let minted = world.mint().await.expect("a token");
     let jwt = minted.token.expose_secret();
@@ -579,9 +586,9 @@ async fn without_expires_in_the_claim_counts() {
     assert_eq!(world.judge(body).await.err(), Some(Reason::MalformedAnswer));
 }
 
-/// §4.4: the lifetime is the server's to choose, per instance.
+/// The server chooses the lifetime, for each instance (docs/reference/zitadel-protocol.md#lifetimes).
 #[tokio::test]
-async fn a_lifetime_is_taken_as_the_server_sets_it() {
+async fn the_server_chooses_the_lifetime() {
     let world = World::new().await;
     for seconds in [60, 3600] {
         world.issuer.settings(json!({"lifetimeSeconds": seconds})).await;
@@ -594,9 +601,9 @@ async fn a_lifetime_is_taken_as_the_server_sets_it() {
     assert_eq!(world.mint().await.err(), Some(Reason::LifetimeTooShort));
 }
 
-/// Design §3.10.
+/// docs/adr/0010-refresh-schedule-with-stable-jitter.md
 #[tokio::test]
-async fn a_lifetime_that_is_no_number_of_seconds_is_refused_and_a_huge_one_capped() {
+async fn an_invalid_lifetime_is_refused_and_a_huge_one_is_capped() {
     let world = World::new().await;
     let month = SignedDuration::from_hours(31 * 24).as_secs();
     let table = [
@@ -619,28 +626,31 @@ async fn a_lifetime_that_is_no_number_of_seconds_is_refused_and_a_huge_one_cappe
     }
 }
 
-/// Design §3.10: what is no answer of ZITADEL's is not written into a Secret.
+/// An invalid answer is never written to a Secret (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
 #[tokio::test]
-async fn a_body_that_is_no_token_is_refused() {
+async fn a_body_without_a_valid_token_is_refused() {
     let world = World::new().await;
     let with =
         |token: &str, kind: &str| json!({"access_token": token, "token_type": kind, "expires_in": 60}).to_string();
     let table = [
         ("a token with spaces", with("a b", "Bearer")),
-        ("one with a line break", with("a\r\nb", "Bearer")),
-        ("one that is no ASCII", with("ä", "Bearer")),
-        ("an empty one", with("", "Bearer")),
-        ("one that is too long", with(&"a".repeat(32 * 1024 + 1), "Bearer")),
-        ("another kind", with("a", "MAC")),
-        ("no kind", json!({"access_token": "a", "expires_in": 60}).to_string()),
+        ("a token with a line break", with("a\r\nb", "Bearer")),
+        ("a token that is not ASCII", with("ä", "Bearer")),
+        ("an empty token", with("", "Bearer")),
+        ("a token that is too long", with(&"a".repeat(32 * 1024 + 1), "Bearer")),
+        ("another token type", with("a", "MAC")),
+        (
+            "no token type",
+            json!({"access_token": "a", "expires_in": 60}).to_string(),
+        ),
         (
             "no token",
             json!({"token_type": "Bearer", "expires_in": 60}).to_string(),
         ),
         ("HTML", "<html><body>Sign in</body></html>".into()),
-        ("nothing", String::new()),
+        ("an empty body", String::new()),
         ("a list", "[]".into()),
-        ("depth", "[".repeat(100_000)),
+        ("deep nesting", "[".repeat(100_000)),
         ("an error with 200", json!({"error": "invalid_grant"}).to_string()),
     ];
     for (name, body) in table {
@@ -652,7 +662,7 @@ async fn a_body_that_is_no_token_is_refused() {
     );
 }
 
-/// Design §3.10: no more is read than an answer can have.
+/// The operator reads no more than 256 KiB of an answer (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
 #[tokio::test]
 async fn a_body_of_a_mebibyte_is_refused() {
     let world = World::new().await;
@@ -670,9 +680,10 @@ async fn a_body_of_a_mebibyte_is_refused() {
     }
 }
 
-/// Design §3.10: headers in time, then a byte now and then; and no answer at all.
+/// One answer sends its headers in time and then single bytes; the other never starts
+/// (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
 #[tokio::test]
-async fn an_answer_that_does_not_end_in_time_is_given_up() {
+async fn a_slow_or_missing_answer_times_out() {
     let world = World::with(|url| Settings {
         timeout: Duration::from_secs(1),
         ..settings(url)
@@ -690,9 +701,9 @@ async fn an_answer_that_does_not_end_in_time_is_given_up() {
     }
 }
 
-/// A connection that breaks, or an answer that does, is no refusal of the key.
+/// A broken connection or a truncated answer says nothing about the key.
 #[tokio::test]
-async fn a_connection_that_breaks_is_no_refusal() {
+async fn a_broken_connection_does_not_reject_the_key() {
     let world = World::new().await;
     world
         .issuer

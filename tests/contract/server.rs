@@ -1,4 +1,4 @@
-//! The server that a case runs on: the stand-in, or a real ZITADEL.
+//! The server of a case: the stand-in or a real ZITADEL.
 
 use std::fmt::Debug;
 use std::io::Write;
@@ -20,28 +20,28 @@ use zitadel_tokens::zitadel::ZitadelClient;
 use super::client::{connect, settings};
 use super::support::issuer::Issuer;
 
-/// The kinds of access tokens, one per user (§4.3).
+/// The access token type of a user (docs/reference/zitadel-protocol.md#token-formats).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Jwt,
     Opaque,
 }
 
-/// A server, and an administrator's token (`IAM_OWNER`) with which a case makes its users: by user v2 or, where the
-/// server has none (ZITADEL 3), by management v1.
+/// A server and an administrator's token (`IAM_OWNER`). A case creates its users with it, by user v2 or, if the server
+/// lacks that API (ZITADEL 3), by management v1.
 pub struct Server {
     issuer: String,
     organization: String,
     token: SecretString,
     http: reqwest::Client,
     api: OnceLock<Api>,
-    /// Ids of the users to delete.
+    /// Ids of the created users, to be deleted at the end.
     made: Mutex<Vec<String>>,
-    /// Serves as long as the case runs.
+    /// Keeps the stand-in running during the case.
     stand_in: Option<Issuer>,
 }
 
-/// The API by which a server makes users.
+/// The API for users.
 #[derive(Clone, Copy, Debug)]
 enum Api {
     UserV2,
@@ -49,11 +49,11 @@ enum Api {
 }
 
 /// Runs a case on the stand-in, with user v2 and without. With `CONTRACT_SERVER=zitadel` it runs on the server of
-/// `TEST_ZITADEL_URL`. Users that the case made are deleted, also when it fails.
+/// `TEST_ZITADEL_URL`. Users that the case created are deleted, also if the case fails.
 pub async fn on_any_server(case: impl AsyncFn(&Server)) {
     match std::env::var("CONTRACT_SERVER").as_deref() {
         Ok("zitadel") => on(&Server::from_environment().await, &case).await,
-        Ok(other) => panic!("CONTRACT_SERVER is zitadel or not set, but not {other:?}"),
+        Ok(other) => panic!("CONTRACT_SERVER must be `zitadel` or unset, but is {other:?}"),
         Err(_) => {
             for user_v2 in [true, false] {
                 on(&Server::stand_in(user_v2).await, &case).await;
@@ -66,7 +66,7 @@ async fn on(server: &Server, case: &impl AsyncFn(&Server)) {
     let outcome = AssertUnwindSafe(case(server)).catch_unwind().await;
     server.clean_up().await;
     if let Err(panic) = outcome {
-        eprintln!("on {}, by {:?}", server.issuer, server.api.get());
+        eprintln!("the case failed on {} with API {:?}", server.issuer, server.api.get());
         resume_unwind(panic);
     }
 }
@@ -74,7 +74,7 @@ async fn on(server: &Server, case: &impl AsyncFn(&Server)) {
 impl Server {
     async fn from_environment() -> Self {
         let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
-        let file = std::fs::read(variable("TEST_ZITADEL_ADMIN_KEY")).expect("TEST_ZITADEL_ADMIN_KEY is a file");
+        let file = std::fs::read(variable("TEST_ZITADEL_ADMIN_KEY")).expect("TEST_ZITADEL_ADMIN_KEY is readable");
         let server = Self::with_administrator(variable("TEST_ZITADEL_URL"), &file, None).await;
         server.say_version().await;
         server
@@ -113,7 +113,7 @@ impl Server {
         &self.issuer
     }
 
-    /// A new connection, which knows nothing yet.
+    /// A new client without any cached state.
     pub fn instance(&self) -> ZitadelClient {
         connect(settings(&self.issuer))
     }
@@ -123,7 +123,7 @@ impl Server {
         &self.organization
     }
 
-    /// A new service user and a key of it, which the token endpoint knows.
+    /// Creates a service user with a key, and waits until the token endpoint accepts the key.
     pub async fn user(&self, kind: Kind) -> ServiceKey {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -158,7 +158,7 @@ impl Server {
         text(&made, "userId")
     }
 
-    /// The API that made the users, and where a user is in it.
+    /// The API that created the users, and the path of a user in it.
     fn place(&self, user: &str) -> (Api, String) {
         match self.api.get() {
             Some(Api::UserV2) => (Api::UserV2, format!("/v2/users/{user}")),
@@ -166,7 +166,7 @@ impl Server {
         }
     }
 
-    /// Another key of a user, good for a few seconds: few enough to wait for, and enough to be used before.
+    /// Creates another key that is valid for a few seconds: long enough to use it, short enough to wait for its expiry.
     pub async fn short_key(&self, user: &str) -> ServiceKey {
         let seconds = if self.stand_in.is_some() { 5 } else { 15 };
         self.key(user, Duration::from_secs(seconds)).await
@@ -212,7 +212,7 @@ impl Server {
         self.call(Method::POST, &path, Some(json!({}))).await;
     }
 
-    /// Gives the user another kind of access tokens. That it has this kind already is an error of management v1.
+    /// Changes the user's access token type. Management v1 returns an error if the type stays the same.
     pub async fn change_kind(&self, user: &str, kind: Kind) {
         let machine = json!({"name": user, "accessTokenType": zitadel_kind(kind)});
         let (method, path, body) = match self.place(user) {
@@ -222,13 +222,13 @@ impl Server {
         self.call(method, &path, Some(body)).await;
     }
 
-    /// Once, and past the capture of test output: a result on a real server is worth what its version is.
+    /// Prints the server's version once, past the capture of test output: a result on a real server needs its version.
     async fn say_version(&self) {
         static ONCE: Once = Once::new();
         let me = self.call(Method::GET, "/admin/v1/instances/me", None).await;
         let version = me["instance"]["version"].as_str().unwrap_or("of unknown version");
         ONCE.call_once(|| {
-            // A result without its version is still one.
+            // A result without its version still counts.
             let _ = writeln!(std::io::stderr(), "ZITADEL {version} at {}", self.issuer);
         });
     }
@@ -248,7 +248,7 @@ impl Server {
         json_of(path, self.send(method, path, body).await.expect("the server answers")).await
     }
 
-    /// Deletes what was made. A failure here is told, but does not hide how the case ended.
+    /// Deletes the created users. A failure is printed and does not hide the outcome of the case.
     async fn clean_up(&self) {
         let made = std::mem::take(&mut *self.made.lock().expect("not poisoned"));
         for user in made {
@@ -260,11 +260,11 @@ impl Server {
     }
 }
 
-/// Longest wait for a change of a user or key to take effect.
+/// Maximum wait until a change of a user or key takes effect.
 const TAKES_EFFECT: Duration = Duration::from_mins(1);
 
-/// Asks until the answer is as `wanted`. A server reads projections, which lag behind what it has confirmed, and nothing
-/// tells when they have caught up.
+/// Repeats `ask` until the answer is `wanted`. A server reads projections that lag behind confirmed changes, and no API
+/// reports when they are current (docs/reference/zitadel-protocol.md#eventual-consistency).
 pub async fn takes_effect<T: Debug>(ask: impl AsyncFn() -> T, wanted: impl Fn(&T) -> bool) -> T {
     let deadline = Instant::now() + TAKES_EFFECT;
     loop {
@@ -272,7 +272,7 @@ pub async fn takes_effect<T: Debug>(ask: impl AsyncFn() -> T, wanted: impl Fn(&T
         if wanted(&got) {
             return got;
         }
-        assert!(Instant::now() < deadline, "not in time: {got:?}");
+        assert!(Instant::now() < deadline, "no effect within {TAKES_EFFECT:?}: {got:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

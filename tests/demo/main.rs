@@ -1,5 +1,5 @@
-//! `make demo`: the main job on this machine, for people who see it for the first time. A real API server, the
-//! manifests of `examples/`, one token, one refresh, everything gone again.
+//! `make demo`: shows the operator's main job on this machine, for people who see it for the first time. It starts a
+//! real API server, applies the manifests of `examples/`, waits for a token and its refresh, and removes everything.
 #![allow(clippy::expect_used, reason = "a demo fails by panicking")]
 
 #[path = "../support/mod.rs"]
@@ -21,17 +21,17 @@ const SECRET: &str = "billing-invoices-token";
 
 #[tokio::main]
 async fn main() {
-    step("a Kubernetes API server (etcd, kube-apiserver, kube-controller-manager)");
+    step("Starting a Kubernetes control plane (etcd, kube-apiserver, kube-controller-manager)");
     let cluster = Cluster::start();
     let client = cluster.client().await;
 
-    step("a ZITADEL stand-in with a service user; its tokens live 20 seconds");
+    step("Starting a ZITADEL stand-in and creating a service user (token lifetime: 20 seconds)");
     let issuer = Issuer::start(&[]);
     let user = issuer
         .user(serde_json::json!({"tokenType": "JWT", "lifetimeSeconds": 20}))
         .await;
 
-    step("kubectl apply: crds/, a key Secret, examples/");
+    step("Applying the CRDs, a key Secret and the manifests of examples/");
     kubectl(
         &cluster,
         &[
@@ -58,19 +58,19 @@ async fn main() {
         Some(&user.key),
     );
     let insecure = format!(
-        "  issuer: {}\n  connection: {{allowInsecureHTTP: true}} # loopback, for the demo only",
+        "  issuer: {}\n  connection: {{allowInsecureHTTP: true}} # plain HTTP to localhost, for the demo only",
         issuer.url
     );
     let instance = example("instance.yaml").replace("  issuer: https://auth.example.com", &insecure);
     apply(
         &cluster,
-        "examples/instance.yaml, with the stand-in's address",
+        "examples/instance.yaml, with the address of the stand-in",
         &instance,
     );
     apply(&cluster, "examples/access-policy.yaml", &example("access-policy.yaml"));
     apply(&cluster, "examples/service-user.yaml", &example("service-user.yaml"));
 
-    step("the operator starts");
+    step("Starting the operator; it issues the first token");
     let operator = Operator::start(&cluster, "").await;
     let secrets: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(client.clone(), NAMESPACE);
     let first = data(
@@ -83,20 +83,20 @@ async fn main() {
     settled(&users, &first).await;
     kubectl(&cluster, &["-n", NAMESPACE, "get", "zsu"], None);
 
-    step("the Secret that a pod mounts");
+    step("The token Secret, which a pod would mount");
     show(&first);
 
-    step("a refresh, well before the token expires");
+    step("The operator refreshes the token before it expires");
     let second = data(&until(secrets, SECRET, support::SOON, |s| data(s)["token"] != first["token"]).await);
     show(&second);
     settled(&users, &second).await;
     kubectl(&cluster, &["-n", NAMESPACE, "get", "zsu"], None);
 
-    step("everything is torn down");
+    step("Stopping the operator, the stand-in and the control plane");
     operator.terminate().await;
     drop(issuer);
     drop(cluster);
-    println!("\nThat is all. README.md says how to use it on a cluster of yours.");
+    println!("\nDone. To use the operator in your own cluster, continue with README.md.");
 }
 
 fn step(text: &str) {
@@ -118,16 +118,19 @@ fn show(secret: &BTreeMap<String, String>) {
         println!("    {key}: {short}");
     }
     let claims = claims(&secret["token"]);
-    println!("    its claims: {}", serde_json::to_string(&claims).expect("JSON"));
+    println!(
+        "    claims of the token: {}",
+        serde_json::to_string(&claims).expect("JSON")
+    );
 }
 
-/// Waits until the status tells of this token: it is written after the Secret.
+/// Waits until the status shows this token. The operator writes the status after the Secret.
 async fn settled(users: &Api<ZitadelServiceUser>, secret: &BTreeMap<String, String>) {
-    let told = |user: &ZitadelServiceUser| {
+    let is_reported = |user: &ZitadelServiceUser| {
         let expires = user.status.as_ref().and_then(|s| s.expires_at.as_ref());
         expires.is_some_and(|e| e.0.to_string() == secret["expires_at"])
     };
-    until(users.clone(), "billing", support::SOON, told).await;
+    until(users.clone(), "billing", support::SOON, is_reported).await;
 }
 
 fn apply(cluster: &Cluster, what: &str, manifest: &str) {
@@ -135,7 +138,7 @@ fn apply(cluster: &Cluster, what: &str, manifest: &str) {
     kubectl(cluster, &["apply", "-f", "-"], Some(manifest));
 }
 
-/// Runs the testbed's kubectl, or the one on the PATH, and shows what it says.
+/// Runs the testbed's kubectl, or the one on the PATH, and prints its output.
 fn kubectl(cluster: &Cluster, arguments: &[&str], input: Option<&str>) {
     let binary = cluster.kubectl.clone().unwrap_or_else(|| "kubectl".into());
     println!("    $ kubectl {}", arguments.join(" "));

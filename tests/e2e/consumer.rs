@@ -1,5 +1,5 @@
-//! A workload as people write it: it reads the token from a file whenever it needs it. This one needs it each second, and
-//! its log tells what it read and when, so that nothing between is missed while the test is busy elsewhere.
+//! A typical workload: it reads the token from a file whenever it needs one. This pod reads it every second and logs
+//! each reading with its time, so that the test sees every token the pod read.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ use serde_json::json;
 
 use crate::support::world::{World, claims, until};
 
-/// A reading later than this after the one before has not seen what was between.
+/// Maximum time between two readings, in seconds. A longer gap could hide a token.
 const GAP: i64 = 5;
 
 pub struct Consumer {
     pods: Api<Pod>,
-    /// How long the node may take for a pod, and to bring a change into its files.
+    /// Maximum time for the node to start a pod or to update its files.
     patience: Duration,
 }
 
@@ -27,7 +27,7 @@ pub struct Reading {
 }
 
 impl Consumer {
-    /// Starts a pod that mounts this Secret, and waits until it runs.
+    /// Starts a pod that mounts this Secret and waits until it runs.
     pub async fn start(world: &World, image: &str, secret: &str, patience: Duration) -> Self {
         let script = r#"while :; do echo "$(date +%s) $(cat /token/token)"; sleep 1; done"#;
         let pod = json!({
@@ -52,15 +52,15 @@ impl Consumer {
         Self { pods, patience }
     }
 
-    /// All that it read so far.
+    /// All readings so far.
     pub async fn readings(&self) -> Vec<Reading> {
         let log = self.pods.logs("consumer", &LogParams::default()).await.expect("a log");
-        // The last line may be on its way.
+        // The last line may be incomplete.
         let whole = log.rfind('\n').map_or("", |end| &log[..end]);
         whole.lines().map(Reading::parse).collect()
     }
 
-    /// Waits until it has read this token, or a later one.
+    /// Waits until the pod has read this token or a later one.
     pub async fn reads(&self, token: &str) {
         let issued = |token: &str| claims(token)["iat"].as_i64().expect("iat");
         let deadline = Instant::now() + self.patience;
@@ -68,14 +68,14 @@ impl Consumer {
         while !self.readings().await.iter().any(late_enough) {
             assert!(
                 Instant::now() < deadline,
-                "no new token in the file in {:?}",
+                "the file did not get the new token within {:?}",
                 self.patience
             );
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
 
-    /// What it has seen; fails if it ever read a token that had expired.
+    /// Summarizes the readings. Fails if the pod ever read an expired token.
     pub async fn seen(&self) -> Seen {
         let readings = self.readings().await;
         let (mut margin, mut widest, mut tokens) = (i64::MAX, 0, BTreeSet::new());
@@ -85,7 +85,7 @@ impl Consumer {
             let at = Timestamp::from_second(reading.at).expect("a time");
             assert!(
                 left > 0,
-                "at {at} the file held a token that had expired {} s before",
+                "at {at} the file held a token that had expired {} s earlier",
                 -left
             );
             margin = margin.min(left);
@@ -93,7 +93,7 @@ impl Consumer {
             last = reading.at;
             tokens.insert(&reading.token);
         }
-        assert!(widest <= GAP, "not measured: {widest} s between two readings");
+        assert!(widest <= GAP, "not measured: a gap of {widest} s between two readings");
         Seen {
             readings: readings.len(),
             widest,
@@ -103,12 +103,12 @@ impl Consumer {
     }
 }
 
-/// What was seen.
+/// What the pod read.
 pub struct Seen {
     readings: usize,
     widest: i64,
     margin: i64,
-    /// Different tokens.
+    /// Number of distinct tokens.
     pub tokens: usize,
 }
 
@@ -129,7 +129,9 @@ impl std::fmt::Display for Seen {
 
 impl Reading {
     fn parse(line: &str) -> Self {
-        let (at, token) = line.split_once(' ').unwrap_or_else(|| panic!("no reading: {line:?}"));
+        let (at, token) = line
+            .split_once(' ')
+            .unwrap_or_else(|| panic!("not a reading: {line:?}"));
         Self {
             at: at.parse().expect("seconds"),
             token: token.to_owned(),

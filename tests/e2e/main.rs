@@ -1,4 +1,5 @@
-//! `make e2e`: the operator as people get it, image and chart, on a real node, from installing to removing.
+//! `make e2e`: installs, uses, upgrades and removes the operator on a real node, with the image and the chart that
+//! users get.
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]
@@ -26,11 +27,11 @@ use support::world::{World, one_token, until};
 use support::{EVENTUALLY, SOON};
 use zitadel_tokens::api::ZitadelInstance;
 
-/// Of the operator and its Lease.
+/// Namespace of the operator and its Lease.
 const NAMESPACE: &str = "zitadel-tokens";
 const TOKEN: &str = "billing-token";
 
-/// One story, since each part needs what the one before has left.
+/// One test, because each step needs the state that the previous one left.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_release_is_installed_used_upgraded_and_removed() {
     let mut clock = Clock::start();
@@ -40,12 +41,12 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     let there = crds.list(&ListParams::default()).await.expect("listed");
     assert!(
         !there.iter().any(|crd| crd.name_any().ends_with(".zitadel-tokens.dev")),
-        "this cluster has zitadel-tokens already; this test wants one without, and removes it in the end"
+        "zitadel-tokens is installed in this cluster; use a cluster without it, because this test removes it at the end"
     );
-    clock.tell("a cluster with a node");
+    clock.tell("started: a cluster with a node");
 
     place.release("install", NAMESPACE, &[]);
-    clock.tell("installed, both pods ready");
+    clock.tell("installed; both pods are ready");
     place.test(NAMESPACE).await;
     clock.tell("helm test passes");
 
@@ -57,53 +58,61 @@ async fn a_release_is_installed_used_upgraded_and_removed() {
     world.key_secret("billing-key", &world.issuer.user(fields).await).await;
     world.service_user("billing", one_token(TOKEN)).await.expect("accepted");
     let first = world.token(TOKEN).await;
-    clock.tell("a token in its Secret");
+    clock.tell("the token is in its Secret");
     let consumer = Consumer::start(&world, &place.shell_image, TOKEN, place.patience).await;
-    clock.tell("a pod that reads it");
+    clock.tell("a pod runs and reads the token");
 
     world.renew("billing").await;
     let second = world.secret_until(TOKEN, |d| d["token"] != first).await["token"].clone();
-    clock.tell("a refresh on request");
+    clock.tell("refreshed on request");
     consumer.reads(&second).await;
     clock.tell("the running pod reads the new token");
 
     another_replica_takes_over(&client, &mut clock).await;
     refreshed(&place, &world, &consumer).await;
-    clock.tell("it has minted, and the running pod reads it");
+    clock.tell("the new leader has refreshed the token, and the running pod reads it");
 
     let before = pods(&client).await;
     place.release("upgrade", NAMESPACE, &["log.level=debug"]);
     let after = pods(&client).await;
     assert!(
         !after.iter().any(|pod| before.contains(pod)),
-        "not upgraded: {before:?}, {after:?}"
+        "not upgraded: pods {before:?} before, {after:?} after"
     );
-    clock.tell("upgraded, both pods ready");
+    clock.tell("upgraded; both pods are ready");
     refreshed(&place, &world, &consumer).await;
-    clock.tell("one of the new pods has minted, and the running pod reads it");
+    clock.tell("a new pod has refreshed the token, and the running pod reads it");
     let seen = consumer.seen().await;
     println!("    the pod: {seen}");
-    assert_eq!(world.issuer.mints().await, seen.tokens, "a token was minted in vain");
-    assert_eq!(restarts(&client).await, 0, "the kubelet had to start an operator anew");
+    assert_eq!(
+        world.issuer.mints().await,
+        seen.tokens,
+        "an issued token never reached the pod"
+    );
+    assert_eq!(
+        restarts(&client).await,
+        0,
+        "the kubelet restarted an operator container"
+    );
 
     place.uninstall(NAMESPACE);
     gone::<Deployment>(Api::namespaced(client.clone(), NAMESPACE), helm::NAME).await;
-    world.users().get("billing").await.expect("left, as the CRDs are");
+    world.users().get("billing").await.expect("kept, like the CRDs");
     let left = world.token(TOKEN).await;
-    clock.tell("uninstalled; the service user and its token are left");
+    clock.tell("uninstalled; the service user and its token are kept");
 
     place.release("install", NAMESPACE, &[]);
     world.annotate("billing", "renew-request", "of the new release").await;
     let new = world.secret_until(TOKEN, |d| d["token"] != left).await;
     consumer.reads(&new["token"]).await;
-    clock.tell("installed anew, it goes on, and the running pod reads a new token");
+    clock.tell("installed again; the running pod reads a new token");
 
     place.uninstall(NAMESPACE);
     remove(&client, &world).await;
-    clock.tell("all is removed");
+    clock.tell("everything is removed");
 }
 
-/// Waits for the refresh that is due next, and until it is in the pod; asks for one where that would take too long.
+/// Waits until the next refresh has reached the pod. Requests a refresh if the scheduled one would take too long.
 async fn refreshed(place: &Place, world: &World, consumer: &Consumer) {
     let old = world.token(TOKEN).await;
     if Duration::from_secs(place.lifetime) > SOON {
@@ -113,7 +122,7 @@ async fn refreshed(place: &Place, world: &World, consumer: &Consumer) {
     consumer.reads(&new["token"]).await;
 }
 
-/// Deletes the pod that leads, and waits until the one that stood by does.
+/// Deletes the leader's pod and waits until the standby leads.
 async fn another_replica_takes_over(client: &Client, clock: &mut Clock) {
     let leases: Api<Lease> = Api::namespaced(client.clone(), NAMESPACE);
     let all = pods(client).await;
@@ -126,17 +135,17 @@ async fn another_replica_takes_over(client: &Client, clock: &mut Clock) {
     let api: Api<Pod> = Api::namespaced(client.clone(), NAMESPACE);
     let asked = Instant::now();
     api.delete(&leader, &DeleteParams::default()).await.expect("deleted");
-    // A pod that is new since then is not in the list, so is no holder.
+    // A pod that was created since then is not in the list, so it does not count as a holder.
     until(leases, "zitadel-tokens", EVENTUALLY, |l| {
         holder(l).is_some_and(|other| other != leader)
     })
     .await;
-    println!("    the other one leads {:?} after the deletion", asked.elapsed());
+    println!("    the standby leads {:?} after the deletion", asked.elapsed());
     gone(api, &leader).await;
-    clock.tell("the leader's pod is deleted, the other one leads");
+    clock.tell("the leader's pod is deleted; the standby leads");
 }
 
-/// Leaves the cluster as it was before.
+/// Restores the cluster to its state before the test.
 async fn remove(client: &Client, world: &World) {
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let params = DeleteParams::default();
@@ -152,7 +161,7 @@ async fn remove(client: &Client, world: &World) {
     gone(namespaces, NAMESPACE).await;
 }
 
-/// The operator's pods that are not on their way out.
+/// The operator's pods that are not terminating.
 async fn living(client: &Client) -> Vec<Pod> {
     let api: Api<Pod> = Api::namespaced(client.clone(), NAMESPACE);
     let of_release = ListParams::default().labels("app.kubernetes.io/name=zitadel-tokens");
@@ -187,7 +196,7 @@ where
         .expect("watched");
 }
 
-/// Tells how long each part took.
+/// Prints how long each step took.
 struct Clock {
     start: Instant,
     last: Instant,

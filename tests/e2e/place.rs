@@ -1,4 +1,4 @@
-//! Where it takes place: on a node of our own, or on a cluster that exists. What differs between them is here.
+//! Where the test runs: on its own node or on an existing cluster. Differences between the two are only in this file.
 
 use std::env;
 use std::ffi::OsStr;
@@ -14,26 +14,26 @@ use crate::support::helm::{NAME, chart, helm};
 use crate::support::issuer::Issuer;
 use crate::support::world::until;
 
-/// What the chart of this version installs if nothing else is said.
+/// The chart's default image.
 const IMAGE: &str = concat!("ghcr.io/zitadel-tokens/zitadel-tokens:", env!("CARGO_PKG_VERSION"));
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 pub struct Place {
     pub cluster: &'static Cluster,
-    /// Where pods reach the issuer. Its certificate is for `localhost`.
+    /// The issuer's address for pods. Its certificate is valid for `localhost`.
     pub endpoint: String,
     /// An image with a shell.
     pub shell_image: String,
-    /// How long a token lives: the last third of it must be longer than `patience`, unless that is never used up.
+    /// Lifetime of a token in seconds. Its last third must be longer than a node takes to update a pod's file.
     pub lifetime: u64,
-    /// How long a pod, or a change in a pod's file, may take.
+    /// Maximum time for a pod to start, or for a change to reach a pod's file.
     pub patience: Duration,
-    /// How the chart is told to use another image.
+    /// Values of the chart that select another image.
     image: Vec<String>,
 }
 
 impl Place {
-    /// The place, and an issuer there.
+    /// Returns the place, and an issuer that its pods can reach.
     pub fn find() -> (Self, Issuer) {
         match env::var_os("E2E_KUBECONFIG") {
             None => Self::own(),
@@ -58,7 +58,7 @@ impl Place {
         (place, issuer)
     }
 
-    /// A kubelet looks after a pod's files once a minute, if it is not told otherwise, hence the patience.
+    /// By default, a kubelet updates the files of a pod once a minute. `patience` allows for that.
     fn existing(kubeconfig: &Path) -> (Self, Issuer) {
         let listen = env::var("E2E_LISTEN").expect("E2E_LISTEN: address and port of this machine that pods reach");
         let issuer = Issuer::start(&["--tls", "--listen", &listen]);
@@ -85,7 +85,7 @@ impl Place {
         (place, issuer)
     }
 
-    /// Runs Helm, `ACTION RELEASE CHART` with these values, and waits until all is ready.
+    /// Runs `helm ACTION RELEASE CHART` with these values and waits until everything is ready.
     pub fn release(&self, action: &str, namespace: &str, values: &[&str]) {
         let chart = chart();
         let mut arguments = vec![OsStr::new(action), OsStr::new(NAME), chart.as_os_str()];
@@ -99,8 +99,8 @@ impl Place {
         helm(self.cluster, namespace, &arguments);
     }
 
-    /// Runs `helm test`. Our own node has no DNS and no Services, so there its pod, as Helm has it, is told by
-    /// `/etc/hosts` which of the pods that the Service selects has the Service's name.
+    /// Runs `helm test`. The test's own node has no DNS and no Service proxy. There the pod of Helm's test hook gets an
+    /// entry in `/etc/hosts` that maps the Service's name to a pod that the Service selects.
     pub async fn test(&self, namespace: &str) {
         if self.cluster.node().is_none() {
             let arguments = ["test", NAME, "--timeout", "3m"].map(OsStr::new);

@@ -1,6 +1,6 @@
-//! Inputs from outside, at random: every seed as it is, then arbitrary bytes and mutations of seeds until the time is
-//! up (`FUZZ_SECONDS` for each target; without it a moment). It needs nothing but stable Rust, so that it always runs;
-//! libFuzzer, which sees what code an input reaches, runs the same targets by hand (fuzz/README.md).
+//! Fuzz tests for all external inputs: every seed unchanged, then random bytes and mutations of seeds until the time is
+//! up (`FUZZ_SECONDS` for each target, 200 ms by default). They need only stable Rust, so they are part of every test
+//! run. libFuzzer, which is guided by code coverage, runs the same targets by hand (fuzz/README.md).
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../../fuzz/targets.rs"]
@@ -13,14 +13,14 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::time::{ClockId, clock_gettime};
 use targets::TARGETS;
 
-/// A turn of the operator must not hang on an input; in a debug build. Of the processor's time: what others take of a busy
-/// machine is not the input's fault.
+/// Maximum CPU time of one input in a debug build: a reconcile must not hang on an input. CPU time, because the load of
+/// other processes does not count.
 const SLOW: Duration = Duration::from_secs(2);
 
-/// Largest input that is made by growing.
+/// Maximum size of a mutated input.
 const LARGEST: usize = 80 * 1024;
 
-/// What is put in now and then: marks of JSON and templates, and numbers at the edges.
+/// Words that mutations insert: tokens of JSON and templates, and numbers at limits.
 const WORDS: &[&str] = &[
     "null",
     "true",
@@ -72,7 +72,7 @@ const WORDS: &[&str] = &[
     "ms",
 ];
 
-/// `SplitMix64`: the same inputs for the same seed.
+/// `SplitMix64`. The same seed produces the same inputs.
 struct Random(u64);
 
 impl Random {
@@ -84,7 +84,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Below `end`; 0 if there is nothing below.
+    /// A number below `end`, or 0 if `end` is 0.
     fn below(&mut self, end: usize) -> usize {
         let end = u64::try_from(end).expect("fits").max(1);
         usize::try_from(self.next() % end).expect("fits")
@@ -98,7 +98,7 @@ impl Random {
         (0..self.below(most)).map(|_| self.byte()).collect()
     }
 
-    /// A part of `of`, as a range.
+    /// A random range of `of`.
     fn part(&mut self, of: &[u8]) -> std::ops::Range<usize> {
         let start = self.below(of.len());
         start..start + self.below((of.len() - start).min(1 + of.len() / 4))
@@ -154,7 +154,7 @@ fn folder(name: &str, target: &str) -> std::path::PathBuf {
         .join(target)
 }
 
-/// All seeds of a target, by name.
+/// All seeds of a target, sorted by file name.
 fn seeds(target: &str) -> Vec<Vec<u8>> {
     let files = std::fs::read_dir(folder("seeds", target)).expect("seeds");
     let mut paths: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
@@ -165,12 +165,12 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// What this thread has had of the processor.
+/// CPU time of this thread.
 fn worked() -> Duration {
-    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).expect("it does not run backwards")
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).expect("not negative")
 }
 
-/// Calls a target; an input that it does not like is kept for libFuzzer and for a seed.
+/// Calls a target. An input that fails or is too slow is saved, for libFuzzer and as a candidate for a seed.
 fn call(name: &str, target: fn(&[u8]), input: &[u8]) {
     let before = worked();
     let ended = catch_unwind(AssertUnwindSafe(|| target(input)));
@@ -181,14 +181,14 @@ fn call(name: &str, target: fn(&[u8]), input: &[u8]) {
         std::fs::create_dir_all(&folder).expect("a folder");
         let file = folder.join(if slow { "slow" } else { "crash" });
         std::fs::write(&file, input).expect("written");
-        eprintln!("{name}: this input is kept in {}", file.display());
+        eprintln!("{name}: the input is saved in {}", file.display());
     }
     ended.unwrap_or_else(|panic| resume_unwind(panic));
-    assert!(!slow, "{name} took {took:?}");
+    assert!(!slow, "{name}: the input took {took:?} of CPU time, more than {SLOW:?}");
 }
 
 #[test]
-fn nothing_from_outside_breaks_a_rule() {
+fn no_external_input_violates_an_invariant() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
     let budget = number("FUZZ_SECONDS").map_or(Duration::from_millis(200), Duration::from_secs);
     let clock = || {
@@ -214,7 +214,7 @@ fn nothing_from_outside_breaks_a_rule() {
             calls += 1;
         }
         println!(
-            "{name:<10} {} seeds, {calls} inputs, {:.0} a second",
+            "{name:<10} {} seeds, {calls} inputs, {:.0} per second",
             seeds.len(),
             f64::from(calls) / start.elapsed().as_secs_f64()
         );

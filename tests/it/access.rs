@@ -1,4 +1,4 @@
-//! Who may have which token: closed by default, and nobody's Secret is taken over.
+//! Access policies and Secret ownership: access is closed by default, and the operator takes over no foreign Secret.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::support::world::{PROJECT, World, condition, everything, one_token, until};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn policy_is_added_changed_and_deleted() {
+async fn access_follows_added_changed_and_deleted_policies() {
     let world = World::new("closed").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -38,7 +38,7 @@ async fn policy_is_added_changed_and_deleted() {
     let token = world.token("billing-token").await;
     world.ready("billing", "True", "Issued").await;
 
-    // An added policy for another namespace, or for another instance, gives and takes nothing.
+    // A policy for another namespace or another instance has no effect here.
     let (other, instance) = (format!("{}-other", world.name), format!("{}-missing", world.name));
     world.policy(&other, elsewhere, everything()).await;
     let missing = World::beside(&world, "missing").await.with_instance(&instance);
@@ -94,7 +94,8 @@ async fn overlapping_policies_form_a_union() {
         .expect("accepted");
     world.ready("billing", "True", "Issued").await;
 
-    // What both allow stays allowed without one of them; what only the other allows does not.
+    // An audience that both policies allow stays allowed after one is deleted. An audience that only this one allows
+    // does not.
     world
         .policies()
         .delete(&second, &DeleteParams::default())
@@ -112,7 +113,7 @@ async fn overlapping_policies_form_a_union() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn zitadel_api_by_its_project_id_needs_the_same_permission() {
+async fn project_id_of_the_zitadel_api_needs_the_same_permission_as_the_alias() {
     let world = World::new("number").await;
     let _operator = world.operator().await;
     world
@@ -149,7 +150,7 @@ async fn zitadel_api_by_its_project_id_needs_the_same_permission() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_foreign_secret_is_never_touched_unless_it_asks_for_it() {
+async fn foreign_secret_stays_unchanged_without_the_adopt_annotation() {
     let world = World::new("foreign").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -160,7 +161,11 @@ async fn a_foreign_secret_is_never_touched_unless_it_asks_for_it() {
     world.ready("billing", "False", "SecretConflict").await;
     let after = world.secrets().get("billing-token").await.expect("there");
     assert_eq!(before.metadata.resource_version, after.metadata.resource_version);
-    assert_eq!(world.issuer.mints().await, 0, "what cannot be written is not minted");
+    assert_eq!(
+        world.issuer.mints().await,
+        0,
+        "the operator requests no token that it cannot write"
+    );
 
     world
         .edit_secret(
@@ -176,7 +181,7 @@ async fn a_foreign_secret_is_never_touched_unless_it_asks_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_objects_that_want_one_secret() {
+async fn second_object_cannot_take_the_secret_of_the_first() {
     let world = World::new("shared").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -195,7 +200,7 @@ async fn two_objects_that_want_one_secret() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_that_is_relabelled_gains_and_loses_access() {
+async fn access_follows_namespace_labels() {
     let world = World::new("relabel").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -221,5 +226,9 @@ async fn a_namespace_that_is_relabelled_gains_and_loses_access() {
         .await
         .expect("labelled");
     world.ready("billing", "False", "AccessDenied").await;
-    assert_eq!(world.token("billing-token").await, token, "it stays to its expiry");
+    assert_eq!(
+        world.token("billing-token").await,
+        token,
+        "the token stays until it expires"
+    );
 }

@@ -1,4 +1,5 @@
-//! What a tenant does in a loop with its own objects costs ZITADEL and the API server little, and the last change counts.
+//! Changes that a tenant makes in a loop to its own objects cost ZITADEL and the API server few requests. The last
+//! change takes effect.
 
 use std::time::Instant;
 
@@ -8,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::world::{World, one_token};
 
-/// So many tokens of an object may be requested at once besides the scheduled refreshes, and one more in 20 s.
+/// The number of unscheduled token requests that an object may make at once. One more is allowed every 20 s.
 const BURST: usize = 48;
 
 /// 16 tokens for the key of `billing`, with this scope.
@@ -25,34 +26,34 @@ async fn with_key(test: &str) -> World {
     world
 }
 
-/// The bound after `since`.
-fn most(since: Instant) -> usize {
+/// The highest number of token requests since `since`.
+fn request_limit(since: Instant) -> usize {
     BURST + 1 + usize::try_from(since.elapsed().as_secs() / 20).expect("few")
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn changing_the_scopes_in_a_loop_costs_few_requests_and_is_told() {
+async fn changing_scopes_in_a_loop_is_throttled_and_reported() {
     let world = with_key("scopes").await;
     let _operator = world.operator().await;
     let since = Instant::now();
     for round in 0..6 {
         let scope = if round % 2 == 0 { "openid" } else { "profile" };
         world.service_user("billing", sixteen(scope)).await.expect("accepted");
-        // At three changes of 16 tokens the burst is spent.
+        // Three changes of 16 tokens use up the burst.
         if round < 3 {
             world.ready("billing", "True", "Issued").await;
         }
     }
     world.ready("billing", "False", "RequestsThrottled").await;
     let mints = world.issuer.mints().await;
-    assert!((BURST..=most(since)).contains(&mints), "{mints} requests");
-    // The object that does not take part is served.
+    assert!((BURST..=request_limit(since)).contains(&mints), "{mints} requests");
+    // The operator still serves another object.
     world.simple("other", json!({"tokenType": "JWT"})).await;
     world.ready("other", "True", "Issued").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn creating_an_object_again_and_again_costs_few_requests() {
+async fn recreating_an_object_in_a_loop_costs_few_requests() {
     let world = with_key("again").await;
     let _operator = world.operator().await;
     let since = Instant::now();
@@ -73,11 +74,11 @@ async fn creating_an_object_again_and_again_costs_few_requests() {
         }
     }
     let mints = world.issuer.mints().await;
-    assert!(mints <= most(since), "{mints} requests");
+    assert!(mints <= request_limit(since), "{mints} requests");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn suspending_in_a_loop_costs_few_reads_and_events_and_the_last_change_counts() {
+async fn suspending_in_a_loop_costs_few_reads_and_events_and_the_last_change_wins() {
     let world = with_key("flips").await;
     let _operator = world.operator().await;
     let mut spec = sixteen("openid");
@@ -99,10 +100,10 @@ async fn suspending_in_a_loop_costs_few_reads_and_events_and_the_last_change_cou
     }
     world.ready("billing", "True", "Issued").await;
     let seconds = usize::try_from(began.elapsed().as_secs()).expect("few") + 1;
-    // Each reconcile reads the key and 16 token Secrets. The audit log is written a moment later.
-    let most = 17 * (30 + seconds);
+    // Each reconcile reads the key Secret and 16 token Secrets. The API server writes the audit log a moment later.
+    let limit = 17 * (30 + seconds);
     assert!(
-        reads() - before.0 <= most,
+        reads() - before.0 <= limit,
         "{} reads in {seconds} s",
         reads() - before.0
     );
@@ -120,9 +121,9 @@ async fn create_secret(world: &World, object: Value) {
     created.expect("created");
 }
 
-/// A record says which request is the scheduled one, and everybody who may edit Secrets can write it.
+/// The record in a Secret says when a refresh is scheduled. Every user with write access to Secrets can forge it.
 #[tokio::test(flavor = "multi_thread")]
-async fn forged_records_and_changes_in_a_loop_cost_few_requests() {
+async fn forged_records_do_not_bypass_the_request_limit() {
     let world = World::new("forged").await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
@@ -155,11 +156,11 @@ async fn forged_records_and_changes_in_a_loop_cost_few_requests() {
         )
         .await;
     }
-    let asked = async || {
+    let token_requests = async || {
         let requests = world.issuer.requests().await;
         requests.iter().filter(|r| r.path == "/oauth/v2/token").count()
     };
-    let (before, since) = (asked().await, Instant::now());
+    let (before, since) = (token_requests().await, Instant::now());
     world
         .service_user("billing", sixteen("openid"))
         .await
@@ -169,15 +170,15 @@ async fn forged_records_and_changes_in_a_loop_cost_few_requests() {
         world.annotate("billing", "renew-request", &round.to_string()).await;
     }
     world.ready("billing", "False", "RequestsThrottled").await;
-    // One that is not counted for each token, and three early retries at most while nothing changes.
-    let bound = most(since) + 16 * 4;
-    let requests = asked().await - before;
+    // Beyond the limit, each token may cause one request that does not count, and at most three early retries.
+    let bound = request_limit(since) + 16 * 4;
+    let requests = token_requests().await - before;
     assert!(requests <= bound, "{requests} requests, at most {bound}");
 }
 
-/// A finalizer keeps a Secret that the operator deletes.
+/// A finalizer keeps each Secret that the operator deletes.
 #[tokio::test(flavor = "multi_thread")]
-async fn secrets_that_do_not_go_are_deleted_once() {
+async fn secrets_held_by_finalizers_are_not_deleted_repeatedly() {
     const JUNK: usize = 40;
     let world = World::new("stay").await;
     world.instance().await;
@@ -204,7 +205,7 @@ async fn secrets_that_do_not_go_are_deleted_once() {
         .filter(|r| r.verb == "delete" && r.name.starts_with("junk-"))
         .count();
     assert!((1..=2 * JUNK).contains(&deletes), "{deletes} deletes of {JUNK} Secrets");
-    // Without this the namespace would stay.
+    // Without this, the finalizers would block the deletion of the namespace.
     for i in 0..JUNK {
         world
             .edit_secret(&format!("junk-{i}"), json!({"metadata": {"finalizers": null}}))

@@ -1,4 +1,4 @@
-//! What goes wrong between the operator and the API server costs no token and no mint.
+//! Failures between the operator and the API server lose no token and cost no extra token request.
 
 use std::time::{Duration, Instant};
 
@@ -18,12 +18,12 @@ use crate::support::world::{World, data, one_token};
 use crate::support::{eventually, next_second};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn errors_of_the_api_server_cost_time_and_no_mint() {
+async fn api_server_errors_cause_retries_but_no_extra_token_requests() {
     let world = World::new("errors").await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
     world.instance().await;
-    let trouble = [
+    let errors = [
         ("GET", "/secrets/{}-token", 500, 2),
         ("GET", "/secrets/{}-key", 429, 2),
         ("PATCH", "/secrets/{}-token", 500, 2),
@@ -31,8 +31,8 @@ async fn errors_of_the_api_server_cost_time_and_no_mint() {
         ("PATCH", "/secrets/{}-token", 409, 1),
         ("PUT", "/zitadelserviceusers/{}/status", 500, 2),
         ("PUT", "/zitadelserviceusers/{}/status", 409, 1),
-        // These come from something in between, or for a kind that is not served at the moment: they are not about the
-        // object.
+        // A 404 may come from a proxy, or for a kind that the API server does not serve at the moment. It says nothing
+        // about the object.
         ("PUT", "/zitadelserviceusers/{}/status", 404, 2),
         ("GET", "/zitadelserviceusers/{}", 404, 2),
         ("GET", "/secrets/{}-token", 404, 1),
@@ -40,23 +40,23 @@ async fn errors_of_the_api_server_cost_time_and_no_mint() {
         ("PATCH", "/secrets/{}-token", 404, 1),
         ("POST", "/events", 500, 3),
     ];
-    for (i, (method, path, code, times)) in trouble.into_iter().enumerate() {
+    for (i, (method, path, code, times)) in errors.into_iter().enumerate() {
         let name = format!("user-{i}");
         proxy.answer(method, &path.replace("{}", &name), code, times);
         world.simple(&name, json!({"tokenType": "JWT"})).await;
     }
-    for (i, trouble) in trouble.iter().enumerate() {
+    for (i, errors) in errors.iter().enumerate() {
         let user = world.ready(&format!("user-{i}"), "True", "Issued").await;
-        let told = user.status.and_then(|s| s.expires_at).expect("an expiry").0.to_string();
+        let expires_at = user.status.and_then(|s| s.expires_at).expect("an expiry").0.to_string();
         let secret = world.secrets().get(&format!("user-{i}-token")).await.expect("a Secret");
-        assert_eq!(data(&secret)["expires_at"], told, "{trouble:?}");
+        assert_eq!(data(&secret)["expires_at"], expires_at, "{errors:?}");
     }
     assert!(proxy.answered());
-    assert_eq!(world.issuer.mints().await, trouble.len());
+    assert_eq!(world.issuer.mints().await, errors.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_whose_secrets_are_forbidden_stops_no_other() {
+async fn forbidden_secrets_in_one_namespace_do_not_affect_others() {
     let world = World::new("forbidden").await;
     let other = World::beside(&world, "other").await;
     let kubeconfig = account(&world, &[&world.name]).await;
@@ -67,15 +67,15 @@ async fn a_namespace_whose_secrets_are_forbidden_stops_no_other() {
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "True", "Issued").await;
 
-    // Nobody tells the operator that it may now; it asks again.
+    // No event reports the new permission. The operator retries.
     bind(&other, &world.name).await;
     other.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 2);
 }
 
-/// The watch of Secrets tells that garbage collection took the token Secret; that its object is gone nobody tells.
+/// The watch of Secrets reports that garbage collection deleted the token Secret. No watch reports the deleted object.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_object_whose_watch_is_down_is_minted_for_at_most_once() {
+async fn object_deleted_while_its_watch_is_down_costs_at_most_one_token_request() {
     let world = World::new("deaf").await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let mut operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
@@ -88,15 +88,15 @@ async fn a_deleted_object_whose_watch_is_down_is_minted_for_at_most_once() {
     proxy.refuse("/v1alpha1/zitadelserviceusers?");
     let deleted = world.users().delete("billing", &DeleteParams::default()).await;
     deleted.expect("deleted");
-    // As garbage collection does, in its time; it may have been faster.
+    // The test deletes the Secret as garbage collection does, which may have been faster.
     let _ = world.secrets().delete("billing-token", &DeleteParams::default()).await;
     operator
-        .await_line("INFO zitadel_tokens::controller::service_user::gather: the object is gone")
+        .await_line("INFO zitadel_tokens::controller::service_user::gather: the service user no longer exists")
         .await;
     let mints = world.issuer.mints().await;
     assert!(mints <= 3, "{mints}");
     let _ = world.secrets().delete("billing-token", &DeleteParams::default()).await;
-    // The second repair of another begins long after what the deletion would have brought.
+    // The second repair of another Secret starts long after any reconcile that the deletion could have started.
     for _ in 0..2 {
         world
             .edit_secret("witness-token", json!({"stringData": {"token": "edited"}}))
@@ -107,7 +107,7 @@ async fn a_deleted_object_whose_watch_is_down_is_minted_for_at_most_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shutdown_waits_for_the_mint_under_way_and_begins_no_other() {
+async fn shutdown_finishes_the_token_request_in_flight_and_starts_no_other() {
     let world = World::new("drain").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -120,7 +120,10 @@ async fn a_shutdown_waits_for_the_mint_under_way_and_begins_no_other() {
     let second = json!({"name": "second", "projectIDs": ["2"], "secret": {"name": "second-token"}});
     spec["tokens"].as_array_mut().expect("a list").push(second);
     world.service_user("billing", spec).await.expect("accepted");
-    eventually("the first mint is under way", async || world.issuer.mints().await == 1).await;
+    eventually("the first token request is in flight", async || {
+        world.issuer.mints().await == 1
+    })
+    .await;
     operator.terminate().await;
     world.token("first-token").await;
     assert_eq!(world.issuer.mints().await, 1);
@@ -131,28 +134,30 @@ async fn a_shutdown_waits_for_the_mint_under_way_and_begins_no_other() {
     assert_eq!(world.issuer.mints().await, 2);
 }
 
-/// It waits for a request to ZITADEL and the write of what it brings: 2 s and 5 s here. The write itself would wait for 15 s.
+/// At shutdown, the operator waits for a request to ZITADEL and for the write of its token: 2 s and 5 s here. Without
+/// shutdown, the write would time out after 15 s.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shutdown_does_not_wait_for_a_write_without_end() {
+async fn shutdown_does_not_wait_for_a_hanging_write() {
     let world = World::new("endless").await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
     let mut spec = world.instance_spec();
     spec["connection"]["timeout"] = json!("2s");
     world.apply_instance(spec).await.expect("an instance");
-    // After it, writes to the namespace are not tried before a request.
+    // After this first write, the operator does not test with a dry run whether writes to the namespace succeed.
     world.simple("first", json!({"tokenType": "JWT"})).await;
     world.token("first-token").await;
     proxy.lose("PATCH", "/secrets/billing-token");
     world.simple("billing", json!({"tokenType": "JWT"})).await;
-    eventually("the write is under way", async || world.issuer.mints().await == 2).await;
-    let asked = Instant::now();
+    eventually("the write is in flight", async || world.issuer.mints().await == 2).await;
+    let began = Instant::now();
     operator.terminate().await;
-    assert!(asked.elapsed() < Duration::from_secs(14), "{:?}", asked.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(14), "{:?}", began.elapsed());
     proxy.find();
 }
 
-/// A kubeconfig of a service account that may do all that the operator needs, with Secrets in these namespaces only.
+/// A kubeconfig of a service account with the operator's permissions, but with access to Secrets only in these
+/// namespaces.
 async fn account(world: &World, namespaces: &[&str]) -> std::path::PathBuf {
     let name = &world.name;
     let may = |group: &str, resources: Value, verbs: Value| json!({"apiGroups": [group], "resources": resources, "verbs": verbs});
@@ -192,7 +197,7 @@ async fn account(world: &World, namespaces: &[&str]) -> std::path::PathBuf {
     path
 }
 
-/// Lets the account read and write Secrets in this world's namespace.
+/// Allows the account to read and write Secrets in this world's namespace.
 async fn bind(world: &World, account: &str) {
     let subject = json!([{"kind": "ServiceAccount", "name": account, "namespace": account}]);
     let role =

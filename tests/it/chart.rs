@@ -1,4 +1,5 @@
-//! The chart, by the real Helm: what it installs and leaves, and releases beside each other.
+//! The chart, tested with the real Helm: what it installs, what stays after an uninstall, and several releases in one
+//! cluster.
 
 mod metadata;
 mod rights;
@@ -33,16 +34,16 @@ fn values(world: &World, more: &Value) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens() {
+async fn release_installs_upgrades_and_uninstalls_without_deleting_service_users() {
     static ALONE: std::sync::LazyLock<Cluster> = std::sync::LazyLock::new(Cluster::start);
     let client = ALONE.client().await;
     let release = Release::install(&ALONE, "platform", &json!({}));
     established(&client).await;
-    the_crds_are_ours(&client).await;
+    assert_crds_equal_this_build(&client).await;
     assert_eq!(release.deployment().await.spec.expect("a spec").replicas, Some(2));
     service_user(&client).await;
 
-    // Its pods are let in where the restricted standard is enforced.
+    // A namespace that enforces the restricted Pod Security Standard admits the pods.
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let enforce = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
     namespaces
@@ -51,7 +52,7 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
         .expect("labelled");
     let template = serde_json::to_value(release.deployment().await.spec.expect("a spec").template).expect("JSON");
     let pod =
-        json!({"metadata": {"name": "as-told", "labels": template["metadata"]["labels"]}, "spec": template["spec"]});
+        json!({"metadata": {"name": "admitted", "labels": template["metadata"]["labels"]}, "spec": template["spec"]});
     let pods: Api<Pod> = Api::namespaced(client.clone(), "platform");
     let dry_run = PostParams {
         dry_run: true,
@@ -59,9 +60,9 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
     };
     pods.create(&dry_run, &serde_json::from_value(pod).expect("a pod"))
         .await
-        .expect("let in");
+        .expect("admitted");
 
-    // People get service users by the roles that they have, and no instance.
+    // The roles view, edit and admin include service users, but no instances.
     let cluster_roles: Api<ClusterRole> = Api::all(client.clone());
     for (role, verb) in [("view", "list"), ("edit", "create"), ("admin", "create")] {
         let aggregated = |role: Option<&ClusterRole>| {
@@ -81,13 +82,16 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
 
     release.uninstall();
     let name = "zitadel-tokens.platform";
-    assert!(cluster_roles.get_opt(name).await.expect("asked").is_none());
+    assert!(cluster_roles.get_opt(name).await.expect("readable").is_none());
     let users: Api<ZitadelServiceUser> = Api::namespaced(client.clone(), "default");
-    users.get("billing").await.expect("it outlives the release");
+    users
+        .get("billing")
+        .await
+        .expect("the service user outlives the release");
 
-    // Another go finds the CRDs, and takes them along if told so.
+    // A second installation finds the CRDs. With `crds.keep: false`, its uninstall deletes them.
     release.apply(&json!({"crds": {"keep": false}}));
-    users.get("billing").await.expect("it is still there");
+    users.get("billing").await.expect("the service user still exists");
     release.uninstall();
     let crds: Api<CustomResourceDefinition> = Api::all(client);
     for crd in zitadel_tokens::api::crds() {
@@ -95,7 +99,7 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
         let gone = await_condition(crds.clone(), &name, |crd: Option<&CustomResourceDefinition>| {
             crd.is_none()
         });
-        // The API server tries again ever more seldom while objects are left.
+        // The API server retries with growing intervals while objects remain.
         tokio::time::timeout(2 * EVENTUALLY, gone)
             .await
             .expect("gone")
@@ -103,8 +107,8 @@ async fn a_release_is_installed_upgraded_and_uninstalled_and_leaves_the_tokens()
     }
 }
 
-/// What went through the templates is what `zitadel-tokens crds` prints: to apply that changes nothing.
-async fn the_crds_are_ours(client: &Client) {
+/// The installed CRDs equal the output of `zitadel-tokens crds`: applying it changes nothing.
+async fn assert_crds_equal_this_build(client: &Client) {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     for crd in zitadel_tokens::api::crds() {
         let name = crd.metadata.name.clone().expect("a name");
@@ -130,7 +134,7 @@ async fn service_user(client: &Client) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
+async fn namespaced_releases_stay_in_their_namespaces_and_share_an_instance() {
     let shop = World::with_issuer("scoped", Issuer::start(&["--tls"])).await;
     let bank = World::beside(&shop, "bank").await;
     let gone = format!("{}-gone", shop.name);
@@ -148,7 +152,7 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
     let for_shop = install(&shop, true, &[&shop.name, &gone]);
     let for_bank = install(&bank, false, &[&bank.name]);
 
-    // Each reads the instance's certificates in its own namespace.
+    // Each operator reads the CA of the instance in its own namespace.
     let ca = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "zitadel-ca"}, "stringData": {"ca.crt": shop.issuer.ca}});
     for release in [&for_shop, &for_bank] {
         let secrets: Api<Secret> = Api::namespaced(shop.client.clone(), &release.namespace);
@@ -159,7 +163,7 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
             .expect("written");
     }
 
-    // A tenant that goes, and its Role with it, does not keep the others from being served after a restart.
+    // After a namespace and the Role in it are deleted, a restarted operator still serves the other namespaces.
     let namespaces: Api<Namespace> = Api::all(shop.client.clone());
     namespaces
         .delete(&gone, &DeleteParams::default())
@@ -175,7 +179,7 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
     for world in [&shop, &bank] {
         world.simple("billing", json!({"tokenType": "JWT"})).await;
         world.ready("billing", "True", "Issued").await;
-        // Watched there: what is deleted comes back.
+        // The operator watches Secrets in this namespace: it replaces a deleted one.
         let old = world.secrets().get("billing-token").await.expect("there").metadata.uid;
         let delete = DeleteParams::default();
         world.secrets().delete("billing-token", &delete).await.expect("deleted");
@@ -184,7 +188,8 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
         })
         .await;
     }
-    // An outage, seen by both, is told by the one; when it is over, those of both that failed go on at once.
+    // Both operators detect an outage, and one writes the instance's status. When the outage ends, the failed service
+    // users of both recover at once.
     for path in ["/.well-known/openid-configuration", "/oauth/v2/token"] {
         shop.issuer.fault(json!({"path": path, "status": 503})).await;
     }
@@ -209,24 +214,24 @@ async fn releases_for_some_namespaces_stay_there_and_share_an_instance() {
             .filter(|r| ["secrets", "zitadelserviceusers", "events"].contains(&r.resource.as_str()))
             .map(|r| r.namespace.as_str())
             .collect();
-        let mut may: BTreeSet<_> = [own.name.as_str(), &release.namespace].into();
+        let mut allowed: BTreeSet<_> = [own.name.as_str(), &release.namespace].into();
         if own.name == shop.name {
-            may.insert(&gone);
+            allowed.insert(&gone);
         }
-        assert_eq!(touched, may);
+        assert_eq!(touched, allowed);
         let refused: Vec<_> = requests
             .iter()
             .filter(|r| r.code == 403 && r.namespace != gone)
             .collect();
         assert!(refused.is_empty(), "{refused:#?}");
-        let told = requests.iter().filter(|r| r.resource == "zitadelinstances/status");
-        assert_eq!(told.count() > 0, own.name == shop.name);
+        let status_writes = requests.iter().filter(|r| r.resource == "zitadelinstances/status");
+        assert_eq!(status_writes.count() > 0, own.name == shop.name);
     }
 }
 
-/// Where the chart hands on what users say, Kubernetes has to know it.
+/// Values that the chart passes through must be valid Kubernetes fields.
 #[tokio::test(flavor = "multi_thread")]
-async fn kubernetes_takes_what_users_may_say() {
+async fn kubernetes_accepts_the_values_that_the_chart_passes_through() {
     let world = World::new("values").await;
     let more = json!({
         "namespaceOverride": world.name,
@@ -248,16 +253,16 @@ async fn kubernetes_takes_what_users_may_say() {
     assert_eq!(pod.runtime_class_name.as_deref(), Some("gvisor"));
     let config_maps: Api<ConfigMap> = Api::namespaced(world.client.clone(), &world.name);
     config_maps.get("zitadel-tokens-more").await.expect("there");
-    // What is elsewhere goes too.
+    // The uninstall also deletes objects in other namespaces.
     release.uninstall();
     let dashboards: Api<ConfigMap> = Api::namespaced(world.client.clone(), "default");
-    let dashboard = dashboards.get_opt("zitadel-tokens-dashboard").await.expect("asked");
+    let dashboard = dashboards.get_opt("zitadel-tokens-dashboard").await.expect("readable");
     assert!(dashboard.is_none());
 }
 
-/// Helm 4 applies on the server's side, Helm 3 does not, and what it leaves of an old strategy differs.
+/// Helm 4 uses server-side apply and Helm 3 does not. They keep different fields of the old strategy.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upgrade_gives_up_leader_election_and_takes_it_back() {
+async fn upgrade_disables_and_re_enables_leader_election() {
     let world = World::new("strategy").await;
     for side in ["true", "false"] {
         let release = Release::named(world.cluster, &format!("{}-home-{side}", world.name));
@@ -276,7 +281,7 @@ async fn an_upgrade_gives_up_leader_election_and_takes_it_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_probe_of_helm_test_tells_whether_an_operator_is_well() {
+async fn helm_test_probe_reports_operator_health() {
     let world = World::new("probe").await;
     let operator = world.operator().await;
     let probe = |path: &str| {
@@ -289,24 +294,27 @@ async fn the_probe_of_helm_test_tells_whether_an_operator_is_well() {
 }
 
 #[test]
-fn the_chart_has_the_version_of_the_crate() {
+fn chart_version_equals_crate_version() {
     let metadata = std::fs::read_to_string(chart().join("Chart.yaml")).expect("a chart");
     for key in ["version", "appVersion"] {
         let line = format!("\n{key}: {}\n", env!("CARGO_PKG_VERSION"));
-        assert!(metadata.contains(&line), "{key} of the chart is another");
+        assert!(
+            metadata.contains(&line),
+            "{key} of the chart differs from the crate's version"
+        );
     }
 }
 
-/// Of `main` they may be gone when an installed version needs them.
+/// A page on the branch `main` may be gone when a user of an installed version opens the link.
 #[test]
-fn links_of_the_chart_lead_to_its_own_version() {
+fn chart_links_point_to_its_own_version() {
     let find = Command::new("grep")
         .args(["-rhoE", "--exclude-dir=tests", "/blob/[^/]+/"])
         .arg(chart())
         .output();
     let found = String::from_utf8(find.expect("grep runs").stdout).expect("UTF-8");
     let ours = concat!("/blob/v", env!("CARGO_PKG_VERSION"), "/");
-    // Filled in by Helm and by helm-docs.
+    // Helm and helm-docs substitute these.
     let filled_in = [
         "/blob/v{{ .Chart.AppVersion }}/",
         "/blob/v{{ template \"chart.appVersion\" . }}/",
@@ -315,11 +323,11 @@ fn links_of_the_chart_lead_to_its_own_version() {
     assert!(found.lines().any(|l| l == ours) && wrong.is_empty(), "{wrong:?}");
 }
 
-/// A user's null removes the default before the schema is checked. A value that has no meaning of its own without one
-/// must be refused then: a boolean would be false (CRDs that are deleted with the release, a policy that is off), and the
-/// operator does not start with an empty setting.
+/// If a user sets a value to null, Helm removes its default before it checks the schema. The chart must refuse this for
+/// values that need a default: a boolean would become false (which deletes the CRDs with the release, or disables a
+/// policy), and the operator does not start with an empty setting.
 #[test]
-fn null_is_refused_where_it_has_no_meaning() {
+fn chart_refuses_null_where_it_has_no_meaning() {
     let values: Value =
         serde_saphyr::from_str(&std::fs::read_to_string(chart().join("values.yaml")).expect("values")).expect("YAML");
     let mut paths = vec![
@@ -331,13 +339,13 @@ fn null_is_refused_where_it_has_no_meaning() {
     booleans("", &values, &mut paths);
     assert!(paths.len() > 15, "{paths:?}");
     for path in paths {
-        let said = refused(&chart(), &json!({&path: null}));
+        let error = refused(&chart(), &json!({&path: null}));
         let name = path.rsplit('.').next().expect("a name");
-        assert!(said.contains(&format!("missing property '{name}'")), "{path}: {said}");
+        assert!(error.contains(&format!("missing property '{name}'")), "{path}: {error}");
     }
 }
 
-/// Paths of all values that are true or false, but for those that are handed on to Kubernetes as they are.
+/// Paths of all boolean values, except those that the chart passes through to Kubernetes.
 fn booleans(at: &str, value: &Value, paths: &mut Vec<String>) {
     for (key, value) in value.as_object().into_iter().flatten() {
         match value {
@@ -348,9 +356,9 @@ fn booleans(at: &str, value: &Value, paths: &mut Vec<String>) {
     }
 }
 
-/// As .github/workflows/release.yaml publishes it.
+/// The test sets the digest as .github/workflows/release.yaml does.
 #[test]
-fn a_published_chart_takes_the_image_by_its_digest_unless_a_tag_is_asked_for() {
+fn published_chart_pins_the_image_digest_unless_a_tag_is_set() {
     let copy = std::env::temp_dir().join(format!("zitadel-tokens-chart-{}", std::process::id()));
     let copied = Command::new("cp").arg("-r").args([&chart(), &copy]).status();
     assert!(copied.expect("cp runs").success());

@@ -1,4 +1,4 @@
-//! Clocks that are not right: the server's, and the operator's own.
+//! Wrong clocks: ZITADEL's and the operator's.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::Api;
@@ -13,14 +13,14 @@ use crate::support::operator::Operator;
 use crate::support::world::{World, claims, condition, data, one_token};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_two_minutes_behind_has_its_tokens_kept_fresh_and_its_skew_told() {
+async fn tokens_of_a_server_two_minutes_behind_stay_fresh_and_its_skew_is_reported() {
     let world = World::new("skew").await;
     world.issuer.settings(json!({"clockOffsetMillis": -120_000})).await;
     let operator = world.operator().await;
     world.instance().await;
     let server_now = || Timestamp::now() - SignedDuration::from_secs(120);
 
-    // By our clock a token of a minute is expired when it is minted.
+    // By the operator's clock, a token with a lifetime of one minute has expired when ZITADEL issues it.
     world
         .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 60}))
         .await;
@@ -30,22 +30,22 @@ async fn a_server_two_minutes_behind_has_its_tokens_kept_fresh_and_its_skew_told
     let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
     let token = world.token("billing-token").await;
     let exp = claims(&token)["exp"].as_i64().expect("exp");
-    let told = status.expires_at.expect("an expiry").0;
+    let expires_at = status.expires_at.expect("an expiry").0;
     assert!(
-        (exp - 3..=exp).contains(&told.as_second()),
-        "{told} by the server's clock, exp {exp}"
+        (exp - 3..=exp).contains(&expires_at.as_second()),
+        "{expires_at}, exp {exp} by the server's clock"
     );
     let instance = world.instance_ready("True", "InstanceReady").await;
     assert_eq!(instance.status.and_then(|s| s.clock_skew_seconds), Some(-120));
 
-    // A refresh comes in time by the server's clock.
+    // The refresh is in time by the server's clock.
     let first = world.token("orders-token").await;
     let second = world.secret_until("orders-token", |data| data["token"] != first).await;
     let exp = claims(&first)["exp"].as_i64().expect("exp");
     assert!(server_now().as_second() < exp, "refreshed before {exp}");
     assert_ne!(second["token"], first);
 
-    // Who starts knows nothing of the skew, and mints nothing before it does.
+    // After a restart, the operator does not know the skew. It requests no token before it has measured it.
     operator.terminate().await;
     let slow = json!({"path": "/.well-known/openid-configuration", "latencyMillis": 300});
     world.issuer.fault(slow).await;
@@ -56,7 +56,7 @@ async fn a_server_two_minutes_behind_has_its_tokens_kept_fresh_and_its_skew_told
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_half_an_hour_away_gets_no_assertion_until_its_clock_is_mended() {
+async fn no_assertion_is_sent_while_the_server_clock_is_half_an_hour_off() {
     let world = World::new("far").await;
     world.issuer.settings(json!({"clockOffsetMillis": -1_800_000})).await;
     let _operator = world.operator().await;
@@ -74,14 +74,14 @@ async fn a_server_half_an_hour_away_gets_no_assertion_until_its_clock_is_mended(
     world.ready("billing", "True", "Issued").await;
 }
 
-/// Has every answer dated so many years ahead, and the instance reconciled.
-async fn lie(world: &World, years: i64) {
+/// Shifts the `Date` of every answer by this many years, and makes the operator reconcile the instance.
+async fn shift_server_date(world: &World, years: i64) {
     let date = Timestamp::now() + SignedDuration::from_hours(years * 365 * 24);
     let headers = json!({"Date": date.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()});
     for path in ["/.well-known/openid-configuration", "/oauth/v2/token"] {
         world.issuer.fault(json!({"path": path, "headers": headers})).await;
     }
-    // Any change of the instance makes the operator ask the server. This one keeps the connection.
+    // Any change of the instance makes the operator run discovery. This one keeps the connection.
     let change = json!({"metadata": {"labels": {"changed": "true"}}});
     let instances: Api<ZitadelInstance> = Api::all(world.client.clone());
     let params = PatchParams::default();
@@ -92,14 +92,14 @@ async fn lie(world: &World, years: i64) {
     world.instance_ready("False", "ClockSkew").await;
 }
 
-/// One token of other inputs than [`one_token`], in this Secret.
+/// One token with another audience than that of [`one_token`], in this Secret.
 fn another_token(secret: &str) -> Value {
     let mut spec = one_token(secret);
     spec["tokens"][0]["projectIDs"] = json!(["2"]);
     spec
 }
 
-async fn a_date_so_many_years_off_is_told_and_changes_nothing(years: i64) {
+async fn wrong_server_date_is_reported_and_changes_nothing(years: i64) {
     let world = World::new("lie").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -117,9 +117,9 @@ async fn a_date_so_many_years_off_is_told_and_changes_nothing(years: i64) {
     for name in ["moved", "changed", "short"] {
         world.ready(name, "True", "Issued").await;
     }
-    lie(&world, years).await;
+    shift_server_date(&world, years).await;
     let (moved, changed) = (world.token("moved-token").await, world.token("changed-token").await);
-    let asked = async |user: &User| {
+    let token_requests = async |user: &User| {
         let requests = world.issuer.requests().await;
         let tokens = requests
             .iter()
@@ -127,9 +127,9 @@ async fn a_date_so_many_years_off_is_told_and_changes_nothing(years: i64) {
         tokens.count()
     };
     let mints = world.issuer.mints().await;
-    let before = (asked(&unchanged).await, asked(&user).await);
+    let before = (token_requests(&unchanged).await, token_requests(&user).await);
 
-    // A Secret that the spec no longer names goes when its token is in another, and not before.
+    // The operator deletes a Secret that the spec no longer names only after it has written the token to the new one.
     world
         .service_user("moved", one_token("moved-new"))
         .await
@@ -141,16 +141,16 @@ async fn a_date_so_many_years_off_is_told_and_changes_nothing(years: i64) {
         .service_user("changed", another_token("changed-new"))
         .await
         .expect("renamed");
-    let told = world.ready("changed", "False", "ClockSkew").await;
+    let changed_user = world.ready("changed", "False", "ClockSkew").await;
     assert_eq!(
-        condition(&told, "KeyValid").map(|(_, reason, _)| reason),
+        condition(&changed_user, "KeyValid").map(|(_, reason, _)| reason),
         Some("KeyUsable")
     );
 
-    // It is due, and cannot be renewed: it is good until it expires, and no longer.
+    // The short token is due and cannot be refreshed. Its object stays Ready until the token expires, and no longer.
     let exp = claims(&world.token("short-token").await)["exp"].as_i64().expect("exp");
-    let told = world.ready("short", "False", "ClockSkew").await;
-    let conditions = told.status.expect("a status").conditions;
+    let short = world.ready("short", "False", "ClockSkew").await;
+    let conditions = short.status.expect("a status").conditions;
     let ready = conditions.iter().find(|c| c.type_ == "Ready").expect("Ready");
     assert!(
         ready.last_transition_time.0.as_second() >= exp - 1,
@@ -159,7 +159,7 @@ async fn a_date_so_many_years_off_is_told_and_changes_nothing(years: i64) {
 
     world.sentinel().await;
     assert_eq!(world.token("changed-token").await, changed, "the valid token stays");
-    assert_eq!(world.issuer.mints().await, mints, "nothing is signed");
+    assert_eq!(world.issuer.mints().await, mints, "the operator signs nothing");
 
     world.issuer.clear_faults().await;
     world.instance_ready("True", "InstanceReady").await;
@@ -168,21 +168,24 @@ async fn a_date_so_many_years_off_is_told_and_changes_nothing(years: i64) {
     }
     world.secret_gone("changed-token").await;
     assert_eq!(world.token("moved-new").await, moved);
-    assert_eq!((asked(&unchanged).await, asked(&user).await), (before.0, before.1 + 1));
+    assert_eq!(
+        (token_requests(&unchanged).await, token_requests(&user).await),
+        (before.0, before.1 + 1)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_date_ten_years_ahead_deletes_no_valid_token_and_ends_no_key() {
-    a_date_so_many_years_off_is_told_and_changes_nothing(10).await;
+async fn server_date_ten_years_ahead_deletes_no_valid_token_and_expires_no_key() {
+    wrong_server_date_is_reported_and_changes_nothing(10).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_date_ten_years_back_keeps_no_expired_token_ready() {
-    a_date_so_many_years_off_is_told_and_changes_nothing(-10).await;
+async fn server_date_ten_years_back_keeps_no_expired_token_ready() {
+    wrong_server_date_is_reported_and_changes_nothing(-10).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn our_own_clock_far_ahead_signs_nothing_even_before_the_jump_is_noticed() {
+async fn operator_with_clock_far_ahead_signs_nothing_even_before_it_detects_the_jump() {
     let world = World::new("jumped").await;
     let clock = Clock::new();
     let flags = ["--watch-namespaces", &world.name];
@@ -194,30 +197,30 @@ async fn our_own_clock_far_ahead_signs_nothing_even_before_the_jump_is_noticed()
         .await;
     world.ready("billing", "True", "Issued").await;
     let token = world.token("billing-token").await;
-    let asked = async || {
+    let token_requests = async || {
         let requests = world.issuer.requests().await;
         requests.iter().filter(|r| r.path == "/oauth/v2/token").count()
     };
-    let before = asked().await;
+    let before = token_requests().await;
 
     clock.set(7_200);
     let expired = format!("tokens{{zitadel_instance=\"{}\",state=\"expired\"}} 1", world.instance);
-    eventually("the operator goes by the new time", async || {
+    eventually("the operator uses the new time", async || {
         operator.get("/metrics").await.1.contains(&expired)
     })
     .await;
     world.renew("billing").await;
     world.ready("billing", "False", "ClockSkew").await;
-    assert_eq!(asked().await, before, "nothing is signed");
+    assert_eq!(token_requests().await, before, "the operator signs nothing");
 
     clock.set(0);
     world.secret_until("billing-token", |data| data["token"] != token).await;
     world.ready("billing", "True", "Issued").await;
-    assert_eq!(asked().await, before + 1, "the renewal that was asked for");
+    assert_eq!(token_requests().await, before + 1, "the requested refresh");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_is_deleted() {
+async fn wrong_operator_clock_during_an_outage_deletes_no_valid_token() {
     let world = World::new("wrong").await;
     let clock = Clock::new();
     let flags = ["--watch-namespaces", &world.name];
@@ -247,7 +250,7 @@ async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_
         world.issuer.fault(json!({"path": path, "reset": true})).await;
     }
 
-    // Set while it runs, and two hours ahead when it starts.
+    // The clock is two hours ahead, first while the operator runs and then when it starts.
     clock.set(7_200);
     operator.await_line("the clock of this machine was set").await;
     world
@@ -266,7 +269,7 @@ async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_
     let kept = (world.token("before-token").await, world.token("after-token").await);
     assert_eq!(kept, tokens, "the valid tokens stay");
 
-    // As soon as the server answers, the clock is known to be the reason.
+    // When the server answers again, the operator reports the clock as the cause.
     world.issuer.clear_faults().await;
     for name in ["before", "after"] {
         world.ready(name, "False", "ClockSkew").await;
@@ -279,7 +282,7 @@ async fn our_own_clock_may_be_wrong_while_the_server_is_down_and_no_valid_token_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn our_own_clock_may_be_set_back_and_no_token_expires() {
+async fn tokens_are_refreshed_in_time_after_the_operator_clock_is_set_back() {
     let world = World::new("jump").await;
     let clock = Clock::new();
     let mut operator = Operator::start_on_clock(world.cluster, &world.selector(), &clock).await;
@@ -289,7 +292,7 @@ async fn our_own_clock_may_be_set_back_and_no_token_expires() {
         .await;
     let first = world.token("billing-token").await;
 
-    // By this clock the token is due in more than four minutes.
+    // By the new clock, the token is due in more than four minutes.
     clock.set(-240);
     operator.await_line("the clock of this machine was set").await;
     let second = world.secret_until("billing-token", |data| data["token"] != first).await;
@@ -302,39 +305,39 @@ async fn our_own_clock_may_be_set_back_and_no_token_expires() {
         "{expires_at}, exp {exp}"
     );
 
-    let noticed = || {
+    let jumps = || {
         let log = operator.log();
         log.iter()
             .filter(|l| l.contains("the clock of this machine was set"))
             .count()
     };
-    let before = noticed();
+    let before = jumps();
     clock.set(0);
-    eventually("the second jump is noticed", async || noticed() > before).await;
+    eventually("the operator detects the second jump", async || jumps() > before).await;
     world.ready("billing", "True", "Issued").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn our_own_clock_may_be_set_ahead_and_what_is_fresh_stays() {
+async fn fresh_tokens_stay_after_the_operator_clock_is_set_ahead() {
     let world = World::new("ahead").await;
     let clock = Clock::new();
-    // The objects of other tests would wake its queue before the jump is noticed, and then the wrong time counts.
+    // Objects of other tests would start reconciles with the wrong time before the operator detects the jump.
     let flags = ["--watch-namespaces", &world.name];
     let kubeconfig = &world.cluster.kubeconfig;
     let mut operator = Operator::start_in(kubeconfig, &world.selector(), &flags, &clock.environment()).await;
     world.instance().await;
-    // By the clock that comes, it is due half a minute ago.
+    // By the clock that the test sets below, the token has been due for half a minute.
     world
         .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 315}))
         .await;
     world.ready("billing", "True", "Issued").await;
-    // Nobody may be judged before the server has told its time.
+    // The operator must not decide on any token before it knows the server's time.
     let late = json!({"path": "/.well-known/openid-configuration", "latencyMillis": 1000});
     world.issuer.fault(late).await;
     clock.set(240);
     operator.await_line("the clock of this machine was set").await;
     let skew = format!("clock_skew_seconds{{zitadel_instance=\"{}\"}} -2", world.instance);
-    eventually("the server is known to be behind", async || {
+    eventually("the operator knows that the server is behind", async || {
         operator.get("/metrics").await.1.contains(&skew)
     })
     .await;

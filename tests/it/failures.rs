@@ -1,4 +1,4 @@
-//! What goes wrong is told by its own reason, and a valid token stays where it is.
+//! Failures: each has its own reason, and a valid token stays in its Secret.
 
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -12,7 +12,7 @@ use crate::support::world::{World, condition, one_token, until};
 use crate::support::{EVENTUALLY, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_older_dialect_of_a_refused_key_is_told_from_an_outage() {
+async fn key_refused_by_older_zitadel_is_distinguished_from_an_outage() {
     let world = World::new("dialect").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -41,7 +41,7 @@ async fn the_older_dialect_of_a_refused_key_is_told_from_an_outage() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_a_refresh_fails_the_old_token_stays_and_the_new_one_comes_when_it_can() {
+async fn old_token_stays_while_refresh_fails() {
     let world = World::new("outage").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -54,12 +54,12 @@ async fn while_a_refresh_fails_the_old_token_stays_and_the_new_one_comes_when_it
         .fault(json!({"path": "/oauth/v2/token", "status": 503}))
         .await;
 
-    // Ready, because the token is valid; the reason tells that its renewal fails.
+    // Ready is True because the token is valid. The reason says why its refresh fails.
     let object = world.ready("billing", "True", "ServerError").await;
     assert_eq!(condition(&object, "Stalled"), None);
     assert!(object.status.expect("a status").tokens[0].failing_since.is_some());
     assert_eq!(world.token("billing-token").await, token);
-    // It expires: the condition says so, the Secret stays.
+    // The token expires: Ready becomes False, and the Secret stays.
     world.ready("billing", "False", "ServerError").await;
     assert_eq!(world.token("billing-token").await, token);
 
@@ -71,17 +71,17 @@ async fn while_a_refresh_fails_the_old_token_stays_and_the_new_one_comes_when_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_that_is_missing_unreachable_or_another() {
+async fn unreachable_or_wrong_instance_gets_no_assertion() {
     let world = World::new("instances").await;
     let _operator = world.operator().await;
     let mut spec = world.instance_spec();
-    // Nobody listens on the discard port.
+    // Nothing listens on the discard port.
     spec["connection"]["endpoint"] = json!("http://127.0.0.1:9");
     world.apply_instance(spec.clone()).await.expect("an instance");
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "False", "InstanceUnreachable").await;
 
-    // Another ZITADEL answers there: it does not know the issuer's host.
+    // Another ZITADEL answers at the endpoint. It does not know the issuer's host.
     let other = Issuer::start(&[]);
     other.settings(json!({"externalDomain": "elsewhere.example.com"})).await;
     spec["connection"]["endpoint"] = json!(other.url);
@@ -89,20 +89,23 @@ async fn an_instance_that_is_missing_unreachable_or_another() {
     world.ready("billing", "False", "MalformedAnswer").await;
     assert!(
         other.requests().await.iter().all(|r| r.path != "/oauth/v2/token"),
-        "no assertion was sent there"
+        "no assertion was sent to the wrong instance"
     );
 
-    // The right one behind another address: the instance header names it.
+    // The right ZITADEL at another address. The instance header selects the instance.
     spec["connection"]["endpoint"] = json!(world.issuer.url.replace("127.0.0.1", "localhost"));
     world.apply_instance(spec).await.expect("an instance");
     world.ready("billing", "True", "Issued").await;
     let requests = world.issuer.requests().await;
-    let mint = requests.iter().rfind(|r| r.path == "/oauth/v2/token").expect("a mint");
+    let mint = requests
+        .iter()
+        .rfind(|r| r.path == "/oauth/v2/token")
+        .expect("a token request");
     assert_eq!(format!("http://{}", mint.instance_host), world.issuer.url);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_due() {
+async fn retry_after_holds_when_another_token_is_due() {
     let world = World::new("wait").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -125,13 +128,16 @@ async fn a_server_that_asks_to_wait_is_not_asked_again_because_another_token_is_
         token = world.secret_until("good-token", |d| d["token"] != token).await["token"].clone();
     }
     world.ready("billing", "False", "RateLimited").await;
-    let asked = world.issuer.requests().await;
-    let asked = asked.iter().filter(|r| r.scopes.iter().any(|s| s == limited)).count();
-    assert_eq!(asked, 1);
+    let requests = world.issuer.requests().await;
+    let limited_requests = requests
+        .iter()
+        .filter(|r| r.scopes.iter().any(|s| s == limited))
+        .count();
+    assert_eq!(limited_requests, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn discovery_is_not_asked_again_before_the_server_wants_it() {
+async fn discovery_waits_for_retry_after() {
     let wait = SignedDuration::from_secs(6);
     let world = World::new("later").await;
     let path = "/.well-known/openid-configuration";
@@ -144,12 +150,12 @@ async fn discovery_is_not_asked_again_before_the_server_wants_it() {
     let times = requests.map(|r| r.time.parse::<Timestamp>().expect("a time"));
     let times: Vec<Timestamp> = times.collect();
     let pause = times[1].duration_since(times[0]);
-    assert!(pause >= wait, "asked again after {pause:#}");
+    assert!(pause >= wait, "requested again after {pause:#}");
 }
 
-/// The users of an instance do not each find out that its discovery fails.
+/// The service users of an instance do not each repeat its failed discovery.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_discovery_is_shared_by_the_users_of_the_instance() {
+async fn service_users_of_an_instance_share_a_failed_discovery() {
     const USERS: usize = 24;
     let world = World::new("shared").await;
     let path = "/.well-known/openid-configuration";
@@ -166,17 +172,17 @@ async fn a_failed_discovery_is_shared_by_the_users_of_the_instance() {
     for name in &names {
         world.ready(name, "False", "ServerError").await;
     }
-    let asked = world.issuer.requests().await.len();
-    assert!(asked < USERS / 2, "{asked} requests for {USERS} objects");
+    let requests = world.issuer.requests().await.len();
+    assert!(requests < USERS / 2, "{requests} requests for {USERS} objects");
     world.issuer.clear_faults().await;
     for name in &names {
         world.ready(name, "True", "Issued").await;
     }
 }
 
-/// Its own next discovery would be five minutes later.
+/// Without the token, the instance would become ready only at its next discovery, five minutes later.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_that_gives_a_token_becomes_ready() {
+async fn issued_token_makes_its_instance_ready() {
     let world = World::new("recovered").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -197,7 +203,7 @@ async fn an_instance_that_gives_a_token_becomes_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_cause_is_told_by_its_own_reason() {
+async fn each_cause_has_its_own_reason() {
     let world = World::new("causes").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -213,7 +219,7 @@ async fn each_cause_is_told_by_its_own_reason() {
     world.key_secret("inactive-key", &short).await;
     world.ready("inactive", "False", "UserInactive").await;
 
-    // What is within each limit may be too much together.
+    // Each entry is within its limit, but together they are too large.
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("large-key", &user).await;
     let mut spec = one_token("large-token");
@@ -224,7 +230,7 @@ async fn each_cause_is_told_by_its_own_reason() {
     world.ready("large", "False", "SecretTooLarge").await;
     assert!(world.issuer.requests().await.iter().all(|r| r.user_id != user.id));
 
-    // One that is being deleted, and whose successor has the same name.
+    // The Secret is being deleted, and a new object with the same name uses it.
     world.simple("replaced", json!({"tokenType": "JWT"})).await;
     world.token("replaced-token").await;
     let finalizers = json!({"metadata": {"finalizers": ["example.com/held"]}});
@@ -251,9 +257,10 @@ async fn each_cause_is_told_by_its_own_reason() {
     world.ready("replaced", "True", "Issued").await;
 }
 
-/// Design §3.5: one at a time asks a host that is down, and all come back as soon as it works.
+/// The open circuit breaker admits one probe at a time, and all service users recover when the host does
+/// (docs/adr/0012-circuit-breaker-evidence.md).
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_that_is_down_is_asked_by_one_at_a_time() {
+async fn open_breaker_probes_a_host_with_one_request_at_a_time() {
     const USERS: usize = 24;
     let world = World::new("circuit").await;
     let _operator = world.operator().await;
@@ -273,8 +280,8 @@ async fn a_host_that_is_down_is_asked_by_one_at_a_time() {
         world.ready(name, "False", "InstanceUnreachable").await;
     }
     let requests = world.issuer.requests().await;
-    let asked = requests.iter().filter(|r| r.path == "/oauth/v2/token").count();
-    assert!(asked < USERS, "{asked} requests for {USERS} objects");
+    let count = requests.iter().filter(|r| r.path == "/oauth/v2/token").count();
+    assert!(count < USERS, "{count} requests for {USERS} objects");
 
     world.issuer.clear_faults().await;
     for name in &names {

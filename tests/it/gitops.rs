@@ -1,5 +1,5 @@
-//! What `GitOps` tools see: the verdict of kstatus (Flux, Helm) and of our health check in Argo CD, in each state that an
-//! object can be in (design §3.4), and that applying a manifest again changes nothing.
+//! `GitOps` tools: what kstatus (Flux, Helm) and this repository's Argo CD health check report for each state of an
+//! object (docs/adr/0005-status-is-output-only.md), and that applying a manifest again changes nothing.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -19,7 +19,7 @@ struct Verdict {
     message: String,
 }
 
-/// What both make of an object as the API server gives it.
+/// The verdicts of kstatus and Argo CD on an object as the API server returns it.
 fn verdict(object: &str) -> Verdict {
     let tool = part("gitops").join("gitops");
     let mut child = Command::new(tool)
@@ -37,9 +37,9 @@ fn verdict(object: &str) -> Verdict {
 
 fn stored(world: &World, kind: &str, name: &str) -> String {
     let arguments = ["get", kind, name, "-n", &world.name, "-o", "json"];
-    let (agreed, said) = world.cluster.kubectl(&arguments, "");
-    assert!(agreed, "{said}");
-    said
+    let (succeeded, output) = world.cluster.kubectl(&arguments, "");
+    assert!(succeeded, "{output}");
+    output
 }
 
 #[track_caller]
@@ -50,7 +50,7 @@ fn assert_verdict(world: &World, kind: &str, name: &str, kstatus: &str, argo: &s
     verdict.message
 }
 
-/// Sets back since when the only token has failed, so that the operator's patience has run out.
+/// Moves `failingSince` of the only token back, past the time after which the operator reports `Stalled`.
 async fn failing_for_long(world: &World, name: &str) {
     let long_ago = Timestamp::now() - SignedDuration::from_mins(6);
     let mut status = world.users().get(name).await.expect("there").status.expect("a status");
@@ -73,14 +73,14 @@ async fn instance_that_allows(world: &World, audiences: Value) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_roll_out_waits_for_a_key_that_comes_later() {
+async fn rollout_waits_for_a_key_secret_that_is_created_later() {
     let world = World::new("late").await;
     world.instance().await;
     world
         .service_user("billing", one_token("billing-token"))
         .await
         .expect("accepted");
-    // Nobody has looked yet: without a status, kstatus would call it done.
+    // The operator has not reconciled yet. Without the default status, kstatus would report Current.
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
     assert_verdict(&world, "zi", &world.instance, "InProgress", "Progressing");
 
@@ -94,7 +94,7 @@ async fn a_roll_out_waits_for_a_key_that_comes_later() {
     world.ready("billing", "True", "Issued").await;
     assert_verdict(&world, "zsu", "billing", "Current", "Healthy");
 
-    // A new version of it, which nobody has looked at.
+    // A new generation that the operator has not reconciled.
     operator.terminate().await;
     let mut spec = one_token("billing-token");
     spec["tokens"][0]["projectRoles"] = json!(true);
@@ -106,7 +106,7 @@ async fn a_roll_out_waits_for_a_key_that_comes_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_lasts_is_told_as_a_failure_and_mended_as_a_success() {
+async fn lasting_failure_is_reported_as_failed_and_its_fix_as_healthy() {
     let world = World::new("lasting").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -123,13 +123,13 @@ async fn what_lasts_is_told_as_a_failure_and_mended_as_a_success() {
     world.ready("billing", "True", "Issued").await;
     assert_verdict(&world, "zsu", "billing", "Current", "Healthy");
 
-    // Access is withdrawn: the token stays where it is, and is not told as good.
+    // A policy withdraws access: the token stays in its Secret, and the object is not Ready.
     instance_that_allows(&world, json!({})).await;
     world.ready("billing", "False", "AccessDenied").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
     failing_for_long(&world, "billing").await;
     assert_verdict(&world, "zsu", "billing", "Failed", "Degraded");
-    // A new version gets the same patience again.
+    // A new generation starts the time until `Stalled` again.
     world
         .service_user("billing", one_token("billing-other"))
         .await
@@ -142,7 +142,7 @@ async fn what_lasts_is_told_as_a_failure_and_mended_as_a_success() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_is_no_failure_of_a_roll_out() {
+async fn outage_does_not_fail_a_rollout() {
     let world = World::new("outages").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -153,7 +153,7 @@ async fn an_outage_is_no_failure_of_a_roll_out() {
     world.key_secret("billing-key", &user).await;
     let apply = async |roles: bool, suspend: bool| {
         let mut spec = one_token("billing-token");
-        // Due early, so that there is time to look around before it expires.
+        // The refresh is due early, which leaves the test time before the token expires.
         spec["tokens"][0]["renewBeforePercentage"] = json!(75);
         spec["tokens"][0]["projectRoles"] = json!(roles);
         spec["suspend"] = json!(suspend);
@@ -165,17 +165,17 @@ async fn an_outage_is_no_failure_of_a_roll_out() {
         .issuer
         .fault(json!({"path": "/oauth/v2/token", "status": 503}))
         .await;
-    // The token is valid, and its renewal fails.
+    // The token is valid, and its refresh fails.
     world.ready("billing", "True", "ServerError").await;
     let message = assert_verdict(&world, "zsu", "billing", "Current", "Healthy");
-    assert!(message.contains("error of its own"), "{message}");
-    // A token of other inputs is not what is asked for.
+    assert!(message.contains("returned an internal error"), "{message}");
+    // After a change of the spec, the old token no longer matches it.
     apply(true, false).await;
     world.ready("billing", "False", "ServerError").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
     apply(false, false).await;
     world.ready("billing", "True", "ServerError").await;
-    // It expires: on its way still, however long that takes.
+    // The token expires. The object stays InProgress during an outage of any length.
     world.ready("billing", "False", "ServerError").await;
     assert_verdict(&world, "zsu", "billing", "InProgress", "Progressing");
 
@@ -192,11 +192,11 @@ async fn an_outage_is_no_failure_of_a_roll_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_that_does_not_answer_is_degraded() {
+async fn unreachable_instance_is_degraded() {
     let world = World::new("degraded").await;
     let _operator = world.operator().await;
     let mut spec = world.instance_spec();
-    // Nobody listens on the discard port.
+    // Nothing listens on the discard port.
     spec["connection"]["endpoint"] = json!("http://127.0.0.1:9");
     world.apply_instance(spec).await.expect("an instance");
     world.instance_ready("False", "InstanceUnreachable").await;
@@ -206,7 +206,7 @@ async fn an_instance_that_does_not_answer_is_degraded() {
     assert_verdict(&world, "zi", &world.instance, "Current", "Healthy");
 }
 
-/// The manifests of `examples/`, made for this world.
+/// The manifests of `examples/`, adapted to this world.
 fn examples(world: &World) -> String {
     let example = |file: &str| {
         let path = format!("{}/examples/{file}", env!("CARGO_MANIFEST_DIR"));
@@ -227,24 +227,24 @@ fn examples(world: &World) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn applying_a_manifest_again_changes_nothing() {
-    for how in [&[][..], &["--server-side"][..]] {
+async fn reapplying_a_manifest_changes_nothing() {
+    for flags in [&[][..], &["--server-side"][..]] {
         let world = World::new("drift").await;
         let manifest = examples(&world);
         let kubectl = |verb: &str| {
-            let arguments = [&[verb, "-f", "-"], how].concat();
+            let arguments = [&[verb, "-f", "-"], flags].concat();
             world.cluster.kubectl(&arguments, &manifest)
         };
-        let (agreed, said) = kubectl("apply");
-        assert!(agreed, "{said}");
+        let (succeeded, output) = kubectl("apply");
+        assert!(succeeded, "{output}");
         let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
         world.key_secret("billing-key", &user).await;
         let _operator = world.operator().await;
         world.ready("billing", "True", "Issued").await;
         world.instance_ready("True", "InstanceReady").await;
-        // Exit code 0: no difference, by a dry run on the API server.
+        // `kubectl diff` compares by a dry run on the API server. Exit code 0 means no difference.
         let (same, difference) = kubectl("diff");
-        assert!(same && difference.is_empty(), "{how:?}: {difference}");
+        assert!(same && difference.is_empty(), "{flags:?}: {difference}");
         let versions = || {
             ["zsu/billing".to_owned(), format!("zi/{}", world.instance)].map(|object| {
                 let path = "jsonpath={.metadata.generation} {.metadata.resourceVersion}";
@@ -255,21 +255,21 @@ async fn applying_a_manifest_again_changes_nothing() {
             })
         };
         let before = versions();
-        let (agreed, said) = kubectl("apply");
-        assert!(agreed, "{said}");
-        assert_eq!(versions(), before, "{how:?}");
+        let (succeeded, output) = kubectl("apply");
+        assert!(succeeded, "{output}");
+        assert_eq!(versions(), before, "{flags:?}");
         assert_eq!(world.issuer.mints().await, 1);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_whole_spec_comes_back_as_it_was_written() {
+async fn spec_is_stored_as_written() {
     let world = World::new("whole").await;
     let _operator = world.operator().await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("full-key", &user).await;
-    // Every field, and values that a tool might make prettier.
+    // Every field, with values that a tool might normalize.
     let manifest = json!({
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser",
         "metadata": {"name": "full", "namespace": world.name},
@@ -284,12 +284,16 @@ async fn the_whole_spec_comes_back_as_it_was_written() {
         },
     })
     .to_string();
-    for how in [&[][..], &["--server-side", "--force-conflicts"][..]] {
-        let (agreed, said) = world.cluster.kubectl(&[&["apply", "-f", "-"], how].concat(), &manifest);
-        assert!(agreed, "{said}");
+    for flags in [&[][..], &["--server-side", "--force-conflicts"][..]] {
+        let (succeeded, output) = world
+            .cluster
+            .kubectl(&[&["apply", "-f", "-"], flags].concat(), &manifest);
+        assert!(succeeded, "{output}");
         world.ready("full", "True", "Issued").await;
-        let (same, difference) = world.cluster.kubectl(&[&["diff", "-f", "-"], how].concat(), &manifest);
-        assert!(same && difference.is_empty(), "{how:?}: {difference}");
+        let (same, difference) = world
+            .cluster
+            .kubectl(&[&["diff", "-f", "-"], flags].concat(), &manifest);
+        assert!(same && difference.is_empty(), "{flags:?}: {difference}");
         world
             .users()
             .delete("full", &DeleteParams::default())

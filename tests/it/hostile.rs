@@ -1,5 +1,5 @@
-//! Objects that no honest tool writes: each is told or repaired, stops no other, and panics nothing. They are read and
-//! written as plain JSON, since kube's types cannot.
+//! Invalid and malicious objects. The operator reports or repairs each, serves all other objects, and does not panic.
+//! The tests read and write them as plain JSON, because kube's types cannot represent them.
 
 use std::collections::BTreeSet;
 
@@ -18,21 +18,21 @@ use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
 use crate::support::world::{PROJECT, World, claims, condition, everything, one_token};
 
-/// RFC 3339, so that Kubernetes takes it; past the last moment that jiff can count.
+/// A valid RFC 3339 time, so Kubernetes accepts it, but later than the last time that jiff can represent.
 const NO_MOMENT: &str = "9999-12-31T23:59:59Z";
 
 const TOKEN: &str = "/oauth/v2/token";
 
-/// An object's name, and what is odd about it.
+/// An object's name, and the change that makes it invalid.
 type Odd = (&'static str, fn(&mut Value));
 
-/// No pass panicked.
-fn assert_calm(operator: &Operator) {
+/// Checks that no reconcile panicked.
+fn assert_no_panic(operator: &Operator) {
     let panics: Vec<_> = operator.log().into_iter().filter(|l| l.contains("panic")).collect();
     assert!(panics.is_empty(), "{panics:?}");
 }
 
-/// A collection of the API, as plain JSON.
+/// A collection of API objects, read and written as plain JSON.
 struct Raw {
     client: Client,
     path: String,
@@ -69,7 +69,7 @@ impl Raw {
         created.expect("created")
     }
 
-    /// Without its `managedFields`, which may be deeper than can be read.
+    /// Reads an object without its `managedFields`, which may be nested too deeply to parse.
     async fn get(&self, name: &str) -> Value {
         let request = self.request().get(name, &GetParams::default());
         let got: Guarded<Value> = self.client.request(request.expect("a request")).await.expect("there");
@@ -99,10 +99,10 @@ impl Raw {
         patched.expect("patched");
     }
 
-    /// Says when an object's label was set, as a restore from a backup does: who writes an object may say so. And says
-    /// it as deep as no JSON reader of ours goes.
+    /// Sets `managedFields` with this time, as a restore from a backup does: every client that writes an object may set
+    /// them. They are nested more deeply than the operator's JSON parser allows.
     async fn set_managed_fields(&self, name: &str, time: &str, depth: usize) {
-        // First, since what changes a field is noted with the real time.
+        // The label is set first, because the API server records a changed field with the real time.
         self.patch(name, &json!({"metadata": {"labels": {"a": "b"}}})).await;
         let mut object = self.get(name).await;
         object["metadata"]["managedFields"] = json!([{
@@ -150,12 +150,12 @@ fn service_user(world: &World, name: &str, change: impl FnOnce(&mut Value)) -> V
     })
 }
 
-/// A name of this many characters that begins so.
+/// A name of this length with this beginning.
 fn long(beginning: &str, length: usize) -> String {
     format!("{beginning:n<length$}")
 }
 
-/// A cluster whose CRDs let everything through; its end is that of the process.
+/// A cluster whose CRDs accept every spec and status. It runs until the process ends.
 async fn relaxed() -> &'static Cluster {
     static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
     let start = async || {
@@ -167,14 +167,14 @@ async fn relaxed() -> &'static Cluster {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_object_that_cannot_be_read_stops_no_other() {
+async fn unreadable_object_does_not_affect_others() {
     let world = World::on(relaxed().await, "unreadable", Issuer::start(&[])).await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("shared-key", &user).await;
     let users = Raw::users(&world);
 
-    // All this is there before the operator, which must get through its first lists.
+    // All these objects exist before the operator starts, so they are in its first lists.
     let unreadable: [Odd; 5] = [
         ("no-spec", |spec| *spec = json!({})),
         ("no-list", |spec| spec["tokens"] = json!("main")),
@@ -205,7 +205,7 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     for name in [&odd, &world.name] {
         namespaces.set_managed_fields(name, NO_MOMENT, 200).await;
     }
-    // These cannot be read by who reads too much of them.
+    // Only a reader that parses more of these than it needs fails on them.
     for name in ["restored", "status"] {
         users.create(&service_user(&world, name, |_| {})).await;
     }
@@ -217,7 +217,7 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     users
         .patch_status("status", &json!({"tokens": [[]], "conditions": 7, "expiresAt": "soon"}))
         .await;
-    // What Kubernetes would refuse as a Secret, or at all under our schema.
+    // Templates that the CRD schema refuses and that do not make a valid Secret.
     let invalid: [Odd; 4] = [
         ("data-key", |template| template["a/b"] = json!("x")),
         ("data-path", |template| template[".."] = json!("x")),
@@ -245,13 +245,13 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
     for (name, _) in unreadable {
         let line = operator.await_line(&not_served(name)).await;
         assert!(line.contains("WARN"), "{line}");
-        // Without an instance nobody knows whose it is.
+        // Without an instance, the operator does not know whether it serves the object, so it writes no status.
         if name != "no-spec" {
             users.ready(name, "False", "ObjectUnreadable").await;
         }
     }
 
-    // One that was served becomes unreadable: it is left alone, and those beside it go on.
+    // An object that the operator served becomes unreadable. The operator leaves it alone and serves the others.
     let secret = |policy: &str| json!({"spec": {"tokens": [{"name": "main", "projectIDs": [PROJECT], "secret": {"name": "restored-token", "deletionPolicy": policy}}]}});
     users.patch("restored", &secret("Shred")).await;
     operator.await_line(&not_served("restored")).await;
@@ -261,30 +261,30 @@ async fn one_object_that_cannot_be_read_stops_no_other() {
         .await;
     world.sentinel().await;
     let token = world.token("restored-token").await;
-    // Mended, they are served.
+    // After a fix, the operator serves them.
     users.patch("restored", &secret("Retain")).await;
     users.ready("restored", "True", "Issued").await;
     assert_eq!(world.token("restored-token").await, token);
-    let mended = service_user(&world, "no-spec", |_| {});
-    users.patch("no-spec", &json!({"spec": mended["spec"]})).await;
+    let fixed = service_user(&world, "no-spec", |_| {});
+    users.patch("no-spec", &json!({"spec": fixed["spec"]})).await;
     users.ready("no-spec", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 3);
 
-    assert_calm(&operator);
-    let warned = |line: &&String| line.contains("WARN") && line.contains("could not be written");
-    assert_eq!(operator.log().iter().find(warned), None);
+    assert_no_panic(&operator);
+    let write_failed = |line: &&String| line.contains("WARN") && line.contains("could not be written");
+    assert_eq!(operator.log().iter().find(write_failed), None);
 }
 
-/// A schema that lets them through must not lead to a URL with them in it.
+/// Even if the schema accepts an invalid name, the operator puts it into no URL.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_that_is_none_is_never_asked_for() {
+async fn invalid_secret_names_are_never_requested() {
     let cluster = relaxed().await;
     let world = World::on(cluster, "names", Issuer::start(&[])).await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("shared-key", &user).await;
     let users = Raw::users(&world);
-    let mut odd_names = Vec::new();
+    let mut names = Vec::new();
     for odd in [
         "../../default/secrets/k",
         "a/b",
@@ -297,41 +297,41 @@ async fn a_name_that_is_none_is_never_asked_for() {
         &"n".repeat(300),
     ] {
         for field in ["token", "key"] {
-            let name = format!("name-{}", odd_names.len());
+            let name = format!("name-{}", names.len());
             let object = service_user(&world, &name, |spec| match field {
                 "token" => spec["tokens"][0]["secret"]["name"] = json!(odd),
                 _ => spec["keySecretRef"]["name"] = json!(odd),
             });
             users.create(&object).await;
-            odd_names.push(name);
+            names.push(name);
         }
     }
     let operator = world.operator().await;
-    for name in &odd_names {
+    for name in &names {
         users.ready(name, "False", "InvalidSpec").await;
     }
-    let asked = cluster
+    let requested = cluster
         .audit
         .requests(&world.name)
         .into_iter()
         .chain(cluster.audit.requests("default"));
-    let asked: Vec<_> = asked
+    let requested: Vec<_> = requested
         .filter(|r| r.resource == "secrets" && r.verb == "get")
         .map(|r| r.name)
         .collect();
     assert!(
-        asked
+        requested
             .iter()
             .all(|name| name.ends_with("-token") || name == "shared-key"),
-        "{asked:?}"
+        "{requested:?}"
     );
     assert_eq!(world.issuer.mints().await, 0);
-    assert_calm(&operator);
+    assert_no_panic(&operator);
 }
 
-/// An instance that cannot be read gives no right that it gave before.
+/// An instance that becomes unreadable no longer allows what it allowed before.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_that_cannot_be_read_gives_no_rights() {
+async fn unreadable_instance_allows_nothing() {
     let world = World::on(relaxed().await, "unreadable-instance", Issuer::start(&[])).await;
     let operator = world.operator().await;
     world.instance().await;
@@ -354,10 +354,10 @@ async fn an_instance_that_cannot_be_read_gives_no_rights() {
     instances.ready(&world.instance, "True", "InstanceReady").await;
     users.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 2);
-    assert_calm(&operator);
+    assert_no_panic(&operator);
 }
 
-/// A policy that cannot be decoded allows nothing that it allowed before, and does not affect other policies.
+/// A policy that becomes undecodable no longer allows what it allowed before. Other policies stay in effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn undecodable_policy_allows_nothing() {
     let world = World::on(relaxed().await, "undecodable-policy", Issuer::start(&[])).await;
@@ -388,17 +388,17 @@ async fn undecodable_policy_allows_nothing() {
         world.ready("billing", "True", "Issued").await;
     }
     assert_eq!(world.issuer.mints().await, 2);
-    assert_calm(&operator);
+    assert_no_panic(&operator);
 }
 
-/// An operator whose platform team allows these labels and annotations too.
+/// An operator with this entry in its allow list for labels and annotations.
 async fn with_metadata(world: &World, entry: &str) -> Operator {
     let flags = ["--allow-secret-metadata", entry];
     Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everything_at_its_limit_is_served() {
+async fn objects_at_every_limit_are_served() {
     let base = World::new("limits").await;
     let pad = 63 - base.name.len() - 1;
     let world = World::beside(&base, &"n".repeat(pad))
@@ -423,7 +423,8 @@ async fn everything_at_its_limit_is_served() {
         })
     });
     let mut tokens: Vec<Value> = tokens.collect();
-    // Four bytes are one character for the limits of one text, and four for that of all: a Secret of about 120 KiB.
+    // A four-byte character counts as one in the limit of a single text, and as four in the limit of all texts. The
+    // result is a Secret of about 120 KiB.
     let wide = |count: usize, key: &str, length: usize| -> Value {
         let entries = (0..count).map(|i| (format!("{key}{i}"), json!("𝄞".repeat(length))));
         Value::Object(entries.collect())
@@ -453,12 +454,12 @@ async fn everything_at_its_limit_is_served() {
     }
     assert!(world.events(&name).await.contains("Normal Issued"));
     assert_eq!(world.issuer.mints().await, 16);
-    assert_calm(&operator);
+    assert_no_panic(&operator);
 }
 
-/// Design §2.2: literal substitution of five names, and nothing else is looked at.
+/// The operator substitutes five names literally, and interprets nothing else.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_template_is_literal_text_whatever_is_in_it() {
+async fn template_text_is_literal_except_for_its_placeholders() {
     let world = World::new("templates").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -510,16 +511,16 @@ async fn a_template_is_literal_text_whatever_is_in_it() {
             "{text}"
         );
     }
-    // No line more than the author wrote.
+    // The operator adds no line breaks.
     for key in ["token", "token_type", "issuer", "expires_at"] {
         assert!(data[key].bytes().all(|b| b.is_ascii_graphic()), "{key}");
     }
     world.ready("billing", "True", "Issued").await;
-    assert_calm(&operator);
+    assert_no_panic(&operator);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_somebody_writes_into_status_and_record_is_written_over() {
+async fn edited_status_and_record_are_overwritten() {
     let world = World::new("edits").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -548,7 +549,7 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
     let good = world.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, records.len());
 
-    // Each costs the one mint that an edited record costs.
+    // Each edited record costs one token request.
     let record = "zitadel-tokens.dev/record";
     for (i, change) in records.iter().enumerate() {
         let before = world.secrets().get(&secret(i)).await.expect("there");
@@ -574,10 +575,10 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
     assert_eq!(world.issuer.mints().await, 2 * records.len());
 
     let users = Raw::users(&world);
-    // The status of the last one comes after its Secret.
+    // The operator writes the status of the last token after its Secret.
     let last = secret(records.len() - 1);
     let last = world.secret_until(&last, |_| true).await["expires_at"].clone();
-    eventually("told", async || {
+    eventually("the status shows the last token", async || {
         let status = &users.get("billing").await["status"];
         status["tokens"][records.len() - 1]["expiresAt"] == last
     })
@@ -615,8 +616,8 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
         |object: &zitadel_tokens::api::ZitadelServiceUser| object.status.as_ref().and_then(|s| s.user_id.clone());
     assert_eq!(user_id(&object), user_id(&good));
 
-    // The same while no operator is there to see it happen.
-    assert_calm(&operator);
+    // The same edits while no operator runs.
+    assert_no_panic(&operator);
     operator.kill();
     users.patch_status("billing", &statuses[2]).await;
     users.patch_status("billing", &statuses[4]).await;
@@ -624,12 +625,13 @@ async fn what_somebody_writes_into_status_and_record_is_written_over() {
     repaired(&statuses[4]).await;
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, 2 * records.len());
-    assert_calm(&operator);
+    assert_no_panic(&operator);
 }
 
-/// An object has room for 256 KiB of annotations, its Secret too: what is taken over must fit beside all others.
+/// An object has room for 256 KiB of annotations, and so has its Secret. What the operator copies to the Secret must
+/// fit beside all other annotations.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_renew_request_of_any_length_is_served_once() {
+async fn renew_request_of_any_length_is_handled_once() {
     let world = World::new("request").await;
     let operator = with_metadata(&world, "example.com/*").await;
     world.instance().await;
@@ -650,17 +652,18 @@ async fn a_renew_request_of_any_length_is_served_once() {
     }
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, 4);
-    assert_calm(&operator);
+    assert_no_panic(&operator);
 }
 
-/// Nothing of an answer is passed on: what a server, or somebody on the way, writes would be read by others.
+/// The operator quotes no part of an answer. Otherwise a malicious server or proxy could write text that other people
+/// read.
 #[tokio::test(flavor = "multi_thread")]
-async fn no_word_of_an_answer_is_seen_anywhere() {
+async fn no_output_quotes_a_server_answer() {
     let world = World::new("words").await;
     let flags = ["--log-level", "trace"];
     let operator = Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await;
     world.instance().await;
-    // The first to be served learns the id of the ZITADEL project.
+    // With the first token, the operator learns the id of the ZITADEL project.
     world.simple("first", json!({"tokenType": "JWT"})).await;
     world.token("first-token").await;
     let jwt = |claims: Value| {
@@ -712,12 +715,12 @@ async fn no_word_of_an_answer_is_seen_anywhere() {
         );
     }
 
-    // And a date that makes every moment after it one too many.
+    // A `Date` so late that no later time can be represented.
     let headers = json!({"Date": "Thu, 30 Dec 9999 21:59:59 GMT", "Retry-After": "canary"});
     for path in [TOKEN, "/.well-known/openid-configuration"] {
         world.issuer.fault(json!({"path": path, "headers": headers})).await;
     }
-    // Another way to the server has it looked at.
+    // A changed connection makes the operator run discovery again.
     let mut spec = world.instance_spec();
     spec["connection"]["timeout"] = json!("9s");
     world.apply_instance(spec).await.expect("an instance");
@@ -738,9 +741,9 @@ async fn no_word_of_an_answer_is_seen_anywhere() {
         ("log", operator.log().join("\n")),
     ];
     for (place, text) in places {
-        assert!(!text.to_lowercase().contains("canary"), "an answer is in the {place}");
+        assert!(!text.to_lowercase().contains("canary"), "the {place} quotes an answer");
     }
-    assert_calm(&operator);
+    assert_no_panic(&operator);
     world.issuer.clear_faults().await;
     world.ready("late", "True", "Issued").await;
 }

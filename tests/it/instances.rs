@@ -1,4 +1,4 @@
-//! Instances: how a ZITADEL is reached, and what is said of it.
+//! Instances: how the operator connects to ZITADEL, and the status of the instance.
 
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::Api;
@@ -12,7 +12,7 @@ use crate::support::operator::Operator;
 use crate::support::world::{World, one_token, until};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
+async fn private_ca_is_accepted_inline_from_a_config_map_and_from_a_secret() {
     let world = World::with_issuer("ca", Issuer::start(&["--tls"])).await;
     let home = format!("{}-home", world.name);
     world.namespace(&home).await;
@@ -32,7 +32,7 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
     world.instance_ready("True", "InstanceReady").await;
     world.ready("billing", "True", "Issued").await;
 
-    // What a reference names may come later; it is read in the operator's namespace.
+    // The operator reads the referenced object in its own namespace. The object may be created later.
     connect(json!({"caConfigMapRef": {"name": "zitadel-ca"}})).await;
     world.instance_ready("False", "CABundleUnusable").await;
     let apply = PatchParams::apply("tests").force();
@@ -57,17 +57,17 @@ async fn a_private_ca_inline_in_a_config_map_and_in_a_secret() {
         .expect("written");
     connect(json!({"caSecretRef": {"name": "zitadel-ca", "key": "root.pem"}})).await;
     world.instance_ready("True", "InstanceReady").await;
-    // The way changed and the token did not: nothing is minted for that.
+    // A changed connection costs no token request.
     assert_eq!(world.issuer.mints().await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_name_in_the_certificate_may_differ_from_the_dialled_host() {
+async fn tls_server_name_may_differ_from_the_endpoint_host() {
     let world = World::with_issuer("sni", Issuer::start(&["--tls"])).await;
     let _operator = world.operator().await;
     let port = world.issuer.url.rsplit(':').next().expect("a port").to_owned();
     let mut spec = world.instance_spec();
-    // 127.0.0.2 leads to the same server, and its certificate does not name it.
+    // The same server listens on 127.0.0.2, but its certificate does not contain this address.
     spec["connection"] = json!({"caBundle": world.issuer.ca, "endpoint": format!("https://127.0.0.2:{port}")});
     world.apply_instance(spec.clone()).await.expect("an instance");
     let refused = until(
@@ -92,7 +92,7 @@ async fn the_name_in_the_certificate_may_differ_from_the_dialled_host() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_shows_in_the_status_and_so_does_its_end() {
+async fn instance_status_shows_an_outage_and_its_end() {
     let world = World::new("seen").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -109,7 +109,7 @@ async fn an_outage_shows_in_the_status_and_so_does_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pinned_project_id_that_differs_stops_everything() {
+async fn pinned_project_id_mismatch_stops_token_requests() {
     let world = World::new("pinned").await;
     let _operator = world.operator().await;
     world
@@ -131,7 +131,7 @@ async fn a_pinned_project_id_that_differs_stops_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_user_in_the_operators_own_namespace_is_refused() {
+async fn service_user_in_the_operator_namespace_is_refused() {
     let world = World::new("home").await;
     world.instance().await;
     let flags = ["--namespace", &world.name];
@@ -142,7 +142,7 @@ async fn a_service_user_in_the_operators_own_namespace_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_leaves_the_instances_of_another_alone() {
+async fn operator_ignores_service_users_of_unselected_instances() {
     let world = World::new("mine").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -156,7 +156,7 @@ async fn an_operator_leaves_the_instances_of_another_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn service_users_can_be_selected_by_instance_and_by_key_secret() {
+async fn field_selectors_find_service_users_by_instance_and_key_secret() {
     let world = World::new("select").await;
     for name in ["one", "two"] {
         world

@@ -1,4 +1,4 @@
-//! Each way in which a key Secret can be wrong is told by its own reason, with what mends it.
+//! Each kind of unusable key Secret has its own reason, and a message with the remedy.
 
 use serde_json::{Value, json};
 use zitadel_tokens::domain::reason::Reason;
@@ -26,7 +26,7 @@ async fn each_wrong_key_secret_has_its_own_reason() {
     let (removed_id, removed) = world.issuer.key(&user.id, json!({})).await;
     world.issuer.remove_key(&user.id, &removed_id).await;
 
-    // Name, data of the Secret, the entry that is named, and the reason; without a reason it works.
+    // Name, data of the Secret, `spec.keySecretRef.key`, and the reason. Without a reason, the key is usable.
     #[rustfmt::skip]
     let cases: Vec<(&str, Value, Option<&str>, Option<Reason>)> = vec![
         ("any-name", json!({"billing": good}), None, None),
@@ -66,19 +66,19 @@ async fn each_wrong_key_secret_has_its_own_reason() {
         };
         let object = world.ready(name, "False", reason.name()).await;
         for kind in ["Ready", "KeyValid"] {
-            let (status, told, message) = condition(&object, kind).expect(kind);
-            assert_eq!((status, told), ("False", reason.name()), "{name} {kind}");
+            let (status, actual, message) = condition(&object, kind).expect(kind);
+            assert_eq!((status, actual), ("False", reason.name()), "{name} {kind}");
             assert!(message.contains(reason.remedy()), "{name} {kind}: {message}");
         }
     }
 
-    // The Secret arrives, or is mended, after the object, as in many pipelines.
+    // The Secret is created or fixed after the object, as in many pipelines.
     for name in ["missing", "cut-off", "short"] {
         world.secret(&format!("{name}-key"), json!({"k": good})).await;
         world.ready(name, "True", "Issued").await;
     }
 
-    // A token Secret of ours is no key, whatever is in it; the object that it belongs to is another one.
+    // The operator does not read a token Secret of another service user as a key, whatever its content.
     let mut spec = one_token("borrowed-token");
     spec["keySecretRef"] = json!({"name": "any-name-token", "key": "token"});
     world.service_user("borrowed", spec).await.expect("accepted");

@@ -1,4 +1,4 @@
-//! Replicas that stand by for each other. Crashes and partitions take as long as a lease: tests/soak/failover.rs.
+//! Leader election between replicas. Crashes and partitions take as long as a lease lasts: see tests/soak/failover.rs.
 
 use std::time::{Duration, Instant};
 
@@ -10,26 +10,26 @@ use crate::support::operator::Operator;
 use crate::support::replicas::Replicas;
 use crate::support::world::World;
 
-/// A lease that was not given back lasts longer: 14 s from its last renewal, and one is renewed every 3 s. That it takes
-/// moments is for the soak test, which has the machine for itself.
+/// Shorter than the time until an unreleased lease expires: 14 s from its last renewal, which happens every 3 s. The
+/// soak test, which has the machine to itself, checks that the handover takes only moments.
 const HANDED_OVER: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_that_start_together_one_leads_and_the_other_takes_over_when_it_ends() {
+async fn one_of_two_replicas_leads_and_the_standby_takes_over_when_it_stops() {
     let world = World::new("leaders").await;
     let replicas = Replicas::of(&world).await;
     let (a, b) = tokio::join!(replicas.start("a"), replicas.start("b"));
-    let one = async || {
-        let led = |o: &Operator| o.log().iter().any(|l| l.contains(" leading"));
-        led(&a) || led(&b)
+    let has_leader = async || {
+        let leads = |o: &Operator| o.log().iter().any(|l| l.contains("this replica is now the leader"));
+        leads(&a) || leads(&b)
     };
-    eventually("one leads", one).await;
+    eventually("one replica leads", has_leader).await;
     let (name, leader, other, standby) = match replicas.leader().await.as_deref() {
         Some("a") => ("a", a, "b", b),
         Some("b") => ("b", b, "a", a),
         leader => panic!("{leader:?} leads"),
     };
-    // Longer than a lease lasts: a mint may begin all the same.
+    // The timeout is longer than a lease lasts. A token request may start nevertheless.
     let mut spec = world.instance_spec();
     spec["connection"]["timeout"] = json!("60s");
     world.apply_instance(spec).await.expect("an instance");
@@ -37,7 +37,7 @@ async fn of_two_that_start_together_one_leads_and_the_other_takes_over_when_it_e
     world.ready("billing", "True", "Issued").await;
     world.sentinel().await;
 
-    // It watches and does nothing, and nothing there is late.
+    // The standby watches but reconciles nothing, and reports no overdue work.
     assert_eq!(standby.get("/readyz").await, (200, "ok\n".to_owned()));
     assert!(leader.passes().await > 0);
     assert_eq!(standby.passes().await, 0);
@@ -46,13 +46,13 @@ async fn of_two_that_start_together_one_leads_and_the_other_takes_over_when_it_e
     assert!(metrics.contains(oldest), "{metrics}");
     let transitions = replicas.led_by(name).await.lease_transitions;
 
-    // Whoever deletes the Lease frees nothing: its holder, who does not know yet, makes it anew.
+    // Deleting the Lease does not end leadership: the leader creates it again.
     let deleted = replicas
         .leases()
         .delete("zitadel-tokens", &DeleteParams::default())
         .await;
     deleted.expect("deleted");
-    eventually("made anew", async || {
+    eventually("the leader creates the Lease again", async || {
         let lease = replicas.leases().get_opt("zitadel-tokens").await;
         lease.expect("readable").is_some()
     })
@@ -66,15 +66,18 @@ async fn of_two_that_start_together_one_leads_and_the_other_takes_over_when_it_e
     let took = ended.elapsed();
     assert!(took < HANDED_OVER, "{took:?}");
     assert_eq!(spec.lease_transitions, transitions.map(|n| n + 1));
-    assert!(log.iter().any(|l| l.contains("the lease was given back")), "{log:?}");
-    eventually("renewed", async || world.issuer.mints().await == 2).await;
+    assert!(log.iter().any(|l| l.contains("lease released")), "{log:?}");
+    eventually("the new leader refreshes the token", async || {
+        world.issuer.mints().await == 2
+    })
+    .await;
     println!(
-        "led by the other after {:.1} s, renewed after {:.1} s",
+        "the standby led after {:.1} s and refreshed the token after {:.1} s",
         took.as_secs_f64(),
         ended.elapsed().as_secs_f64()
     );
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, 2);
     let log = standby.terminate().await;
-    assert!(log.iter().any(|l| l.contains("the lease was given back")), "{log:?}");
+    assert!(log.iter().any(|l| l.contains("lease released")), "{log:?}");
 }

@@ -1,5 +1,5 @@
-//! What a user would notice, on a real API server and the ZITADEL stand-in. One control plane for all; each test has
-//! its own namespace, instance, issuer and operator.
+//! Integration tests of behaviour that users see, with a real API server and the ZITADEL stand-in. All tests share one
+//! control plane. Each test has its own namespace, instance, issuer and operator.
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]

@@ -11,7 +11,7 @@ use crate::support::EVENTUALLY;
 use crate::support::world::{PROJECT, World, claims, condition, one_token, until};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_with_the_right_audience_is_in_the_secret() {
+async fn secret_holds_a_token_with_the_requested_audience() {
     let world = World::new("main-job").await;
     let mut operator = world.operator().await;
     world.instance().await;
@@ -43,7 +43,7 @@ async fn a_token_with_the_right_audience_is_in_the_secret() {
     );
     assert_eq!(Some(&owner.uid), object.metadata.uid.as_ref());
 
-    // What an operator of the cluster reads at the usual level: each change once.
+    // At the default log level, the log has one line for each change of the outcome.
     world
         .secrets()
         .delete("billing-key", &DeleteParams::default())
@@ -53,18 +53,18 @@ async fn a_token_with_the_right_audience_is_in_the_secret() {
     let lines = operator.log();
     let lines = lines
         .iter()
-        .filter(|line| line.contains("INFO") && line.contains("the outcome changed"));
-    let told: Vec<_> = lines.filter_map(|line| line.split("object=").nth(1)).collect();
+        .filter(|line| line.contains("INFO") && line.contains("token outcome changed"));
+    let logged: Vec<_> = lines.filter_map(|line| line.split("object=").nth(1)).collect();
     let line = |reason: &str| format!(r#"{}/billing token="main" reason="{reason}""#, world.name);
-    assert_eq!(told, [line("Issued"), line("KeySecretMissing")]);
+    assert_eq!(logged, [line("Issued"), line("KeySecretMissing")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_opaque_token_and_the_zitadel_api() {
+async fn opaque_token_for_the_zitadel_api_is_issued() {
     let world = World::new("opaque").await;
     let _operator = world.operator().await;
     world.instance().await;
-    // BEARER is what ZITADEL gives a service user unless it is told otherwise.
+    // BEARER is ZITADEL's default token type for a service user.
     let user = world.issuer.user(json!({"tokenType": "BEARER"})).await;
     world.key_secret("api-key", &user).await;
     let spec = json!({"tokens": [{"name": "api", "zitadelAPI": true, "scopes": [], "secret": {"name": "api-token"}}]});
@@ -74,7 +74,10 @@ async fn an_opaque_token_and_the_zitadel_api() {
     let status = world.ready("api", "True", "Issued").await.status.expect("a status");
     assert_eq!(status.tokens[0].format.as_deref(), Some("Opaque"));
     let requests = world.issuer.requests().await;
-    let mint = requests.iter().find(|r| r.access_token == token).expect("the mint");
+    let mint = requests
+        .iter()
+        .find(|r| r.access_token == token)
+        .expect("the token request");
     assert_eq!(
         mint.form["scope"],
         json!(["urn:zitadel:iam:org:project:id:zitadel:aud"])
@@ -82,7 +85,7 @@ async fn an_opaque_token_and_the_zitadel_api() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_is_renewed_before_it_expires_and_minted_once_per_lifetime() {
+async fn token_is_refreshed_before_expiry_and_requested_once_per_lifetime() {
     let world = World::new("refresh").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -96,7 +99,7 @@ async fn a_token_is_renewed_before_it_expires_and_minted_once_per_lifetime() {
         .expect("a time");
     for _ in 0..3 {
         let next = world.secret_until("billing-token", |d| d["token"] != token).await;
-        assert!(Timestamp::now() < expires, "the old token had expired");
+        assert!(Timestamp::now() < expires, "the token was refreshed after its expiry");
         token.clone_from(&next["token"]);
         expires = next["expires_at"].parse().expect("a time");
     }
@@ -108,16 +111,16 @@ async fn a_token_is_renewed_before_it_expires_and_minted_once_per_lifetime() {
         "expires_in is a second less than the lifetime"
     );
     assert!(line.renew_at < line.expires_at && line.issued_at < line.renew_at);
-    // The wait above ends with the watch's event, which may come before the fourth token's mint or after the fifth's.
+    // The wait above ends with a watch event. ZITADEL may have issued a fifth token by then.
     let seen = 4;
     let mints = world.issuer.mints().await;
     assert!(mints == seen || mints == seen + 1, "{mints} mints for {seen} tokens");
-    // Renewals that go well are no news.
+    // A successful refresh emits no further Event.
     assert_eq!(world.events("billing").await, BTreeSet::from(["Normal Issued".into()]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restart_with_fresh_tokens_mints_and_writes_nothing() {
+async fn restart_with_fresh_tokens_requests_and_writes_nothing() {
     let world = World::new("restart").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -142,7 +145,7 @@ async fn a_restart_with_fresh_tokens_mints_and_writes_nothing() {
     let _operator = world.operator().await;
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, 3);
-    // The sentinel is applied and deleted, and has one status.
+    // The sentinel object adds one status write.
     assert_eq!(written(), [before[0] + 1, before[1]]);
 }
 
@@ -155,21 +158,21 @@ async fn one_refresh_costs_one_secret_write_and_one_status_write() {
         .simple("billing", json!({"tokenType": "JWT", "lifetimeSeconds": 3600}))
         .await;
     let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
-    // Status tells whole seconds: a renewal within the same second would be no news.
+    // Status times are whole seconds. A refresh within the same second would not change the status.
     let issued = status.tokens[0].issued_at.clone().expect("a time").0;
     while Timestamp::now().as_second() <= issued.as_second() + 1 {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let operators = |verb: &str, resource: &str| {
+    let operator_requests = |verb: &str, resource: &str| {
         let all = world.cluster.audit.requests(&world.name);
         all.iter()
             .filter(|r| r.verb == verb && r.resource == resource && r.name.starts_with("billing") && r.agent != "tests")
             .count()
     };
     let before = (
-        operators("patch", "secrets"),
-        operators("update", "zitadelserviceusers/status"),
-        operators("get", "secrets"),
+        operator_requests("patch", "secrets"),
+        operator_requests("update", "zitadelserviceusers/status"),
+        operator_requests("get", "secrets"),
     );
 
     let token = world.token("billing-token").await;
@@ -186,18 +189,18 @@ async fn one_refresh_costs_one_secret_write_and_one_status_write() {
     assert_eq!(status.last_handled_renew_request.as_deref(), Some("now"));
     world.sentinel().await;
 
-    assert_eq!(world.issuer.mints().await, 2, "a request is served once");
-    assert_eq!(operators("patch", "secrets") - before.0, 1);
-    assert_eq!(operators("update", "zitadelserviceusers/status") - before.1, 1);
+    assert_eq!(world.issuer.mints().await, 2, "a renew request is handled once");
+    assert_eq!(operator_requests("patch", "secrets") - before.0, 1);
+    assert_eq!(operator_requests("update", "zitadelserviceusers/status") - before.1, 1);
     assert_eq!(
-        operators("get", "secrets") - before.2,
+        operator_requests("get", "secrets") - before.2,
         2,
-        "the key and the token Secret, once: echoes of our own writes wake nobody"
+        "one read each of the key Secret and the token Secret; the operator's own writes start no reconcile"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replaced_key_gives_a_new_token_and_a_deleted_secret_comes_back() {
+async fn replaced_key_or_deleted_secret_leads_to_a_new_token() {
     let world = World::new("inputs").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -225,7 +228,7 @@ async fn a_replaced_key_gives_a_new_token_and_a_deleted_secret_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn drift_around_the_token_is_repaired_without_a_mint_and_an_edited_token_costs_one() {
+async fn drift_is_repaired_without_a_token_request_and_an_edited_token_costs_one() {
     let world = World::new("drift").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -261,7 +264,7 @@ async fn drift_around_the_token_is_repaired_without_a_mint_and_an_edited_token_c
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_object_and_its_secrets_go_together() {
+async fn deleting_an_object_or_token_entry_deletes_its_secret() {
     let world = World::new("delete").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -274,7 +277,7 @@ async fn the_object_and_its_secrets_go_together() {
     world.service_user("billing", two).await.expect("accepted");
     world.token("more-token").await;
 
-    // An entry that leaves the spec takes its Secret along; the other stays as it is.
+    // Removing a token from the spec deletes its Secret. The other Secret stays unchanged.
     let kept = world.token("billing-token").await;
     world
         .service_user("billing", one_token("billing-token"))
@@ -292,7 +295,7 @@ async fn the_object_and_its_secrets_go_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_suspended_object_is_left_as_it_is() {
+async fn suspended_object_keeps_its_token_unchanged() {
     let world = World::new("suspend").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -302,7 +305,7 @@ async fn a_suspended_object_is_left_as_it_is() {
     spec["suspend"] = json!(true);
     spec["tokens"][0]["projectRoles"] = json!(true);
     world.service_user("billing", spec.clone()).await.expect("accepted");
-    // Ready as long as the token is valid, and the reason tells why nothing moves.
+    // Ready stays True while the token is valid. The reason says that the object is suspended.
     world.ready("billing", "True", "Suspended").await;
     assert_eq!(world.token("billing-token").await, token);
     spec["suspend"] = json!(false);
@@ -313,7 +316,7 @@ async fn a_suspended_object_is_left_as_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_a_token_is_renewed_follows_the_spec() {
+async fn refresh_time_follows_the_spec() {
     let world = World::new("renewal").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -334,7 +337,7 @@ async fn when_a_token_is_renewed_follows_the_spec() {
         let time =
             |t: &Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>| t.clone().expect("a time").0.as_second();
         let after = time(&line.renew_at) - time(&line.issued_at);
-        // A jitter of up to a tenth of the lifetime brings it forward, and never below a fifth.
+        // The jitter moves the refresh forward by up to a tenth of the lifetime, but never below a fifth of it.
         assert!(
             (latest - 101..=latest + 1).contains(&after) && after >= 199,
             "{}: {after} s",

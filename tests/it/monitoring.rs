@@ -1,4 +1,4 @@
-//! Metrics, alerts and dashboard, before a real Prometheus.
+//! Metrics, alerts and dashboard, checked with a real Prometheus.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,9 +35,9 @@ fn alerts() -> Vec<Value> {
 }
 
 #[test]
-fn every_alert_fires_when_it_should_and_else_is_quiet() {
-    let (agreed, said) = promtool(&["test", "rules", RULE_TESTS], "");
-    assert!(agreed, "{said}");
+fn every_alert_fires_only_when_it_should_and_has_a_runbook() {
+    let (succeeded, output) = promtool(&["test", "rules", RULE_TESTS], "");
+    assert!(succeeded, "{output}");
     let tests = yaml(RULE_TESTS);
     let cases: Vec<&Value> = list(&tests["tests"])
         .flat_map(|test| list(&test["promql_expr_test"]))
@@ -56,29 +56,29 @@ fn every_alert_fires_when_it_should_and_else_is_quiet() {
         };
         assert!(
             of(true) && of(false),
-            "{name} has a case that fires and one that does not"
+            "tests/monitoring/rules_test.yaml needs a case in which {name} fires and one in which it does not"
         );
         assert!(
             runbook.contains(&format!("\n### {name}\n")),
-            "docs/monitoring.md says what to do about {name}"
+            "docs/monitoring.md has no section {name}"
         );
         let url = alert["annotations"]["runbook_url"].as_str().unwrap_or_default();
         assert!(
             url.ends_with(&format!("/docs/monitoring.md#{}", name.to_lowercase())),
             "{url}"
         );
-        // What a text names, the expression must keep.
+        // The expression must keep each label that an annotation uses.
         let used = Used::of(alert["expr"].as_str().expect("an expression"));
-        let told = alert["annotations"].to_string();
-        for label in told.split("$labels.").skip(1).map(identifier) {
-            assert!(used.grouped.contains(label), "{name}: {label} is not kept");
+        let annotations = alert["annotations"].to_string();
+        for label in annotations.split("$labels.").skip(1).map(identifier) {
+            assert!(used.grouped.contains(label), "{name}: the expression drops {label}");
         }
     }
 }
 
-/// A world in which every metric has a series: a token that is fresh, one that fails, a key that expires, an instance
-/// that is down.
-async fn eventful(test: &str) -> World {
+/// A world in which every metric has a series: a fresh token, a failing token, a key with an expiry and an unreachable
+/// instance.
+async fn world_with_all_series(test: &str) -> World {
     let world = World::new(test).await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
@@ -98,7 +98,7 @@ async fn eventful(test: &str) -> World {
     spec["keySecretRef"] = json!({"name": "billing-key"});
     world.service_user("lost", spec).await.expect("accepted");
     let mut spec = world.instance_spec();
-    // Nobody listens on the discard port.
+    // Nothing listens on the discard port.
     spec["connection"]["endpoint"] = json!("http://127.0.0.1:9");
     let down = json!({
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance", "spec": spec,
@@ -129,7 +129,7 @@ async fn eventful(test: &str) -> World {
     world
 }
 
-/// Name and labels of each family in the older text format; `le` is the format's.
+/// Name and labels of each metric family in the Prometheus text format, without `le`, which the format adds.
 fn families(exposed: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut families = BTreeMap::<String, BTreeSet<String>>::new();
     let mut name = String::new();
@@ -138,7 +138,7 @@ fn families(exposed: &str) -> BTreeMap<String, BTreeSet<String>> {
             typed.split(' ').next().expect("a name").clone_into(&mut name);
             families.entry(name.clone()).or_default();
         } else if !line.starts_with('#') {
-            assert!(line.starts_with(&name), "{line} is of no family");
+            assert!(line.starts_with(&name), "{line} belongs to no metric family");
             let labels = families.get_mut(&name).expect("typed");
             labels.extend(Used::of(line).selected.into_values().flatten().filter(|l| l != "le"));
         }
@@ -147,8 +147,8 @@ fn families(exposed: &str) -> BTreeMap<String, BTreeSet<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_served_is_what_the_table_says() {
-    let world = eventful("metrics").await;
+async fn served_metrics_match_the_metrics_table() {
+    let world = world_with_all_series("metrics").await;
     let operator = world.operator().await;
     world.ready("billing", "True", "Issued").await;
     world.ready("keyless", "False", "KeySecretMissing").await;
@@ -159,8 +159,8 @@ async fn what_is_served_is_what_the_table_says() {
     .await;
     let (status, exposed) = operator.get("/metrics").await;
     assert_eq!(status, 200);
-    let (agreed, said) = promtool(&["check", "metrics"], &exposed);
-    assert!(agreed && said.is_empty(), "{said}");
+    let (succeeded, output) = promtool(&["check", "metrics"], &exposed);
+    assert!(succeeded && output.is_empty(), "{output}");
     let table = |per_object: bool| {
         let those = described::ALL.iter().filter(|m| per_object || !m.is_per_object());
         let named = |m: &described::Described| m.labels.iter().map(|l| (*l).to_owned()).collect();
@@ -170,7 +170,7 @@ async fn what_is_served_is_what_the_table_says() {
     };
     assert_eq!(families(&exposed), table(true));
 
-    // What the status says is what is served.
+    // The metrics agree with the status.
     let status = world.ready("billing", "True", "Issued").await.status.expect("a status");
     let value = |metric: &str, name: &str| {
         let line = exposed
@@ -187,7 +187,7 @@ async fn what_is_served_is_what_the_table_says() {
         at(token.expires_at)
     );
     assert_eq!(
-        value("zitadel_tokens_token_renewal_timestamp_seconds", "billing"),
+        value("zitadel_tokens_token_refresh_timestamp_seconds", "billing"),
         at(token.renew_at)
     );
     assert_eq!(
@@ -207,8 +207,10 @@ async fn what_is_served_is_what_the_table_says() {
         format!("instance_up{{zitadel_instance=\"{up}\",reason=\"InstanceReady\"}} 1"),
         format!("instance_up{{zitadel_instance=\"{down}\",reason=\"InstanceUnreachable\"}} 0"),
         format!("instance_circuit_open{{zitadel_instance=\"{up}\"}} 0"),
-        format!("mints_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 1"),
-        format!("mints_total{{zitadel_instance=\"{down}\",result=\"failure\",reason=\"InstanceUnreachable\"}} "),
+        format!("token_requests_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 1"),
+        format!(
+            "token_requests_total{{zitadel_instance=\"{down}\",result=\"failure\",reason=\"InstanceUnreachable\"}} "
+        ),
         "leader 1".to_owned(),
         "panics_total 0".to_owned(),
     ] {
@@ -220,16 +222,16 @@ async fn what_is_served_is_what_the_table_says() {
     assert!(skew.is_some_and(|skew| skew.abs() < 2.0), "{skew:?}");
     operator.terminate().await;
 
-    // Without series for each object the same is told of all together.
+    // Without series per object, totals report the same.
     let flags = ["--metrics-per-object", "false"];
     let operator = Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await;
     world.renew("billing").await;
-    eventually("a token is asked for", async || {
+    eventually("the operator requests a token", async || {
         operator
             .get("/metrics")
             .await
             .1
-            .contains("zitadel_tokens_mint_duration_seconds_count")
+            .contains("zitadel_tokens_token_request_duration_seconds_count")
     })
     .await;
     let (_, exposed) = operator.get("/metrics").await;
@@ -246,7 +248,7 @@ async fn what_is_served_is_what_the_table_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn series_go_with_their_objects_and_nobody_can_make_some() {
+async fn series_end_with_their_objects_and_cannot_be_forged() {
     let world = World::new("series").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -254,7 +256,8 @@ async fn series_go_with_their_objects_and_nobody_can_make_some() {
     world.ready("billing", "True", "Issued").await;
     assert!(operator.get("/metrics").await.1.contains("name=\"billing\""));
 
-    // A status that somebody wrote by hand: until it is written over, its words are not taken for reasons.
+    // A status that another client wrote. Its words do not become label values, even before the operator overwrites
+    // them.
     let words = json!({"status": {"conditions": [{
         "type": "Ready", "status": "Maybe", "reason": "Somebodys", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z",
     }]}});
@@ -275,7 +278,7 @@ async fn series_go_with_their_objects_and_nobody_can_make_some() {
         .delete("billing", &DeleteParams::default())
         .await
         .expect("deleted");
-    eventually("the series are gone", async || {
+    eventually("the series have ended", async || {
         !operator.get("/metrics").await.1.contains("name=\"billing\"")
     })
     .await;
@@ -283,37 +286,37 @@ async fn series_go_with_their_objects_and_nobody_can_make_some() {
     api.delete(&world.instance, &DeleteParams::default())
         .await
         .expect("deleted");
-    eventually("the series are gone", async || {
+    eventually("the series have ended", async || {
         !operator.get("/metrics").await.1.contains(&world.instance)
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dashboard_and_alerts_ask_for_what_is_there() {
-    let world = eventful("dashboard").await;
+async fn dashboard_and_alerts_query_only_existing_series() {
+    let world = world_with_all_series("dashboard").await;
     let operator = world.operator().await;
     world.ready("billing", "True", "Issued").await;
     world.ready("keyless", "False", "KeySecretMissing").await;
     let prometheus = Prometheus::start(&operator.address()).await;
     prometheus.until("zitadel_tokens_instance_circuit_open == 1").await;
-    // Two scrapes, for rates.
+    // A rate needs two scrapes.
     prometheus
-        .until("count_over_time(zitadel_tokens_mint_duration_seconds_count[10s]) > 2")
+        .until("count_over_time(zitadel_tokens_token_request_duration_seconds_count[10s]) > 2")
         .await;
-    let mut there = BTreeMap::<String, BTreeSet<String>>::new();
+    let mut existing = BTreeMap::<String, BTreeSet<String>>::new();
     for mut series in prometheus.series("{__name__=~\"zitadel_tokens_.+\"}").await {
         let name = series.remove("__name__").expect("a name");
-        there.entry(name).or_default().extend(series.into_keys());
+        existing.entry(name).or_default().extend(series.into_keys());
     }
-    // The operator's own namespace did not take the place of the object's.
-    let told = prometheus
+    // The `namespace` label is the object's namespace, not the operator's.
+    let samples = prometheus
         .query("zitadel_tokens_service_user_ready")
         .await
         .expect("a query");
     assert!(
-        told.iter().all(|(labels, _)| labels["namespace"] == world.name),
-        "{told:?}"
+        samples.iter().all(|(labels, _)| labels["namespace"] == world.name),
+        "{samples:?}"
     );
 
     let dashboard: Value = serde_json::from_str(&file("charts/zitadel-tokens/files/dashboard.json")).expect("JSON");
@@ -339,7 +342,7 @@ async fn dashboard_and_alerts_ask_for_what_is_there() {
         let used = Used::of(&expression);
         assert!(!used.selected.is_empty(), "{written}");
         for (metric, labels) in &used.selected {
-            let known = there
+            let known = existing
                 .get(metric)
                 .unwrap_or_else(|| panic!("{written}: there is no {metric}"));
             assert!(labels.is_subset(known), "{written}: {metric} has {known:?}");
@@ -347,7 +350,7 @@ async fn dashboard_and_alerts_ask_for_what_is_there() {
         let any: BTreeSet<_> = used
             .selected
             .keys()
-            .flat_map(|metric| &there[metric])
+            .flat_map(|metric| &existing[metric])
             .cloned()
             .collect();
         assert!(used.grouped.is_subset(&any), "{written}: {any:?}");
@@ -371,16 +374,16 @@ async fn dashboard_and_alerts_ask_for_what_is_there() {
             .strip_prefix("label_values(")
             .and_then(|q| q.strip_suffix(')')?.split_once(", "))
             .expect("label_values(metric, label)");
-        assert!(there[metric].contains(label), "{query}");
+        assert!(existing[metric].contains(label), "{query}");
     }
 }
 
-/// What an expression uses.
+/// The metrics and labels that an expression uses.
 #[derive(Debug, Default)]
 struct Used {
-    /// Our metrics, and the labels that are selected by.
+    /// The operator's metrics, each with the labels in its selectors.
     selected: BTreeMap<String, BTreeSet<String>>,
-    /// Labels that are grouped or joined by.
+    /// Labels in grouping and join clauses.
     grouped: BTreeSet<String>,
 }
 
@@ -388,11 +391,11 @@ impl Used {
     fn of(expression: &str) -> Self {
         let mut used = Self::default();
         let mut rest = expression;
-        // The metric whose braces are open; the word before a parenthesis.
+        // The metric whose braces are open, and the word before a parenthesis.
         let (mut metric, mut braces, mut word, mut grouping) = (String::new(), false, "", false);
         while let Some(next) = rest.chars().next() {
             if next == '"' {
-                // A text; none of ours has an escaped quote.
+                // A string. None in this repository has an escaped quote.
                 rest = rest[1..].split_once('"').map_or("", |(_, after)| after);
                 continue;
             }
@@ -433,7 +436,7 @@ fn identifier(text: &str) -> &str {
 }
 
 #[test]
-fn what_an_expression_uses_is_found() {
+fn parser_finds_the_metrics_and_labels_of_an_expression() {
     let used = Used::of("sum by (le, kind) (zitadel_tokens_a{x=~\"a{b\", y!=\"c\"} and on (job) zitadel_tokens_b > 2)");
     let selected: Vec<_> = used
         .selected

@@ -1,5 +1,5 @@
-//! Nothing leaks: what the operator emits is searched for keys, assertions and tokens, after all that can go wrong; and
-//! nobody finds them in its memory.
+//! Secrecy. The tests search everything that the operator emits for keys, assertions and tokens, after many kinds of
+//! failures. Other processes cannot read them from its memory.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -25,18 +25,18 @@ use crate::support::proxy::Proxy;
 use crate::support::world::{World, one_token};
 use crate::support::{SOON, eventually};
 
-/// So many bytes of a secret, in whatever form, are a leak. No other text has so many in common with one by chance.
+/// This many bytes of a secret, in any encoding, are a leak. Unrelated text does not contain them by chance.
 const WINDOW: usize = 24;
 
-/// Finds pieces of secrets: as they are, in base64 at each of the three alignments, percent-encoded, in hexadecimal, and
-/// as the numbers by which Rust shows bytes.
+/// Finds pieces of secrets: raw, in base64 at each of the three alignments, percent-encoded, in hexadecimal, and as the
+/// decimal numbers of Rust's `Debug` output for bytes.
 #[derive(Default)]
 struct Canary {
     pieces: HashSet<[u8; WINDOW]>,
 }
 
 impl Canary {
-    /// The private key in a machine key file; the rest of the file is ids.
+    /// Adds the private key in a machine key file. The rest of the file is not secret.
     fn key(&mut self, file: &str) {
         let file: Value = serde_json::from_str(file).expect("JSON");
         let pem = file["key"].as_str().expect("a PEM");
@@ -64,7 +64,7 @@ impl Canary {
             let engine = GeneralPurpose::new(&alphabet, NO_PAD);
             for before in 0..3 {
                 let encoded = engine.encode([&b"\0\0"[..before], secret].concat());
-                // The characters at both ends depend on what is beside the secret too.
+                // The characters at both ends also depend on the bytes next to the secret.
                 let whole = (before * 8).div_ceil(6)..(before + secret.len()) * 8 / 6;
                 forms.push(encoded.as_bytes()[whole].to_vec());
             }
@@ -77,14 +77,14 @@ impl Canary {
         }
     }
 
-    /// Where in `text` a piece of a secret is, with what is before it.
+    /// The first piece of a secret in `text`, with the text before it.
     fn find(&self, text: &str) -> Option<String> {
         let at = text.as_bytes().windows(WINDOW).position(|w| self.pieces.contains(w))?;
         Some(String::from_utf8_lossy(&text.as_bytes()[at.saturating_sub(200)..at + WINDOW]).into_owned())
     }
 }
 
-/// Everything that there is to find by now: the keys of `users`, and all that the issuer received and gave.
+/// All secrets so far: the keys of `users`, and the assertions and tokens that the issuer received and issued.
 async fn canary(world: &World, users: &[User]) -> Canary {
     let mut canary = Canary::default();
     for user in users {
@@ -105,7 +105,7 @@ async fn canary(world: &World, users: &[User]) -> Canary {
     canary
 }
 
-/// Key Secrets and service users, applied as people do: `kubectl apply` keeps a copy of each in an annotation.
+/// Key Secrets and service users, applied by `kubectl apply`, which keeps a copy of each in an annotation.
 struct Applied<'a> {
     world: &'a World,
     items: Vec<Value>,
@@ -113,7 +113,7 @@ struct Applied<'a> {
 }
 
 impl Applied<'_> {
-    /// A user with a service user of this name, whose key Secret holds what `file` makes of the key file.
+    /// A user with a service user of this name. `file` turns the key file into the content of the key Secret.
     async fn add(&mut self, name: &str, fields: Value, file: fn(&str) -> String) -> User {
         let user = self.world.issuer.user(fields).await;
         self.items.push(json!({
@@ -134,12 +134,12 @@ impl Applied<'_> {
     fn apply(&mut self) {
         let list = json!({"apiVersion": "v1", "kind": "List", "items": std::mem::take(&mut self.items)});
         let arguments = ["-n", &self.world.name, "apply", "-f", "-"];
-        let (agreed, said) = self.world.cluster.kubectl(&arguments, &list.to_string());
-        assert!(agreed, "{said}");
+        let (succeeded, output) = self.world.cluster.kubectl(&arguments, &list.to_string());
+        assert!(succeeded, "{output}");
     }
 }
 
-/// Refuses the Secret `refused-token`, and quotes its token.
+/// A policy that refuses the Secret `refused-token` and quotes its token.
 async fn quoting_policy(world: &World) {
     let name = &world.name;
     let policy = json!({"metadata": {"name": name}, "spec": {
@@ -175,12 +175,12 @@ fn jwt() -> Value {
     json!({"tokenType": "JWT"})
 }
 
-/// A key file as it is.
+/// A key file without changes.
 fn whole(file: &str) -> String {
     file.to_owned()
 }
 
-/// What there is before the operator starts, and what becomes of it.
+/// The service users that exist before the operator starts, with the status and reason that each gets.
 const AT_FIRST: [(&str, &str, &str); 13] = [
     ("good", "True", "Issued"),
     ("opaque", "True", "Issued"),
@@ -188,7 +188,7 @@ const AT_FIRST: [(&str, &str, &str); 13] = [
     ("refused", "False", "SecretWriteFailed"),
     ("foreign", "False", "SecretConflict"),
     ("removed", "False", "KeyRejected"),
-    // Secrets that hold a private key and are of no use.
+    // Unusable Secrets that hold a private key.
     ("garbage", "False", "KeyNotJSON"),
     ("cut-off", "False", "KeyNotJSON"),
     ("bare-pem", "False", "KeyNotJSON"),
@@ -200,8 +200,8 @@ const AT_FIRST: [(&str, &str, &str); 13] = [
 
 async fn at_first(applied: &mut Applied<'_>, proxy: &Proxy) {
     let world = applied.world;
-    // Two objects that do not fit their types: a service user whose error would quote a key, and a key Secret, which kube
-    // would log whole.
+    // Two objects that do not decode: a service user whose decoding error would quote a key, and a key Secret that kube
+    // would log as a whole.
     let odd = applied.add("odd", jwt(), whole).await;
     let pem: Value = serde_json::from_str(&odd.key).expect("JSON");
     applied.add("undecodable", jwt(), whole).await;
@@ -240,14 +240,14 @@ async fn at_first(applied: &mut Applied<'_>, proxy: &Proxy) {
     quoting_policy(world).await;
 }
 
-/// A server that quotes what it was sent, and what it gave.
+/// A server that quotes the assertions that it received and the tokens that it issued.
 async fn quoted_by_the_server(applied: &mut Applied<'_>) {
     let world = applied.world;
     let requests = world.issuer.requests().await;
     let assertion = requests
         .iter()
         .find_map(|r| r.form["assertion"][0].as_str())
-        .expect("one");
+        .expect("an assertion");
     let token = world.token("good-token").await;
     let answer = json!({"access_token": token, "token_type": "Bearer", "expires_in": 3600});
     let with = |key: &str, value: Value| {
@@ -282,7 +282,7 @@ async fn quoted_by_the_server(applied: &mut Applied<'_>) {
     let reset = applied.add("reset", jwt(), whole).await;
     let fault = json!({"path": path, "userId": reset.id, "reset": true, "afterHandling": true});
     world.issuer.fault(fault).await;
-    // It asks for another audience than before, and gets the token of before.
+    // This user requests another audience than before, and the server returns the earlier token.
     let before = with("access_token", json!(world.token("mismatch-token").await));
     let mismatch = world
         .ready("mismatch", "True", "Issued")
@@ -299,7 +299,7 @@ async fn quoted_by_the_server(applied: &mut Applied<'_>) {
     world.ready("reset", "False", "InstanceUnreachable").await;
     world.ready("mismatch", "False", "TokenMismatch").await;
 
-    // The other dialect of a refused key.
+    // A refused key as ZITADEL up to v4.13 reports it.
     world.issuer.settings(json!({"dialect": "errors_internal"})).await;
     let removed = applied.add("removed-too", jwt(), whole).await;
     world.issuer.remove_key(&removed.id, &removed.key_id).await;
@@ -308,7 +308,7 @@ async fn quoted_by_the_server(applied: &mut Applied<'_>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_key_assertion_or_token_is_seen_where_it_does_not_belong() {
+async fn no_key_assertion_or_token_appears_outside_token_secrets() {
     let world = World::new("canary").await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let mut applied = Applied {
@@ -317,7 +317,7 @@ async fn no_key_assertion_or_token_is_seen_where_it_does_not_belong() {
         users: Vec::new(),
     };
     at_first(&mut applied, &proxy).await;
-    // The most talkative that there is.
+    // The most verbose logging.
     let environment = [("RUST_LOG", OsStr::new("trace"))];
     let flags = ["--log-libraries", "trace"];
     let mut operator = Operator::start_in(&proxy.kubeconfig, &world.selector(), &flags, &environment).await;
@@ -325,14 +325,14 @@ async fn no_key_assertion_or_token_is_seen_where_it_does_not_belong() {
     for (name, status, reason) in AT_FIRST {
         world.ready(name, status, reason).await;
     }
-    operator.await_line("does not fit its schema").await;
-    // Of a Secret only what is needed is decoded.
+    operator.await_line("does not match its schema").await;
+    // The operator decodes only the fields of a Secret that it needs.
     world.ready("odd", "True", "Issued").await;
     quoted_by_the_server(&mut applied).await;
     let token = world.token("good-token").await;
     world.renew("good").await;
     world.secret_until("good-token", |d| d["token"] != token).await;
-    // A password in a proxy's URL does not come so far.
+    // The schema refuses a password in a proxy's URL.
     let mut spec = world.instance_spec();
     spec["connection"]["proxy"] = json!("http://me:password@proxy.example.com:3128");
     assert!(world.apply_instance(spec).await.is_err());
@@ -349,19 +349,19 @@ async fn no_key_assertion_or_token_is_seen_where_it_does_not_belong() {
     let (log, stdout) = operator.terminate_whole().await;
     assert!(log.iter().any(|l| l.contains("zitadel_tokens::cli::run: stopped")));
     let log = log.join("\n");
-    assert!(log.contains(" TRACE hyper"), "libraries are talkative");
+    assert!(log.contains(" TRACE hyper"), "the log has no line of a library");
     emitted.extend([("metrics", metrics), ("stdout", stdout), ("log", log)]);
     let canary = canary(&world, &applied.users).await;
     for (place, text) in emitted {
-        assert_eq!(canary.find(&text), None, "there is a secret in the {place}");
+        assert_eq!(canary.find(&text), None, "the {place} contains a secret");
     }
 
-    // It would have been found.
+    // The search does find secrets.
     assert!(canary.find(&world.token("good-token").await).is_some());
     let key = world.secrets().get("good-key").await.expect("there");
     let copy = &key.metadata.annotations.expect("annotations")["kubectl.kubernetes.io/last-applied-configuration"];
     assert!(canary.find(copy).is_some(), "kubectl keeps a copy of the key");
-    // What the operator does not keep of an object stays with the object when its status is written.
+    // A status write keeps the fields of the object that the operator does not hold in memory.
     let meta = world.users().get("good").await.expect("there").metadata;
     assert!(
         meta.annotations
@@ -381,14 +381,14 @@ fn text(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).expect("JSON")
 }
 
-/// A key file with a change; what is no object any more is given as text.
+/// A key file with a change. If the result is a JSON string, its text.
 fn edited(file: &str, change: fn(&mut Value)) -> String {
     let mut file = serde_json::from_str(file).expect("JSON");
     change(&mut file);
     file.as_str().map_or_else(|| file.to_string(), str::to_owned)
 }
 
-/// What the operator wrote into the cluster, apart from the data of token Secrets.
+/// What the operator wrote into the cluster, without the entry `token` of token Secrets.
 async fn emitted(world: &World) -> Vec<(&'static str, String)> {
     let all = ListParams::default();
     let users = world.users().list(&all).await.expect("listed").items;
@@ -414,7 +414,7 @@ async fn emitted(world: &World) -> Vec<(&'static str, String)> {
             .as_ref()
             .is_some_and(|l| l.contains_key("zitadel-tokens.dev/service-user"));
         if let Some(annotations) = &mut meta.annotations {
-            // kubectl's own.
+            // kubectl wrote this annotation.
             annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
         }
         metadata += &text(&meta);
@@ -435,11 +435,11 @@ async fn emitted(world: &World) -> Vec<(&'static str, String)> {
         ("instance's status", text(&instance.status)),
         ("Events", text(&events)),
         ("metadata of Secrets", metadata),
-        ("token Secrets, beside the token", data),
+        ("token Secrets, apart from the token", data),
     ]
 }
 
-/// Takes away what is not in the test's namespace.
+/// Deletes the test's cluster-scoped objects.
 async fn clean_up(world: &World) {
     let params = DeleteParams::default();
     let bindings: Api<ValidatingAdmissionPolicyBinding> = Api::all(world.client.clone());
@@ -448,7 +448,7 @@ async fn clean_up(world: &World) {
     policies.delete(&world.name, &params).await.expect("deleted");
 }
 
-/// A folder that anybody may read, for the life of a test.
+/// A world-readable folder that exists until it is dropped.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -459,7 +459,7 @@ impl Folder {
         Self(folder)
     }
 
-    /// A kubeconfig with a user like this, and a cluster where nobody listens (on the discard port).
+    /// A kubeconfig with this user, and a cluster at the discard port, where nothing listens.
     fn kubeconfig(&self, user: &str, cluster: &str) -> PathBuf {
         let path = self.0.join("kubeconfig");
         let text = format!(
@@ -474,7 +474,7 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        // What stays is in the temporary folder.
+        // If this fails, the files stay in the temporary folder.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
@@ -485,8 +485,8 @@ fn owner(pid: u32) -> u32 {
         .uid()
 }
 
-/// Runs a command as somebody who is not root: files in `/proc/PID` belong to the process's user, or to root if the
-/// process is not dumpable (proc(5)), which for root's own processes is the same.
+/// Runs a command as a user other than root. Files in `/proc/PID` belong to the process's user, or to root if the
+/// process is not dumpable (proc(5)). For processes of root, the two cases look the same.
 fn as_nobody(binary: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL"]);
@@ -498,9 +498,9 @@ fn as_nobody(binary: &Path) -> Command {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn its_memory_is_not_dumped_and_no_process_of_its_user_may_look_into_it() {
+async fn operator_memory_is_neither_dumped_nor_readable_by_other_processes_of_its_user() {
     let folder = Folder::new("memory");
-    // Where it is built, nobody else may look.
+    // Other users cannot read the build folder.
     let copy = folder.0.join("zitadel-tokens");
     std::fs::copy(binary(), &copy).expect("copied");
     let kubeconfig = folder.kubeconfig("{}", "");
@@ -521,10 +521,13 @@ async fn its_memory_is_not_dumped_and_no_process_of_its_user_may_look_into_it() 
     let core: Vec<_> = limits.lines().filter(|l| l.starts_with("Max core file size")).collect();
     let figures: Vec<_> = core[0].split_whitespace().skip(4).take(2).collect();
     assert_eq!(figures, ["0", "0"], "{limits}");
-    eventually("the other one runs as nobody", async || owner(other.child.id()) != 0).await;
+    eventually("the other process runs as nobody", async || {
+        owner(other.child.id()) != 0
+    })
+    .await;
     assert_eq!(owner(pid), 0);
 
-    // RUST_LOG does not make libraries talk; the one that found no cluster has things to say at DEBUG.
+    // RUST_LOG does not enable logs of libraries, although they log the failed connection at DEBUG.
     for line in operator.log() {
         let words: Vec<&str> = line.split_whitespace().take(3).collect();
         let [_, level, target] = words[..] else {
@@ -538,19 +541,19 @@ async fn its_memory_is_not_dumped_and_no_process_of_its_user_may_look_into_it() 
 }
 
 #[test]
-fn a_kubeconfig_that_is_wrong_is_not_quoted() {
+fn errors_do_not_quote_the_kubeconfig() {
     let folder = Folder::new("kubeconfig");
     for (name, user, cluster) in [
         ("a list as token", "{token: [canary]}", ""),
         ("an object as token", "{token: {canary: canary}}", ""),
-        ("broken off", "{token: \"canary", ""),
+        ("truncated", "{token: \"canary", ""),
         (
             "a proxy with a password",
             "{token: t}",
             ", proxy-url: \"http://me:canary@127.0.0.1:9\"",
         ),
         (
-            "a key that is none",
+            "an invalid key",
             "{client-certificate-data: canary, client-key-data: canary}",
             "",
         ),
@@ -572,11 +575,11 @@ fn a_kubeconfig_that_is_wrong_is_not_quoted() {
             .env_remove("KUBERNETES_SERVICE_HOST")
             .output()
             .expect("it runs");
-        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{name}: {said}");
+        let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{name}: {printed}");
         assert!(
-            !said.is_empty() && !said.contains("canary") && !said.contains("panicked"),
-            "{name}: {said}"
+            !printed.is_empty() && !printed.contains("canary") && !printed.contains("panicked"),
+            "{name}: {printed}"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! The token Secret: whose it is, what happens to it, and that nobody's is taken over.
+//! The token Secret: ownership, changes by other clients, and that the operator takes over no foreign Secret.
 
 use k8s_openapi::api::core::v1::{ResourceQuota, Secret};
 use k8s_openapi::jiff::Timestamp;
@@ -10,7 +10,7 @@ use crate::support::world::{World, claims, condition, one_token, until};
 use crate::support::{SOON, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_foreign_secret_that_comes_between_the_look_and_the_write_is_not_taken() {
+async fn foreign_secret_created_just_before_the_write_is_not_taken_over() {
     let world = World::new("race").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -18,14 +18,14 @@ async fn a_foreign_secret_that_comes_between_the_look_and_the_write_is_not_taken
     world.token("first-token").await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
-    // The mint is held while the Secret appears: the operator has seen that there is none.
-    let held = json!({"path": "/oauth/v2/token", "userId": user.id, "times": 1, "latencyMillis": 3000});
-    world.issuer.fault(held).await;
+    // The server delays its answer, and the test creates the Secret after the operator has seen that none exists.
+    let slow = json!({"path": "/oauth/v2/token", "userId": user.id, "times": 1, "latencyMillis": 3000});
+    world.issuer.fault(slow).await;
     world
         .service_user("billing", one_token("billing-token"))
         .await
         .expect("accepted");
-    eventually("the mint is under way", async || {
+    eventually("the token request is in flight", async || {
         world.issuer.requests().await.iter().any(|r| r.user_id == user.id)
     })
     .await;
@@ -36,7 +36,7 @@ async fn a_foreign_secret_that_comes_between_the_look_and_the_write_is_not_taken
     let after = world.secrets().get("billing-token").await.expect("there");
     assert_eq!(before.metadata.resource_version, after.metadata.resource_version);
 
-    // It goes: the token that was minted is written now, and none is minted again.
+    // After the foreign Secret is deleted, the operator writes the token that it already has.
     world
         .secrets()
         .delete("billing-token", &DeleteParams::default())
@@ -47,7 +47,7 @@ async fn a_foreign_secret_that_comes_between_the_look_and_the_write_is_not_taken
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn immutable_secrets_and_those_of_another_type_are_left_alone() {
+async fn immutable_secrets_and_secrets_of_another_type_stay_unchanged() {
     let world = World::new("kinds").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -74,7 +74,7 @@ async fn immutable_secrets_and_those_of_another_type_are_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_retained_secret_outlives_its_object_and_is_kept_fresh_until_then() {
+async fn retained_secret_outlives_its_object() {
     let world = World::new("retain").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -88,7 +88,7 @@ async fn a_retained_secret_outlives_its_object_and_is_kept_fresh_until_then() {
     let secret = world.secrets().get("billing-token").await.expect("there");
     assert_eq!(secret.metadata.owner_references, None);
 
-    // Back and forth without a mint: only the owner reference changes.
+    // A change of deletionPolicy in either direction changes only the owner reference and costs no token request.
     world
         .service_user("billing", one_token("billing-token"))
         .await
@@ -107,7 +107,7 @@ async fn a_retained_secret_outlives_its_object_and_is_kept_fresh_until_then() {
     assert_eq!(world.token("billing-token").await, token);
     assert_eq!(world.issuer.mints().await, 1);
 
-    // Another object shows when garbage collection has run: its Secret has an owner.
+    // The Secret of a second object has an owner. Its deletion shows that garbage collection has run.
     world.simple("witness", json!({"tokenType": "JWT"})).await;
     world.token("witness-token").await;
     for name in ["billing", "witness"] {
@@ -122,7 +122,7 @@ async fn a_retained_secret_outlives_its_object_and_is_kept_fresh_until_then() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn somebody_who_deletes_the_secret_in_a_loop_costs_a_few_mints_and_no_more() {
+async fn deleting_the_secret_in_a_loop_costs_few_token_requests() {
     let world = World::new("contest").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -153,19 +153,10 @@ async fn somebody_who_deletes_the_secret_in_a_loop_costs_a_few_mints_and_no_more
             .contains("audit log")
     );
     assert_eq!(world.issuer.mints().await, 4);
-    // Another spec is the owner's own wish and is served.
-    let mut spec = one_token("billing-token");
-    spec["tokens"][0]["projectRoles"] = json!(true);
-    world.secret("billing-token", json!({"x": "y"})).await;
-    world
-        .secrets()
-        .delete("billing-token", &DeleteParams::default())
-        .await
-        .expect("deleted");
-    assert_eq!(world.issuer.mints().await, 4);
 }
 
-/// A service user whose token is written: from then on writes to the namespace are not tried before a request.
+/// Creates a service user whose token the operator writes. From then on, the operator does not test by a dry run
+/// whether writes to the namespace succeed.
 async fn first(world: &World) {
     world.simple("first", json!({"tokenType": "JWT"})).await;
     world.ready("first", "True", "Issued").await;
@@ -189,20 +180,20 @@ async fn refused_by_a_quota(world: &World) -> Api<ResourceQuota> {
         .service_user("billing", one_token("billing-token"))
         .await
         .expect("accepted");
-    let told = world.ready("billing", "False", "SecretWriteFailed").await;
-    let (_, _, message) = condition(&told, "Ready").expect("a condition");
+    let object = world.ready("billing", "False", "SecretWriteFailed").await;
+    let (_, _, message) = condition(&object, "Ready").expect("a condition");
     assert!(message.contains("refused by ResourceQuota `full`"), "{message}");
     quotas
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tried_again() {
+async fn refused_write_is_retried_without_another_token_request() {
     let world = World::new("quota").await;
     let _operator = world.operator().await;
     world.instance().await;
     first(&world).await;
     let quotas = refused_by_a_quota(&world).await;
-    let tries = || {
+    let writes = || {
         world
             .cluster
             .audit
@@ -211,7 +202,7 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
             .filter(|r| r.verb == "patch" && r.name == "billing-token")
             .count()
     };
-    eventually("the write is tried again", async || tries() >= 3).await;
+    eventually("the operator retries the write", async || writes() >= 3).await;
     assert_eq!(world.issuer.mints().await, 2);
     quotas.delete("full", &DeleteParams::default()).await.expect("deleted");
     world.ready("billing", "True", "Issued").await;
@@ -219,7 +210,7 @@ async fn a_token_whose_write_is_refused_is_minted_once_and_only_the_write_is_tri
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_that_takes_no_secret_costs_no_request() {
+async fn namespace_without_room_for_secrets_costs_no_token_request() {
     let world = World::new("full").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -231,7 +222,7 @@ async fn a_namespace_that_takes_no_secret_costs_no_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
+async fn operator_stops_repairing_against_a_conflicting_writer() {
     let world = World::new("fight").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -248,11 +239,11 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
     world
         .edit_secret("label-token", json!({"metadata": {"labels": {ours: "theirs"}}}))
         .await;
-    // The token in it is good all the same.
+    // The token in the Secret is still valid.
     world.ready("label", "True", "SecretContested").await;
     assert_eq!(world.issuer.mints().await, 1);
 
-    // Somebody puts an expired token back, record and all, as a backup or a sync tool would.
+    // Another client restores an expired token with its record, as a backup or sync tool does.
     let user = world
         .simple("old", json!({"tokenType": "JWT", "lifetimeSeconds": 7}))
         .await;
@@ -264,7 +255,7 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
         .change_user(&user.id, json!({"lifetimeSeconds": 3600}))
         .await;
     world.secret_until("old-token", |d| d["expires_at"] != stale).await;
-    let put_back = json!({"data": backup.data, "metadata": {"annotations": backup.metadata.annotations}});
+    let restored = json!({"data": backup.data, "metadata": {"annotations": backup.metadata.annotations}});
     let deadline = std::time::Instant::now() + SOON;
     loop {
         let reason = world
@@ -277,8 +268,11 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
         if reason.as_deref() == Some("SecretContested") {
             break;
         }
-        assert!(std::time::Instant::now() < deadline, "they fight for ever: {reason:?}");
-        world.edit_secret("old-token", put_back.clone()).await;
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the operator did not stop: {reason:?}"
+        );
+        world.edit_secret("old-token", restored.clone()).await;
         tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     }
     assert!(
@@ -288,9 +282,9 @@ async fn a_fight_over_a_label_or_an_old_secret_put_back_ends() {
     );
 }
 
-/// Before the next mint a write that writes nothing asks whether there is room.
+/// Before the next token request, the operator tests by a dry run whether the write would succeed.
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_expires() {
+async fn expired_unwritten_token_is_not_replaced_while_the_write_is_refused() {
     let world = World::new("room").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -308,11 +302,11 @@ async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_ex
     let first = first.iter().rfind(|r| !r.access_token.is_empty()).expect("a token");
     let exp = claims(&first.access_token)["exp"].as_i64().expect("exp");
     let past = |text: &str| text.parse::<Timestamp>().is_ok_and(|at| at.as_second() > exp);
-    eventually("it is tried again when the first has expired", async || {
+    eventually("the operator retries after the first token has expired", async || {
         let log = operator.log();
         let tried = log
             .iter()
-            .filter(|l| l.contains("looked at") && l.contains("SecretWriteFailed"));
+            .filter(|l| l.contains("token reconciled") && l.contains("SecretWriteFailed"));
         tried.into_iter().any(|l| past(l.split(' ').next().unwrap_or_default()))
     })
     .await;
@@ -327,9 +321,9 @@ async fn while_the_write_is_refused_no_other_token_is_minted_though_the_first_ex
     assert_eq!(world.issuer.mints().await, 3);
 }
 
-/// A token is minted once per lifetime, whatever its Secret is called.
+/// A token is requested once per lifetime, also if the name of its Secret changes.
 #[tokio::test(flavor = "multi_thread")]
-async fn another_name_for_the_secret_costs_no_mint_and_never_the_token() {
+async fn renaming_the_secret_moves_the_token_without_a_token_request() {
     let world = World::new("rename").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -348,7 +342,7 @@ async fn another_name_for_the_secret_costs_no_mint_and_never_the_token() {
         world.secret_gone(&before).await;
         before = name;
     }
-    // Onto somebody else's: the old one stays.
+    // The new name is that of a foreign Secret: the operator keeps the old Secret.
     world.secret("foreign", json!({"password": "theirs"})).await;
     rename("foreign").await;
     world.ready("billing", "False", "SecretConflict").await;

@@ -1,4 +1,4 @@
-//! The operator as a service: probes, metrics, an orderly end.
+//! The operator as a service: probes, metrics and shutdown.
 
 use serde_json::json;
 
@@ -8,7 +8,7 @@ use crate::support::eventually;
 use crate::support::world::World;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_metrics_and_an_orderly_end() {
+async fn probes_and_metrics_are_served_and_shutdown_is_clean() {
     let world = World::new("service").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -25,14 +25,17 @@ async fn probes_metrics_and_an_orderly_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn port_answers_during_a_shutdown_and_open_connections_do_not_delay_it() {
+async fn port_answers_during_shutdown_and_open_connections_do_not_delay_it() {
     let world = World::new("port").await;
     let mut operator = world.operator().await;
     world.instance().await;
     let slow = json!({"path": "/oauth/v2/token", "afterHandling": true, "latencyMillis": 3000});
     world.issuer.fault(slow).await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
-    eventually("the first mint is under way", async || world.issuer.mints().await == 1).await;
+    eventually("the first token request is in flight", async || {
+        world.issuer.mints().await == 1
+    })
+    .await;
     operator.signal("TERM");
     operator.await_line("shutting down").await;
     let _idle = TcpStream::connect(operator.address()).await.expect("connected");

@@ -1,4 +1,4 @@
-//! No tenant hurts another: what the server does to the requests of one, it need not do to those of another.
+//! Isolation of tenants: failing requests of one tenant do not affect another.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
@@ -11,8 +11,8 @@ use crate::support::world::{World, everything, one_token};
 
 const TOKEN: &str = "/oauth/v2/token";
 
-/// A user whose token requests go wrong in this way.
-async fn troubled(world: &World, mut fault: Value) -> User {
+/// A user whose token requests fail in this way.
+async fn user_with_fault(world: &World, mut fault: Value) -> User {
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     fault["path"] = json!(TOKEN);
     fault["userId"] = json!(user.id);
@@ -20,7 +20,7 @@ async fn troubled(world: &World, mut fault: Value) -> User {
     user
 }
 
-/// So many service users with the key of `user`.
+/// Creates `count` service users with the key of `user`.
 async fn service_users(world: &World, user: &User, count: usize) {
     world.key_secret("key", user).await;
     for i in 0..count {
@@ -30,7 +30,7 @@ async fn service_users(world: &World, user: &User, count: usize) {
     }
 }
 
-async fn fail(world: &World, count: usize, reason: &str) {
+async fn wait_until_not_ready(world: &World, count: usize, reason: &str) {
     for i in 0..count {
         world.ready(&format!("user-{i}"), "False", reason).await;
     }
@@ -47,16 +47,16 @@ async fn circuit_is_open(operator: &Operator, world: &World) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_tenants_whose_requests_hang_do_not_hold_up_a_third() {
+async fn hanging_requests_of_two_tenants_do_not_delay_a_third() {
     let one = World::new("hang").await;
     let two = World::beside(&one, "two").await;
     one.instance_for_all().await;
-    let user = troubled(&one, json!({"hang": true})).await;
+    let user = user_with_fault(&one, json!({"hang": true})).await;
     service_users(&one, &user, 12).await;
     service_users(&two, &user, 12).await;
-    // Theirs are all under way when the third comes. Each ends after the 10 seconds that a request may take.
+    // All their requests are in flight when the third tenant arrives. Each ends at the request timeout of 10 seconds.
     let _operator = one.operator().await;
-    eventually("they hang", async || {
+    eventually("the requests hang", async || {
         let requests = one.issuer.requests().await;
         requests.iter().filter(|r| r.user_id == user.id).count() >= 7
     })
@@ -64,18 +64,18 @@ async fn two_tenants_whose_requests_hang_do_not_hold_up_a_third() {
     let third = World::beside(&one, "third").await;
     third.simple("quick", json!({"tokenType": "JWT"})).await;
     third.token("quick-token").await;
-    let still = one.issuer.requests().await;
-    let still = still.iter().filter(|r| r.user_id == user.id).count();
-    assert_eq!(still, 7, "it waited for none of them");
+    let in_flight = one.issuer.requests().await;
+    let in_flight = in_flight.iter().filter(|r| r.user_id == user.id).count();
+    assert_eq!(in_flight, 7, "the quick request waited for no hanging request");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_that_hangs_does_not_hold_up_another() {
+async fn hanging_instance_does_not_delay_another() {
     let slow = World::with_issuer("slow", Issuer::start(&[])).await;
     let quick = World::with_issuer("quick", Issuer::start(&[])).await;
     slow.instance_for_all().await;
     quick.instance().await;
-    let user = troubled(&slow, json!({"hang": true})).await;
+    let user = user_with_fault(&slow, json!({"hang": true})).await;
     let others = [World::beside(&slow, "two").await, World::beside(&slow, "three").await];
     for world in others.iter().chain([&slow]) {
         service_users(world, &user, 12).await;
@@ -86,28 +86,28 @@ async fn an_instance_that_hangs_does_not_hold_up_another() {
         let requests = slow.issuer.requests().await;
         requests.iter().filter(|r| r.path == TOKEN).count()
     };
-    eventually("they hang", async || hanging().await >= 8).await;
+    eventually("the requests hang", async || hanging().await >= 8).await;
     quick.simple("billing", json!({"tokenType": "JWT"})).await;
     quick.token("billing-token").await;
-    assert_eq!(hanging().await, 8, "it waited for none of them");
+    assert_eq!(hanging().await, 8, "the quick request waited for no hanging request");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_whose_connections_break_does_not_close_the_way_for_others() {
+async fn broken_connections_of_one_user_do_not_open_the_breaker() {
     let world = World::new("broken").await;
     let operator = world.operator().await;
     world.instance().await;
-    let user = troubled(&world, json!({"reset": true, "afterHandling": true})).await;
+    let user = user_with_fault(&world, json!({"reset": true, "afterHandling": true})).await;
     service_users(&world, &user, 5).await;
-    fail(&world, 5, "InstanceUnreachable").await;
+    wait_until_not_ready(&world, 5, "InstanceUnreachable").await;
     assert!(!circuit_is_open(&operator, &world).await);
     world.simple("good", json!({"tokenType": "JWT"})).await;
     world.token("good-token").await;
 }
 
-/// Up to v4.13 a refused key is a 500 like an outage.
+/// Up to v4.13, ZITADEL answers a refused key with status 500, as in an outage.
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_an_older_server_refuses_do_not_close_the_way_for_others() {
+async fn keys_refused_by_older_zitadel_do_not_open_the_breaker() {
     let world = World::new("refused").await;
     let other = World::beside(&world, "other").await;
     let operator = world.operator().await;
@@ -117,35 +117,36 @@ async fn keys_that_an_older_server_refuses_do_not_close_the_way_for_others() {
     world.issuer.remove_key(&user.id, &user.key_id).await;
     for of in [&world, &other] {
         service_users(of, &user, 3).await;
-        fail(of, 3, "KeyRejected").await;
+        wait_until_not_ready(of, 3, "KeyRejected").await;
     }
     assert!(!circuit_is_open(&operator, &world).await);
 }
 
-/// Three users in two namespaces look like an outage, and so they may; but the first of another one shows that it is none.
+/// Failures of three users in two namespaces open the breaker. The first request of another namespace succeeds and
+/// shows that there is no outage.
 #[tokio::test(flavor = "multi_thread")]
-async fn tenants_for_whom_the_server_fails_do_not_keep_out_others() {
+async fn failing_tenants_that_open_the_breaker_do_not_block_others() {
     let one = World::new("fails").await;
     let two = World::beside(&one, "two").await;
     let operator = one.operator().await;
     one.instance_for_all().await;
-    let user = troubled(&one, json!({"status": 503})).await;
+    let user = user_with_fault(&one, json!({"status": 503})).await;
     for of in [&one, &two] {
         service_users(of, &user, 8).await;
     }
     eventually("the circuit opens", async || circuit_is_open(&operator, &one).await).await;
-    // Whoever of them may try fails, and more often than anybody.
+    // Every probe of these namespaces fails, and they send more probes than any other namespace.
     for of in [&one, &two] {
-        fail(of, 8, "ServerError").await;
+        wait_until_not_ready(of, 8, "ServerError").await;
     }
     let good = World::beside(&one, "good").await;
     good.simple("good", json!({"tokenType": "JWT"})).await;
     good.token("good-token").await;
 }
 
-/// The circuit is that of the host.
+/// All instances on a host share one circuit breaker.
 #[tokio::test(flavor = "multi_thread")]
-async fn when_a_host_works_again_the_users_of_all_its_instances_come() {
+async fn recovered_host_serves_the_users_of_all_its_instances() {
     let one = World::new("share").await;
     let two = World::beside(&one, "two")
         .await
@@ -159,7 +160,7 @@ async fn when_a_host_works_again_the_users_of_all_its_instances_come() {
     let user = one.issuer.user(json!({"tokenType": "JWT"})).await;
     for world in [&one, &two] {
         service_users(world, &user, 8).await;
-        fail(world, 8, "ServerError").await;
+        wait_until_not_ready(world, 8, "ServerError").await;
     }
     assert!(circuit_is_open(&operator, &one).await && circuit_is_open(&operator, &two).await);
     one.issuer.clear_faults().await;
@@ -171,9 +172,9 @@ async fn when_a_host_works_again_the_users_of_all_its_instances_come() {
     assert_eq!(one.issuer.mints().await, 16);
 }
 
-/// Two instances dial one host; the issuer of one is wrong, so that the host answers its discovery by 404.
+/// Two instances use one host. The issuer of one is wrong, so the host answers its discovery with 404.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_with_a_wrong_issuer_does_not_stop_another_that_dials_the_same_host() {
+async fn instance_with_a_wrong_issuer_does_not_affect_another_on_the_same_host() {
     const WRONG: &str = "wrong.example.com";
     let good = World::new("issuer").await;
     let wrong = World::beside(&good, "wrong").await;
@@ -189,7 +190,7 @@ async fn an_instance_with_a_wrong_issuer_does_not_stop_another_that_dials_the_sa
     good.instance_ready("True", "InstanceReady").await;
     spec["issuer"] = json!(format!("https://{WRONG}"));
     wrong.apply_instance(spec).await.expect("an instance");
-    eventually("discovery is tried again", async || {
+    eventually("the operator retries discovery", async || {
         let requests = good.issuer.requests().await;
         requests.iter().filter(|r| r.instance_host == WRONG).count() >= 4
     })
@@ -198,7 +199,7 @@ async fn an_instance_with_a_wrong_issuer_does_not_stop_another_that_dials_the_sa
     let user = good.issuer.user(json!({"tokenType": "JWT"})).await;
     for world in [&wrong, &more] {
         service_users(world, &user, 3).await;
-        fail(world, 3, "MalformedAnswer").await;
+        wait_until_not_ready(world, 3, "MalformedAnswer").await;
     }
     assert!(!circuit_is_open(&operator, &good).await);
     good.simple("billing", json!({"tokenType": "JWT"})).await;
@@ -207,9 +208,9 @@ async fn an_instance_with_a_wrong_issuer_does_not_stop_another_that_dials_the_sa
     assert!(requests.iter().all(|r| r.instance_host != WRONG || r.path != TOKEN));
 }
 
-/// An operator starts while its host is down. No token is due, so that nobody but discovery finds out, then and later.
+/// An operator starts while its host is down. No token is due, so only discovery detects the outage and its end.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_breaker_that_discovery_opens_is_closed_by_discovery() {
+async fn discovery_closes_a_breaker_that_discovery_opened() {
     let world = World::new("restart").await;
     world.instance().await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
@@ -218,7 +219,7 @@ async fn a_breaker_that_discovery_opens_is_closed_by_discovery() {
     world.ready("billing", "True", "Issued").await;
     operator.terminate().await;
 
-    // A port that nobody else gets, and that takes no connections yet.
+    // A reserved port that does not accept connections yet.
     let port = TcpSocket::new_v4().expect("a socket");
     port.bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
     let mut spec = world.instance_spec();
@@ -243,7 +244,7 @@ async fn a_breaker_that_discovery_opens_is_closed_by_discovery() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_that_asks_all_to_wait_is_asked_by_nobody_until_then() {
+async fn host_wide_retry_after_stops_all_requests_until_it_ends() {
     const USERS: usize = 12;
     let wait = SignedDuration::from_secs(10);
     let one = World::new("quota").await;
@@ -259,17 +260,17 @@ async fn a_host_that_asks_all_to_wait_is_asked_by_nobody_until_then() {
         service_users(world, &user, USERS).await;
     }
     for world in worlds() {
-        fail(world, USERS, "RateLimited").await;
+        wait_until_not_ready(world, USERS, "RateLimited").await;
     }
-    let asked = async || {
+    let token_requests = async || {
         let requests = one.issuer.requests().await.into_iter();
         let times = requests
             .filter(|r| r.path == TOKEN)
             .map(|r| r.time.parse().expect("a time"));
         times.collect::<Vec<Timestamp>>()
     };
-    // Each has been asked for or refused by now.
-    let before = asked().await.len();
+    // By now, each token has been requested or deferred.
+    let before = token_requests().await.len();
     assert!(before < 2 * USERS, "{before} requests");
     one.issuer.clear_faults().await;
     for world in worlds() {
@@ -277,17 +278,17 @@ async fn a_host_that_asks_all_to_wait_is_asked_by_nobody_until_then() {
             world.token(&format!("user-{i}-token")).await;
         }
     }
-    let all = asked().await;
+    let all = token_requests().await;
     let pause = all[before].duration_since(all[before - 1]);
-    assert!(pause >= wait, "asked again after {pause:#}");
+    assert!(pause >= wait, "requested again after {pause:#}");
 }
 
-/// A pass that takes long does not go by what was true when it began.
+/// A long reconcile follows changes of the spec that are made while it runs.
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_suspends_sees_no_further_mint() {
+async fn suspending_stops_further_token_requests_of_a_running_reconcile() {
     let world = World::new("midway").await;
     world.instance().await;
-    let user = troubled(&world, json!({"latencyMillis": 2000})).await;
+    let user = user_with_fault(&world, json!({"latencyMillis": 2000})).await;
     world.key_secret("key", &user).await;
     let token = |name: &str| one_token(&format!("{name}-token"))["tokens"][0].clone();
     let mut spec = json!({"keySecretRef": {"name": "key"}, "tokens": [token("a"), token("b"), token("c")]});
@@ -296,17 +297,20 @@ async fn whoever_suspends_sees_no_further_mint() {
     }
     world.service_user("billing", spec.clone()).await.expect("accepted");
     let _operator = world.operator().await;
-    let asked = async || {
+    let token_requests = async || {
         let requests = world.issuer.requests().await;
         requests.iter().filter(|r| r.path == TOKEN).count()
     };
-    // By one more request the id of the ZITADEL API's project is learned.
-    eventually("the first is under way", async || asked().await == 2).await;
+    // One further request is for the id of the ZITADEL API's project.
+    eventually("the first token request is in flight", async || {
+        token_requests().await == 2
+    })
+    .await;
     spec["suspend"] = json!(true);
     world.service_user("billing", spec.clone()).await.expect("accepted");
     world.ready("billing", "False", "Suspended").await;
-    assert_eq!(asked().await, 2);
-    // What it brought is not lost.
+    assert_eq!(token_requests().await, 2);
+    // The operator keeps the token of the request that was in flight.
     let first = world.token("a-token").await;
     spec["suspend"] = json!(false);
     world.service_user("billing", spec).await.expect("accepted");

@@ -1,4 +1,4 @@
-//! The API server restarts, is away, falls silent, or does not know our kinds yet.
+//! The API server restarts, is unreachable, stops answering, or lacks the operator's CRDs.
 
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
@@ -21,13 +21,13 @@ use crate::support::proxy::Proxy;
 use crate::support::world::{World, until};
 use crate::support::{EVENTUALLY, eventually};
 
-/// Service users whose tokens are all due while the API server is away.
+/// Number of service users whose tokens all become due during the outage.
 const USERS: usize = 20;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_due_while_the_api_server_was_away_is_renewed_once_and_in_time() {
+async fn tokens_due_during_an_api_server_outage_are_refreshed_once_and_in_time() {
     for silent in [false, true] {
-        let (lifetime, away) = if reduced() { (60, 12) } else { (300, 60) };
+        let (lifetime, outage_seconds) = if reduced() { (60, 12) } else { (300, 60) };
         let world = World::new("away").await;
         let proxy = Proxy::start(world.cluster, &world.name).await;
         let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
@@ -44,28 +44,36 @@ async fn what_was_due_while_the_api_server_was_away_is_renewed_once_and_in_time(
             world.ready(&format!("user-{i}"), "True", "Issued").await;
         }
         assert_eq!(world.issuer.mints().await, USERS);
-        // Due at two thirds, or up to a tenth earlier: from 56 % of the lifetime on.
-        let leaves = Duration::from_secs(lifetime * 55 / 100);
-        let comes_back = leaves + Duration::from_secs(away);
+        // A token is due at two thirds of its lifetime, minus a jitter of up to a tenth: from 56 % on.
+        let outage_starts = Duration::from_secs(lifetime * 55 / 100);
+        let outage_ends = outage_starts + Duration::from_secs(outage_seconds);
         let outage = async {
-            tokio::time::sleep(leaves.saturating_sub(started.elapsed())).await;
+            tokio::time::sleep(outage_starts.saturating_sub(started.elapsed())).await;
             if silent {
                 proxy.silence();
             } else {
                 proxy.refuse("");
             }
-            tokio::time::sleep(comes_back.saturating_sub(started.elapsed())).await;
-            assert_eq!(world.issuer.mints().await, USERS, "nobody could have written more");
+            tokio::time::sleep(outage_ends.saturating_sub(started.elapsed())).await;
+            assert_eq!(
+                world.issuer.mints().await,
+                USERS,
+                "a token was requested that could not be written"
+            );
             proxy.open();
             let back = Instant::now();
-            eventually("all are renewed", async || world.issuer.mints().await == 2 * USERS).await;
+            eventually("all tokens are refreshed", async || {
+                world.issuer.mints().await == 2 * USERS
+            })
+            .await;
             back.elapsed()
         };
         let going = || started.elapsed() < Duration::from_secs(lifetime);
         let (seen, took) = tokio::join!(sample(&world, &names, going), outage);
         println!(
-            "{} for {away} s, tokens of {lifetime} s: {USERS} due tokens renewed {:.1} s after it was back; {seen}",
-            if silent { "silent" } else { "away" },
+            "API server {} for {outage_seconds} s, token lifetime {lifetime} s: {USERS} due tokens refreshed {:.1} s \
+             after the outage; {seen}",
+            if silent { "silent" } else { "unreachable" },
             took.as_secs_f64()
         );
         world.sentinel().await;
@@ -73,9 +81,9 @@ async fn what_was_due_while_the_api_server_was_away_is_renewed_once_and_in_time(
     }
 }
 
-/// Nobody tells that a connection is dead: every call and every watch has a deadline of its own.
+/// A dead connection reports no error, so every call and every watch has its own deadline.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_or_a_watch_that_is_never_answered_is_given_up() {
+async fn unanswered_calls_and_watches_time_out() {
     tokio::join!(lost_calls(), dead_watches());
 }
 
@@ -84,7 +92,7 @@ async fn lost_calls() {
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let mut operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
     world.instance().await;
-    for (method, path, told) in [
+    for (method, path, step) in [
         ("GET", "/secrets/get-key", "gathered"),
         ("PATCH", "/secrets/patch-token", "written"),
         ("PUT", "/put/status", "written"),
@@ -93,9 +101,9 @@ async fn lost_calls() {
         proxy.lose(method, path);
         world.simple(&name, json!({"tokenType": "JWT"})).await;
         operator
-            .await_line(&format!("{told} object={}/{name} ", world.name))
+            .await_line(&format!("{step} object={}/{name} ", world.name))
             .await;
-        println!("{method}: given up after {:.1} s", started.elapsed().as_secs_f64());
+        println!("{method}: timed out after {:.1} s", started.elapsed().as_secs_f64());
         proxy.find();
         world.ready(&name, "True", "Issued").await;
     }
@@ -116,15 +124,15 @@ async fn dead_watches() {
     })
     .await;
     println!(
-        "dead watches are made anew {:.0} s later",
+        "dead watches are restarted after {:.0} s",
         started.elapsed().as_secs_f64()
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_api_server_that_is_killed_and_comes_back_costs_no_token() {
-    // Due a third of the lifetime before its end at the latest: 19 s, in which an outage that began then has to end (2 s
-    // and the server's start) and a back-off of up to 12 s to run.
+async fn api_server_restarts_cost_no_extra_token() {
+    // A token is due at least a third of its lifetime before it expires: 19 s. In that time the outage must end (2 s
+    // plus the start of the server) and a backoff of up to 12 s must run.
     let lifetime = 60;
     let restarts = if reduced() { 3 } else { 15 };
     let world = World::new("restart").await;
@@ -147,7 +155,7 @@ async fn an_api_server_that_is_killed_and_comes_back_costs_no_token() {
     let restarting = AtomicBool::new(true);
     let restart = async {
         for _ in 0..restarts {
-            // Just before the first are due.
+            // Just before the first tokens are due.
             tokio::time::sleep(Duration::from_secs(lifetime * 55 / 100)).await;
             server.kill();
             tokio::time::sleep(Duration::from_secs(2)).await;
@@ -158,17 +166,17 @@ async fn an_api_server_that_is_killed_and_comes_back_costs_no_token() {
     };
     let (seen, ()) = tokio::join!(sample(&world, &names, || restarting.load(Ordering::Relaxed)), restart);
     let mints = world.issuer.mints().await;
-    println!("{restarts} restarts, {mints} mints; {seen}");
-    // Those that were minted in the very last moment are not seen any more.
+    println!("{restarts} restarts, {mints} token requests; {seen}");
+    // The sampler may miss tokens that were issued at the very end.
     assert!(
         (seen.tokens..=seen.tokens + names.len()).contains(&mints),
-        "{mints} mints"
+        "{mints} token requests"
     );
 }
 
-/// Here, since nobody else may need what is stopped.
+/// This test is in the soak suite because it stops the controller manager, which other tests need.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_that_is_being_deleted_gets_no_mint() {
+async fn no_token_is_requested_in_a_terminating_namespace() {
     let world = World::new("ending").await;
     let operator = world.operator().await;
     world.instance_for_all().await;
@@ -177,10 +185,11 @@ async fn a_namespace_that_is_being_deleted_gets_no_mint() {
     ending.ready("billing", "True", "Issued").await;
     let namespaces: Api<Namespace> = Api::all(world.client.clone());
     {
-        // Which of a namespace's objects goes first is chance; here the Secret does, and the service user stays.
+        // The namespace controller deletes objects in no fixed order. Here the Secret is deleted and the service user
+        // stays.
         let _stopped = Stopped::new(world.cluster, "kube-controller-manager");
         let deleted = namespaces.delete(&ending.name, &DeleteParams::default()).await;
-        deleted.expect("is being deleted");
+        deleted.expect("deletion starts");
         let deleted = ending.secrets().delete("billing-token", &DeleteParams::default()).await;
         deleted.expect("deleted");
         world.sentinel().await;
@@ -196,7 +205,7 @@ async fn a_namespace_that_is_being_deleted_gets_no_mint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_its_kinds_the_operator_waits() {
+async fn the_operator_waits_for_its_crds() {
     let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start()));
     let world = World::on(cluster, "kinds", Issuer::start(&[])).await;
     let mut operator = Operator::spawn(&cluster.kubeconfig, &world.selector(), &[], &[]);
@@ -205,12 +214,12 @@ async fn without_its_kinds_the_operator_waits() {
     let health = async || (operator.get("/livez").await.0, operator.get("/readyz").await.0);
     assert_eq!(health().await, (200, 503));
     install_crds(&world.client).await;
-    eventually("it watches", async || health().await == (200, 200)).await;
+    eventually("the operator is ready", async || health().await == (200, 200)).await;
     world.instance().await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "True", "Issued").await;
 
-    // The CRDs go, and all objects with them; and they come back.
+    // The CRDs are deleted together with all their objects, and installed again.
     let crds: Api<CustomResourceDefinition> = Api::all(world.client.clone());
     for crd in zitadel_tokens::api::crds() {
         let name = crd.metadata.name.expect("a name");
@@ -222,7 +231,7 @@ async fn without_its_kinds_the_operator_waits() {
         gone.expect("gone in time").expect("watched");
     }
     let lines = operator.log().iter().filter(|l| l.contains(unknown)).count();
-    eventually("its watch has failed", async || {
+    eventually("the watch has failed", async || {
         operator.log().iter().filter(|l| l.contains(unknown)).count() > lines
     })
     .await;
@@ -230,15 +239,15 @@ async fn without_its_kinds_the_operator_waits() {
     install_crds(&world.client).await;
     world.instance().await;
     world.simple("again", json!({"tokenType": "JWT"})).await;
-    let told = |u: &zitadel_tokens::api::ZitadelServiceUser| {
+    let issued = |u: &zitadel_tokens::api::ZitadelServiceUser| {
         crate::support::world::condition(u, "Ready").is_some_and(|(_, reason, _)| reason == "Issued")
     };
-    crate::support::world::until(world.users(), "again", EVENTUALLY, told).await;
+    crate::support::world::until(world.users(), "again", EVENTUALLY, issued).await;
     let log = operator.log();
     assert!(log.iter().all(|l| !l.contains("panic")), "{log:?}");
 }
 
-/// A part of the control plane that is stopped as long as this lives.
+/// Stops a control plane process with SIGSTOP until this value is dropped.
 struct Stopped(String);
 
 impl Stopped {
@@ -260,7 +269,7 @@ impl Drop for Stopped {
     }
 }
 
-/// Another API server of a cluster, which can be killed: the same command on another port.
+/// A second API server of the cluster that a test can kill: the same command on another port.
 struct Server {
     command: Command,
     running: Option<Child>,
@@ -277,7 +286,8 @@ impl Server {
             .expect("an address")
             .port();
         let flags: Vec<&str> = line.split('\0').filter(|flag| !flag.is_empty()).collect();
-        // Of a flag that is given twice the last counts. Its own audit log: two writers would spoil the other.
+        // If a flag is given twice, the last one counts. The second server needs its own audit log, because two writers
+        // would corrupt a shared one.
         let audit = format!("{}/audit-{port}.log", cluster.ready["dir"].as_str().expect("a folder"));
         let own = [format!("--secure-port={port}"), format!("--audit-log-path={audit}")];
         let mut command = Command::new("setpriv");
@@ -302,7 +312,7 @@ impl Server {
     fn kill(&mut self) {
         if let Some(mut running) = self.running.take() {
             running.kill().expect("killed");
-            running.wait().expect("waited for");
+            running.wait().expect("exit status");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Replicas that stand by for each other: how long it takes, and that two never do one's work. The quick case is in
+//! Failover between replicas: how long it takes, and that two replicas never act at the same time. The quick case is in
 //! tests/it/leadership.rs.
 
 use std::time::{Duration, Instant};
@@ -15,18 +15,18 @@ use crate::support::replicas::Replicas;
 use crate::support::world::{World, one_token, until};
 use crate::support::{EVENTUALLY, SOON, eventually};
 
-/// The lease: what the operator promises, not what it says.
+/// Lease duration that the documentation promises, independent of the product's constant.
 const TERM: SignedDuration = SignedDuration::from_secs(14);
-/// The leader stops this much after its last renewal.
+/// The leader stops this long after its last renewal.
 const OURS: SignedDuration = SignedDuration::from_secs(12);
-/// Longest time of a hand-over.
+/// Maximum time of a handover at shutdown.
 const HANDED_OVER: Duration = Duration::from_secs(5);
-/// Longest time from a crash until another has taken the lease.
+/// Maximum time from a crash until another replica has acquired the lease.
 const TAKEN: Duration = Duration::from_secs(15);
-/// Longest time until another has done a leader's work too, on a busy machine.
+/// Maximum time until another replica has also issued a token, on a busy machine.
 const TAKEN_OVER: Duration = Duration::from_secs(20);
 
-/// Objects with a fresh token, none of which may be minted again.
+/// Number of objects with a fresh token. A failover must not refresh any of them.
 const FRESH: usize = 20;
 
 fn runs() -> usize {
@@ -47,7 +47,7 @@ async fn fresh(test: &str) -> World {
     world
 }
 
-/// Waits until each has its token.
+/// Waits until each object has its token.
 async fn all_there(world: &World) {
     world.ready("billing", "True", "Issued").await;
     for i in 1..FRESH {
@@ -56,7 +56,7 @@ async fn all_there(world: &World) {
     assert_eq!(world.issuer.mints().await, FRESH);
 }
 
-/// Asks for another token in `billing-token`, and tells how long it took to be there since `since`.
+/// Requests a refresh of `billing-token` and returns the time from `since` until the new token is there.
 async fn renewed(world: &World, run: usize, since: Instant) -> Duration {
     let old = world.token("billing-token").await;
     world.annotate("billing", "renew-request", &run.to_string()).await;
@@ -64,14 +64,15 @@ async fn renewed(world: &World, run: usize, since: Instant) -> Duration {
     since.elapsed()
 }
 
-fn told(what: &str, mut took: Vec<Duration>, limit: Duration) {
+fn report(what: &str, mut took: Vec<Duration>, limit: Duration) {
     took.sort();
     let seconds: Vec<String> = took.iter().map(|t| format!("{:.2}", t.as_secs_f64())).collect();
     println!("{what}, {} runs, seconds: {}", took.len(), seconds.join(" "));
     assert!(took.iter().all(|t| *t < limit), "{what}: not under {limit:?}");
 }
 
-/// What operators wrote to a world's token Secrets and status with success: those behind a proxy, or the others.
+/// Successful writes of operators to a world's token Secrets and status. `proxied` selects the operators behind a proxy
+/// or the others.
 fn written(world: &World, proxied: bool) -> Vec<Request> {
     let mut all = world.cluster.audit.requests(&world.name);
     let tokens = |r: &Request| r.resource == "secrets" && r.name.ends_with("-token");
@@ -80,7 +81,7 @@ fn written(world: &World, proxied: bool) -> Vec<Request> {
     all
 }
 
-/// What was written to the Lease with success.
+/// Successful writes to the Lease.
 fn written_leases(replicas: &Replicas<'_>) -> Vec<Request> {
     let mut all = replicas.audit().requests(&replicas.home);
     all.retain(|r| r.resource == "leases" && r.writes() && r.code < 300);
@@ -88,7 +89,7 @@ fn written_leases(replicas: &Replicas<'_>) -> Vec<Request> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_is_asked_to_end_hands_over_in_moments_and_nothing_is_minted_twice() {
+async fn a_terminated_leader_hands_over_quickly_without_extra_tokens() {
     let world = fresh("graceful").await;
     let replicas = Replicas::of(&world).await;
     let mut leader = replicas.start("r0").await;
@@ -105,11 +106,11 @@ async fn a_leader_that_is_asked_to_end_hands_over_in_moments_and_nothing_is_mint
     }
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, FRESH + runs());
-    told("asked to end until the other serves", took, HANDED_OVER);
+    report("SIGTERM until the other replica issues a token", took, HANDED_OVER);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_is_killed_is_followed_within_its_lease_and_nothing_is_minted_twice() {
+async fn a_killed_leader_is_replaced_within_the_lease_without_extra_tokens() {
     let world = fresh("crash").await;
     let replicas = Replicas::of(&world).await;
     let mut leader = replicas.start("r0").await;
@@ -118,29 +119,30 @@ async fn a_leader_that_is_killed_is_followed_within_its_lease_and_nothing_is_min
     for run in 1..=runs() {
         let next = format!("r{run}");
         let standby = replicas.start(&next).await;
-        // At any place between two renewals.
+        // A different moment between two renewals in each run.
         replicas.renewed().await;
         tokio::time::sleep(Duration::from_millis(700 * run as u64 % 3_000)).await;
         let (since, killed) = (Instant::now(), Timestamp::now());
         leader.kill();
         took.push(renewed(&world, run, since).await);
-        // It says when it asked for the lease; the API server, when that came. A last renewal of the other came before.
+        // `acquireTime` is when the new leader sent its write; the audit log says when it arrived. A last renewal of
+        // the old leader arrived before.
         let asked = replicas.led_by(&next).await.acquire_time.expect("a time").0;
         let leases = written_leases(&replicas);
-        let came = leases.iter().find(|r| r.at >= asked).expect("taken").at;
-        taken.push(came.duration_since(killed).unsigned_abs());
+        let arrived = leases.iter().find(|r| r.at >= asked).expect("acquired").at;
+        taken.push(arrived.duration_since(killed).unsigned_abs());
         leader = standby;
     }
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, FRESH + runs());
-    told("killed until the other serves", took, TAKEN_OVER);
-    // By the API server's log, so that nothing counts that the test does. The lease is one of 14 s, and the leader died some
-    // time after it had renewed it: that and a second are left for a busy machine.
-    told("killed until the other has the lease", taken, TAKEN);
+    report("SIGKILL until the other replica issues a token", took, TAKEN_OVER);
+    // Measured by the API server's log, so that the test's own time does not count. The lease lasts 14 s, and the
+    // leader died some time after its last renewal. That time and one second are the reserve for a busy machine.
+    report("SIGKILL until the other replica has the lease", taken, TAKEN);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_is_cut_off_is_followed_and_may_come_back() {
+async fn a_partitioned_leader_is_replaced_and_can_lead_again() {
     let world = fresh("cut").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -153,19 +155,20 @@ async fn a_leader_that_is_cut_off_is_followed_and_may_come_back() {
         proxy.refuse("");
         took.push(renewed(&world, run, since).await);
         proxy.open();
-        // The same process stands by now, and leads again when it is its turn.
+        // The same process is a standby now, and leads again once the other replica ends.
         standby.terminate().await;
         replicas.led_by_within("cut", EVENTUALLY).await;
     }
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, FRESH + runs());
     leader.terminate().await;
-    told("cut off until the other serves", took, TAKEN_OVER);
+    report("partition until the other replica issues a token", took, TAKEN_OVER);
 }
 
-/// The hard case: it reaches everything, and only its renewals are lost. So that it stops by its own clock alone.
+/// The hard case: only the renewals are lost and every other request succeeds, so the leader must stop by its own
+/// clock.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_whose_renewals_are_lost_has_stopped_before_the_other_begins() {
+async fn a_leader_without_renewals_stops_before_the_next_one_starts() {
     let world = World::new("lost").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -175,7 +178,7 @@ async fn a_leader_whose_renewals_are_lost_has_stopped_before_the_other_begins() 
     world.ready("billing", "True", "Issued").await;
     let _new = replicas.start("new").await;
 
-    // A write for each edit, by whoever leads.
+    // Each edit leads to one write by the current leader.
     let until = Instant::now() + Duration::from_secs(25);
     let edits = async {
         let mut round = 0;
@@ -188,43 +191,44 @@ async fn a_leader_whose_renewals_are_lost_has_stopped_before_the_other_begins() 
         }
         round.to_string()
     };
-    // The answer to the last renewal is late: what counts is when it was asked for.
+    // The answer to the last renewal is late. The lease counts from when the renewal was sent.
     let late = proxy.hold_after("PUT", "/leases/");
     late.reached().await;
     proxy.lose("PUT", "/leases/");
     tokio::time::sleep(Duration::from_secs(2)).await;
     late.release();
     let (round, _) = tokio::join!(edits, replicas.led_by("new"));
-    old.await_line("not leading any more").await;
+    old.await_line("leadership lost").await;
     until_labelled(&world, &round).await;
 
     let leases = written_leases(&replicas).into_iter();
     let (olds, news): (Vec<_>, Vec<_>) = leases.partition(|r| r.agent == AGENT);
     let renewed = olds.last().expect("renewed").at;
     let after = |at: Timestamp| at.duration_since(renewed);
-    let taken = after(news.first().expect("taken").at);
+    let taken = after(news.first().expect("acquired").at);
     let last = after(written(&world, true).last().expect("wrote").at);
     let first = after(written(&world, false).first().expect("wrote").at);
     println!(
-        "after the last renewal: old wrote until {:.2} s, new took the lease at {:.2} s and wrote from {:.2} s",
+        "after the last renewal: the old leader wrote until {:.2} s; the new one acquired the lease at {:.2} s and \
+         wrote from {:.2} s",
         last.as_secs_f64(),
         taken.as_secs_f64(),
         first.as_secs_f64()
     );
     assert!(
         last > OURS - SignedDuration::from_secs(1),
-        "not measured: it stopped before it had to"
+        "not measured: the old leader stopped too early"
     );
-    // Not `last < OURS`: the one is when a write came to the API server, the other when the old one last sends one.
+    // Not `last < OURS`: `last` is when a write arrived at the API server, `OURS` bounds when the old leader sends one.
     assert!(last < taken && taken > TERM - SignedDuration::from_millis(100) && first > taken);
     assert_eq!(world.issuer.mints().await, 1);
 
-    // Back on the net it stands by.
+    // With its connection back, the old leader is a standby.
     proxy.find();
-    let (passes, wrote) = (old.passes().await, written(&world, true).len());
+    let (reconciles, writes) = (old.passes().await, written(&world, true).len());
     world.sentinel().await;
-    assert_eq!(old.passes().await, passes);
-    assert_eq!(written(&world, true).len(), wrote);
+    assert_eq!(old.passes().await, reconciles);
+    assert_eq!(written(&world, true).len(), writes);
     assert_eq!(replicas.leader().await.as_deref(), Some("new"));
 }
 
@@ -241,7 +245,7 @@ async fn until_labelled(world: &World, round: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_was_stopped_during_a_mint_writes_nothing_when_it_goes_on() {
+async fn a_leader_suspended_during_a_token_request_writes_nothing_after_it_resumes() {
     let world = World::new("stop-mint").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -257,15 +261,18 @@ async fn a_leader_that_was_stopped_during_a_mint_writes_nothing_when_it_goes_on(
     }
     let new = replicas.start("new").await;
 
-    // One is asked for, and the other waits for its place.
+    // One token request is in flight, and the other waits for the single slot.
     let slow = json!({"path": "/oauth/v2/token", "times": 1, "latencyMillis": 3_000});
     world.issuer.fault(slow).await;
     let before = world.issuer.requests().await.len();
     world.renew("billing").await;
-    eventually("asked", async || world.issuer.requests().await.len() > before).await;
+    eventually("the request is in flight", async || {
+        world.issuer.requests().await.len() > before
+    })
+    .await;
     let reads = world.cluster.audit.count(&world.name, "get", "secrets");
     world.renew("orders").await;
-    eventually("waiting", async || {
+    eventually("the second request waits", async || {
         world.cluster.audit.count(&world.name, "get", "secrets") >= reads + 2
     })
     .await;
@@ -275,20 +282,20 @@ async fn a_leader_that_was_stopped_during_a_mint_writes_nothing_when_it_goes_on(
     world.secret_until("orders-token", |d| d["token"] != first[1]).await;
     world.ready("billing", "True", "Issued").await;
     world.ready("orders", "True", "Issued").await;
-    let going_on = Timestamp::now();
+    let resumed = Timestamp::now();
     old.signal("CONT");
-    old.await_line("not leading any more").await;
+    old.await_line("leadership lost").await;
     world.sentinel().await;
 
     assert_eq!(world.token("billing-token").await, second["token"]);
-    assert!(written(&world, true).iter().all(|r| r.at < going_on));
-    // The first two, the one in flight when it was stopped, and those of the new leader.
+    assert!(written(&world, true).iter().all(|r| r.at < resumed));
+    // The first two tokens, the one in flight at the suspension, and two of the new leader.
     assert_eq!(world.issuer.mints().await, 5);
     assert!(new.passes().await > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_that_was_on_its_way_when_the_leader_was_stopped_is_refused() {
+async fn a_write_in_flight_while_the_leader_is_suspended_is_refused() {
     let world = World::new("stop-write").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -312,16 +319,16 @@ async fn a_write_that_was_on_its_way_when_the_leader_was_stopped_is_refused() {
         all.iter()
             .any(|r| r.agent == AGENT && r.name == "billing-token" && r.verb == "patch" && r.code == 409)
     };
-    eventually("refused", async || refused()).await;
+    eventually("the write is refused", async || refused()).await;
     old.signal("CONT");
-    old.await_line("not leading any more").await;
+    old.await_line("leadership lost").await;
     world.sentinel().await;
     assert_eq!(world.token("billing-token").await, second["token"]);
     assert_eq!(world.issuer.mints().await, 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mint_under_way_is_written_before_the_lease_is_given_back() {
+async fn a_token_request_in_flight_is_written_before_the_lease_is_released() {
     let world = World::new("drain").await;
     let replicas = Replicas::of(&world).await;
     let old = replicas.start("old").await;
@@ -333,12 +340,15 @@ async fn a_mint_under_way_is_written_before_the_lease_is_given_back() {
     world.ready("billing", "True", "Issued").await;
     let _new = replicas.start("new").await;
 
-    // Longer than the lease, which has to be renewed meanwhile.
+    // Longer than the lease, so the leader must keep renewing it during the shutdown.
     let slow = json!({"path": "/oauth/v2/token", "times": 1, "latencyMillis": 16_000});
     world.issuer.fault(slow).await;
     let before = world.issuer.requests().await.len();
     world.renew("billing").await;
-    eventually("asked", async || world.issuer.requests().await.len() > before).await;
+    eventually("the request is in flight", async || {
+        world.issuer.requests().await.len() > before
+    })
+    .await;
     old.terminate().await;
     assert_ne!(world.token("billing-token").await, first);
     replicas.led_by("new").await;
@@ -347,7 +357,7 @@ async fn a_mint_under_way_is_written_before_the_lease_is_given_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_shorter_than_the_lease_changes_nothing() {
+async fn an_outage_shorter_than_the_lease_keeps_the_leader() {
     let world = World::new("short").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -358,8 +368,8 @@ async fn an_outage_shorter_than_the_lease_changes_nothing() {
     let standby = replicas.start("standby").await;
     let before = replicas.led_by("leader").await;
 
-    // As long as docs/high-availability.md promises. Right after a renewal, so that a busy machine has 4 s to spare until
-    // the leader has to stop.
+    // As long as docs/high-availability.md promises. The outage starts right after a renewal, which leaves a busy
+    // machine 4 s until the leader must stop.
     replicas.renewed().await;
     proxy.refuse("");
     tokio::time::sleep(Duration::from_secs(8)).await;
@@ -372,15 +382,15 @@ async fn an_outage_shorter_than_the_lease_changes_nothing() {
     let log = leader.log();
     assert!(
         log.iter()
-            .any(|l| l.contains("the lease could not be taken or renewed")),
+            .any(|l| l.contains("the lease could not be acquired or renewed")),
         "not measured"
     );
-    assert!(log.iter().all(|l| !l.contains("not leading any more")));
+    assert!(log.iter().all(|l| !l.contains("leadership lost")));
     assert_eq!(world.issuer.mints().await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_longer_than_the_lease_costs_no_token_that_was_not_written_yet() {
+async fn an_outage_longer_than_the_lease_keeps_the_unwritten_token() {
     let world = World::new("long").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -393,9 +403,9 @@ async fn an_outage_longer_than_the_lease_costs_no_token_that_was_not_written_yet
 
     proxy.lose("PATCH", "/secrets/billing-token");
     world.renew("billing").await;
-    eventually("minted", async || world.issuer.mints().await == 2).await;
+    eventually("the token is issued", async || world.issuer.mints().await == 2).await;
     proxy.refuse("");
-    leader.await_line("not leading any more").await;
+    leader.await_line("leadership lost").await;
     proxy.open();
     proxy.find();
     world.secret_until("billing-token", |d| d["token"] != first).await;
@@ -406,7 +416,7 @@ async fn an_outage_longer_than_the_lease_costs_no_token_that_was_not_written_yet
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clocks_that_are_minutes_apart_make_no_second_leader() {
+async fn clocks_minutes_apart_cause_no_second_leader() {
     let world = World::new("clocks").await;
     let replicas = Replicas::of(&world).await;
     let (behind, ahead) = (Clock::new(), Clock::new());
@@ -415,10 +425,10 @@ async fn clocks_that_are_minutes_apart_make_no_second_leader() {
     let leader = replicas.start_on_clock(&behind, "behind").await;
     let before = replicas.led_by("behind").await;
     let standby = replicas.start_on_clock(&ahead, "ahead").await;
-    let told = before.renew_time.expect("a time").0.duration_since(Timestamp::now());
+    let offset = before.renew_time.expect("a time").0.duration_since(Timestamp::now());
     assert!(
-        told < SignedDuration::from_secs(-500),
-        "not measured: its clock is {told} off"
+        offset < SignedDuration::from_secs(-500),
+        "not measured: the leader's clock is off by {offset}"
     );
 
     let watched = Instant::now();
@@ -427,7 +437,7 @@ async fn clocks_that_are_minutes_apart_make_no_second_leader() {
         assert_eq!(now.acquire_time, before.acquire_time);
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    // It may be set while it leads.
+    // Clocks may also change while a replica leads.
     behind.set(600);
     ahead.set(-600);
     tokio::time::sleep(Duration::from_secs(6)).await;
@@ -437,15 +447,15 @@ async fn clocks_that_are_minutes_apart_make_no_second_leader() {
     leader.kill();
     replicas.led_by_within("ahead", SOON).await;
     println!(
-        "another whose clock is 20 minutes behind leads after {:.1} s",
+        "a replica whose clock is 20 minutes behind leads after {:.1} s",
         since.elapsed().as_secs_f64()
     );
     assert!(since.elapsed() < TAKEN_OVER);
 }
 
-/// Who leads again does not reckon by what it knew of the server's clock when it led before.
+/// A replica that leads again does not use the clock skew that it measured in its earlier term.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_clock_that_was_set_while_another_led_costs_no_mint() {
+async fn a_server_clock_changed_while_another_replica_led_costs_no_extra_token() {
     let world = World::new("reset").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -457,31 +467,31 @@ async fn a_server_clock_that_was_set_while_another_led_costs_no_mint() {
     let new = replicas.start("new").await;
     proxy.refuse("");
     replicas.led_by("new").await;
-    old.await_line("not leading any more").await;
+    old.await_line("leadership lost").await;
     proxy.open();
-    // By the clock as it was, each token of this server is expired when it is minted.
+    // By the earlier skew, each token of this server has expired when it is issued.
     world.issuer.settings(json!({"clockOffsetMillis": -280_000})).await;
     let mut spec = world.instance_spec();
     spec["connection"]["timeout"] = json!("9s");
-    world.apply_instance(spec).await.expect("looked at again");
+    world.apply_instance(spec).await.expect("accepted");
     world.instance_ready("True", "InstanceReady").await;
     renewed(&world, 1, Instant::now()).await;
     world.ready("billing", "True", "Issued").await;
     let mints = world.issuer.mints().await;
-    // Its clock is not known for a second.
+    // The server's clock stays unknown for one second.
     let slow = json!({"path": "/.well-known/openid-configuration", "latencyMillis": 1_000});
     world.issuer.fault(slow).await;
     new.terminate().await;
     replicas.led_by_within("old", EVENTUALLY).await;
     world.sentinel().await;
-    // One at a time: a mint that was under way has ended when this one has.
+    // Token requests of one object run one after another: an earlier request has ended once this one has.
     renewed(&world, 2, Instant::now()).await;
     world.sentinel().await;
     assert_eq!(world.issuer.mints().await, mints + 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pass_that_outlives_the_lease_writes_nothing_until_it_is_renewed() {
+async fn a_reconcile_that_outlives_the_lease_writes_nothing_until_the_lease_is_renewed() {
     let world = World::new("outlives").await;
     let replicas = Replicas::of(&world).await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -490,14 +500,14 @@ async fn a_pass_that_outlives_the_lease_writes_nothing_until_it_is_renewed() {
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "True", "Issued").await;
 
-    // What it reads comes when the lease has run out: it is all that a write needs.
+    // The last read that the write needs is answered after the lease has expired.
     let hold = proxy.hold_before("GET", "/secrets/billing-token");
     let mut spec = one_token("billing-token");
     spec["tokens"][0]["secret"]["labels"] = json!({"app.kubernetes.io/version": "1"});
     world.service_user("billing", spec).await.expect("accepted");
     hold.reached().await;
     proxy.lose("PUT", "/leases/");
-    leader.await_line("not leading any more").await;
+    leader.await_line("leadership lost").await;
     hold.release();
     leader.await_line("Secret billing-token could not be written").await;
     let back = Timestamp::now();

@@ -1,4 +1,5 @@
-//! A token Secret never holds an expired token while ZITADEL can be reached, and a token is minted once per lifetime.
+//! A token Secret never holds an expired token while ZITADEL is reachable, and each token is refreshed once per
+//! lifetime.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ fn lifetimes() -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_sample_holds_an_expired_token() {
+async fn a_token_secret_never_holds_an_expired_token() {
     let world = World::new("fresh").await;
     let _operator = world.operator().await;
     world.instance().await;
@@ -46,15 +47,15 @@ async fn no_sample_holds_an_expired_token() {
     let seen = sample(&world, &names, going).await;
     let distinct = seen.tokens;
     let mints = world.issuer.mints().await;
-    println!("{seen}, {mints} mints");
-    // Those that were minted in the very last moment are not seen any more.
+    println!("{seen}, {mints} token requests");
+    // The sampler may miss tokens that were issued at the very end.
     assert!(
         mints >= distinct && mints <= distinct + names.len(),
-        "{mints} mints for {distinct} tokens"
+        "{mints} token requests for {distinct} tokens"
     );
 
-    // One Secret write for each mint. A status holds all tokens of an object: one write for each pass that minted, which
-    // may be two tokens of one object at once.
+    // One Secret write for each token request. A status covers all tokens of an object, so a reconcile that issues two
+    // tokens writes it once.
     let all = world.cluster.audit.requests(&world.name);
     let count = |verb: &str, resource: &str, ending: &str| {
         let those = all.iter().filter(|r| r.verb == verb && r.resource == resource);
@@ -66,10 +67,10 @@ async fn no_sample_holds_an_expired_token() {
     );
     let after = world.issuer.mints().await;
     println!("{writes} Secret writes, {statuses} status writes");
-    // Until the first write to the namespace succeeds, each first token's is tried before.
+    // Until the first write to a namespace succeeds, the operator tries the write of each first token in advance.
     assert!(
         (mints..=after + names.len()).contains(&writes),
-        "{writes} Secret writes for {mints} to {after} mints"
+        "{writes} Secret writes for {mints} to {after} token requests"
     );
     assert!(
         statuses <= writes,
@@ -77,9 +78,10 @@ async fn no_sample_holds_an_expired_token() {
     );
 }
 
-/// Design §3.8: a stop is like a suspend. The monotonic clock goes on meanwhile, the process does not.
+/// SIGSTOP is like a suspend of the machine: the process stops and the clocks continue
+/// (docs/adr/0011-times-follow-the-servers-clock.md).
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_that_was_stopped_for_longer_than_a_token_lives_renews_it_at_once() {
+async fn an_operator_suspended_longer_than_a_token_lifetime_refreshes_at_once() {
     let (lifetime, stopped) = if reduced() { (12, 15) } else { (60, 150) };
     let world = World::new("stopped").await;
     let operator = world.operator().await;
@@ -91,21 +93,21 @@ async fn an_operator_that_was_stopped_for_longer_than_a_token_lives_renews_it_at
     world.ready("billing", "True", "Issued").await;
     operator.signal("STOP");
     tokio::time::sleep(Duration::from_secs(stopped)).await;
-    let going_on = Instant::now();
+    let resumed = Instant::now();
     operator.signal("CONT");
     world.secret_until("billing-token", |d| d["token"] != old).await;
     println!(
-        "a fresh token {:.1} s after a stop of {stopped} s",
-        going_on.elapsed().as_secs_f64()
+        "a fresh token {:.1} s after a suspension of {stopped} s",
+        resumed.elapsed().as_secs_f64()
     );
     world.ready("billing", "True", "Issued").await;
     assert_eq!(world.issuer.mints().await, 2);
 }
 
-/// While no token is due, only the watches are opened anew, once in five minutes each (kube's own time for a watch); they
-/// do not end for want of events.
+/// While no token is due, the only requests are new watches: one for each kind in five minutes, which is kube's timeout
+/// of a watch. A watch does not end because it has no events.
 #[tokio::test(flavor = "multi_thread")]
-async fn idle_costs_nothing() {
+async fn an_idle_operator_sends_no_requests_except_watches() {
     let world = World::new("idle").await;
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let _operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;

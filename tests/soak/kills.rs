@@ -1,4 +1,4 @@
-//! kill -9 at each step of a refresh: no expired token, at most the mint in flight lost.
+//! `kill -9` at each step of a refresh: no token expires, and at most the token request in flight is lost.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,10 +11,10 @@ use crate::support::proxy::{Hold, Proxy};
 use crate::support::world::World;
 use crate::support::{eventually, next_second};
 
-/// At least four times what a restart takes, so that no token expires for the test's own slowness.
+/// At least four times as long as a restart, so that no token expires because the test is slow.
 const LIFETIME: u64 = 60;
 
-/// Where the operator is killed, how that place is found, and how many extra mints it may cost.
+/// Where the operator is killed, which proxied request stops it there, and the number of extra token requests.
 type Place = (&'static str, fn(&Proxy) -> Arc<Hold>, usize);
 
 const PLACES: &[Place] = &[
@@ -24,7 +24,7 @@ const PLACES: &[Place] = &[
         0,
     ),
     (
-        "between mint and write",
+        "between the token request and the write",
         |p| p.hold_before("PATCH", "/secrets/billing-token"),
         1,
     ),
@@ -34,7 +34,7 @@ const PLACES: &[Place] = &[
         0,
     ),
     (
-        "between Secret and status",
+        "between the Secret and the status",
         |p| p.hold_before("PUT", "/zitadelserviceusers/billing/status"),
         0,
     ),
@@ -46,7 +46,7 @@ const PLACES: &[Place] = &[
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kill_at_any_step_costs_at_most_the_mint_in_flight() {
+async fn a_kill_at_any_step_costs_at_most_one_token_request() {
     for (place, find, extra) in PLACES {
         let world = World::new("kill").await;
         let proxy = Proxy::start(world.cluster, &world.name).await;
@@ -73,15 +73,15 @@ async fn a_kill_at_any_step_costs_at_most_the_mint_in_flight() {
             .await;
         world
             .user_until("billing", |u| {
-                let told = u.status.as_ref().and_then(|s| s.expires_at.as_ref());
-                told.is_some_and(|t| t.0.to_string() == new["expires_at"])
+                let expires = u.status.as_ref().and_then(|s| s.expires_at.as_ref());
+                expires.is_some_and(|t| t.0.to_string() == new["expires_at"])
             })
             .await;
         assert!(Timestamp::now() < expires, "{place}: the old token had expired");
         world.sentinel().await;
         let mints = world.issuer.mints().await;
         println!(
-            "{place}: {mints} mints, recovered in {:.1} s",
+            "{place}: {mints} token requests, recovered in {:.1} s",
             killed.elapsed().as_secs_f64()
         );
         assert_eq!(mints, 2 + extra, "{place}: {before} before the restart");
@@ -89,7 +89,7 @@ async fn a_kill_at_any_step_costs_at_most_the_mint_in_flight() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kill_during_the_exchange_costs_at_most_that_mint() {
+async fn a_kill_during_the_token_request_costs_one_token_request() {
     let world = World::new("exchange").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -98,13 +98,13 @@ async fn a_kill_during_the_exchange_costs_at_most_that_mint() {
         .await;
     let old = world.token("billing-token").await;
     world.ready("billing", "True", "Issued").await;
-    // The server mints and its answer never comes.
+    // The server issues a token and its answer never arrives.
     world
         .issuer
         .fault(json!({"path": "/oauth/v2/token", "times": 1, "afterHandling": true, "hang": true}))
         .await;
     world.renew("billing").await;
-    eventually("minted", async || world.issuer.mints().await == 2).await;
+    eventually("the token is issued", async || world.issuer.mints().await == 2).await;
     operator.kill();
     assert_eq!(world.token("billing-token").await, old);
     let _operator = world.operator().await;
@@ -114,19 +114,19 @@ async fn a_kill_during_the_exchange_costs_at_most_that_mint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_object_that_is_deleted_during_its_mint_leaves_nothing_and_comes_back_clean() {
+async fn an_object_deleted_during_its_token_request_can_be_created_again() {
     let world = World::new("deleted").await;
     let operator = world.operator().await;
     world.instance().await;
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("billing-key", &user).await;
-    let held = json!({"path": "/oauth/v2/token", "userId": user.id, "scopeContains": "openid", "times": 1, "latencyMillis": 2000});
-    world.issuer.fault(held).await;
+    let slow = json!({"path": "/oauth/v2/token", "userId": user.id, "scopeContains": "openid", "times": 1, "latencyMillis": 2000});
+    world.issuer.fault(slow).await;
     world
         .service_user("billing", crate::support::world::one_token("billing-token"))
         .await
         .expect("accepted");
-    eventually("the mint is under way", async || {
+    eventually("the token request is in flight", async || {
         let requests = world.issuer.requests().await;
         requests.iter().any(|r| r.scopes.iter().any(|s| s == "openid"))
     })

@@ -1,4 +1,4 @@
-//! Endurance, kills and faults, serial: `make soak`. Counts are reduced under `CI=true`.
+//! Endurance and fault-injection tests: `make soak`. They run one after another. `CI=true` reduces counts and times.
 #![allow(missing_docs, clippy::expect_used, reason = "tests fail by panicking")]
 
 #[path = "../support/mod.rs"]
@@ -14,7 +14,7 @@ mod port;
 mod sampler;
 mod watches;
 
-/// Whether counts and times are reduced.
+/// Whether to use reduced counts and times.
 fn reduced() -> bool {
     std::env::var("CI").is_ok_and(|v| v == "true")
 }

@@ -1,5 +1,5 @@
-//! Hostile namespaces against the chart's memory limit. The cluster has CRDs without rules, as one whose CRDs are older
-//! than the operator may have: what the schema refuses today could have been stored before.
+//! Hostile namespaces against the chart's memory limit. The cluster has CRDs without validation rules: a cluster with
+//! older CRDs may have stored objects that today's schema refuses.
 
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ fn user(name: &str, spec: &Value) -> Value {
         "metadata": {"name": name}, "spec": spec})
 }
 
-/// A service user with 16 tokens whose Secrets are changed by `secret`.
+/// A service user with 16 tokens. `secret` makes the `secret` field of each.
 fn sixteen(instance: &str, key: &str, secret: impl Fn(usize) -> Value) -> Value {
     let tokens = (0..16).map(|i| json!({"name": format!("t{i}"), "projectIDs": ["1"], "secret": secret(i)}));
     json!({"instanceRef": {"name": instance}, "keySecretRef": {"name": key}, "tokens": tokens.collect::<Vec<_>>()})
@@ -62,7 +62,7 @@ fn secret(name: &str, metadata: &Value, data: &Value) -> Value {
     object
 }
 
-/// Objects of 1.3 MB each that name an instance which does not exist: no key and no policy is needed for them.
+/// Objects of 1.3 MB each. They name an instance that does not exist, so they need no key and no access policy.
 async fn large_objects(world: &World) {
     let text = "x".repeat(16_000);
     let template: serde_json::Map<String, Value> = (0..5).map(|i| (format!("k{i}"), json!(text))).collect();
@@ -77,7 +77,7 @@ async fn large_objects(world: &World) {
     users(world, (0..count).map(|i| user(&format!("large-{i}"), &spec(i)))).await;
 }
 
-/// Service users that are allowed their tokens, over Secrets of a megabyte that others share.
+/// Service users with allowed tokens that refer to Secrets of a megabyte, which several objects share.
 async fn large_secrets(world: &World) {
     let text = "x".repeat(MEGABYTE);
     let large = (0..16).map(|i| secret(&format!("secret-{i}"), &json!({}), &json!({"token": text})));
@@ -100,7 +100,7 @@ async fn large_secrets(world: &World) {
     users(world, (0..60).map(|i| user(&format!("reader-{i}"), &spec(i)))).await;
 }
 
-/// Secrets with our label, or without it, whose metadata are as large as Kubernetes takes them.
+/// Secrets with the operator's label, some of them with metadata as large as Kubernetes accepts.
 async fn large_metadata(world: &World) {
     let annotation = "\u{1}".repeat(250_000);
     let labels: serde_json::Map<String, Value> = (0..8_000)
@@ -110,14 +110,14 @@ async fn large_metadata(world: &World) {
     let metadata = json!({"annotations": {"note": annotation}, "labels": labels});
     let many = (0..40).map(|i| secret(&format!("meta-{i}"), &metadata, &json!({})));
     create_all::<Secret>(Api::namespaced(world.client.clone(), &world.name), many).await;
-    // As many as find room in etcd.
+    // As many as fit into etcd.
     let labelled = json!({"labels": {"zitadel-tokens.dev/service-user": "nobody"}});
     let count = if reduced() { 3_000 } else { 20_000 };
     let many = (0..count).map(|i| secret(&format!("labelled-{i}"), &labelled, &json!({})));
     create_all::<Secret>(Api::namespaced(world.client.clone(), &world.name), many).await;
 }
 
-/// Namespaces whose labels fill an object.
+/// Namespaces with as many labels as fit into an object.
 async fn large_namespaces(world: &World) {
     let labels: serde_json::Map<String, Value> = (0..9_000)
         .map(|i| (format!("label-{i:040}"), json!("v".repeat(50))))
@@ -126,7 +126,7 @@ async fn large_namespaces(world: &World) {
     create_all::<Namespace>(Api::all(world.client.clone()), many).await;
 }
 
-/// Many objects that keep every rule of the schema, each with as much as it lets through that stays in memory.
+/// Many objects that are valid by the schema, each with as much content as it accepts and the operator keeps in memory.
 async fn many_objects(world: &World) {
     let spec = |i: usize| {
         sixteen(
@@ -140,7 +140,7 @@ async fn many_objects(world: &World) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_namespace_uses_up_the_memory_of_the_operator() {
+async fn no_namespace_exhausts_the_operators_memory() {
     let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start()));
     install_relaxed_crds(&cluster.client().await).await;
     let quiet = World::on(cluster, "quiet", Issuer::start(&[])).await;
@@ -162,25 +162,25 @@ async fn no_namespace_uses_up_the_memory_of_the_operator() {
             "metadata" => large_metadata(&world).await,
             "namespaces" => large_namespaces(&world).await,
             "many" => many_objects(&world).await,
-            // All of them are there by now.
+            // The last round runs with the objects of all rounds.
             _ => {}
         }
         worlds.push(world);
-        // Each starts on what is there, and none serves only some instances.
+        // Each operator starts with all existing objects and serves all instances.
         let mut operator = Operator::start_limited(cluster, "", LIMIT).await;
-        // A refresh and a first token while the hostile objects are worked on.
+        // A refresh and a first token while the operator reconciles the hostile objects.
         quiet.renew("good").await;
         let name = format!("late-{kind}");
         let mut spec = one_token(&format!("{name}-token"));
         spec["keySecretRef"] = json!({"name": "good-key"});
         quiet.service_user(&name, spec).await.expect("accepted");
         let token = tokio::time::timeout(Duration::from_secs(30), quiet.token(&format!("{name}-token"))).await;
-        assert!(!operator.has_ended(), "{kind}: the operator ended");
+        assert!(!operator.has_ended(), "{kind}: the operator exited");
         token.expect("a token in time");
-        // Until a refresh came by itself.
+        // Wait for a scheduled refresh.
         let before = quiet.token("good-token").await;
         quiet.secret_until("good-token", |data| data["token"] != before).await;
-        assert!(!operator.has_ended(), "{kind}: the operator ended");
+        assert!(!operator.has_ended(), "{kind}: the operator exited");
         let (status, metrics) = operator.get("/metrics").await;
         assert_eq!(status, 200);
         let peak = operator.peak_memory();
@@ -192,13 +192,13 @@ async fn no_namespace_uses_up_the_memory_of_the_operator() {
         );
         assert!(peak < LIMIT, "{kind}: {peak} bytes");
     }
-    // What finds no room is told so.
+    // Objects over the limit of a namespace report it.
     let many = worlds.iter().find(|world| world.name.ends_with("many")).expect("one");
-    let told = many.users().list(&ListParams::default()).await.expect("listed");
+    let listed = many.users().list(&ListParams::default()).await.expect("listed");
     let refused =
         |user: &&ZitadelServiceUser| condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "NamespaceLimit");
     assert!(
-        told.iter().filter(refused).count() >= 32,
-        "too few were told of the limit"
+        listed.iter().filter(refused).count() >= 32,
+        "too few objects report the limit"
     );
 }

@@ -1,4 +1,5 @@
-//! One tenant does all that it can to be in the way of another (design §3.5, §3.6).
+//! One tenant tries to disturb another (docs/adr/0006-own-priority-queue.md,
+//! docs/adr/0012-circuit-breaker-evidence.md).
 
 use std::time::{Duration, Instant};
 
@@ -15,16 +16,16 @@ use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
 use crate::support::world::{World, one_token};
 
-/// Objects of each kind of trouble.
+/// Number of objects of each noisy kind.
 const TROUBLE: usize = 30;
 
 /// How long a request of a slow user takes.
 const SLOW: Duration = Duration::from_secs(8);
 
-/// A namespace with bad keys that look like an outage, users whose requests take long, Secrets that are deleted over and
-/// over, renewals that are asked for all the time, and Secrets that a quota refuses; and a quiet one beside it.
+/// A quiet namespace beside a noisy one. The noisy one has refused keys that look like an outage, slow token requests,
+/// Secrets that are deleted repeatedly, constant renew requests, and Secrets that a quota refuses.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_noisy_tenant_costs_a_quiet_one_no_token() {
+async fn a_noisy_tenant_does_not_delay_a_quiet_one() {
     let (lifetime, lifetimes) = if reduced() { (20, 3) } else { (60, 5) };
     let quiet = World::new("quiet").await;
     let noisy = World::beside(&quiet, "noisy").await;
@@ -51,7 +52,7 @@ async fn a_noisy_tenant_costs_a_quiet_one_no_token() {
         while going() {
             round += 1;
             for i in 0..TROUBLE {
-                // Gone already, or not there yet: then there is nothing to delete.
+                // The Secret may not exist at the moment.
                 let secret = format!("deleted-{i}-token");
                 let _ = noisy.secrets().delete(&secret, &DeleteParams::default()).await;
                 noisy
@@ -64,40 +65,42 @@ async fn a_noisy_tenant_costs_a_quiet_one_no_token() {
         }
         round
     };
-    // In the midst of it.
+    // A new service user arrives while the noise lasts.
     let newcomer = async {
         tokio::time::sleep(time / 2).await;
-        let came = Instant::now();
+        let arrived = Instant::now();
         quiet.simple("late", json!({"tokenType": "JWT"})).await;
         quiet.token("late-token").await;
-        assert!(going(), "not measured: the trouble had ended");
-        came.elapsed()
+        assert!(going(), "not measured: the noise had ended");
+        arrived.elapsed()
     };
     let (seen, rounds, waited) = tokio::join!(sample(&quiet, &names, going), trouble, newcomer);
     println!(
-        "{seen}; {rounds} rounds of trouble with {} objects; a newcomer had its token after {:.2} s",
+        "{seen}; {rounds} rounds of noise with {} objects; a new service user had its token after {:.2} s",
         5 * TROUBLE,
         waited.as_secs_f64()
     );
-    // One for each lifetime and a token at the start; what is minted in the last moment may not be seen.
+    // The first token and refreshes in each lifetime. The sampler may miss tokens that were issued at the very end.
     let most = names.len() * usize::try_from(2 * lifetimes + 2).expect("few");
     assert!(
         (names.len() * 3..=most).contains(&seen.tokens),
         "{} tokens",
         seen.tokens
     );
-    // A place is kept free for a namespace that has none: nobody waited for the end of a slow request.
-    assert!(waited < SLOW, "a newcomer waited {waited:?}");
-    // Due a third of the lifetime before its end, and before all others in the last third of that.
+    // The fair queue reserves the last slot for a namespace without any, so the new object did not wait for a slow
+    // request.
+    assert!(waited < SLOW, "a new service user waited {waited:?}");
+    // A token is due a third of its lifetime before it expires. In the last third of that window it has the highest
+    // priority.
     let window = Duration::from_secs(lifetime - 1).as_secs_f64() / 3.0;
     assert!(seen.margin > window / 4.0, "{seen}");
     quiet.ready("late", "True", "Issued").await;
     drop(operator);
 }
 
-/// Two namespaces whose requests fail at once look like an outage.
+/// Requests that fail in two namespaces at the same time look like an outage.
 #[tokio::test(flavor = "multi_thread")]
-async fn two_tenants_whose_requests_fail_keep_the_circuit_breaker_closed_for_others() {
+async fn two_failing_tenants_do_not_open_the_circuit_breaker_for_others() {
     let (objects, lifetime, lifetimes) = if reduced() { (20, 20, 3) } else { (50, 60, 3) };
     let quiet = World::new("served").await;
     let failing = [World::beside(&quiet, "one").await, World::beside(&quiet, "two").await];
@@ -154,19 +157,19 @@ async fn two_tenants_whose_requests_fail_keep_the_circuit_breaker_closed_for_oth
     let failed = quiet.issuer.requests().await.split_off(before).into_iter();
     let failed = failed.filter(|r| r.user_id == user.id).count();
     println!(
-        "{seen}; open for {:.1} s of {} s; {failed} failed requests",
+        "{seen}; circuit open for {:.1} s of {} s; {failed} failed requests",
         open.as_secs_f64(),
         time.as_secs()
     );
-    assert!(open < time / 20, "open for {open:?}");
-    // As in `a_noisy_tenant_costs_a_quiet_one_no_token`.
+    assert!(open < time / 20, "circuit open for {open:?}");
+    // As in `a_noisy_tenant_does_not_delay_a_quiet_one`.
     let window = Duration::from_secs(lifetime - 1).as_secs_f64() / 3.0;
     assert!(seen.margin > window / 4.0, "{seen}");
 }
 
-/// A server that is down costs its host few calls, and the tokens of another instance nothing.
+/// An unavailable server gets few requests, and its objects do not affect the tokens of another instance.
 #[tokio::test(flavor = "multi_thread")]
-async fn many_objects_on_a_dead_instance_are_quiet() {
+async fn objects_of_an_unavailable_instance_send_few_requests() {
     let (objects, time, lifetime) = if reduced() { (200, 30, 12) } else { (1_000, 120, 20) };
     let alive = World::new("alive").await;
     let dead = World::with_issuer("dead", Issuer::start(&[])).await;
@@ -201,34 +204,34 @@ async fn many_objects_on_a_dead_instance_are_quiet() {
     });
     let (seen, ()) = tokio::join!(sample(&alive, &names, going), arrive);
     let calls = dead.issuer.requests().await.len() - before;
-    println!("{objects} objects on a dead instance for {time} s: {calls} calls; beside it {seen}");
-    // One attempt at a time, each of which may ask discovery too, and the looks at the instance itself.
-    assert!(calls < 60, "{calls} calls");
+    println!("{objects} objects of an unavailable instance for {time} s: {calls} requests; other instance: {seen}");
+    // One probe at a time, each with a possible discovery request, and the checks of the instance itself.
+    assert!(calls < 60, "{calls} requests");
     let mints = alive.issuer.mints().await - mints;
     assert!(
         mints <= names.len() * usize::try_from(2 * time / lifetime + 1).expect("few"),
-        "{mints} mints"
+        "{mints} token requests"
     );
 
     dead.issuer.clear_faults().await;
     let back = Instant::now();
     let last = async |i: u32| dead.token(&format!("user-{i}-token")).await;
-    // Half a minute for a thousand on a quiet machine, most of it the budget of the instance.
+    // A thousand objects take half a minute on an idle machine, mostly because of the instance's request budget.
     tokio::time::timeout(Duration::from_mins(3), async {
         for i in 0..objects {
             last(i).await;
         }
     })
     .await
-    .expect("all have their token");
+    .expect("all objects have their token");
     println!(
-        "all of them have a token {:.1} s after it is back",
+        "all objects have their token {:.1} s after the instance is available again",
         back.elapsed().as_secs_f64()
     );
     assert_eq!(dead.issuer.mints().await, usize::try_from(objects).expect("few"));
 }
 
-/// Objects of five kinds that cost something again and again.
+/// Objects of five kinds that cause repeated work.
 async fn make_trouble(noisy: &World) {
     let good = noisy.issuer.user(json!({"tokenType": "JWT"})).await;
     let bad = noisy.issuer.user(json!({"tokenType": "JWT"})).await;
@@ -256,8 +259,8 @@ async fn make_trouble(noisy: &World) {
             .items
             .len()
     };
-    // Two for each that is good, and one for each that is not.
-    eventually("the good ones are there", async || secrets().await > 6 * TROUBLE).await;
+    // Two Secrets for each object that gets a token (the key and the token), one for each that does not.
+    eventually("the Secrets exist", async || secrets().await > 6 * TROUBLE).await;
     let quota = json!({"metadata": {"name": "none-more"}, "spec": {"hard": {"count/secrets": "1"}}});
     Api::<ResourceQuota>::namespaced(noisy.client.clone(), &noisy.name)
         .create(&PostParams::default(), &serde_json::from_value(quota).expect("a quota"))

@@ -1,5 +1,5 @@
-//! Attacks on the operator's port by a pod that can reach it: the operator lives on with the chart's memory limit and 1,024
-//! descriptors, its probes are answered, and tokens are refreshed.
+//! Attacks on the operator's port by a pod that can reach it. With the chart's memory limit and 1,024 file descriptors,
+//! the operator must survive, answer its probes and refresh tokens.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
@@ -15,10 +15,10 @@ use crate::reduced;
 use crate::support::operator::Operator;
 use crate::support::world::{PROJECT, World};
 
-/// The chart's limit.
+/// The memory limit of the chart.
 const MEMORY: u64 = 256 << 20;
 
-/// What connections to the port may cost together, the kernel's part included.
+/// Maximum memory of all connections to the port, including the kernel's share.
 const PORT_MEMORY: u64 = 24 << 20;
 
 /// The kubelet's default timeout. The chart gives it five seconds.
@@ -83,7 +83,7 @@ async fn requests_without_pause_leave_room_for_probes() {
             let path = ["livez", "metrics"][usize::from(count % 2 == 0)];
             let mut stream = sent(port, format!("GET /{path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes());
             if let Some(stream) = &mut stream {
-                // What another connection pushed out has no end.
+                // The operator may have closed the connection in favour of a newer one.
                 let _ = stream.read_to_end(&mut Vec::new());
             }
             count += 1_u32;
@@ -98,7 +98,7 @@ async fn requests_without_pause_leave_room_for_probes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_readers_of_metrics_cost_little_memory() {
-    // Beyond the lifetime of a connection, and far beyond that of a text.
+    // Longer than the lifetime of a connection, and much longer than that of a metrics text.
     let objects = if reduced() { 200 } else { 1_000 };
     under_attack("slow readers of /metrics", objects, |Target { port, .. }| {
         let until = Instant::now() + Duration::from_secs(20);
@@ -112,12 +112,12 @@ async fn slow_readers_of_metrics_cost_little_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_are_answered_while_descriptors_are_used_up() {
+async fn probes_are_answered_without_free_descriptors() {
     under_attack("no descriptors", 0, |Target { pid, port }| {
         let Some(used) = descriptors(pid) else {
-            return println!("skipped: not root, so the operator's descriptors cannot be seen and limited");
+            return println!("skipped: only root can read and limit the operator's file descriptors");
         };
-        // As if all but four were in use by connections to the API server and ZITADEL.
+        // As if connections to the API server and ZITADEL used all but four descriptors.
         let unused = (0..1_024).filter(|n| !used.contains(n));
         limit_descriptors(pid, unused.take(4).last().expect("a number") + 1);
         let open: Vec<_> = (0..200).map(|_| sent(port, b"")).collect();
@@ -128,7 +128,7 @@ async fn probes_are_answered_while_descriptors_are_used_up() {
     .await;
 }
 
-/// The open descriptors of a process. An operator hides its own from all but root.
+/// The open file descriptors of a process. Only root can read those of the operator, which is not dumpable.
 fn descriptors(pid: u32) -> Option<BTreeSet<u32>> {
     let open = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     let names = open.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
@@ -154,10 +154,10 @@ fn attack_time() -> Duration {
     Duration::from_secs(if reduced() { 5 } else { 20 })
 }
 
-/// A connection on which this was sent; `None` if the operator closed it first.
+/// Opens a connection and sends `bytes`. `None` if the operator closed the connection first.
 fn sent(port: SocketAddr, bytes: &[u8]) -> Option<TcpStream> {
     let mut stream = TcpStream::connect_timeout(&port, Duration::from_secs(5)).ok()?;
-    // Room for a moment only: the operator may not read on.
+    // Wait only briefly: the operator may have stopped reading.
     stream
         .set_write_timeout(Some(Duration::from_millis(100)))
         .expect("a timeout");
@@ -170,10 +170,10 @@ fn sent(port: SocketAddr, bytes: &[u8]) -> Option<TcpStream> {
     }
 }
 
-/// Runs `attack` on an operator that serves `objects` service users beside one with a token, which is refreshed during the
-/// attack and after it.
+/// Runs `attack` on an operator with `objects` service users and one more with a token. The token is refreshed during
+/// the attack and after it.
 async fn under_attack(name: &str, objects: usize, attack: impl FnOnce(Target) + Send + 'static) {
-    // This process holds the other end of all connections.
+    // This process holds the client end of all connections.
     zitadel_tokens::ops::descriptors::raise_limit().expect("raised");
     let world = World::new("port").await;
     let operator = Operator::start_limited(world.cluster, &world.selector(), MEMORY).await;
@@ -197,7 +197,7 @@ async fn under_attack(name: &str, objects: usize, attack: impl FnOnce(Target) + 
     let attack = std::thread::spawn(move || attack(target));
     let refresh = refreshed(&world, "during").await;
     while !attack.is_finished() {
-        assert!(!probes.is_finished(), "a probe failed; its thread says how");
+        assert!(!probes.is_finished(), "a probe failed; see the panic of its thread");
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
     attack.join().expect("attacked");
@@ -205,14 +205,15 @@ async fn under_attack(name: &str, objects: usize, attack: impl FnOnce(Target) + 
     let seen = probes.join().expect("all probes are answered");
     let peak = operator.peak_memory();
     println!(
-        "{name}: {seen:?}; a refresh {refresh:?}; peak memory {} KiB before, {} KiB after; metrics {} KiB",
+        "{name}: {seen:?}; refresh took {refresh:?}; peak memory {} KiB before, {} KiB after; metrics {} KiB",
         before / 1024,
         peak / 1024,
         text / 1024
     );
-    // 128 connections; and a few that the operator is about to close, or has to the API server and ZITADEL.
+    // 128 connections, a few that the operator is about to close, and those to the API server and ZITADEL.
     assert!(seen.descriptors < 256, "{seen:?}");
-    // The operator's bounds: 128 connections of some 40 KiB, and two texts, each in a buffer of up to twice its size.
+    // The operator's limits: 128 connections of about 40 KiB, and two metrics texts, each in a buffer of up to twice
+    // its size.
     assert!(peak <= MEMORY && peak < before + 4 * text + PORT_MEMORY, "{peak} bytes");
 
     refreshed(&world, "after").await;
@@ -220,7 +221,7 @@ async fn under_attack(name: &str, objects: usize, attack: impl FnOnce(Target) + 
     operator.terminate().await;
 }
 
-/// Asks for another token, and waits until it is there.
+/// Requests a refresh and waits for the new token.
 async fn refreshed(world: &World, request: &str) -> Duration {
     let asked = Instant::now();
     let before = world.token("billing-token").await;
@@ -231,7 +232,7 @@ async fn refreshed(world: &World, request: &str) -> Duration {
     asked.elapsed()
 }
 
-/// Service users with names as long as they may be, 16 tokens and no key: much to tell in `/metrics`.
+/// Service users with names of maximum length, 16 tokens and no key: they produce a large `/metrics` text.
 async fn fleet(world: &World, objects: usize) {
     let tokens: Vec<Value> = (0..16)
         .map(
@@ -250,16 +251,16 @@ async fn fleet(world: &World, objects: usize) {
     }
 }
 
-/// What was seen during an attack.
+/// What the probes observed during an attack.
 #[derive(Debug, Default)]
 struct Seen {
     probes: u32,
     slowest: Duration,
-    /// At most, if the operator's can be seen.
+    /// Maximum number of open file descriptors; 0 if they cannot be read.
     descriptors: usize,
 }
 
-/// Asks `/livez` and `/readyz` as the kubelet does, each time by a new connection.
+/// Probes `/livez` and `/readyz` like the kubelet, with a new connection each time.
 fn probe_while(target: Target, going: &AtomicBool) -> Seen {
     let mut seen = Seen::default();
     while going.load(Ordering::Relaxed) {

@@ -1,4 +1,5 @@
-//! What happens while the operator cannot watch is found afterwards, also when the history is gone meanwhile.
+//! The operator finds changes that happened while it could not watch, even after the API server has dropped the
+//! history.
 
 use kube::api::DeleteParams;
 use serde_json::{Value, json};
@@ -11,8 +12,8 @@ use crate::support::proxy::Proxy;
 use crate::support::world::{World, data, one_token, until};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_changed_while_the_watch_was_down_is_repaired_after_the_relist() {
-    // Without the API server's cache, whose memory reaches further back, a compaction makes a real 410.
+async fn changes_during_a_watch_outage_are_repaired_after_the_relist() {
+    // The API server's watch cache keeps a longer history. Without it, a compaction of etcd leads to a real 410.
     let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start_with(&["--watch-cache=false"])));
     install_crds(&cluster.client().await).await;
     for breaks_off in [true, false] {
@@ -21,7 +22,8 @@ async fn what_changed_while_the_watch_was_down_is_repaired_after_the_relist() {
     }
 }
 
-/// Changes that no watch tells: it `breaks_off` with an error, or ends as it should and goes on too late.
+/// Changes that the watch does not report: the watch either `breaks_off` with an error, or ends normally and resumes
+/// too late.
 async fn missed(world: &World, breaks_off: bool) {
     let proxy = Proxy::start(world.cluster, &world.name).await;
     let mut operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
@@ -39,14 +41,14 @@ async fn missed(world: &World, breaks_off: bool) {
         .secrets()
         .get("untouched-token")
         .await
-        .expect("there")
+        .expect("the Secret exists")
         .metadata
         .resource_version;
 
     let hold = proxy.hold_before("GET", "/api/v1/secrets?");
     if breaks_off {
         proxy.refuse("");
-        let failed = "a watch failed and is tried again kind=Secret";
+        let failed = "a watch failed and will be retried kind=Secret";
         operator.await_line(failed).await;
     } else {
         proxy.hang_up();
@@ -66,7 +68,7 @@ async fn missed(world: &World, breaks_off: bool) {
     hold.release();
     if !breaks_off {
         operator
-            .await_line("kind=Secret error=\"the history is gone: 410\"")
+            .await_line("kind=Secret error=\"the resource version is too old: 410\"")
             .await;
     }
     let deleted = until(world.secrets(), "deleted-token", EVENTUALLY, |s| {
@@ -88,7 +90,7 @@ async fn missed(world: &World, breaks_off: bool) {
         label.is_some_and(|l| l == "labelled") && data(s)["issuer"] == world.issuer.url
     })
     .await;
-    assert_eq!(data(&labelled)["token"], tokens[2], "repaired without a mint");
+    assert_eq!(data(&labelled)["token"], tokens[2], "repaired without a token request");
     world.sentinel().await;
     let after = world
         .secrets()
@@ -102,7 +104,7 @@ async fn missed(world: &World, breaks_off: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_entry_that_was_removed_while_the_operator_was_down_takes_its_secret_along() {
+async fn the_secret_of_an_entry_removed_while_the_operator_was_down_is_deleted() {
     let world = World::new("down").await;
     let operator = world.operator().await;
     world.instance().await;
@@ -126,7 +128,7 @@ async fn an_entry_that_was_removed_while_the_operator_was_down_takes_its_secret_
     assert_eq!(world.issuer.mints().await, 2);
 }
 
-/// Drops etcd's history up to now, through its JSON gateway: a watch that wants to go on from before gets 410.
+/// Compacts etcd's history through its JSON gateway. A watch that resumes from an older version gets 410.
 async fn compact(world: &World) {
     let port = world.cluster.ready["ports"]["etcd"].as_u64().expect("a port");
     let http = reqwest::Client::builder().no_proxy().build().expect("a client");

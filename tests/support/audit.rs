@@ -1,4 +1,4 @@
-//! The API server's audit log: who did what, counted.
+//! The API server's audit log: which client made which requests.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -15,19 +15,19 @@ pub struct Audit {
 pub struct Request {
     pub user: String,
     pub verb: String,
-    /// API group, empty for the core's.
+    /// API group, empty for the core group.
     pub group: String,
     pub resource: String,
     pub namespace: String,
     pub name: String,
     pub agent: String,
     pub code: u16,
-    /// When it came to the API server.
+    /// When the API server received the request.
     pub at: Timestamp,
 }
 
 impl Request {
-    /// Whether it came to change something.
+    /// Whether the request is a write.
     pub fn writes(&self) -> bool {
         !["get", "list", "watch"].contains(&&*self.verb)
     }

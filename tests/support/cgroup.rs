@@ -1,5 +1,5 @@
-//! A memory limit for one child process, by a cgroup of its own (v1 or v2), as a container has it. Needs root, and on v2
-//! a root cgroup that passes the memory controller on. A test that is killed leaves an empty cgroup behind.
+//! A memory limit for one child process, by its own cgroup (v1 or v2), like that of a container. Needs root, and on v2
+//! a root cgroup that delegates the memory controller. A test that is killed leaves an empty cgroup behind.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::OpenOptions;
@@ -13,7 +13,7 @@ pub struct MemoryCgroup {
     files: &'static Files,
 }
 
-/// Where a version of cgroups has what. A limit of zero is written to `swap`, if the kernel counts swap at all.
+/// The files of a cgroup version. A limit of zero is written to `swap` if the kernel accounts swap.
 struct Files {
     root: &'static str,
     limit: &'static str,
@@ -37,7 +37,7 @@ const VERSIONS: [Files; 2] = [
 ];
 
 impl MemoryCgroup {
-    /// A new cgroup with this limit; `None` where this machine does not allow it.
+    /// A new cgroup with this limit, or `None` if this machine does not allow it.
     pub fn new(bytes: u64) -> Option<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -52,13 +52,13 @@ impl MemoryCgroup {
         })
     }
 
-    /// Creates no file: a folder that is no memory cgroup does not have it.
+    /// Does not create the file: it is missing if the folder is not a memory cgroup.
     fn set(&self, file: &str, value: u64) -> std::io::Result<()> {
         let mut file = OpenOptions::new().write(true).open(self.folder.join(file))?;
         file.write_all(value.to_string().as_bytes())
     }
 
-    /// What to put before a command line so that the command runs in this cgroup, under the same process id.
+    /// A command line prefix that runs a command in this cgroup under the same process id.
     pub fn prefix(&self) -> [OsString; 4] {
         let enter = r#"echo $$ > "$0" && exec "$@""#;
         let processes = self.folder.join("cgroup.procs");
@@ -70,8 +70,8 @@ impl MemoryCgroup {
         ]
     }
 
-    /// The most bytes that were charged to it: memory of the process, the kernel's memory for it, and cached files.
-    /// `None` where the kernel does not count it (v2 before Linux 5.19).
+    /// The highest number of bytes charged to the cgroup: memory of the process, the kernel's memory for it, and cached
+    /// files. `None` if the kernel does not record it (v2 before Linux 5.19).
     pub fn peak(&self) -> Option<u64> {
         let peak = std::fs::read_to_string(self.folder.join(self.files.peak)).ok()?;
         peak.trim().parse().ok()
@@ -79,7 +79,7 @@ impl MemoryCgroup {
 }
 
 impl Drop for MemoryCgroup {
-    /// The process must have ended. The kernel may take a moment to notice.
+    /// The process must have exited. The kernel may need a moment to release the cgroup.
     fn drop(&mut self) {
         for _ in 0..50 {
             if std::fs::remove_dir(&self.folder).is_ok() {

@@ -1,4 +1,4 @@
-//! A child process whose output is kept.
+//! A child process, with its log.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-/// A running child. Its stdin stays open as long as this value lives; the testbed's parts end when it closes.
+/// A running child process. Its stdin stays open as long as this value lives. The testbed's parts exit when it closes.
 pub struct Running {
     pub child: Child,
     name: &'static str,
@@ -16,7 +16,7 @@ pub struct Running {
     reader: Option<JoinHandle<()>>,
 }
 
-/// The folder of a part of the testbed, built if need be.
+/// The folder of a part of the testbed. Builds the part if necessary.
 pub fn part(name: &str) -> PathBuf {
     static KNOWN: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
     let build = || {
@@ -68,22 +68,22 @@ impl Running {
     pub fn announced(name: &'static str, command: &mut Command) -> (Self, serde_json::Value) {
         let (running, stdout) = Self::start(name, command);
         let mut line = String::new();
-        // Without a line it has ended; its log says why.
+        // Without a line, the child has exited, and its log says why.
         BufReader::new(stdout).read_line(&mut line).expect("readable");
         let ready = serde_json::from_str(&line).unwrap_or_else(|_| {
-            panic!("{name} did not get ready:\n{}", running.log().join("\n"));
+            panic!("{name} did not become ready:\n{}", running.log().join("\n"));
         });
         (running, ready)
     }
 
-    /// What it wrote to stderr so far.
+    /// What the child has written to stderr so far.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().expect("not poisoned").clone()
     }
 }
 
 impl Running {
-    /// All that it wrote to stderr. For one that has ended, or is about to.
+    /// All that the child writes to stderr until it exits. Blocks until then.
     pub fn whole_log(&mut self) -> Vec<String> {
         if let Some(reader) = self.reader.take() {
             reader.join().expect("read");
@@ -95,7 +95,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         drop(self.stdin.take());
-        // It may have ended already.
+        // The child may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {

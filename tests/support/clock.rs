@@ -1,5 +1,5 @@
-//! A wall clock for one process that can be set while it runs, by Debian's libfaketime. Its monotonic clock is the real
-//! one, as when an administrator or NTP sets the time.
+//! A wall clock for one process that a test can set while the process runs, by Debian's libfaketime. The monotonic
+//! clock stays real, as when an administrator or NTP sets the time.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// A clock that is right.
+    /// A clock with the correct time.
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -28,19 +28,19 @@ impl Clock {
         clock
     }
 
-    /// Sets it this many seconds ahead of the real time.
+    /// Sets the clock this many seconds ahead of the real time.
     pub fn set(&self, seconds: i64) {
         std::fs::write(&self.file, format!("{seconds:+}")).expect("written");
     }
 
-    /// What makes a process go by it.
+    /// The environment variables that make a process use this clock.
     pub fn environment(&self) -> [(&'static str, &OsStr); 5] {
         [
             ("LD_PRELOAD", self.library.as_os_str()),
             ("FAKETIME_TIMESTAMP_FILE", self.file.as_os_str()),
             ("FAKETIME_CACHE_DURATION", OsStr::new("1")),
             ("FAKETIME_DONT_FAKE_MONOTONIC", OsStr::new("1")),
-            // Its name in versions before 0.9.10.
+            // The name of the same option in versions before 0.9.10.
             ("DONT_FAKE_MONOTONIC", OsStr::new("1")),
         ]
     }

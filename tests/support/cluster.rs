@@ -1,4 +1,4 @@
-//! The real control plane, one for all tests of a binary.
+//! The real control plane, which all tests of a binary share.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use super::child::{Running, part};
 use super::{EVENTUALLY, audit::Audit};
 
 pub struct Cluster {
-    /// What keeps it up; nothing, if it is somebody else's.
+    /// The process that runs the cluster, or `None` for an existing cluster.
     running: Option<Running>,
     pub kubeconfig: PathBuf,
     pub kubectl: Option<PathBuf>,
@@ -26,18 +26,18 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts one. It ends with this value, or with the process.
+    /// Starts a cluster. It stops when this value is dropped or the process exits.
     pub fn start() -> Self {
         Self::start_with(&[])
     }
 
-    /// Starts one whose API server has these flags too.
+    /// Starts a cluster with additional flags for its API server.
     pub fn start_with(flags: &[&str]) -> Self {
         Self::up(&[], flags)
     }
 
-    /// Starts one with a node, which has these images (name and archive), and whose pods reach these ports of 127.0.0.1
-    /// at [`Cluster::node`].
+    /// Starts a cluster with a node. The node has these images (name and archive). Its pods reach these ports of
+    /// 127.0.0.1 at [`Cluster::node`].
     pub fn start_with_node(images: &[(&str, &Path)], reach: &[&str]) -> Self {
         let mut options = vec!["--node".to_owned()];
         options.extend(
@@ -49,7 +49,7 @@ impl Cluster {
         Self::up(&options, &[])
     }
 
-    /// One that runs already. Nobody here reads its audit log.
+    /// A cluster that already runs. Its audit log is not available.
     pub fn existing(kubeconfig: &Path) -> Self {
         let kubectl = part("controlplane").join("kubectl");
         Self {
@@ -83,7 +83,7 @@ impl Cluster {
         }
     }
 
-    /// The one that the tests of this binary share, with the CRDs in place.
+    /// The cluster that the tests of this binary share, with the CRDs installed.
     pub fn shared() -> &'static Self {
         static SHARED: LazyLock<Cluster> = LazyLock::new(|| {
             let cluster = Cluster::start();
@@ -104,7 +104,7 @@ impl Cluster {
         self.ready["node"].as_str()
     }
 
-    /// Runs the testbed's kubectl, or the one on the PATH; returns whether it agreed, and what it said.
+    /// Runs the testbed's kubectl, or the one on the PATH. Returns whether it succeeded, and its output.
     pub fn kubectl(&self, arguments: &[&str], input: &str) -> (bool, String) {
         let mut child = Command::new(self.kubectl.clone().unwrap_or_else(|| "kubectl".into()))
             .args(arguments)
@@ -118,13 +118,14 @@ impl Cluster {
         stdin.write_all(input.as_bytes()).expect("kubectl reads");
         drop(stdin);
         let output = child.wait_with_output().expect("kubectl ends");
-        let said = [output.stdout, output.stderr].concat();
-        (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+        let printed = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&printed).into_owned())
     }
 
-    /// A client with full rights. One per test: a client belongs to the runtime that made it.
+    /// A client with full permissions. Each test needs its own, because a client belongs to the runtime that created
+    /// it.
     pub async fn client(&self) -> Client {
-        // Another test may have been first.
+        // Another test may have installed the provider already.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let kubeconfig = Kubeconfig::read_from(&self.kubeconfig).expect("a kubeconfig");
         let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
@@ -160,7 +161,7 @@ pub async fn established(client: &Client) {
     }
 }
 
-/// The CRDs without any rule on spec and status, as if an administrator had relaxed them.
+/// Installs the CRDs without any rule on spec and status, as if an administrator had relaxed them.
 pub async fn install_relaxed_crds(client: &Client) {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     for crd in crds() {

@@ -1,4 +1,4 @@
-//! Releases of our chart, by the real Helm, and operators that run as a release would let them.
+//! Releases of the chart, installed by the real Helm, and operators that run with the permissions of a release.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use super::child::part;
 use super::cluster::Cluster;
 use super::operator::Operator;
 
-/// Name of each release, and of what the chart makes in its namespace.
+/// Name of each release, and of the objects that the chart creates in its namespace.
 pub const NAME: &str = "zitadel-tokens";
 
 pub fn chart() -> PathBuf {
@@ -37,7 +37,7 @@ impl Release {
         release
     }
 
-    /// One that is not installed yet.
+    /// A release that is not installed yet.
     pub fn named(cluster: &'static Cluster, namespace: &str) -> Self {
         Self {
             cluster,
@@ -50,7 +50,7 @@ impl Release {
         self.apply_with(values, &[]);
     }
 
-    /// The same with further flags.
+    /// Installs or upgrades with additional Helm flags.
     pub fn apply_with(&self, values: &Value, flags: &[&str]) {
         let chart = chart();
         let set = format!("--set-json={}", flat(values));
@@ -106,14 +106,14 @@ impl Release {
         path
     }
 
-    /// A client that is the operator to the API server.
+    /// A client with the identity of the operator.
     pub async fn client(&self) -> Client {
         let kubeconfig = Kubeconfig::read_from(self.kubeconfig().await).expect("a kubeconfig");
         let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
         Client::try_from(config.expect("a config")).expect("a client")
     }
 
-    /// Runs the operator as the Deployment says: with its arguments and environment, and as its service account.
+    /// Runs the operator with the arguments, environment and service account of the Deployment.
     pub async fn operator(&self) -> Operator {
         let deployment = serde_json::to_value(self.deployment().await).expect("JSON");
         let container = &deployment["spec"]["template"]["spec"]["containers"][0];
@@ -126,8 +126,8 @@ impl Release {
                 let value = match variable["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
                     Some("metadata.namespace") => &self.namespace,
                     Some("metadata.name") => "zitadel-tokens-0",
-                    Some(other) => panic!("{other} is not known here"),
-                    // An empty value is left out by the API server.
+                    Some(other) => panic!("unknown field path {other}"),
+                    // The API server omits an empty value.
                     None => variable["value"].as_str().unwrap_or_default(),
                 };
                 (variable["name"].as_str().expect("a name"), value.into())
@@ -146,7 +146,7 @@ pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) -> String 
         .args(["--namespace", namespace])
         .env("KUBECONFIG", &cluster.kubeconfig);
     if let Some(dir) = cluster.ready["dir"].as_str() {
-        // Helm's own files: they end with the cluster.
+        // Helm's own files are deleted with the cluster.
         for home in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             command.env(home, format!("{dir}/helm"));
         }
@@ -154,12 +154,12 @@ pub fn helm(cluster: &Cluster, namespace: &str, arguments: &[&OsStr]) -> String 
     run(command)
 }
 
-/// What a chart makes of these values, without a cluster.
+/// The manifests of a chart with these values, rendered without a cluster.
 pub fn template(chart: &Path, values: &Value) -> String {
     run(templating(chart, values))
 }
 
-/// What Helm says when a chart takes no such values.
+/// The error message of Helm for values that a chart refuses.
 pub fn refused(chart: &Path, values: &Value) -> String {
     let output = templating(chart, values).output().expect("helm runs");
     assert!(!output.status.success(), "{values} is accepted");
@@ -179,12 +179,12 @@ fn command() -> Command {
 
 fn run(mut command: Command) -> String {
     let output = command.output().expect("helm runs");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {said}");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {error}");
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// Values as `--set-json` takes them.
+/// Values in the syntax of `--set-json`.
 fn flat(values: &Value) -> String {
     let values = values.as_object().expect("an object");
     let all: Vec<String> = values.iter().map(|(key, value)| format!("{key}={value}")).collect();

@@ -1,4 +1,4 @@
-//! The ZITADEL stand-in, one process for each test, and its control port.
+//! The ZITADEL stand-in, one process per test, and its control port.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use super::child::{Running, part};
 
 pub struct Issuer {
     running: Running,
-    /// The issuer, as tokens and discovery name it.
+    /// The issuer in tokens and discovery.
     pub url: String,
     /// PEM of the CA, empty without TLS.
     pub ca: String,
@@ -22,7 +22,7 @@ pub struct Issuer {
 #[serde(rename_all = "camelCase", default)]
 pub struct Recorded {
     pub seq: u64,
-    /// When it came, in RFC 3339.
+    /// When the stand-in received the request, in RFC 3339.
     pub time: String,
     pub method: String,
     pub path: String,
@@ -39,7 +39,7 @@ pub struct Recorded {
     pub access_token: String,
 }
 
-/// What a user of the stand-in is.
+/// A user of the stand-in.
 #[derive(Debug, Clone)]
 pub struct User {
     pub id: String,
@@ -48,7 +48,8 @@ pub struct User {
     pub key_id: String,
 }
 
-/// A real server shows a change of a user to its token endpoint after some milliseconds, in a burst after some hundred.
+/// The token endpoint of a real server sees a change of a user after some milliseconds, or after some hundred
+/// milliseconds during a burst.
 const PROJECTION_LAG: &str = "100ms";
 
 impl Issuer {
@@ -84,8 +85,8 @@ impl Issuer {
         serde_json::from_str(&text).unwrap_or(Value::Null)
     }
 
-    /// Makes a user with one key, and waits until the token endpoint knows both. `fields` as the control port takes them:
-    /// tokenType, lifetimeSeconds, roles.
+    /// Creates a user with one key, and waits until the token endpoint knows both. `fields` are those of the control
+    /// port: tokenType, lifetimeSeconds, roles.
     pub async fn user(&self, fields: Value) -> User {
         let user = self.call(reqwest::Method::POST, "/users", Some(fields)).await;
         let id = user["id"].as_str().expect("an id").to_owned();
@@ -94,7 +95,8 @@ impl Issuer {
         User { id, key, key_id }
     }
 
-    /// Makes another key: its id and file. The token endpoint does not know it yet, which the operator has to bear.
+    /// Creates another key, and returns its id and file. The token endpoint does not know the key yet. The operator
+    /// must tolerate this.
     pub async fn key(&self, user: &str, fields: Value) -> (String, String) {
         let key = self
             .call(reqwest::Method::POST, &format!("/users/{user}/keys"), Some(fields))
@@ -107,14 +109,14 @@ impl Issuer {
         self.call(reqwest::Method::GET, "/settled", None).await;
     }
 
-    /// Removes a key, and waits until the token endpoint knows.
+    /// Removes a key, and waits until the token endpoint knows this.
     pub async fn remove_key(&self, user: &str, key: &str) {
         self.call(reqwest::Method::DELETE, &format!("/users/{user}/keys/{key}"), None)
             .await;
         self.settled().await;
     }
 
-    /// Changes a user, and waits until the token endpoint knows.
+    /// Changes a user, and waits until the token endpoint knows this.
     pub async fn change_user(&self, user: &str, fields: Value) {
         self.call(reqwest::Method::PATCH, &format!("/users/{user}"), Some(fields))
             .await;
@@ -139,7 +141,7 @@ impl Issuer {
         serde_json::from_value(answer["requests"].clone()).expect("requests")
     }
 
-    /// Tokens minted for workloads: the operator's own look at the ZITADEL API is not counted.
+    /// The number of tokens issued for workloads, without the operator's own tokens for the ZITADEL API.
     pub async fn mints(&self) -> usize {
         let counts = self.call(reqwest::Method::GET, "/counts", None).await;
         let mints = counts["mints"].as_array().cloned().unwrap_or_default();

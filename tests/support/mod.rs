@@ -1,5 +1,5 @@
-//! What tests, the demo and the benchmark are made of: a real control plane, the ZITADEL stand-in, the operator as a
-//! child process, and one namespace with an instance of its own for each test.
+//! Parts shared by the tests, the demo and the benchmark: a real control plane, the ZITADEL stand-in, the operator as a
+//! child process, and a namespace and an instance for each test.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 
-/// Polls until `done` holds; for what no watch tells.
+/// Polls until `done` returns true, for conditions that no watch reports.
 pub async fn eventually(what: &str, done: impl AsyncFn() -> bool) {
     let deadline = std::time::Instant::now() + SOON;
     while !done().await {
@@ -36,7 +36,8 @@ pub async fn eventually(what: &str, done: impl AsyncFn() -> bool) {
     }
 }
 
-/// Waits for another second: status tells whole ones, so that a renewal within one would be no news.
+/// Waits more than one second. Status times are whole seconds, so a refresh within the same second would not change
+/// the status.
 pub async fn next_second() {
     let second = Timestamp::now().as_second();
     while Timestamp::now().as_second() <= second + 1 {
@@ -44,8 +45,8 @@ pub async fn next_second() {
     }
 }
 
-/// Longest wait for what the operator does by itself.
+/// Timeout for actions of the operator.
 pub const SOON: Duration = Duration::from_secs(30);
 
-/// Longest wait for what Kubernetes' own controllers do.
+/// Timeout for actions of Kubernetes' own controllers.
 pub const EVENTUALLY: Duration = Duration::from_mins(1);

@@ -1,4 +1,4 @@
-//! The operator, always a real child process.
+//! The operator as a child process.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
@@ -16,11 +16,12 @@ pub struct Operator {
     running: Running,
     pub pid: u32,
     stdout: Option<JoinHandle<String>>,
-    /// Dropped after `running`, since it must be empty then.
+    /// Dropped after `running`, because the cgroup must be empty then.
     cgroup: Option<MemoryCgroup>,
 }
 
-/// The binary under test: cargo's, or the one beside this executable (the demo is an example, which cargo does not tell).
+/// The binary under test: the one that cargo names, or the one next to this executable. Cargo does not name it for
+/// examples such as the demo.
 pub fn binary() -> PathBuf {
     if let Some(path) = option_env!("CARGO_BIN_EXE_zitadel-tokens") {
         return path.into();
@@ -45,8 +46,9 @@ impl Operator {
         Self::start_in(&cluster.kubeconfig, selector, &[], &clock.environment()).await
     }
 
-    /// Starts an operator with the limits of a small container, and waits until it watches: this many bytes of memory
-    /// (where the machine has no cgroups for it, compare [`Operator::peak_memory`] with it), and 1,024 descriptors.
+    /// Starts an operator with the limits of a small container, and waits until it watches. The limits are this many
+    /// bytes of memory and 1,024 file descriptors. If the machine cannot limit memory by a cgroup, compare
+    /// [`Operator::peak_memory`] with `bytes`.
     pub async fn start_limited(cluster: &Cluster, selector: &str, bytes: u64) -> Self {
         let cgroup = MemoryCgroup::new(bytes);
         let mut prefix: Vec<OsString> = cgroup.iter().flat_map(MemoryCgroup::prefix).collect();
@@ -64,19 +66,19 @@ impl Operator {
         operator
     }
 
-    /// Starts an operator that knows only what is in this environment, and waits until it watches.
+    /// Starts an operator that is configured only by this environment, and waits until it watches.
     pub async fn start_as_told(kubeconfig: &Path, environment: &[(&str, &OsStr)]) -> Self {
         let mut operator = Self::launch(&[], kubeconfig, &[], environment);
         operator.await_line("watching").await;
         operator
     }
 
-    /// Starts an operator, and waits for nothing.
+    /// Starts an operator without waiting until it watches.
     pub fn spawn(kubeconfig: &Path, selector: &str, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         Self::spawn_behind(&[], kubeconfig, selector, flags, environment)
     }
 
-    /// Starts an operator by a command line that begins with `prefix`.
+    /// Starts an operator with `prefix` before its command line.
     fn spawn_behind(
         prefix: &[OsString],
         kubeconfig: &Path,
@@ -90,7 +92,7 @@ impl Operator {
     }
 
     fn launch(prefix: &[OsString], kubeconfig: &Path, flags: &[&str], environment: &[(&str, &OsStr)]) -> Self {
-        // setpriv: a test that is killed takes its operator with it.
+        // With `--pdeathsig`, the operator is killed if the test is killed.
         let (running, mut stdout) = Running::start(
             "operator",
             Command::new("setpriv")
@@ -106,7 +108,7 @@ impl Operator {
         let pid = running.child.id();
         let stdout = std::thread::spawn(move || {
             let mut text = Vec::new();
-            // What came until it ended is kept.
+            // After an error, the text so far is kept.
             let _ = stdout.read_to_end(&mut text);
             String::from_utf8_lossy(&text).into_owned()
         });
@@ -138,7 +140,7 @@ impl Operator {
         self.running.log()
     }
 
-    /// Address of its HTTP port.
+    /// The address of the operator's HTTP port.
     pub fn address(&self) -> String {
         let log = self.log();
         let line = log
@@ -154,7 +156,7 @@ impl Operator {
             .to_owned()
     }
 
-    /// GET of a path on its HTTP port.
+    /// Sends a GET request to the operator's HTTP port.
     pub async fn get(&self, path: &str) -> (u16, String) {
         let answer = reqwest::get(format!("http://{}{path}", self.address()))
             .await
@@ -162,7 +164,7 @@ impl Operator {
         (answer.status().as_u16(), answer.text().await.expect("a body"))
     }
 
-    /// How many passes it made, by its own count.
+    /// The number of reconciles, by the operator's own metric.
     pub async fn passes(&self) -> u64 {
         let metrics = self.get("/metrics").await.1;
         let counts = metrics
@@ -174,7 +176,7 @@ impl Operator {
             .sum()
     }
 
-    /// The most memory that it took so far, in bytes: by its cgroup, or what was resident if it has none.
+    /// The peak memory of the operator in bytes: that of its cgroup or, without a cgroup, its resident memory.
     pub fn peak_memory(&self) -> u64 {
         if let Some(peak) = self.cgroup.as_ref().and_then(MemoryCgroup::peak) {
             return peak;
@@ -185,58 +187,58 @@ impl Operator {
         kilobytes.parse::<u64>().expect("a number") * 1024
     }
 
-    /// Whether it has ended, for instance because it took more memory than it may.
+    /// Whether the operator has exited, for instance because it exceeded its memory limit.
     pub fn has_ended(&mut self) -> bool {
         self.running.child.try_wait().expect("a child").is_some()
     }
 
-    /// kill -9.
+    /// Sends SIGKILL, and waits until the operator has exited.
     pub fn kill(mut self) {
         self.running.child.kill().expect("killed");
         self.running.child.wait().expect("waited for");
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the operator.
     pub fn signal(&self, name: &str) {
         let mut kill = Command::new("kill");
         let sent = kill.args(["-s", name, &self.pid.to_string()]).status();
         assert!(sent.expect("kill runs").success());
     }
 
-    /// SIGTERM; returns its log when it has ended well.
+    /// Sends SIGTERM, waits until the operator exits with success, and returns its log.
     pub async fn terminate(self) -> Vec<String> {
         self.terminate_whole().await.0
     }
 
-    /// SIGTERM; returns its log and what it wrote to stdout.
+    /// Sends SIGTERM, waits until the operator exits with success, and returns its log and its stdout.
     pub async fn terminate_whole(mut self) -> (Vec<String>, String) {
         self.signal("TERM");
         let deadline = Instant::now() + SOON;
         loop {
             if let Some(status) = self.running.child.try_wait().expect("a child") {
-                assert!(status.success(), "the operator ended with {status}");
+                assert!(status.success(), "the operator exited with {status}");
                 let stdout = self.stdout.take().expect("kept").join().expect("read");
                 return (self.running.whole_log(), stdout);
             }
-            assert!(Instant::now() < deadline, "the operator did not end after SIGTERM");
+            assert!(Instant::now() < deadline, "the operator did not exit after SIGTERM");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 }
 
 impl Drop for Operator {
-    /// Whatever a test does to it, it logs no key, no assertion and no token that is a JWT.
+    /// In every test, the operator must log no key, no assertion and no token that is a JWT.
     fn drop(&mut self) {
         if std::thread::panicking() {
             return;
         }
         for line in self.log() {
-            assert!(!holds_a_secret(&line), "there is a secret in the log: {line}");
+            assert!(!holds_a_secret(&line), "the log contains a secret: {line}");
         }
     }
 }
 
-/// Whether there is a PEM, the DER of a private key or a JWT in it: whole or cut off, it begins alike.
+/// Whether a line contains a PEM, the DER of a private key or a JWT, complete or truncated.
 fn holds_a_secret(line: &str) -> bool {
     let is_base64 = |b: u8| b.is_ascii_alphanumeric() || b"+/-_=".contains(&b);
     let begins = |start: &str, length: usize| {

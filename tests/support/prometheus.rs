@@ -1,4 +1,4 @@
-//! A real Prometheus that scrapes one operator, and promtool; both from Debian's package `prometheus`.
+//! A real Prometheus that scrapes one operator, and promtool, both from Debian's package `prometheus`.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::child::Running;
 use super::{SOON, eventually};
 
-/// Where the sources are.
+/// The root of the repository.
 pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 const PACKAGE: &str = "the Debian package prometheus must be installed";
@@ -22,12 +22,12 @@ pub struct Prometheus {
     http: reqwest::Client,
 }
 
-/// One series of an answer: its labels, and its value as text.
+/// One series of a query result: its labels, and its value as text.
 pub type Sample = (BTreeMap<String, String>, String);
 
 impl Prometheus {
-    /// Starts one that scrapes `operator` as the chart's `ServiceMonitor` would: what the operator calls `namespace` is
-    /// not Prometheus' own.
+    /// Starts a Prometheus that scrapes `operator` as the chart's `ServiceMonitor` would: with `honor_labels`, so the
+    /// operator's `namespace` label takes precedence over that of the target.
     pub async fn start(operator: &str) -> Self {
         let folder = std::env::temp_dir().join(format!("prometheus-{}", operator.replace(':', "-")));
         std::fs::create_dir_all(&folder).expect("a folder");
@@ -113,13 +113,13 @@ fn labels(metric: &Value) -> BTreeMap<String, String> {
 }
 
 fn listening(log: &[String]) -> Option<String> {
-    // It listens before it answers.
+    // Prometheus listens before it can answer.
     log.iter().find(|line| line.contains("Server is ready"))?;
     let line = log.iter().find(|line| line.contains("msg=\"Listening on\""))?;
     Some(line.split("address=").nth(1)?.trim().to_owned())
 }
 
-/// Runs promtool in the root of the sources; whether it agreed, and what it said.
+/// Runs promtool in the root of the repository. Returns whether it succeeded, and its output.
 pub fn promtool(arguments: &[&str], input: &str) -> (bool, String) {
     let mut child = Command::new("promtool")
         .args(arguments)
@@ -133,6 +133,6 @@ pub fn promtool(arguments: &[&str], input: &str) -> (bool, String) {
     stdin.write_all(input.as_bytes()).expect("promtool reads");
     drop(stdin);
     let output = child.wait_with_output().expect("promtool ends");
-    let said = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+    let printed = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&printed).into_owned())
 }

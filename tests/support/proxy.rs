@@ -1,6 +1,6 @@
-//! A plain-http proxy in front of the API server that can hold or lose a request, refuse or silence all or some, answer
-//! with an error, or spoil an answer: how a crash between two steps, a network that swallows, a watch that was down, an
-//! API server in trouble and an object that nobody can decode are made without hooks in the product.
+//! A plain HTTP proxy in front of the API server. It can hold or lose a request, refuse or silence requests, answer
+//! with an error, or change an answer. Tests use it to cause a crash between two steps, a network that drops packets, a
+//! broken watch, a failing API server and an undecodable object, without hooks in the product.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,12 +19,12 @@ use tokio::sync::{Notify, watch};
 
 use super::cluster::Cluster;
 
-/// The agent of whoever comes through a proxy, in the audit log.
+/// The user agent in the audit log of requests that came through a proxy.
 pub const AGENT: HeaderValue = HeaderValue::from_static("proxied");
 
 pub struct Proxy {
     shared: Arc<Shared>,
-    /// For an operator that is to go through this proxy.
+    /// A kubeconfig for an operator behind this proxy.
     pub kubeconfig: PathBuf,
 }
 
@@ -42,12 +42,12 @@ struct Shared {
     count: AtomicUsize,
 }
 
-/// Whether requests come through.
+/// Whether the proxy forwards requests.
 enum Way {
     Open,
-    /// Those with this piece of path are refused, and streams of theirs end.
+    /// The proxy refuses requests whose path contains this text, and ends their streams.
     Refused(String),
-    /// Nothing is heard any more, and nothing ends.
+    /// No answer arrives, and no connection ends.
     Silent,
 }
 
@@ -57,7 +57,8 @@ impl Way {
     }
 }
 
-/// The next so many requests with this method and piece of path are answered so, and not forwarded.
+/// The proxy answers the next `times` requests with this method and this text in the path by `status`, and does not
+/// forward them.
 struct Answered {
     method: &'static str,
     path: String,
@@ -65,32 +66,32 @@ struct Answered {
     times: usize,
 }
 
-/// In answers to requests with this piece of path, a text is replaced.
+/// The proxy replaces `text` in answers to requests whose path contains `path`.
 struct Spoiled {
     path: String,
     text: String,
     by: String,
 }
 
-/// A request that is held when it comes.
+/// A request that the proxy holds.
 pub struct Hold {
     method: &'static str,
     path: String,
-    /// Whether it is held before the API server sees it, or the answer after.
+    /// Whether the proxy holds the answer, after the API server has handled the request, or the request before that.
     after: bool,
     reached: Notify,
     released: Notify,
 }
 
 impl Hold {
-    /// Completes when the request is held.
+    /// Waits until the proxy holds the request.
     pub async fn reached(&self) {
         tokio::time::timeout(super::SOON, self.reached.notified())
             .await
-            .unwrap_or_else(|_| panic!("no {} {} came", self.method, self.path));
+            .unwrap_or_else(|_| panic!("no request {} {} arrived", self.method, self.path));
     }
 
-    /// Lets it go on.
+    /// Lets the request continue.
     pub fn release(&self) {
         self.released.notify_one();
     }
@@ -101,7 +102,7 @@ impl Proxy {
         Self::before(cluster, &cluster.server, name).await
     }
 
-    /// Before another API server of the cluster.
+    /// Starts a proxy in front of another API server of the cluster.
     pub async fn before(cluster: &Cluster, server: &str, name: &str) -> Self {
         let real = Kubeconfig::read_from(&cluster.kubeconfig).expect("a kubeconfig");
         let token = real.auth_infos[0]
@@ -147,12 +148,12 @@ impl Proxy {
         Self { shared, kubeconfig }
     }
 
-    /// Holds the next request with this method and piece of path, before the API server sees it.
+    /// Holds the next request with this method and this text in the path before the API server receives it.
     pub fn hold_before(&self, method: &'static str, path: &str) -> Arc<Hold> {
         self.hold(method, path, false)
     }
 
-    /// Holds the answer to the next such request: the API server has done it.
+    /// Holds the answer to the next such request, after the API server has handled it.
     pub fn hold_after(&self, method: &'static str, path: &str) -> Arc<Hold> {
         self.hold(method, path, true)
     }
@@ -169,14 +170,14 @@ impl Proxy {
         hold
     }
 
-    /// Replaces a text in whole answers (not in watches) to requests with this piece of path.
+    /// Replaces a text in answers to requests whose path contains `path`, except in watches.
     pub fn spoil(&self, path: &str, text: &str, by: &str) {
         let [path, text, by] = [path, text, by].map(str::to_owned);
         let mut spoiled = self.shared.spoiled.lock().expect("not poisoned");
         spoiled.push(Spoiled { path, text, by });
     }
 
-    /// How many requests came so far.
+    /// The number of requests so far.
     pub fn count(&self) -> usize {
         self.shared.count.load(Ordering::Relaxed)
     }
@@ -191,33 +192,33 @@ impl Proxy {
         .await;
     }
 
-    /// Refuses requests with this piece of path, all if it is empty, and ends the streams that are open.
+    /// Refuses requests whose path contains `path` (all if it is empty), and ends their open streams.
     pub fn refuse(&self, path: &str) {
         self.shared.way.send_replace(Way::Refused(path.to_owned()));
     }
 
-    /// Ends all answers that are under way, as an API server does with a watch after a while.
+    /// Ends all answers in flight, as an API server ends a watch after some time.
     pub fn hang_up(&self) {
         self.shared.hung_up.send_replace(());
     }
 
-    /// Of all answers that are under way nothing more is ever heard, nor do they end, as when a firewall has forgotten their
-    /// connections. New requests pass.
+    /// Stops all answers in flight without ending them, as when a firewall has dropped the state of their connections.
+    /// New requests are forwarded.
     pub fn deaden(&self) {
         self.shared.deadened.send_replace(());
     }
 
-    /// As when packets are dropped on the way: no answer, no event, and no connection ends.
+    /// Stops all traffic without ending a connection, as when the network drops all packets.
     pub fn silence(&self) {
         self.shared.way.send_replace(Way::Silent);
     }
 
-    /// Lets everything pass again.
+    /// Forwards all requests again.
     pub fn open(&self) {
         self.shared.way.send_replace(Way::Open);
     }
 
-    /// Answers the next `times` requests with this method and piece of path by this status.
+    /// Answers the next `times` requests with this method and this text in the path by this status.
     pub fn answer(&self, method: &'static str, path: &str, status: u16, times: usize) {
         let path = path.to_owned();
         let mut errors = self.shared.errors.lock().expect("not poisoned");
@@ -234,21 +235,22 @@ impl Proxy {
         self.shared.errors.lock().expect("not poisoned").is_empty()
     }
 
-    /// Loses all requests with this method and piece of path: they get no answer, and the API server never sees them.
+    /// Loses all requests with this method and this text in the path: they get no answer, and the API server never
+    /// receives them.
     pub fn lose(&self, method: &'static str, path: &str) {
         self.shared
             .lost
             .send_modify(|lost| lost.push((method, path.to_owned())));
     }
 
-    /// Loses nothing more.
+    /// Stops losing requests.
     pub fn find(&self) {
         self.shared.lost.send_replace(Vec::new());
     }
 }
 
 impl Shared {
-    /// The error that this request is answered with, if it is.
+    /// The error for this request, if a test has set one.
     fn error(&self, method: &str, path: &str) -> Option<Response> {
         let mut errors = self.errors.lock().expect("not poisoned");
         let this = errors
@@ -262,14 +264,14 @@ impl Shared {
         Some((code, [("content-type", "application/json")], status.to_string()).into_response())
     }
 
-    /// Waits while nothing is heard.
+    /// Waits while the proxy is silent.
     async fn heard(&self) {
         let mut way = self.way.subscribe();
-        // The sender is ours.
+        // This cannot fail: `self` holds the sender.
         let _ = way.wait_for(|way| !matches!(way, Way::Silent)).await;
     }
 
-    /// How the answer to a request of this path is spoilt, if it is.
+    /// The replacement for answers to this path, if a test has set one.
     fn spoiling(&self, path: &str) -> Option<impl Fn(String) -> String + use<>> {
         let spoiled = self.spoiled.lock().expect("not poisoned");
         let these = spoiled
@@ -325,7 +327,7 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let body = to_bytes(body, 16 << 20).await.expect("a body");
     let mut headers = parts.headers;
     headers.remove("host");
-    // So that the audit log tells who came this way.
+    // Marks requests through the proxy in the audit log.
     headers.insert("user-agent", AGENT);
     let sent = shared
         .http

@@ -1,4 +1,4 @@
-//! Several operators that stand by for each other.
+//! Several replicas of the operator with leader election.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -27,17 +27,17 @@ impl<'a> Replicas<'a> {
         Self { world, home }
     }
 
-    /// Starts one.
+    /// Starts a replica.
     pub async fn start(&self, name: &str) -> Operator {
         self.start_in(&self.world.cluster.kubeconfig, name, &[]).await
     }
 
-    /// Starts one behind a proxy.
+    /// Starts a replica behind a proxy.
     pub async fn start_behind(&self, proxy: &Proxy, name: &str) -> Operator {
         self.start_in(&proxy.kubeconfig, name, &[]).await
     }
 
-    /// Starts one whose wall clock can be set.
+    /// Starts a replica whose wall clock can be set.
     pub async fn start_on_clock(&self, clock: &Clock, name: &str) -> Operator {
         self.start_in(&self.world.cluster.kubeconfig, name, &clock.environment())
             .await
@@ -52,7 +52,7 @@ impl<'a> Replicas<'a> {
         Api::namespaced(self.world.client.clone(), &self.home)
     }
 
-    /// Waits until the replica of this name holds the Lease; gives what it says.
+    /// Waits until the replica of this name holds the Lease, and returns the spec of the Lease.
     pub async fn led_by(&self, name: &str) -> LeaseSpec {
         self.led_by_within(name, SOON).await
     }
@@ -71,7 +71,7 @@ impl<'a> Replicas<'a> {
         until(self.leases(), "zitadel-tokens", SOON, |lease| renewal(lease) != before).await;
     }
 
-    /// What the API server says of it.
+    /// The audit log of the API server.
     pub fn audit(&self) -> &Audit {
         &self.world.cluster.audit
     }

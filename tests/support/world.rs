@@ -1,5 +1,5 @@
-//! One test's world: a namespace, an issuer, an instance that allows the namespace everything, and an operator that
-//! serves this instance only.
+//! The world of one test: a namespace, an issuer, an instance whose policy allows the namespace everything, and an
+//! operator that serves only this instance.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,16 +21,16 @@ use super::issuer::{Issuer, User};
 use super::operator::Operator;
 use super::{EVENTUALLY, SOON};
 
-/// A project whose API is to accept tokens.
+/// The id of a project for which tests request tokens.
 pub const PROJECT: &str = "69234237810729019";
 
 pub struct World {
     pub cluster: &'static Cluster,
     pub client: Client,
     pub issuer: Arc<Issuer>,
-    /// Name of the instance, and value of the label that the operator selects by.
+    /// Name of the instance, and value of the label in the operator's selector.
     pub instance: String,
-    /// Name of the namespace; the same, if the world is not one beside another.
+    /// Name of the namespace. Equals `instance` unless [`World::beside`] created the world.
     pub name: String,
 }
 
@@ -78,7 +78,7 @@ impl World {
         }
     }
 
-    /// The same with another instance.
+    /// The same world with another instance.
     pub fn with_instance(self, name: &str) -> Self {
         Self {
             instance: name.to_owned(),
@@ -119,7 +119,7 @@ impl World {
         self.apply_instance(self.instance_spec()).await.expect("an instance");
     }
 
-    /// Selects this namespace only.
+    /// A selector for this namespace only.
     pub fn selector_of_namespace(&self) -> Value {
         json!({"matchLabels": {"kubernetes.io/metadata.name": self.name}})
     }
@@ -202,7 +202,7 @@ impl World {
         user
     }
 
-    /// Edits a Secret, as somebody would.
+    /// Edits a Secret, as another client would.
     pub async fn edit_secret(&self, name: &str, change: Value) {
         let patch = Patch::Merge(&change);
         self.secrets()
@@ -211,12 +211,12 @@ impl World {
             .expect("edited");
     }
 
-    /// Asks for a renewal of a service user's tokens.
+    /// Requests a refresh of a service user's tokens.
     pub async fn renew(&self, name: &str) {
         self.annotate(name, "renew-request", "now").await;
     }
 
-    /// Sets one of our annotations on a service user.
+    /// Sets one of the operator's annotations on a service user.
     pub async fn annotate(&self, name: &str, annotation: &str, value: &str) {
         let request = json!({"metadata": {"annotations": {format!("zitadel-tokens.dev/{annotation}"): value}}});
         let patch = Patch::Merge(&request);
@@ -243,7 +243,7 @@ impl World {
         Api::namespaced(self.client.clone(), &self.name)
     }
 
-    /// Waits until the service user is as `wanted`.
+    /// Waits until the service user satisfies `wanted`.
     pub async fn user_until(&self, name: &str, wanted: impl Fn(&ZitadelServiceUser) -> bool) -> ZitadelServiceUser {
         until(self.users(), name, SOON, wanted).await
     }
@@ -271,7 +271,7 @@ impl World {
         .await
     }
 
-    /// Waits until the Secret is as `wanted`; gives its data.
+    /// Waits until the data of the Secret satisfies `wanted`, and returns it.
     pub async fn secret_until(
         &self,
         name: &str,
@@ -285,8 +285,8 @@ impl World {
         self.secret_until(secret, |data| data.contains_key("token")).await["token"].clone()
     }
 
-    /// Reconciles a new object after everything before it, and waits for it: what has not happened by then does not
-    /// happen because of what was done before.
+    /// Creates an object and waits until the operator has reconciled it, after everything that the test did before.
+    /// What has not happened by then is no consequence of it.
     pub async fn sentinel(&self) {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("sentinel-{}", COUNT.fetch_add(1, Ordering::Relaxed));
@@ -320,7 +320,7 @@ pub fn one_token(secret: &str) -> Value {
     json!({"tokens": [{"name": "main", "projectIDs": [PROJECT], "secret": {"name": secret}}]})
 }
 
-/// Waits by a watch until an object is as `wanted`.
+/// Waits by a watch until an object satisfies `wanted`.
 pub async fn until<K>(api: Api<K>, name: &str, limit: Duration, wanted: impl Fn(&K) -> bool) -> K
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
@@ -331,7 +331,7 @@ where
     }
     let last = api.get_opt(name).await.expect("readable");
     panic!(
-        "{} {name} did not become as wanted in {limit:?}: {last:#?}",
+        "{} {name} did not reach the expected state in {limit:?}: {last:#?}",
         K::kind(&())
     );
 }

@@ -17,7 +17,7 @@
 {{ .Values.namespaceOverride | default .Release.Namespace }}
 {{- end }}
 
-{{- /* Of cluster-scoped objects: releases of one name in several namespaces must not meet. */ -}}
+{{- /* Name of cluster-scoped objects, unique among releases with the same name in different namespaces. */ -}}
 {{- define "zitadel-tokens.clusterName" -}}
 {{- $name := include "zitadel-tokens.fullname" . -}}
 {{- $namespace := include "zitadel-tokens.namespace" . -}}
@@ -26,12 +26,12 @@
 
 {{- define "zitadel-tokens.serviceAccount" -}}
 {{- if not (or .Values.serviceAccount.create .Values.serviceAccount.name) -}}
-{{- fail "serviceAccount.create=false needs serviceAccount.name: the account may read Secrets" -}}
+{{- fail "serviceAccount.create=false requires serviceAccount.name: otherwise the default service account of the namespace could read Secrets" -}}
 {{- end -}}
 {{- .Values.serviceAccount.name | default (include "zitadel-tokens.fullname" .) -}}
 {{- end }}
 
-{{- /* A release of the chart knows the digest of its image; whoever names a tag wants that one. */ -}}
+{{- /* A released chart contains the digest of its image. An explicit tag overrides that digest. */ -}}
 {{- define "zitadel-tokens.image" -}}
 {{- $image := .Values.image -}}
 {{- $released := index (.Chart.Annotations | default dict) "zitadel-tokens.dev/image-digest" -}}
@@ -39,7 +39,7 @@
 {{- with $image.digest | default (ternary $released "" (empty $image.tag)) }}@{{ . }}{{ else }}:{{ $image.tag | default $.Chart.AppVersion }}{{ end -}}
 {{- end }}
 
-{{- /* Of a chart that has this one as a part, and our own. Both kinds of list are common: names, and objects with one. */ -}}
+{{- /* Image pull secrets of the parent chart and of this chart. Entries may be names or objects with a name. */ -}}
 {{- define "zitadel-tokens.imagePullSecrets" -}}
 {{- $all := list -}}
 {{- range concat ((.Values.global).imagePullSecrets | default list) (.Values.imagePullSecrets | default list) -}}
@@ -48,7 +48,8 @@
 {{- with uniq $all }}{{ toYaml . }}{{ end -}}
 {{- end }}
 
-{{- /* Where and how a pod runs: the operator's, and that of `helm test`, which must be let onto the same nodes. */ -}}
+{{- /* Scheduling and runtime settings of the operator's pods. The pod of `helm test` has the same, because it must be able to
+run on the same nodes. */ -}}
 {{- define "zitadel-tokens.podSettings" -}}
 {{- with include "zitadel-tokens.imagePullSecrets" . }}
 imagePullSecrets:
@@ -66,7 +67,8 @@ app.kubernetes.io/name: {{ include "zitadel-tokens.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
-{{- /* No key comes twice, which Flux and kustomize refuse, and none of ours is changed: pods are selected by them. */ -}}
+{{- /* commonLabels must not override the chart's own labels, because selectors use them. Merging also avoids duplicate keys,
+which Flux and kustomize reject. */ -}}
 {{- define "zitadel-tokens.labels" -}}
 {{- $ours := include "zitadel-tokens.selector" . | fromYaml -}}
 {{- $_ := set $ours "app.kubernetes.io/version" .Chart.AppVersion -}}
@@ -75,14 +77,14 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- merge $ours (.Values.commonLabels | default dict) | toYaml }}
 {{- end }}
 
-{{- /* Several releases that serve the same instances would overwrite each other's word. */ -}}
+{{- /* Releases that serve the same instances would overwrite each other's status. */ -}}
 {{- define "zitadel-tokens.writesInstanceStatus" -}}
 {{- $choice := ternary "auto" (toString .Values.writeInstanceStatus) (kindIs "invalid" .Values.writeInstanceStatus) -}}
 {{- if eq $choice "auto" }}{{ or (empty .Values.watchNamespaces) (not (empty .Values.instanceSelector)) }}{{ else }}{{ $choice }}{{ end -}}
 {{- end }}
 
-{{- /* Labels and annotations that users may set on token Secrets, as variables of both admission policies. One source with
-the operator: `make crds` writes the file. */ -}}
+{{- /* Labels and annotations that users may set on token Secrets, as variables of both admission policies. `make generate`
+writes the file from the operator's code. */ -}}
 {{- define "zitadel-tokens.allowedMetadata" -}}
 {{- $keys := list -}}
 {{- $prefixes := list -}}
@@ -99,7 +101,7 @@ the operator: `make crds` writes the file. */ -}}
   expression: '{{ toJson $prefixes }}'
 {{- end }}
 
-{{- /* Whether `key` is in that list. */ -}}
+{{- /* CEL expression: whether `key` is allowed. */ -}}
 {{- define "zitadel-tokens.allowedKey" -}}
 (key in variables.keys || key.contains('/') && key.split('/')[0] in variables.prefixes)
 {{- end }}

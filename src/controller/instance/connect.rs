@@ -1,4 +1,5 @@
-//! Connections to ZITADEL, by instance. State in memory: discovery, the learned project id, limits by host.
+//! Connections to ZITADEL, by instance. Their state is only in memory: discovery documents, learned project ids, and
+//! limits per host.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,7 @@ use crate::domain::reason::Reason;
 use crate::domain::schedule::duration;
 use crate::zitadel::{Breaker, Hosts, RequestBudget, Settings, ZitadelClient};
 
-/// Entry of a ConfigMap or Secret with certificates, as trust-manager and cert-manager name it.
+/// Default entry for certificates in a ConfigMap or Secret; trust-manager and cert-manager use the same name.
 const CA_ENTRY: &str = "ca.crt";
 
 /// Longest time to read certificates.
@@ -29,37 +30,38 @@ const READ_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Connections {
     hosts: Hosts,
     open: Mutex<HashMap<String, Open>>,
-    /// The instances that were looked at since we started.
+    /// The last reconcile of each instance, since the process started or last forgot them.
     reconciled: Mutex<HashMap<String, LastReconcile>>,
 }
 
-/// What the last look at an instance showed. Kept here and not read from its status, which is output, and which another
-/// operator may write.
+/// The result of the last reconcile of an instance. It is not read from the status, which is output only and may be
+/// written by another operator (docs/adr/0005-status-is-output-only.md).
 struct LastReconcile {
-    /// By which skew its service users reckon.
+    /// The clock skew that its service users use.
     skew: SignedDuration,
-    /// Whether its clock may be used at all.
+    /// Whether the server's clock is close enough to be used.
     clock: Result<(), Reason>,
     ready: bool,
 }
 
-/// What a look at an instance means for its service users.
+/// Which service users to reconcile after a reconcile of their instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wakeup {
-    /// They waited for it, or its clock is another, can be used again or no longer: all are reconciled.
+    /// All service users: they waited for the first reconcile of the instance, the clock skew changed, or the server's
+    /// clock became usable or unusable.
     AllUsers,
-    /// It works again: those that failed because of it may come.
+    /// Those that failed because of the instance, which is ready again.
     FailingUsers,
 }
 
 struct Open {
     instance: Arc<ZitadelClient>,
-    /// What it was made from; none if its certificates are to be read again.
+    /// The spec that the connection was created from. `None` if its certificates must be read again.
     spec: Option<ZitadelInstanceSpec>,
 }
 
 impl Connections {
-    /// The real id behind the `zitadel` audience, if this process learned it.
+    /// The real project id for the `zitadel` audience alias, if this process has learned it.
     #[must_use]
     pub fn known_project_id(&self, instance: &ZitadelInstance) -> Option<String> {
         let open = lock(&self.open);
@@ -67,7 +69,7 @@ impl Connections {
         known.instance.known_project_id().map(str::to_owned)
     }
 
-    /// How far the clock of the instance is ahead of ours, as far as this process knows.
+    /// How far the clock of the instance is ahead of the local clock, as far as this process knows.
     #[must_use]
     pub fn skew(&self, name: &str) -> Skew {
         let open = lock(&self.open);
@@ -80,14 +82,14 @@ impl Connections {
         lock(&self.open).get(name).map(|open| open.instance.clone())
     }
 
-    /// Whether the instance was looked at. Until then its clock is not known, and a token that seems to be due may be
-    /// fresh.
+    /// Whether the instance was reconciled. Until then its clock skew is unknown, and a token that seems due may still
+    /// be fresh.
     #[must_use]
     pub fn was_reconciled(&self, name: &str) -> bool {
         lock(&self.reconciled).contains_key(name)
     }
 
-    /// Whether the last look found it well.
+    /// Whether the instance was ready at its last reconcile.
     #[must_use]
     pub fn is_ready(&self, name: &str) -> bool {
         lock(&self.reconciled)
@@ -95,7 +97,7 @@ impl Connections {
             .is_some_and(|record_reconcile| record_reconcile.ready)
     }
 
-    /// Notes a look at the instance.
+    /// Records a reconcile of the instance, and returns which of its service users to reconcile.
     pub fn record_reconcile(&self, name: &str, ready: bool) -> Option<Wakeup> {
         let skew = self.skew(name);
         let (skew, clock) = (skew.usable(), skew.check());
@@ -106,8 +108,8 @@ impl Connections {
         };
         let recovered = ready && !before.ready;
         before.ready = ready;
-        // Under a clock that cannot be used every service user says so, whatever it said before, and goes on when the clock
-        // can be used again.
+        // While the clock is unusable, every service user reports it. All of them continue once the clock is usable
+        // again.
         if is_news(before.skew, skew) || clock != before.clock {
             (before.skew, before.clock) = (skew, clock);
             return Some(Wakeup::AllUsers);
@@ -125,12 +127,12 @@ impl Connections {
         those.map(|(name, _)| name.clone()).collect()
     }
 
-    /// What was known may be of long ago: each instance is to be looked at again before its service users are.
+    /// Forgets all reconciles, because they may be outdated. Each instance is then reconciled before its service users.
     pub fn forget_reconciles(&self) {
         lock(&self.reconciled).clear();
     }
 
-    /// The longest that a request may take, of all instances.
+    /// The longest request timeout of all instances.
     #[must_use]
     pub fn longest_timeout(&self) -> Duration {
         let open = lock(&self.open);
@@ -138,14 +140,14 @@ impl Connections {
         timeouts.max().unwrap_or_default()
     }
 
-    /// TLS failed: the certificates may have been renewed since they were read.
+    /// Makes the next reconcile read the certificates again. TLS failed, and they may have been renewed.
     pub fn doubt_certificates(&self, name: &str) {
         if let Some(open) = lock(&self.open).get_mut(name) {
             open.spec = None;
         }
     }
 
-    /// The instance is gone.
+    /// Closes the connection of an instance that no longer exists or is unreadable.
     pub fn close(&self, name: &str) {
         lock(&self.open).remove(name);
         lock(&self.reconciled).remove(name);
@@ -157,7 +159,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The connection of `instance`; a new one when the way to it changed.
+/// The connection of `instance`. Creates a new one if the connection settings changed.
 pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<ZitadelClient>, Failure> {
     let name = instance.metadata.name.as_deref().unwrap_or_default();
     if let Some(open) = lock(&ctx.connections.open).get(name)
@@ -169,7 +171,7 @@ pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<Zi
     let ca = certificates(ctx, &connection).await?;
     let settings = settings(name, &instance.spec.issuer, connection, ca);
     let mut all = lock(&ctx.connections.open);
-    // The same way as before keeps what was learned on it.
+    // Unchanged settings keep the existing connection and its state.
     let kept = all
         .get(name)
         .map(|open| open.instance.clone())
@@ -186,7 +188,7 @@ pub async fn connect(ctx: &Context, instance: &ZitadelInstance) -> Result<Arc<Zi
     Ok(connected)
 }
 
-/// The trusted certificates in PEM, if the instance names any.
+/// The trusted CA certificates in PEM, if the instance configures any.
 async fn certificates(ctx: &Context, connection: &Connection) -> Result<Option<String>, Failure> {
     let unusable = || Failure::from(Reason::CABundleUnusable);
     let own = || ctx.operator_namespace.as_deref().ok_or_else(unusable);

@@ -1,4 +1,4 @@
-//! Instances: their connections, and the status that tells whether they answer.
+//! Reconciles instances: connects to ZITADEL and writes to the status whether the instance is ready.
 
 mod connect;
 
@@ -21,7 +21,7 @@ use crate::domain::retry::{Failed, Wake};
 use crate::domain::time::shifted;
 use crate::domain::validate;
 
-/// One look at an instance: does it answer, and as whom.
+/// Reconciles one instance: runs discovery, checks the issuer and the clock, and updates the status.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     let instance = match ctx.cache.instance(&id.name) {
         Ok(instance) => instance,
@@ -65,12 +65,12 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     ));
     match ctx.connections.record_reconcile(&id.name, wanted.is_ready()) {
         Some(Wakeup::AllUsers) => ctx.users.wake_all(ctx.cache.users_of(&id.name)),
-        // They back off, maybe for longer than their tokens last.
+        // Wake them now: their backoff may last longer than their tokens.
         Some(Wakeup::FailingUsers) => ctx.wake_failing_users_of(&id.name, Recovery::Instance),
         None => {}
     }
     let failed = discovered.err().map(|reason| Failed {
-        // The queue goes by our own clock.
+        // The queue uses the local clock.
         not_before: retry_after.map(|at| shifted(at, -skew.usable())),
         ..Failed::now("", reason)
     });
@@ -93,10 +93,10 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     done
 }
 
-/// An instance that cannot be read gives no rights. That is said in its status, which is patched, since it may be what
-/// cannot be read.
+/// Handles an instance that does not match its schema. No tokens are requested from it. The status reports this by a
+/// merge patch, because the present status may be the unreadable part.
 async fn unreadable(ctx: &Context, id: &ObjectRef) -> Done {
-    tracing::warn!(object = %id, "an instance does not fit its schema; nothing is requested from it");
+    tracing::warn!(object = %id, "an instance does not match its schema; the operator requests no tokens from it");
     ctx.connections.close(&id.name);
     if !ctx.writes_instance_status {
         return Done::default();

@@ -1,4 +1,4 @@
-//! Every metric: its name, labels and meaning. What is scraped and `docs/metrics.md` are made from this one table.
+//! All metrics with name, labels and meaning. `/metrics` and `docs/metrics.md` are both generated from this table.
 
 use std::fmt;
 
@@ -12,11 +12,11 @@ use prometheus_client::registry::{Metric, Registry, Unit};
 pub struct Described {
     /// The name that queries use.
     pub name: &'static str,
-    /// What kind of metric it is.
+    /// Type of the metric.
     pub kind: MetricType,
-    /// Its labels.
+    /// Names of the labels.
     pub labels: &'static [&'static str],
-    /// What it tells, without the full stop.
+    /// Help text, without the full stop.
     pub help: &'static str,
 }
 
@@ -35,59 +35,59 @@ macro_rules! metrics {
             };
         )*
 
-        /// All of them, in the order of the documentation.
+        /// All metrics, in the order of the documentation.
         pub const ALL: &[Described] = &[$($id),*];
     };
 }
 
-// `zitadel_instance` and not `instance`, which is Prometheus' own name for what it scrapes.
+// The label is `zitadel_instance` because Prometheus uses `instance` for the scrape target.
 metrics! {
     SERVICE_USER_READY: Gauge "zitadel_tokens_service_user_ready" ["namespace" "name" "zitadel_instance" "reason"]
-        "1 while the service user's condition Ready is True, else 0; with the condition's reason";
+        "1 if the condition Ready of the service user is True, otherwise 0; reason is the reason of the condition";
     TOKEN_EXPIRATION: Gauge "zitadel_tokens_token_expiration_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
-        "When the token expires, by the clock of its ZITADEL";
-    TOKEN_RENEWAL: Gauge "zitadel_tokens_token_renewal_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
-        "When the token is renewed, by the clock of its ZITADEL; absent while its service user is suspended";
+        "Expiry of the token, by the clock of the ZITADEL server";
+    TOKEN_RENEWAL: Gauge "zitadel_tokens_token_refresh_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
+        "Scheduled refresh of the token, by the clock of the ZITADEL server; absent while the service user is suspended";
     TOKEN_FAILING_SINCE: Gauge "zitadel_tokens_token_failing_since_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance" "reason"]
-        "Since when attempts to get the token fail, and why; absent while they succeed";
+        "Time since which attempts to issue or refresh the token fail, and the reason; absent while they succeed";
     KEY_EXPIRATION: Gauge "zitadel_tokens_key_expiration_timestamp_seconds" ["namespace" "name" "zitadel_instance"]
-        "When the key expires; absent if its file does not say";
+        "Expiry of the key; absent if the key file does not state it";
     SERVICE_USERS: Gauge "zitadel_tokens_service_users" ["zitadel_instance" "ready" "reason"]
-        "Service users, by status and reason of their condition Ready; both are Unknown before the first look";
+        "Number of service users, by status and reason of the condition Ready; both are Unknown before the first reconcile";
     TOKENS: Gauge "zitadel_tokens_tokens" ["zitadel_instance" "state"]
-        "Tokens: fresh, due (to be renewed), stale (due for half of the time that was left), expired, missing, suspended";
+        "Number of tokens by state: fresh; due (a refresh is due); stale (half of the time between the scheduled refresh and the expiry has passed); expired; missing; suspended";
     EARLIEST_KEY_EXPIRATION: Gauge "zitadel_tokens_earliest_key_expiration_timestamp_seconds" ["zitadel_instance"]
-        "When the first of the instance's keys expires; absent if no key file says";
+        "Earliest expiry of the keys that are used with the instance; absent if no key file states one";
     NAMESPACES_OVER_LIMIT: Gauge "zitadel_tokens_namespaces_over_limit" []
-        "Namespaces in which service users are not served because the namespace has reached its memory limit";
+        "Number of namespaces with service users that the operator does not serve because the namespace has reached its memory limit";
     INSTANCE_UP: Gauge "zitadel_tokens_instance_up" ["zitadel_instance" "reason"]
-        "1 while the instance's condition Ready is True, else 0; with the condition's reason";
+        "1 if the condition Ready of the instance is True, otherwise 0; reason is the reason of the condition";
     INSTANCE_CLOCK_SKEW: Gauge "zitadel_tokens_instance_clock_skew_seconds" ["zitadel_instance"]
-        "How far the instance's clock is ahead of the operator's";
+        "How far the clock of the ZITADEL server is ahead of the operator's clock; negative if it is behind";
     INSTANCE_CIRCUIT_OPEN: Gauge "zitadel_tokens_instance_circuit_open" ["zitadel_instance"]
-        "1 while the circuit breaker of the instance's host is open and refuses token requests, else 0; 0 too if nobody has asked for seven minutes";
-    MINTS: Counter "zitadel_tokens_mints_total" ["zitadel_instance" "result" "reason"]
-        "Attempts to get a token, by how they ended: success or failure, and the reason";
-    MINT_DURATION: Histogram "zitadel_tokens_mint_duration_seconds" ["zitadel_instance" "result"]
-        "How long a token request took, with its wait for the instance's budget";
+        "1 while the circuit breaker of the instance's host is open and blocks token requests, otherwise 0; also 0 after seven minutes without a token request";
+    MINTS: Counter "zitadel_tokens_token_requests_total" ["zitadel_instance" "result" "reason"]
+        "Number of attempts to request a token, by result (success or failure) and reason";
+    MINT_DURATION: Histogram "zitadel_tokens_token_request_duration_seconds" ["zitadel_instance" "result"]
+        "Duration of a token request, including the wait for the request budget of the instance";
     RECONCILE_DURATION: Histogram "zitadel_tokens_reconcile_duration_seconds" ["kind"]
-        "How long a pass over an object took";
+        "Duration of a reconcile";
     QUEUE_WAITING: Gauge "zitadel_tokens_queue_waiting" ["kind"]
-        "Objects that are due and wait for a pass";
+        "Number of objects that are due and wait for a reconcile";
     QUEUE_RUNNING: Gauge "zitadel_tokens_queue_running" ["kind"]
-        "Passes under way";
+        "Number of reconciles in progress";
     QUEUE_OLDEST: Gauge "zitadel_tokens_queue_oldest_seconds" ["kind"]
-        "For how long the object that is due longest waits for its pass, or for the end of it";
+        "Time that the longest-waiting due object has waited for its reconcile to start or to finish";
     LEADER: Gauge "zitadel_tokens_leader" []
-        "1 while this process is the one that works, else 0";
+        "1 if this replica is the leader, otherwise 0";
     PANICS: Counter "zitadel_tokens_panics_total" []
-        "Panics, each of which ended one pass";
+        "Number of panics; each one ended a single reconcile";
     BUILD: Info "zitadel_tokens_build_info" ["version"]
-        "Always 1; tells the operator's version";
+        "Always 1; version is the version of the operator";
 }
 
 impl Described {
-    /// Whether it has a series for each object, which `--metrics-per-object=false` leaves out.
+    /// Whether the metric has one series per object. `--metrics-per-object=false` omits these metrics.
     #[must_use]
     pub fn is_per_object(&self) -> bool {
         self.labels.contains(&"namespace")
@@ -102,7 +102,8 @@ impl Described {
         }
     }
 
-    /// Writes gauges, of which `series` has the label values and the value. Without one nothing is written.
+    /// Writes one gauge for each entry of `series`, which holds the label values and the value. Writes nothing if
+    /// `series` is empty.
     pub fn encode<'a, const N: usize>(
         &self,
         encoder: &mut DescriptorEncoder<'_>,
@@ -125,14 +126,14 @@ impl Described {
         Ok(())
     }
 
-    /// The labels of one series.
+    /// The label names of this metric with the given values.
     #[must_use]
     pub fn labels<const N: usize>(&self, values: [&str; N]) -> Labels {
         let values = values.map(str::to_owned);
         self.labels.iter().copied().zip(values).collect()
     }
 
-    /// The name as the library wants it, which adds unit and suffix itself.
+    /// The name without unit and suffix, and the unit. The library adds both to the name.
     fn parts(&self) -> (&'static str, Option<Unit>) {
         let suffix = match self.kind {
             MetricType::Counter => "_total",
@@ -147,7 +148,7 @@ impl Described {
     }
 }
 
-/// Label names and values side by side.
+/// Label names, and the values in the same order.
 #[derive(Debug)]
 struct Named<'a>(&'static [&'static str], &'a [&'a str]);
 
@@ -166,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_as_prometheus_wants_them() {
+    fn names_follow_prometheus_conventions() {
         for metric in ALL {
             let name = metric.name;
             assert!(name.starts_with("zitadel_tokens_"), "{name}");
@@ -177,7 +178,7 @@ mod tests {
             for reserved in ["instance", "job", "le", "pod"] {
                 assert!(
                     !metric.labels.contains(&reserved),
-                    "{name}: {reserved} is the scraper's"
+                    "{name}: Prometheus reserves the label {reserved}"
                 );
             }
         }

@@ -20,14 +20,15 @@ use crate::controller::queue::Queue;
 use crate::domain::reason::Reason;
 use crate::ops::http::Probe;
 
-/// From what a server beside the operator needs to the longest timeout of an instance, and to that of a pass.
+/// Histogram buckets in seconds: from the latency of a nearby server to the longest timeout of an instance (60 s) and
+/// of a reconcile (300 s).
 const BUCKETS: [f64; 13] = [
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
 
 const RESULTS: [&str; 2] = ["success", "failure"];
 
-/// What is counted and measured. Labels are of closed sets, beside the names of instances that exist.
+/// Counters and histograms. Label values come from closed sets, except the names of existing instances.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     mints: Family<Labels, Counter>,
@@ -36,7 +37,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Makes and registers them. `panics` counts by itself; `leads` tells whether this process is the one that works.
+    /// Creates and registers the metrics. The panic hook increments `panics`. `leads` tells whether this process is the
+    /// leader.
     pub fn register(registry: &mut Registry, panics: Counter, leads: Probe) -> Self {
         let histogram = || Histogram::new(BUCKETS);
         let metrics = Self {
@@ -53,19 +55,19 @@ impl Metrics {
         metrics
     }
 
-    /// An attempt to get a token from `instance` ended.
+    /// Counts an attempt to get a token from `instance`.
     pub fn minted(&self, instance: &str, reason: Reason) {
         let labels = described::MINTS.labels([instance, result(reason == Reason::Issued), reason.name()]);
         self.mints.get_or_create(&labels).inc();
     }
 
-    /// A token was asked for, and it took so long until there was one or none.
+    /// Records how long a token request took, whether it succeeded or failed.
     pub fn asked(&self, instance: &str, took: Duration, successful: bool) {
         let labels = described::MINT_DURATION.labels([instance, result(successful)]);
         self.mint_duration.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
-    /// A pass over an object begins; it ends when the answer is dropped, also by a panic or a timeout.
+    /// Starts to measure a reconcile. It ends when the returned value is dropped, including after a panic or a timeout.
     #[must_use]
     pub fn pass(&self, kind: &str) -> Pass {
         let labels = described::RECONCILE_DURATION.labels([kind]);
@@ -75,7 +77,7 @@ impl Metrics {
         }
     }
 
-    /// The instance is gone, and so are its series.
+    /// Removes the series of an instance that no longer exists.
     pub fn forget(&self, instance: &str) {
         for result in RESULTS {
             self.mint_duration
@@ -92,7 +94,7 @@ fn result(successful: bool) -> &'static str {
     RESULTS[usize::from(!successful)]
 }
 
-/// A pass under way.
+/// A reconcile in progress.
 #[derive(Debug)]
 pub struct Pass {
     duration: Histogram,
@@ -105,7 +107,7 @@ impl Drop for Pass {
     }
 }
 
-/// Whether this process works, or stands by.
+/// Reports whether this process is the leader.
 struct Leader(Probe);
 
 impl fmt::Debug for Leader {
@@ -120,7 +122,7 @@ impl Collector for Leader {
     }
 }
 
-/// What the queues have to do, by kind of object; looked at when somebody scrapes.
+/// The queues, by kind of object. Their metrics are computed at each scrape.
 pub struct Queues(pub Vec<(&'static str, Arc<Queue>)>);
 
 impl fmt::Debug for Queues {

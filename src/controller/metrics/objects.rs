@@ -1,5 +1,5 @@
-//! Metrics of the objects: looked up in the cache when somebody scrapes. There is no second copy of what they are, and
-//! nothing to clean up when they go.
+//! Metrics of the objects, computed from the cache at each scrape. There is no second copy of their state, and nothing
+//! to clean up after a deletion.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,20 +19,20 @@ use crate::domain::summary::UserSummary;
 use crate::domain::token_state::TokenState;
 use crate::ops::http::Probe;
 
-/// Status and reason of a condition that is not there, or not one of ours.
+/// Status and reason of a condition that is missing or that the operator does not know.
 const UNKNOWN: &str = "Unknown";
 
-/// What the watches say, as metrics.
+/// Exposes the watched objects as metrics.
 pub struct Objects {
-    /// What exists.
+    /// The watched objects.
     pub cache: Arc<Cache>,
-    /// What this process knows of the instances.
+    /// Connections of this process to the instances.
     pub connections: Arc<Connections>,
-    /// Whether this process leads.
+    /// Whether this process is the leader.
     pub leads: Probe,
-    /// Whether each object has series of its own.
+    /// Whether each object has its own series.
     pub per_object: bool,
-    /// Whether an object whose instance is not there may be another operator's.
+    /// Whether an object whose instance is unknown may belong to another operator.
     pub serves_some_instances_only: bool,
 }
 
@@ -53,7 +53,7 @@ impl Collector for Objects {
             .cache
             .all_users()
             .into_iter()
-            // One that goes is not served any more.
+            // An object that is being deleted is no longer served.
             .filter(|(_, user)| !user.deleting)
             .filter(|(_, user)| !self.serves_some_instances_only || known.contains_key(&*user.instance))
             .collect();
@@ -80,7 +80,7 @@ impl Objects {
         let mut tokens = BTreeMap::<_, f64>::new();
         let mut keys = BTreeMap::<&str, Timestamp>::new();
         for (_, user) in users {
-            // Tenants choose what they write here, and must not make series by it.
+            // Tenants choose this name. Unknown names share one label value, so that tenants cannot create series.
             let instance = known.get_key_value(&*user.instance).map_or("", |(name, _)| *name);
             let (ready, reason) = ready(user);
             *conditions.entry([instance, ready, reason]).or_default() += 1.0;
@@ -109,7 +109,7 @@ impl Objects {
             Some(([*name, reason.map_or(UNKNOWN, Reason::name)], truth(is_ready)))
         });
         described::INSTANCE_UP.encode(encoder, reconciled)?;
-        // Only who leads asks them; what a former leader knows is old.
+        // Only the leader sends requests to instances. The values of a former leader are outdated.
         let asked: Vec<_> = known
             .keys()
             .filter(|_| (self.leads)())
@@ -128,7 +128,7 @@ impl Objects {
 
 /// The series of each service user and of each of its tokens.
 fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[(ObjectRef, Arc<UserSummary>)]) -> fmt::Result {
-    // Before the first reconcile there is nothing to tell.
+    // Objects have no series before their first reconcile.
     let told = || users.iter().filter(|(_, user)| user.ready.is_some());
     let tokens = || {
         told().flat_map(|(id, user)| {
@@ -163,8 +163,8 @@ fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[(ObjectRef, Arc<UserS
     described::KEY_EXPIRATION.encode(encoder, keys)
 }
 
-/// Status and reason of the condition `Ready`. A status can be written by anybody with the right to, and labels are
-/// bounded.
+/// Status and reason of the condition `Ready`. Unknown values are mapped to [`UNKNOWN`], because others may write the
+/// status and label values must be bounded.
 fn ready(user: &UserSummary) -> (&'static str, &'static str) {
     let Some((ready, reason)) = user.ready else {
         return (UNKNOWN, UNKNOWN);

@@ -1,4 +1,4 @@
-//! Gathers the facts about one service user. A key is read for each reconcile and never kept.
+//! Gathers the facts about one service user. The key is read for each reconcile and not kept afterwards.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -12,36 +12,36 @@ use crate::domain::plan;
 use crate::domain::reason::Reason;
 use crate::domain::retry::{PendingRetries, PendingRetry};
 
-/// As many Secrets that the spec no longer names are read as there may be tokens.
+/// Most leftover Secrets (no longer named in the spec) that one reconcile reads: as many as an object may have tokens.
 const MOST_LEFTOVERS: usize = 16;
 
-/// What was found.
+/// The result of [`gather`].
 pub enum Gathered {
-    /// All that decides.
+    /// Everything that [`plan`](mod@plan) needs.
     Facts(Box<Facts>),
-    /// The object exists and cannot be served, whatever is in its Secrets.
+    /// The object exists and cannot be served, regardless of its Secrets.
     Refused {
-        /// Why.
+        /// The reason.
         reason: Reason,
         /// Generation of its spec.
         generation: Option<i64>,
-        /// Whether its status says so already.
+        /// Whether the status already reports the reason for this generation.
         told: bool,
     },
-    /// The object or its namespace is gone or going, or it is not ours to serve.
+    /// The object or its namespace is deleted or being deleted, or this operator does not serve it.
     Gone,
 }
 
-/// Whether the instance of `id` is there and was not looked at yet.
+/// Whether the instance of `id` exists and was not reconciled yet.
 pub fn awaits_instance(ctx: &Context, id: &ObjectRef) -> bool {
     ctx.cache.user(id).is_some_and(|user| {
         ctx.cache.instance(&user.instance).is_ok() && !ctx.connections.was_reconciled(&user.instance)
     })
 }
 
-/// Reads what decides about `id`.
+/// Reads everything that the plan for `id` depends on.
 pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetries) -> Result<Gathered, ReadError> {
-    // Where nothing can be created a token would be lost.
+    // In a terminating namespace no Secret can be created, so a token would be lost.
     let known = ctx.cache.user(id).filter(|user| !user.deleting);
     let refused = known.is_none() && ctx.cache.is_over_limit(&id.namespace);
     if known.is_none() && !refused || ctx.cache.is_terminating(&id.namespace) {
@@ -55,7 +55,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
     let user = match ctx.reader.user(id).await? {
         Some(ReadUser::Readable(user)) if user.metadata.deletion_timestamp.is_none() => user,
         Some(ReadUser::Unreadable { generation, .. }) => {
-            tracing::warn!(object = %id, "a service user does not fit its schema and is not served");
+            tracing::warn!(object = %id, "a service user does not match its schema and is not served");
             let reason = Reason::ObjectUnreadable;
             let told = known.is_some_and(|user| {
                 user.ready == Some((false, Some(reason))) && user.observed_generation == generation
@@ -68,7 +68,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         }
         Some(ReadUser::Readable(_)) => return Ok(Gathered::Gone),
         None => {
-            tracing::info!(object = %id, "the object is gone");
+            tracing::info!(object = %id, "the service user no longer exists");
             if let Some(known) = known {
                 ctx.cache.forget_user(id, &known.uid);
             }
@@ -137,15 +137,14 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
     Ok(Gathered::Facts(Box::new(facts)))
 }
 
-/// Reads the Secrets that decide: those of tokens that are allowed, and those that the operator wrote before, so that the
-/// status tells of them.
+/// Reads the Secrets of allowed tokens, and those that the operator wrote before, which the status reports.
 async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Result<(), ReadError> {
     let tokens = &facts.user.spec.tokens;
     let refused = (0..tokens.len()).map(|index| plan::may_read(facts, index).err());
     let refused: Vec<Option<Reason>> = refused.collect();
     let named: HashSet<&str> = tokens.iter().map(|token| token.secret.name.as_str()).collect();
     let mut leftovers = ctx.cache.leftovers(id, facts.uid(), &named);
-    // What is not read is not judged: the rest is for the next reconciles.
+    // Only leftovers that were read are handled. Later reconciles handle the rest.
     leftovers.truncate(MOST_LEFTOVERS);
     let written = ctx.cache.written_for(id, facts.uid());
     let wanted = tokens.iter().zip(&refused);
@@ -156,10 +155,10 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
     for leftover in &leftovers {
         secrets.insert(&leftover.name, None);
     }
-    // One after another: an object must not take more of the places for reads than another.
+    // Read sequentially, so that each object uses at most one slot for reads.
     let read = async {
         let key = match refused.iter().min_by_key(|reason| reason.is_some()) {
-            // No token is allowed: the key is not needed.
+            // No token is allowed, so the key is not needed.
             Some(Some(reason)) => Err(*reason),
             _ => ctx.reader.key(&id.namespace, &facts.user.spec.key_secret_ref).await?,
         };
@@ -172,7 +171,7 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
     };
     let (key, secrets) = match read.await {
         Ok(read) => read,
-        // Told in the status: only somebody else can change it.
+        // The status reports this, because only an administrator can grant the permission.
         Err(ReadError::Forbidden) => (Err(Reason::SecretsForbidden), BTreeMap::new()),
         Err(error) => return Err(error),
     };

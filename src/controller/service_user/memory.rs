@@ -1,5 +1,5 @@
-//! What this process remembers of service users beside the Secrets: tokens that wait for their write, and what was
-//! requested lately. It dies with the process: a crash costs the requests in flight.
+//! State of service users that is only in memory: unwritten tokens and recent requests. It is lost when the process
+//! ends, so a crash costs the requests in flight.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,32 +12,32 @@ use crate::domain::facts::{CONTEST_WINDOW, UnwrittenToken};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::MintRequest;
 
-/// Bytes of tokens of one namespace that wait for their write. A token that finds no room is requested again once its
-/// write is allowed.
+/// Most bytes of unwritten tokens per namespace. A token that exceeds the limit is dropped, and requested again once
+/// its write is allowed.
 const MAX_UNWRITTEN: usize = 1024 * 1024;
 
-/// What is remembered of all service users, by name: a name that is used again keeps its memory.
+/// The memory of all service users, by namespace and name. A recreated object of the same name keeps it.
 #[derive(Default)]
 pub struct Memory(Mutex<BTreeMap<ObjectRef, BTreeMap<String, TokenMemory>>>);
 
-/// What is remembered of one token.
+/// The memory of one token.
 #[derive(Clone, Debug, Default)]
 pub struct TokenMemory {
-    /// A token that was requested and could not be written yet.
+    /// A token that was issued and not written yet.
     pub unwritten: Option<Arc<UnwrittenToken>>,
-    /// The last write failed: whether the next would be allowed is asked before a token is requested.
+    /// Whether the last write failed. If so, the operator checks whether a write is allowed before it requests a token.
     pub write_failed: bool,
-    /// Inputs and refresh time of the last token.
+    /// Request hash and refresh time of the last token.
     pub last: Option<(String, Timestamp)>,
-    /// A scheduled request was tried that was not counted, and no token came of it yet.
+    /// Whether one uncounted scheduled request was made since the last token was issued.
     pub tried: bool,
-    /// When it was requested before its time, or its Secret repaired, within [`CONTEST_WINDOW`]: by a clock that nobody
-    /// sets.
+    /// Times of unscheduled refreshes and of repairs of the Secret within [`CONTEST_WINDOW`]. They are monotonic, so
+    /// that a change of the wall clock does not affect them.
     pub unscheduled: Vec<Instant>,
 }
 
 impl Memory {
-    /// What is remembered of an object. What its spec no longer names is forgotten.
+    /// The memory of an object. Forgets tokens that its spec no longer names.
     #[must_use]
     pub fn of(&self, id: &ObjectRef, names: &HashSet<&str>) -> BTreeMap<String, TokenMemory> {
         let mut all = self.lock();
@@ -51,7 +51,7 @@ impl Memory {
         tokens.clone()
     }
 
-    /// A token was requested. It is kept until it is written.
+    /// Records an issued token, which is kept until it is written.
     pub fn requested(
         &self,
         id: &ObjectRef,
@@ -82,8 +82,8 @@ impl Memory {
         }
     }
 
-    /// Whether a scheduled request of this token need not be counted: one for each token that was issued. A record can be
-    /// forged, and each change of the object begins its back-off anew.
+    /// Whether a scheduled request of this token may go uncounted. This is allowed once per issued token: a record can
+    /// be forged, and each change of the object resets its backoff.
     #[must_use]
     pub fn try_scheduled(&self, id: &ObjectRef, token: &str) -> bool {
         let mut all = self.lock();
@@ -91,7 +91,7 @@ impl Memory {
         !std::mem::replace(&mut memory.tried, true)
     }
 
-    /// The Secret of a token holds what it should.
+    /// Records that the Secret of a token is as intended.
     pub fn written(&self, id: &ObjectRef, token: &str) {
         if let Some(memory) = self.lock().get_mut(id).and_then(|tokens| tokens.get_mut(token)) {
             memory.unwritten = None;
@@ -99,22 +99,23 @@ impl Memory {
         }
     }
 
-    /// The write of a Secret failed.
+    /// Records that the write of a Secret failed.
     pub fn write_failed(&self, id: &ObjectRef, token: &str) {
         self.change(id, token, |memory| memory.write_failed = true);
     }
 
-    /// A Secret was repaired that somebody had changed.
+    /// Records that the operator repaired a Secret that another writer had changed.
     pub fn repaired(&self, id: &ObjectRef, token: &str) {
         self.change(id, token, |memory| memory.unscheduled.push(Instant::now()));
     }
 
-    /// The object is gone or is not ours.
+    /// Forgets an object that no longer exists or that this operator does not serve.
     pub fn forget(&self, id: &ObjectRef) {
         self.lock().remove(id);
     }
 
-    /// Keeps what is remembered of these objects only. A standby hears that objects go and reconciles none.
+    /// Keeps only the memory of objects for which `is_there` returns true. A standby does not reconcile, so it does not
+    /// forget deleted objects one by one.
     pub fn retain(&self, is_there: impl Fn(&ObjectRef) -> bool) {
         self.lock().retain(|id, _| is_there(id));
     }

@@ -1,4 +1,4 @@
-//! Service users: gather, plan, act, report.
+//! Reconciles service users in four steps: gather, plan, act, report.
 
 mod act;
 mod gather;
@@ -24,19 +24,19 @@ use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
 use gather::Gathered;
 
-/// Longest time for the Events of one pass.
+/// Longest time for the Events of one reconcile.
 const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
 
-/// One pass over one service user.
+/// Reconciles one service user.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: PendingRetries) -> Done {
     let _pass = ctx.metrics.pass("ZitadelServiceUser");
     if gather::awaits_instance(&ctx, &id) {
-        // That look wakes it.
+        // The first reconcile of the instance wakes this service user.
         return Done::broken_off(None);
     }
     let facts = match gather::gather(&ctx, &id, pending_retries).await {
         Ok(Gathered::Facts(facts)) => *facts,
-        // Nothing is to be remembered of it until it changes.
+        // The status already says so. Nothing to do until the object changes.
         Ok(Gathered::Refused { told: true, .. }) => return Done::forget(),
         Ok(Gathered::Refused { reason, generation, .. }) => return refuse(&ctx, &id, reason, generation).await,
         Ok(Gathered::Gone) => {
@@ -47,21 +47,22 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
             return Done::forget();
         }
         Err(error) => {
-            tracing::warn!(object = %id, %error, "the facts could not be gathered");
+            tracing::warn!(object = %id, %error, "could not read the state of the service user");
             return Done::broken_off(Some(Reason::ApiServerUnavailable));
         }
     };
     let plan = plan(&facts, facts.clock.theirs(Timestamp::now()));
     let acted = act::act(&ctx, &id, &facts, plan).await;
     for outcome in &acted.outcomes {
-        tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "looked at");
+        tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "token reconciled");
     }
-    // What was asked of the server may have shown that its clock is another than assumed.
+    // The responses of the server may have changed the clock skew.
     let skew = ctx.connections.skew(&facts.user.spec.instance_ref.name);
     let mut report = report(&facts, &acted.outcomes, skew.theirs(Timestamp::now()));
     report.wake.failed.extend(acted.failed);
     let mut written = acted.written;
-    // Who leads now, or after the restart, or the next pass tells how it is.
+    // If leadership was lost or the reconcile is outdated, the present leader, the next process or the next reconcile
+    // writes the status.
     let ours = !acted.outdated && acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
     let published = if ours {
         publish(&ctx, &facts, &mut report).await
@@ -76,7 +77,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
         }
     }
     Done {
-        // The queue goes by our own clock.
+        // The queue uses the local clock.
         wake: report.wake.shifted(-skew.usable()),
         written,
         mints: acted.mints,
@@ -85,12 +86,12 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
     }
 }
 
-/// Says in the status why an object is not served.
+/// Writes to the status why the operator does not serve the object.
 async fn refuse(ctx: &Context, id: &ObjectRef, reason: Reason, generation: Option<i64>) -> Done {
     let patch = refusal(reason, generation, Timestamp::now());
     match ctx.writer.patch_user_status(id, &patch).await {
         Ok(version) => {
-            tracing::info!(object = %id, %reason, "the object is not served");
+            tracing::info!(object = %id, %reason, "the service user is not served");
             Done {
                 written: vec![version],
                 ..Done::default()
@@ -103,21 +104,21 @@ async fn refuse(ctx: &Context, id: &ObjectRef, reason: Reason, generation: Optio
     }
 }
 
-/// One line for each token whose outcome is another than before.
+/// Logs one line for each token whose reason changed.
 fn log_changes(facts: &Facts, status: &ZitadelServiceUserStatus) {
     let (namespace, name) = (facts.namespace(), facts.name());
     let before = facts.user.status.iter().flat_map(|status| &status.tokens);
     for token in &status.tokens {
         let last = before.clone().find(|last| last.name == token.name);
         if last.and_then(|last| last.reason.as_ref()) != token.reason.as_ref() {
-            // A name that breaks the rules may hold line breaks.
+            // Log the name with `Debug` formatting, because an invalid name may contain line breaks.
             let (reason, token) = (token.reason.as_deref().unwrap_or_default(), &token.name);
-            tracing::info!(object = %format_args!("{namespace}/{name}"), ?token, reason, "the outcome changed");
+            tracing::info!(object = %format_args!("{namespace}/{name}"), ?token, reason, "token outcome changed");
         }
     }
 }
 
-/// Writes the status if it changed, then the Events: on a conflict nothing is told twice.
+/// Writes the status if it changed, then the Events. In this order, a conflict cannot cause duplicate Events.
 async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Option<String>, WriteError> {
     if facts.user.status.as_ref() == Some(&report.status) {
         return Ok(None);
@@ -131,7 +132,7 @@ async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Op
             ctx.writer.event(&*facts.user, "Mint", note).await;
         }
     };
-    // Events tell and decide nothing: slow ones must not hold up renewals.
+    // Events are informational, so slow ones must not delay refreshes.
     let _ = tokio::time::timeout(TIME_FOR_EVENTS, tell).await;
     Ok(Some(version))
 }

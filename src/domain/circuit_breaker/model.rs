@@ -1,7 +1,7 @@
-//! The breaker against a simulated host, with any behaviour of its tenants, in virtual time.
+//! The breaker against a simulated host with arbitrary tenants, in virtual time.
 //!
-//! Users ask, are refused and come back when they were told, or earlier. Requests take their time and overlap. When the
-//! breaker closes, those that it refused come at once, as the queue wakes them.
+//! Users that are refused retry at the assigned time or earlier. Requests take time and overlap. When the breaker
+//! closes, the users that it refused retry at once, because the queue wakes them.
 
 use std::collections::BTreeMap;
 
@@ -19,35 +19,35 @@ enum End {
     Failure(Failure),
     /// 429, with the seconds of its `Retry-After`.
     RateLimited(u64),
-    /// Nothing was sent, or the outcome says nothing.
+    /// Not sent, or inconclusive.
     Nothing,
 }
 
-/// How a request fares: the time that it takes in milliseconds, and how it ends.
+/// The duration of a request in milliseconds, and how it ends.
 type Fate = (u64, End);
 
-/// The users of a namespace, how their requests fare one after another, and after how many milliseconds a user asks
-/// again once its request has ended.
+/// The users of a namespace, the sequence of results of their requests, and the pause in milliseconds between the end
+/// of a request and the next request of the same user.
 #[derive(Clone, Debug)]
 struct Tenant {
     users: usize,
     fates: Vec<Fate>,
-    /// When the first user asks, in milliseconds.
+    /// Time of the first request of the first user, in milliseconds.
     start: u64,
     pause: u64,
-    /// Its users do not wait when they are refused, as if somebody changed their objects all the time.
+    /// Whether its users retry before the assigned time, as if their objects changed all the time.
     impatient: bool,
 }
 
-/// What the simulation saw of one admission.
+/// The state of the breaker at one admission.
 #[derive(Clone, Copy, Debug)]
-struct WritePrecondition {
+struct SeenAdmission {
     at: Duration,
     tenant: usize,
-    /// Probes in flight before it; none if the breaker was closed.
+    /// Number of other probes in flight. None if the breaker was closed.
     beside: Option<usize>,
     silent: bool,
-    /// The last request of its namespace failed.
+    /// Whether the last request of its namespace failed.
     failing: bool,
 }
 
@@ -60,17 +60,19 @@ struct World {
     breaker: CircuitBreaker,
     now: Duration,
     tenants: Vec<Tenant>,
-    /// How discovery ends that is asked after each failure.
+    /// The result of discovery, which follows each failure.
     discovery: Result<(), Failure>,
     events: BTreeMap<(Duration, usize), (usize, usize, Event)>,
     count: usize,
-    /// When a user that was refused comes back.
+    /// The retry event of each refused user.
     refused: BTreeMap<(usize, usize), (Duration, usize)>,
     sent: Vec<usize>,
-    /// Since when each namespace is refused, and the longest time.
+    /// The time since which each namespace is refused.
     since: Vec<Option<Duration>>,
+    /// The longest time for which each namespace was refused.
     longest: Vec<Duration>,
-    admissions: Vec<WritePrecondition>,
+    admissions: Vec<SeenAdmission>,
+    /// How long the breaker was open in total.
     open: Duration,
 }
 
@@ -96,7 +98,7 @@ impl World {
                 users, start, pause, ..
             } = world.tenants[tenant];
             for user in 0..users {
-                // Not all at the same moment.
+                // Users start at different times.
                 let later = pause * u64::try_from(user).expect("few") % 20_000;
                 world.plan(Duration::from_millis(start + later), tenant, user, Event::Ask);
             }
@@ -142,19 +144,19 @@ impl World {
 
     fn ask(&mut self, tenant: usize, user: usize) {
         self.refused.remove(&(tenant, user));
-        let who = Self::user(tenant, user);
-        let namespace = self.breaker.namespaces.get(&who.namespace);
-        let seen = WritePrecondition {
+        let object = Self::user(tenant, user);
+        let namespace = self.breaker.namespaces.get(&object.namespace);
+        let admission = SeenAdmission {
             at: self.now,
             tenant,
             beside: self.breaker.open.as_ref().map(|open| open.in_flight),
             silent: self.breaker.silent,
             failing: namespace.is_some_and(|namespace| namespace.failing),
         };
-        match self.breaker.admit(self.now, &who) {
+        match self.breaker.admit(self.now, &object) {
             Ok(request) => {
                 self.admitted(tenant);
-                self.admissions.push(seen);
+                self.admissions.push(admission);
                 let fates = &self.tenants[tenant].fates;
                 let (takes, end) = fates[self.sent[tenant] % fates.len()];
                 self.sent[tenant] += 1;
@@ -169,8 +171,8 @@ impl World {
                 } else {
                     refused.retry_in
                 };
-                let comes = self.plan(self.now + wait, tenant, user, Event::Ask);
-                self.refused.insert((tenant, user), comes);
+                let retry = self.plan(self.now + wait, tenant, user, Event::Ask);
+                self.refused.insert((tenant, user), retry);
             }
         }
     }
@@ -197,8 +199,8 @@ impl World {
         let pause = Duration::from_millis(self.tenants[tenant].pause);
         self.plan(now + pause, tenant, user, Event::Ask);
         if closed {
-            for ((tenant, user), comes) in std::mem::take(&mut self.refused) {
-                self.events.remove(&comes);
+            for ((tenant, user), retry) in std::mem::take(&mut self.refused) {
+                self.events.remove(&retry);
                 self.plan(now, tenant, user, Event::Ask);
             }
         }
@@ -213,7 +215,7 @@ fn status(code: u16) -> Failure {
     }
 }
 
-/// How a tenant can make its own requests fail: in any way but a connection that fails.
+/// The ways in which a tenant can make its own requests fail: all but connection failures.
 fn failure() -> impl Strategy<Value = End> + Clone {
     prop_oneof![
         3 => Just(End::Failure(status(503))),
@@ -243,28 +245,28 @@ fn tenant(fates: impl Strategy<Value = Vec<Fate>>) -> impl Strategy<Value = Tena
     })
 }
 
-/// Tenants whose requests end like this.
+/// Tenants whose requests end with values of `end`.
 fn tenants(end: impl Strategy<Value = End> + Clone + 'static) -> impl Strategy<Value = Vec<Tenant>> {
     prop::collection::vec(tenant(fates(end)), 1..12)
 }
 
-/// Tenants whose requests fail always, now and then, or after a few that succeed.
+/// Tenants whose requests always fail, mostly fail, or fail after the first few successes.
 fn attackers() -> impl Strategy<Value = Vec<Tenant>> {
-    let turncoat = (1..4_usize, fates(failure())).prop_map(|(first, failing)| {
+    let succeeds_first = (1..4_usize, fates(failure())).prop_map(|(first, failing)| {
         let failing = failing.into_iter().cycle().take(1_000);
         std::iter::repeat_n((10, End::Success), first)
             .chain(failing)
             .collect::<Vec<Fate>>()
     });
-    let now_and_then = prop_oneof![4 => failure(), 1 => Just(End::Success)];
+    let mostly_fails = prop_oneof![4 => failure(), 1 => Just(End::Success)];
     prop_oneof![
         tenants(failure()),
-        tenants(now_and_then),
-        prop::collection::vec(tenant(turncoat), 3..12),
+        tenants(mostly_fails),
+        prop::collection::vec(tenant(succeeds_first), 3..12),
     ]
 }
 
-/// A namespace whose requests succeed, all the time or now and then.
+/// A namespace whose requests succeed, frequent or rare.
 fn good() -> impl Strategy<Value = Tenant> {
     let pause = prop_oneof![1_000..60_000_u64, 60_000..300_000_u64];
     (1..4_usize, 0..20_000_u64, 0..200_000_u64, pause).prop_map(|(users, takes, start, pause)| Tenant {
@@ -276,7 +278,7 @@ fn good() -> impl Strategy<Value = Tenant> {
     })
 }
 
-/// Discovery of a host that serves somebody: it answers, to a wrong issuer too.
+/// Discovery of a host that serves at least one namespace: it always gets a response, even for a wrong issuer.
 fn answers() -> impl Strategy<Value = Result<(), Failure>> {
     prop_oneof![Just(Ok(())), Just(Err(status(404))), Just(Err(status(503)))]
 }
@@ -284,9 +286,9 @@ fn answers() -> impl Strategy<Value = Result<(), Failure>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases / 2))]
 
-    /// P1. Whatever all others do: they may fail, hang, succeed now and then, send any `Retry-After`, and not wait.
+    /// P1. Other namespaces may fail, hang, sometimes succeed, get any `Retry-After` and retry too early.
     #[test]
-    fn a_namespace_whose_requests_succeed_is_refused_for_half_a_minute_at_most(
+    fn succeeding_namespace_is_refused_for_at_most_30_s(
         others in attackers(), good in good(), discovery in answers(),
     ) {
         let mut world = World::new([vec![good], others].concat(), discovery);
@@ -294,47 +296,50 @@ proptest! {
         prop_assert!(world.longest[0] <= LONGEST, "{:?}", world.longest[0]);
     }
 
-    /// P2. A host that gives no answer to anybody.
+    /// P2. A host that answers no request.
     #[test]
-    fn a_dead_host_gets_one_request_at_a_time(
+    fn silent_host_gets_one_request_at_a_time(
         tenants in tenants(select(vec![Failure::Connect, Failure::Timeout, Failure::Broken]).prop_map(End::Failure)),
     ) {
         let mut world = World::new(tenants, Err(Failure::Timeout));
         world.run(MINUTES);
-        let probes: Vec<WritePrecondition> = world.admissions.into_iter().filter(|seen| seen.beside.is_some()).collect();
-        for (i, seen) in probes.iter().enumerate() {
-            prop_assert!(!seen.silent || seen.beside == Some(0), "{seen:?}");
+        let admissions = world.admissions.into_iter();
+        let probes: Vec<SeenAdmission> = admissions.filter(|probe| probe.beside.is_some()).collect();
+        for (i, probe) in probes.iter().enumerate() {
+            prop_assert!(!probe.silent || probe.beside == Some(0), "{probe:?}");
             let first = probes[0].at;
-            prop_assert!(seen.at >= first + SPACING * u32::try_from(i).expect("few"), "{seen:?} is number {i}");
+            prop_assert!(probe.at >= first + SPACING * u32::try_from(i).expect("few"), "{probe:?} is number {i}");
         }
         for tenant in 0..world.tenants.len() {
-            let own: Vec<Duration> = probes.iter().filter(|seen| seen.tenant == tenant).map(|seen| seen.at).collect();
-            // 1, 2, 4, 8 and 16 s, then half a minute.
+            let own: Vec<Duration> = probes.iter().filter(|probe| probe.tenant == tenant).map(|probe| probe.at).collect();
+            // 1, 2, 4, 8 and 16 s, then 30 s.
             let late = own.windows(2).skip(5).map(|pair| pair[1].saturating_sub(pair[0])).min();
             prop_assert!(late.is_none_or(|gap| gap >= LONGEST), "{own:?}");
         }
     }
 
-    /// P2. A host that answers, but gives nobody a token: besides the one probe each namespace may try once.
+    /// P2. A host that answers but issues no token: besides the one probe, each namespace may send one request.
     #[test]
-    fn a_host_that_fails_for_all_gets_few_requests_besides_the_probe(
-        tenants in tenants(failure().prop_filter("it is sent", |end| !matches!(end, End::Nothing))),
+    fn failing_host_gets_few_requests_besides_the_probe(
+        tenants in tenants(failure().prop_filter("requests that are sent", |end| !matches!(end, End::Nothing))),
         discovery in answers(),
     ) {
         let mut world = World::new(tenants, discovery);
         world.run(MINUTES);
         for tenant in 0..world.tenants.len() {
-            let seen = world.admissions.iter().filter(|seen| seen.tenant == tenant);
-            let beside: Vec<&WritePrecondition> = seen.filter(|seen| seen.beside.is_some_and(|others| others > 0)).collect();
-            prop_assert!(beside.iter().all(|seen| !seen.failing), "{beside:?}");
-            // A request that takes a minute has not failed when the next may be sent.
+            let own = world.admissions.iter().filter(|admission| admission.tenant == tenant);
+            let is_beside = |admission: &&SeenAdmission| admission.beside.is_some_and(|others| others > 0);
+            let beside: Vec<&SeenAdmission> = own.filter(is_beside).collect();
+            prop_assert!(beside.iter().all(|admission| !admission.failing), "{beside:?}");
+            // A slow request (30 s or more) has not failed yet when the next may be sent.
             let slow = world.tenants[tenant].fates.iter().any(|(takes, _)| Duration::from_millis(*takes) >= LONGEST);
-            let odd = world.tenants[tenant].fates.iter().any(|(_, end)| matches!(end, End::Failure(Failure::Status { code: 404, .. })));
-            prop_assert!(beside.len() <= if slow { 2 } else { 1 } || odd, "{beside:?}");
+            let mut ends = world.tenants[tenant].fates.iter().map(|(_, end)| end);
+            let not_found = ends.any(|end| matches!(end, End::Failure(Failure::Status { code: 404, .. })));
+            prop_assert!(beside.len() <= if slow { 2 } else { 1 } || not_found, "{beside:?}");
         }
     }
 
-    /// P3.
+    /// P3. One namespace.
     #[test]
     fn one_namespace_alone_never_opens_it(
         only in tenant(fates(prop_oneof![4 => failure(), 1 => Just(End::Success)])), discovery in answers(),
@@ -344,8 +349,8 @@ proptest! {
         prop_assert_eq!(world.open, Duration::ZERO);
     }
 
-    /// P3. All users of the instance are refused at discovery, which may fail in any way but one: where no connection is
-    /// made, the settings are another way to the host, with a breaker of its own.
+    /// P3. Discovery fails for all users of the instance, in any way except connection failures: an instance with other
+    /// connection settings has its own breaker.
     #[test]
     fn one_instance_with_wrong_settings_never_opens_it(
         failures in prop::collection::vec(
@@ -367,10 +372,10 @@ proptest! {
         }
     }
 
-    /// P4. Some fail, however often. Then a request succeeds, and another does within each minute: those who failed before
-    /// fail on and do not open it.
+    /// P4. Some namespaces fail any number of times. Then a request succeeds, and further requests succeed within each
+    /// minute. The namespaces that failed before continue to fail and do not open the breaker.
     #[test]
-    fn whoever_failed_before_a_success_cannot_open_it_while_others_succeed(
+    fn namespaces_that_failed_before_a_success_cannot_open_it_while_others_succeed(
         before in tenants(failure()), until in 0..300_u64,
         gaps in prop::collection::vec((0..59_000_u64, prop::collection::vec((any::<usize>(), 0..5_usize), 0..20)), 1..50),
     ) {
@@ -392,7 +397,7 @@ proptest! {
             breaker.record_success(now, &request);
             prop_assert!(breaker.open.is_none());
             let failures = failures.iter().filter(|_| !failed.is_empty());
-            // All of them, so that none is forgotten.
+            // Each namespace fails in every round, so that none is forgotten.
             let all = failed.iter().map(|tenant| (*tenant, 9));
             for (tenant, user) in failures.map(|(i, user)| (failed[i % failed.len()], *user)).chain(all) {
                 let request = breaker.admit(now, &World::user(tenant, user)).expect("closed");
@@ -404,27 +409,27 @@ proptest! {
         }
     }
 
-    /// After an outage of the whole host, others may go on failing for ever.
+    /// After an outage of the whole host, other namespaces may fail forever.
     #[test]
-    fn a_namespace_that_failed_too_gets_through_after_an_outage(
+    fn namespace_that_failed_during_an_outage_is_admitted_after_it(
         others in prop::collection::vec(tenant(fates(prop_oneof![Just(End::Failure(status(503))), Just(End::Nothing)])), 1..12),
         good in good(), failures in 1..10_usize,
     ) {
         let slowest = |tenants: &[Tenant]| tenants.iter().flat_map(|t| &t.fates).map(|(takes, _)| *takes).max();
         let slowest = Duration::from_millis(slowest(&others).max(slowest(std::slice::from_ref(&good))).expect("one"));
-        let turns = u32::try_from(others.len() + 1).expect("few");
+        let namespaces = u32::try_from(others.len() + 1).expect("few");
         let [(takes, _)] = good.fates[..] else { unreachable!("one fate") };
         let failing = std::iter::repeat_n((takes, End::Failure(status(503))), failures);
         let fates = failing.chain(std::iter::repeat_n((takes, End::Success), 1_000)).collect();
         let mut world = World::new([vec![Tenant { fates, ..good }], others].concat(), Ok(()));
         world.run(MINUTES * 2);
-        let bound = LONGEST + (slowest + SPACING + GRACE) * turns;
+        let bound = LONGEST + (slowest + SPACING + GRACE) * namespaces;
         prop_assert!(world.longest[0] <= bound, "{:?} of {bound:?}", world.longest[0]);
     }
 }
 
-/// Two namespaces whose requests fail at once beside one with 50 tokens of a minute: it is open for moments, not for all
-/// of the time.
+/// Two namespaces whose requests fail immediately, next to a namespace that refreshes 50 tokens every 40 s: the breaker
+/// is open for moments only.
 #[test]
 fn two_failing_namespaces_do_not_keep_it_open() {
     let fails = Tenant {

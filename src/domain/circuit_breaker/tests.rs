@@ -1,4 +1,4 @@
-//! Single cases. `model` has the bounds that hold for all.
+//! Examples. `model` checks the bounds that hold in all cases.
 
 use super::*;
 use crate::domain::failure::OAuthError;
@@ -21,11 +21,12 @@ fn status(code: u16) -> Failure {
     }
 }
 
-/// One thing that happens: who asks (an instance has no namespace), and how it ends.
+/// One request or discovery: the time, the namespace and name (discovery of an instance has no namespace), and the
+/// result.
 #[derive(Clone, Copy)]
 struct Step(u64, &'static str, &'static str, Result<(), Failure>);
 
-/// A request that is sent and ends at once. True if it closed the breaker.
+/// Sends a request that ends at once. Returns whether it closed the breaker.
 fn step(breaker: &mut CircuitBreaker, Step(second, namespace, name, ended): Step) -> bool {
     let now = at(second);
     if namespace.is_empty() {
@@ -51,13 +52,13 @@ fn failing(second: u64, namespace: &'static str, name: &'static str) -> Step {
     Step(second, namespace, name, Err(status(503)))
 }
 
-/// Opened by users of the namespaces `a` and `b`.
+/// A breaker that users of the namespaces `a` and `b` opened.
 fn opened() -> CircuitBreaker {
     after(&[failing(0, "a", "1"), failing(0, "a", "2"), failing(0, "b", "3")])
 }
 
-fn retry_in(breaker: &mut CircuitBreaker, second: u64, who: &ObjectRef) -> u64 {
-    let refused = breaker.admit(at(second), who).expect_err("refused");
+fn retry_in(breaker: &mut CircuitBreaker, second: u64, user: &ObjectRef) -> u64 {
+    let refused = breaker.admit(at(second), user).expect_err("refused");
     refused.retry_in.as_secs()
 }
 
@@ -77,7 +78,7 @@ fn good(second: u64) -> Step {
 }
 
 #[test]
-fn three_users_of_two_namespaces_open_it_if_nobody_succeeds() {
+fn three_failing_users_of_two_namespaces_open_it_without_a_success() {
     let two = [failing(0, "a", "1"), failing(1, "b", "2")];
     let and = |steps: &[Step]| [&two[..], steps].concat();
     let many = ["1", "2", "3"].repeat(20).into_iter().zip(0..);
@@ -94,13 +95,13 @@ fn three_users_of_two_namespaces_open_it_if_nobody_succeeds() {
             false,
         ),
         ("two users", and(&[]), false),
-        ("one of them again", and(&[failing(2, "b", "2")]), false),
+        ("one of two users twice", and(&[failing(2, "b", "2")]), false),
         ("three users", and(&[failing(2, "b", "3")]), true),
-        ("one hangs", and(&[hung(2, "b", "3")]), true),
-        ("the first a minute ago", and(&[failing(60, "b", "3")]), false),
-        ("a success in between", and(&[good(2), failing(3, "d", "3")]), false),
+        ("one of three users hangs", and(&[hung(2, "b", "3")]), true),
+        ("first failure a minute ago", and(&[failing(60, "b", "3")]), false),
+        ("success in between", and(&[good(2), failing(3, "d", "3")]), false),
         (
-            "answers that are no fault of the host",
+            "responses that are no fault of the host",
             and(&[
                 Step(2, "c", "1", Err(status(404))),
                 Step(2, "d", "1", Err(Failure::Malformed)),
@@ -112,13 +113,13 @@ fn three_users_of_two_namespaces_open_it_if_nobody_succeeds() {
 }
 
 #[test]
-fn a_host_that_takes_no_connections_opens_it_and_an_answer_to_discovery_never_does() {
+fn connection_failures_open_it_and_an_error_status_of_discovery_never_does() {
     let cut = |second, namespace, name| Step(second, namespace, name, Err(Failure::Connect));
     let two = [cut(0, "a", "1"), cut(1, "a", "1")];
     let and = |steps: &[Step]| [&two[..], steps].concat();
     let answered = |second, ended| Step(second, "", "main", ended);
     check(&[
-        ("a restart", and(&[]), false),
+        ("two failures", and(&[]), false),
         ("one user", and(&[cut(2, "a", "1")]), true),
         (
             "discovery",
@@ -126,12 +127,12 @@ fn a_host_that_takes_no_connections_opens_it_and_an_answer_to_discovery_never_do
             true,
         ),
         (
-            "an answer in between",
+            "response in between",
             and(&[failing(1, "a", "1"), cut(2, "a", "1")]),
             false,
         ),
         (
-            "one to discovery",
+            "response to discovery in between",
             and(&[answered(1, Err(status(404))), cut(2, "a", "1")]),
             false,
         ),
@@ -141,12 +142,12 @@ fn a_host_that_takes_no_connections_opens_it_and_an_answer_to_discovery_never_do
             false,
         ),
         (
-            "and requests of one namespace",
+            "discovery and requests of one namespace hang",
             vec![hung(0, "", "one"), hung(1, "a", "1"), hung(2, "a", "2")],
             true,
         ),
         (
-            "discovery is answered by errors",
+            "discovery returns errors",
             vec![
                 answered(0, Err(status(503))),
                 failing(1, "a", "1"),
@@ -158,7 +159,7 @@ fn a_host_that_takes_no_connections_opens_it_and_an_answer_to_discovery_never_do
 }
 
 #[test]
-fn whoever_failed_while_others_succeeded_cannot_open_it_again() {
+fn namespaces_that_failed_while_others_succeeded_cannot_open_it() {
     let failures = |second| {
         [
             failing(second, "a", "1"),
@@ -168,7 +169,7 @@ fn whoever_failed_while_others_succeeded_cannot_open_it_again() {
     };
     let closed = || {
         let mut breaker = opened();
-        assert!(step(&mut breaker, good(2)), "it was open");
+        assert!(step(&mut breaker, good(2)), "the breaker was open");
         breaker
     };
     let run = |mut breaker: CircuitBreaker, steps: &[Step]| {
@@ -178,20 +179,24 @@ fn whoever_failed_while_others_succeeded_cannot_open_it_again() {
         breaker.is_open(at(steps.last().expect("a step").0))
     };
     assert!(!run(closed(), &failures(3)));
-    assert!(!run(closed(), &failures(61)), "the success is less than a minute ago");
-    assert!(run(closed(), &failures(62)), "nothing has succeeded for a minute");
+    assert!(
+        !run(closed(), &failures(61)),
+        "the last success is less than a minute ago"
+    );
+    assert!(run(closed(), &failures(62)), "no success for a minute");
     // Each failure is remembered for ten minutes.
     let later = [&failures(500)[..], &[good(1_000)], &failures(1_001)].concat();
     assert!(!run(closed(), &later));
     let forgotten = [&[good(601)][..], &failures(602)].concat();
     assert!(run(closed(), &forgotten));
-    // Others may open it.
+    // Other namespaces can open the breaker.
     assert!(run(
         closed(),
         &[failing(3, "d", "1"), failing(3, "d", "2"), failing(3, "e", "3")]
     ));
 
-    // Requests that hang while others succeed say nothing of the host, and neither do the next of these namespaces.
+    // Requests that hang while others succeed are no evidence against the host, nor are later failures of these
+    // namespaces.
     let mut breaker = CircuitBreaker::default();
     let hanging = [("a", "1"), ("a", "2"), ("b", "3")];
     let hanging = hanging.map(|(namespace, name)| breaker.admit(at(0), &user(namespace, name)).expect("admitted"));
@@ -203,41 +208,44 @@ fn whoever_failed_while_others_succeeded_cannot_open_it_again() {
 }
 
 #[test]
-fn one_probe_at_a_time_ever_more_seldom_until_one_succeeds() {
+fn one_probe_at_a_time_with_growing_delay_until_one_succeeds() {
     let mut breaker = opened();
     let mut now = 1;
     for wait in [1, 2, 4, 8, 16, 30, 30] {
-        let who = user("a", "1");
-        let probe = breaker.admit(at(now), &who).expect("a probe");
-        breaker.admit(at(now), &who).expect_err("one at a time");
+        let a = user("a", "1");
+        let probe = breaker.admit(at(now), &a).expect("a probe");
+        breaker.admit(at(now), &a).expect_err("one at a time");
         breaker.record_failure(at(now), &probe, status(503), NO_WAIT);
-        assert_eq!(retry_in(&mut breaker, now, &who), wait);
+        assert_eq!(retry_in(&mut breaker, now, &a), wait);
         now += wait;
     }
-    // One user of a namespace comes for the next probe, the others later, as far as they are not woken.
+    // One user of a namespace retries soon for the next probe. The others retry later, unless they are woken earlier.
     let now = at(now);
-    let told: Vec<_> = (0..1_000)
+    let results: Vec<_> = (0..1_000)
         .map(|i| {
             breaker
                 .admit(now, &user("z", &i.to_string()))
                 .map_err(|refused| refused.retry_in)
         })
         .collect();
-    assert!(told[0].is_ok(), "its last request did not fail");
-    let soon = told.iter().filter(|told| matches!(told, Err(wait) if *wait < LONGEST));
+    assert!(results[0].is_ok(), "its last request did not fail");
+    let soon = results
+        .iter()
+        .filter(|result| matches!(result, Err(wait) if *wait < LONGEST));
     assert_eq!(soon.count(), 1);
     assert!(
-        told.iter()
+        results
+            .iter()
             .skip(1)
-            .all(|told| matches!(told, Err(wait) if *wait <= PATIENCE))
+            .all(|result| matches!(result, Err(wait) if *wait <= PATIENCE))
     );
-    let probe = told.into_iter().next().expect("the first").expect("a probe");
+    let probe = results.into_iter().next().expect("the first").expect("a probe");
     assert!(breaker.record_success(now, &probe));
     assert!(breaker.admit(now, &user("a", "1")).is_ok() && breaker.admit(now, &user("a", "2")).is_ok());
 }
 
 #[test]
-fn a_probe_that_is_given_up_makes_room_and_one_of_before_proves_nothing() {
+fn released_probe_makes_room_and_older_requests_do_not() {
     let mut breaker = CircuitBreaker::default();
     let before = [("a", "1"), ("a", "2"), ("b", "3"), ("b", "4")];
     let before = before.map(|(namespace, name)| breaker.admit(at(0), &user(namespace, name)).expect("admitted"));
@@ -248,19 +256,19 @@ fn a_probe_that_is_given_up_makes_room_and_one_of_before_proves_nothing() {
     breaker.record_failure(at(2), &before[3], status(503), NO_WAIT);
     breaker
         .admit(at(3), &user("d", "1"))
-        .expect_err("that of c is in flight");
+        .expect_err("the probe of c is in flight");
     breaker.release(at(3), &probe);
     breaker.admit(at(3), &user("d", "1")).expect("a probe");
 }
 
 #[test]
-fn the_namespace_that_failed_longest_ago_goes_first_and_one_that_did_not_fail_before_all() {
+fn namespaces_without_failure_probe_first_then_the_oldest_failure() {
     let mut breaker = opened();
     for (second, namespace) in [(1, "a"), (2, "b")] {
         let probe = breaker.admit(at(second), &user(namespace, "1")).expect("a probe");
         breaker.record_failure(at(second), &probe, status(503), NO_WAIT);
     }
-    // The breaker is busy until all may come.
+    // A probe is in flight until all namespaces may probe.
     let busy = breaker.admit(at(3), &user("c", "1")).expect("a probe");
     for namespace in ["b", "good", "a"] {
         breaker.admit(at(4), &user(namespace, "1")).expect_err("busy");
@@ -276,31 +284,31 @@ fn the_namespace_that_failed_longest_ago_goes_first_and_one_that_did_not_fail_be
         }
     }
     assert_eq!(order, ["good", "a", "b"]);
-    // A waiter that does not come back loses its place.
+    // A namespace that does not retry in time loses its place.
     let busy = breaker.admit(at(20), &user("new", "1")).expect("a probe");
     breaker.admit(at(20), &user("gone", "1")).expect_err("busy");
     breaker.release(at(20), &busy);
-    breaker.admit(at(25), &user("a", "1")).expect_err("it is expected");
-    breaker.admit(at(26), &user("a", "1")).expect("it did not come");
+    breaker.admit(at(25), &user("a", "1")).expect_err("its place is kept");
+    breaker.admit(at(26), &user("a", "1")).expect("its place is lost");
 }
 
 #[test]
-fn retry_after_holds_its_namespace_and_the_others_for_half_a_minute() {
-    let asked = Duration::from_mins(15);
+fn retry_after_delays_other_namespaces_for_at_most_30_s() {
+    let retry_after = Duration::from_mins(15);
     let mut breaker = CircuitBreaker::default();
     for (namespace, name) in [("a", "1"), ("a", "2"), ("b", "3")] {
         let request = breaker.admit(at(0), &user(namespace, name)).expect("admitted");
-        breaker.record_failure(at(0), &request, status(429), asked);
+        breaker.record_failure(at(0), &request, status(429), retry_after);
     }
     assert_eq!(retry_in(&mut breaker, 10, &user("good", "1")), 20);
     assert_eq!(retry_in(&mut breaker, 10, &user("a", "4")), 890);
     let probe = breaker.admit(at(30), &user("good", "1")).expect("a probe");
-    breaker.record_failure(at(30), &probe, status(429), asked);
+    breaker.record_failure(at(30), &probe, status(429), retry_after);
     assert_eq!(retry_in(&mut breaker, 30, &user("good", "2")), 900);
     for second in [60, 899] {
         breaker
             .admit(at(second), &user("b", "5"))
-            .expect_err("as the server asked");
+            .expect_err("retry-after has not passed");
     }
     breaker.admit(at(900), &user("a", "4")).expect("a probe");
 }
@@ -310,13 +318,16 @@ fn discovery_closes_it_only_if_the_host_was_silent() {
     let silent = || after(&[0, 1, 2].map(|second| Step(second, "a", "1", Err(Failure::Connect))));
     let discovered = |mut breaker: CircuitBreaker, ended| breaker.record_discovery(at(4), "main", ended);
     assert!(discovered(silent(), Ok(())));
-    assert!(!discovered(silent(), Err(status(404))), "it proves nothing of ZITADEL");
-    assert!(!discovered(opened(), Ok(())), "it answered before");
-    // A host that hangs for all.
+    assert!(
+        !discovered(silent(), Err(status(404))),
+        "an error status proves nothing"
+    );
+    assert!(!discovered(opened(), Ok(())), "the host was not silent");
+    // A host that hangs for every request.
     let hangs = after(&[hung(0, "a", "1"), hung(1, "a", "2"), hung(2, "", "main")]);
     assert!(hangs.is_open(at(2)));
     assert!(discovered(hangs, Ok(())));
-    // It was silent, and answers token requests by errors now.
+    // The host was silent and now responds to token requests with errors.
     let mut breaker = silent();
     let probe = breaker.admit(at(3), &user("b", "1")).expect("a probe");
     breaker.record_failure(at(3), &probe, status(503), NO_WAIT);
@@ -324,7 +335,7 @@ fn discovery_closes_it_only_if_the_host_was_silent() {
 }
 
 #[test]
-fn a_probe_that_fails_at_discovery_waits_like_any_other_and_accuses_no_user() {
+fn failed_discovery_delays_the_next_probe_and_is_no_evidence_against_users() {
     let mut breaker = opened();
     let probe = breaker.admit(at(1), &user("c", "1")).expect("a probe");
     breaker.record_no_discovery(at(1), &probe, "main", Failure::Connect, NO_WAIT);
@@ -341,7 +352,7 @@ fn a_probe_that_fails_at_discovery_waits_like_any_other_and_accuses_no_user() {
 }
 
 #[test]
-fn a_success_clears_what_its_own_namespace_and_the_probes_of_others_did() {
+fn success_resets_its_namespace_and_the_probe_delays_of_all() {
     let mut breaker = opened();
     for second in [1, 2, 4, 8] {
         let probe = breaker.admit(at(second), &user("a", "1")).expect("a probe");
@@ -370,7 +381,7 @@ fn a_success_clears_what_its_own_namespace_and_the_probes_of_others_did() {
 }
 
 #[test]
-fn it_is_half_open_once_nobody_asks() {
+fn it_is_half_open_once_no_requests_arrive() {
     let mut breaker = opened();
     assert!(breaker.is_open(at(0)) && breaker.is_open(at(419)));
     assert!(!breaker.is_open(at(420)));
@@ -383,7 +394,7 @@ fn it_is_half_open_once_nobody_asks() {
 }
 
 #[test]
-fn what_it_remembers_is_bounded_by_the_namespaces_that_failed_lately() {
+fn memory_is_bounded_by_the_namespaces_that_failed_recently() {
     let mut breaker = CircuitBreaker::default();
     for i in 0..10_000_u64 {
         let name = i.to_string();
@@ -399,7 +410,7 @@ fn what_it_remembers_is_bounded_by_the_namespaces_that_failed_lately() {
         let Ok(request) = breaker.admit(at(second), &user(&i.to_string(), "1")) else {
             continue;
         };
-        // Refused, once it is open.
+        // Refused once the breaker is open.
         let _ = breaker.admit(at(second), &user(&format!("{i}-refused"), "1"));
         breaker.record_failure(at(second), &request, status(503), NO_WAIT);
     }

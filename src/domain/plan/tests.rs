@@ -1,4 +1,4 @@
-//! What is decided, fact by fact. Each row changes one thing in what the product itself wrote.
+//! The decision for each fact. Each row changes one thing in a Secret that the operator itself wrote.
 
 use std::collections::BTreeMap;
 
@@ -17,10 +17,10 @@ use crate::domain::fixtures::{
 use crate::domain::observed_secret::{Controller, OWNER_KIND, WritePrecondition};
 use crate::domain::retry::PendingRetry;
 
-/// Name, what is changed, seconds since the mint, what is decided.
+/// The name, the change, the seconds since the token was issued, and the expected step.
 type Case = (&'static str, fn(&mut Facts), i64, &'static str);
 
-fn told(step: &Step) -> String {
+fn describe(step: &Step) -> String {
     match step {
         Step::Keep { .. } => "keep".into(),
         Step::Refuse { reason, current: None } => reason.name().into(),
@@ -38,22 +38,23 @@ fn told(step: &Step) -> String {
     }
 }
 
-/// Decides about the first token; what is then done leaves nothing more to do, and a write mints nothing.
+/// Checks the step for the first token. Carrying it out must leave nothing to do, and a write must reuse an existing
+/// token.
 fn check(start: fn() -> Facts, cases: &[Case]) {
     for (name, change, seconds, expected) in cases {
         let mut facts = start();
         change(&mut facts);
         let step = plan(&facts, at(*seconds)).steps.swap_remove(0);
-        assert_eq!(told(&step), *expected, "{name}");
+        assert_eq!(describe(&step), *expected, "{name}");
         if let Step::Write { draft, .. } = &step {
             let kept = facts.unwritten.get("invoices").map(|u| u.minted.token.expose_secret());
-            let there = facts.secrets.get("invoices-token").and_then(ObservedSecret::token);
-            assert_eq!(Some(draft.data["token"].expose_secret()), kept.or(there), "{name}");
-            let seen = facts
+            let written = facts.secrets.get("invoices-token").and_then(ObservedSecret::token);
+            assert_eq!(Some(draft.data["token"].expose_secret()), kept.or(written), "{name}");
+            let precondition = facts
                 .secrets
                 .get("invoices-token")
                 .map_or(WritePrecondition::Absent, ObservedSecret::precondition);
-            assert_eq!(draft.precondition, seen, "{name}: the guard is what was seen");
+            assert_eq!(draft.precondition, precondition, "{name}: precondition");
         }
         carry_out(&mut facts, step, *seconds);
         let settled = if ["mint", "mint, fallback", "write"].contains(expected) {
@@ -61,11 +62,15 @@ fn check(start: fn() -> Facts, cases: &[Case]) {
         } else {
             expected
         };
-        assert_eq!(told(&plan(&facts, at(*seconds)).steps[0]), settled, "{name}: once more");
+        assert_eq!(
+            describe(&plan(&facts, at(*seconds)).steps[0]),
+            settled,
+            "{name}: after the step"
+        );
     }
 }
 
-/// As `act` would, for the first token.
+/// Carries out the step for the first token, like `act`.
 fn carry_out(facts: &mut Facts, step: Step, seconds: i64) {
     match step {
         Step::Write { draft, .. } => apply(facts, &draft),
@@ -111,11 +116,11 @@ const SCOPES: [&str; 10] = [
 ];
 
 #[test]
-fn a_token_is_minted_when_missing_due_or_of_other_inputs() {
+fn token_is_requested_if_missing_due_or_of_another_request_hash() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
         ("fresh", |_| {}, 0, "keep"),
-        ("fresh still", |_| {}, FRESH, "keep"),
+        ("still fresh", |_| {}, FRESH, "keep"),
         ("due", |_| {}, DUE, "mint, fallback"),
         ("in its last second", |_| {}, LIFETIME - 1, "mint, fallback"),
         ("expired", |_| {}, LIFETIME, "mint"),
@@ -126,7 +131,7 @@ fn a_token_is_minted_when_missing_due_or_of_other_inputs() {
         ("due by percentage", |f| token(f, 0).renew_before_percentage = Some(75), 900, "mint, fallback"),
         ("no scopes", |f| token(f, 0).scopes = Some(vec![]), 1, "mint"),
         ("another project", |f| token(f, 0).project_ids = vec!["2".into()], 1, "mint"),
-        ("one project more", |f| token(f, 0).project_ids.push("2".into()), 1, "mint"),
+        ("additional project", |f| token(f, 0).project_ids.push("2".into()), 1, "mint"),
         ("roles", |f| token(f, 0).project_roles = Some(true), 1, "mint"),
         ("every further scope of the schema", |f| token(f, 0).scopes = Some(SCOPES.map(String::from).to_vec()), 1, "mint"),
         ("another key", |f| service_key(f).key_id = "k2".into(), 1, "mint"),
@@ -135,8 +140,8 @@ fn a_token_is_minted_when_missing_due_or_of_other_inputs() {
         ("another instance", |f| user(f).spec.instance_ref.name = "b".into(), 1, "mint"),
         ("the default scope, written out", |f| token(f, 0).scopes = Some(vec!["openid".into()]), 1, "keep"),
         ("false, written out", |f| token(f, 0).project_roles = Some(false), 1, "keep"),
-        ("another name for the token", |f| token(f, 0).name = "bills".into(), 1, "keep"),
-        ("another name for the Secret", |f| token(f, 0).secret.name = "x".into(), 1, "mint"),
+        ("token renamed", |f| token(f, 0).name = "bills".into(), 1, "keep"),
+        ("Secret renamed", |f| token(f, 0).secret.name = "x".into(), 1, "mint"),
         ("opaque, fresh", put_opaque, FRESH, "keep"),
         ("opaque, due", put_opaque, DUE, "mint, fallback"),
         ("opaque, expired", put_opaque, LIFETIME, "mint"),
@@ -154,14 +159,14 @@ fn a_token_is_minted_when_missing_due_or_of_other_inputs() {
     let value = jwt(&claims(&both, 0, at(LIFETIME)));
     fill(&mut both, 0, &value, at(0), at(LIFETIME));
     assert_eq!(
-        told(&plan(&reordered(both), at(1)).steps[0]),
+        describe(&plan(&reordered(both), at(1)).steps[0]),
         "keep",
-        "the order decides nothing"
+        "the order does not matter"
     );
 }
 
 #[test]
-fn what_somebody_changed_is_repaired_and_mints_only_when_the_token_is_in_doubt() {
+fn edited_secret_is_repaired_and_token_is_requested_only_if_token_or_record_is_invalid() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
         ("token replaced", |f| edit(observed(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
@@ -170,9 +175,9 @@ fn what_somebody_changed_is_repaired_and_mints_only_when_the_token_is_in_doubt()
         ("token removed", |f| edit(observed(f, 0), |d| drop(d.remove("token"))), 1, "mint"),
         ("record removed", |f| observed(f, 0).annotations.clear(), 1, "mint"),
         ("record emptied", |f| record(f, |_| String::new()), 1, "mint"),
-        ("record that is none", |f| record(f, |_| "{}".into()), 1, "mint"),
+        ("record that is invalid", |f| record(f, |_| "{}".into()), 1, "mint"),
         ("record without a seal", |f| record(f, |r| r.replace("\"content\":\"", "\"content\":\"0")), 1, "mint"),
-        ("record of a version unknown", |f| record(f, |r| r.replace("\"v\":1", "\"v\":9")), 1, "mint"),
+        ("record of an unknown version", |f| record(f, |r| r.replace("\"v\":1", "\"v\":9")), 1, "mint"),
         ("expiry edited", |f| record(f, |r| r.replace("09:00:00Z", "23:00:00Z")), 1, "mint"),
         ("expiry edited, past that time", |f| record(f, |r| r.replace("09:00:00Z", "23:00:00Z")), LIFETIME, "mint"),
         ("label changed", |f| drop(observed(f, 0).labels.insert("team".into(), "b".into())), 1, "write"),
@@ -182,15 +187,15 @@ fn what_somebody_changed_is_repaired_and_mints_only_when_the_token_is_in_doubt()
         ("expires_at changed", |f| edit(observed(f, 0), |d| drop(d.insert("expires_at".into(), vec![]))), 1, "write"),
         ("issuer removed", |f| edit(observed(f, 0), |d| drop(d.remove("issuer"))), 1, "write"),
         ("changed and due", |f| drop(observed(f, 0).labels.remove("team")), DUE, "mint, fallback"),
-        ("a label more in the spec", |f| drop(token(f, 0).secret.labels.insert("x".into(), "y".into())), 1, "write"),
-        ("a label left the spec", |f| token(f, 0).secret.labels.clear(), 1, "write"),
-        ("an annotation left the spec", |f| token(f, 0).secret.annotations.clear(), 1, "write"),
-        ("a template key left the spec", |f| token(f, 0).secret.template.clear(), 1, "write"),
-        ("a template changed", |f| drop(token(f, 0).secret.template.insert("header".into(), "x".into())), 1, "write"),
-        ("somebody's label", |f| drop(observed(f, 0).labels.insert("x".into(), "y".into())), 1, "keep"),
-        ("somebody's annotation", |f| drop(observed(f, 0).annotations.insert("x".into(), "y".into())), 1, "keep"),
-        ("somebody's data", |f| edit(observed(f, 0), |d| drop(d.insert("x".into(), vec![1]))), 1, "keep"),
-        ("given up by its owner, to adopt", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.insert(ANNOTATION_ADOPT.into(), "billing".into()); }, 1, "write"),
+        ("label added to the spec", |f| drop(token(f, 0).secret.labels.insert("x".into(), "y".into())), 1, "write"),
+        ("label removed from the spec", |f| token(f, 0).secret.labels.clear(), 1, "write"),
+        ("annotation removed from the spec", |f| token(f, 0).secret.annotations.clear(), 1, "write"),
+        ("template key removed from the spec", |f| token(f, 0).secret.template.clear(), 1, "write"),
+        ("template changed in the spec", |f| drop(token(f, 0).secret.template.insert("header".into(), "x".into())), 1, "write"),
+        ("foreign label", |f| drop(observed(f, 0).labels.insert("x".into(), "y".into())), 1, "keep"),
+        ("foreign annotation", |f| drop(observed(f, 0).annotations.insert("x".into(), "y".into())), 1, "keep"),
+        ("foreign data", |f| edit(observed(f, 0), |d| drop(d.insert("x".into(), vec![1]))), 1, "keep"),
+        ("owner removed, adopt annotation", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.insert(ANNOTATION_ADOPT.into(), "billing".into()); }, 1, "write"),
     ];
     check(one, cases);
 }
@@ -221,7 +226,7 @@ fn a_rewrite_keeps_token_and_times() {
 }
 
 #[test]
-fn a_mint_request_says_what_to_ask_for_and_what_is_left_if_it_fails() {
+fn mint_request_has_scope_and_fallback() {
     let mut facts = one();
     token(&mut facts, 0).name = "bills".into();
     let Step::Mint(request) = plan(&facts, at(DUE)).steps.swap_remove(0) else {
@@ -245,13 +250,13 @@ fn a_renew_request_is_served_once() {
         ("new, token expired", |f| ask(f, Some("a")), LIFETIME, "mint"),
         ("served", |f| { ask(f, Some("a")); put_opaque(f); }, FRESH, "keep"),
         ("another", |f| { ask(f, Some("a")); put_opaque(f); ask(f, Some("b")); }, 1, "mint, fallback"),
-        ("taken back", |f| { ask(f, Some("a")); put_opaque(f); ask(f, None); }, 1, "keep"),
+        ("withdrawn", |f| { ask(f, Some("a")); put_opaque(f); ask(f, None); }, 1, "keep"),
         ("long and new", |f| ask(f, Some(&"\0".repeat(200 << 10))), 1, "mint, fallback"),
         ("long and served", |f| { ask(f, Some(&"\0".repeat(200 << 10))); put_opaque(f); }, FRESH, "keep"),
         ("served, label removed", |f| { ask(f, Some("a")); put_opaque(f); observed(f, 0).labels.clear(); }, 1, "write"),
     ];
     check(one, cases);
-    // Kubernetes takes 256 KiB of annotations on a Secret: however long the request is, the record has room.
+    // Kubernetes accepts 256 KiB of annotations on a Secret. The record stays small however long the renew request is.
     let mut facts = one();
     ask(&mut facts, Some(&"\0".repeat(200 << 10)));
     put_opaque(&mut facts);
@@ -264,21 +269,21 @@ fn a_renew_request_is_served_once() {
 }
 
 #[test]
-fn a_jwt_speaks_for_itself_whatever_its_record_says() {
+fn claims_of_a_jwt_must_match_whatever_its_record_says() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
-        ("as asked for", |f| put_claim(f, "x", json!(1)), FRESH, "keep"),
+        ("as requested", |f| put_claim(f, "x", json!(1)), FRESH, "keep"),
         ("another issuer", |f| put_claim(f, "iss", json!("https://b.example.com")), 1, "mint"),
         ("another user", |f| put_claim(f, "sub", json!("8")), 1, "mint"),
         ("another audience", |f| put_claim(f, "aud", json!("2")), 1, "mint"),
-        ("an audience more", |f| put_claim(f, "aud", json!(["1", "2"])), 1, "mint"),
+        ("additional audience", |f| put_claim(f, "aud", json!(["1", "2"])), 1, "mint"),
         ("no audience", |f| put_claim(f, "aud", json!([])), 1, "mint"),
-        ("an earlier end, fresh", |f| put_claim(f, "exp", json!(at(600).as_second())), 300, "keep"),
-        ("an earlier end, due", |f| put_claim(f, "exp", json!(at(600).as_second())), 400, "mint, fallback"),
-        ("an earlier end, expired", |f| put_claim(f, "exp", json!(at(600).as_second())), 600, "mint"),
-        ("a later end", |f| put_claim(f, "exp", json!(at(99_999).as_second())), LIFETIME, "mint"),
-        ("an organization not asked for", |f| put_claim(f, "urn:zitadel:iam:org:id", json!("5")), 1, "keep"),
-        ("an organization asked for", |f| { token(f, 0).organization_id = Some("5".into()); put_claim(f, "urn:zitadel:iam:org:id", json!("5")); }, 1, "keep"),
+        ("earlier expiry, fresh", |f| put_claim(f, "exp", json!(at(600).as_second())), 300, "keep"),
+        ("earlier expiry, due", |f| put_claim(f, "exp", json!(at(600).as_second())), 400, "mint, fallback"),
+        ("earlier expiry, expired", |f| put_claim(f, "exp", json!(at(600).as_second())), 600, "mint"),
+        ("later expiry", |f| put_claim(f, "exp", json!(at(99_999).as_second())), LIFETIME, "mint"),
+        ("organization that was not requested", |f| put_claim(f, "urn:zitadel:iam:org:id", json!("5")), 1, "keep"),
+        ("requested organization", |f| { token(f, 0).organization_id = Some("5".into()); put_claim(f, "urn:zitadel:iam:org:id", json!("5")); }, 1, "keep"),
         ("another organization", |f| { token(f, 0).organization_id = Some("5".into()); put_claim(f, "urn:zitadel:iam:org:id", json!("6")); }, 1, "mint"),
         ("the API's audience by its real id", |f| { with_api(f); put_claim(f, "x", json!(1)); }, 1, "keep"),
         ("the API's audience by alias", |f| { with_api(f); put_claim(f, "aud", json!(["1", "zitadel"])); }, 1, "mint"),
@@ -288,18 +293,18 @@ fn a_jwt_speaks_for_itself_whatever_its_record_says() {
     for (name, change, seconds, expected) in cases {
         let mut facts = one();
         change(&mut facts);
-        assert_eq!(told(&plan(&facts, at(*seconds)).steps[0]), *expected, "{name}");
+        assert_eq!(describe(&plan(&facts, at(*seconds)).steps[0]), *expected, "{name}");
     }
 }
 
-/// A token for the ZITADEL API, allowed, the real id known.
+/// The token has the audience of the ZITADEL API, which is allowed and whose project ID is known.
 fn with_api(facts: &mut Facts) {
     facts.allowed_audiences = Ok(allowed(&["1", "2"], true));
     token(facts, 0).zitadel_api = Some(true);
     facts.zitadel_project_id = Some("99".into());
 }
 
-/// Every project is allowed; that of the ZITADEL API is not.
+/// Every project is allowed, except that of the ZITADEL API.
 fn any_project(facts: &mut Facts) {
     facts.allowed_audiences = Ok(allowed(&["*"], false));
 }
@@ -313,9 +318,9 @@ fn foreign(facts: &mut Facts, kind: &str, name: &str, uid: &str) {
 }
 
 #[test]
-fn nothing_is_done_where_something_is_missing_or_forbidden() {
+fn missing_or_forbidden_prerequisite_refuses_the_token() {
     type Refusal = (&'static str, fn(&mut Facts), &'static str);
-    // What may be in the Secret when one of the refusals below holds.
+    // The states of the Secret that are combined with each refusal below.
     #[rustfmt::skip]
     let secrets: [fn(&mut Facts); 4] = [
         |_| {},
@@ -328,19 +333,19 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
         ("access withdrawn", |f| f.allowed_audiences = Ok(allowed(&[], false)), "AccessDenied"),
         ("a project not allowed", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
         ("the API not allowed", |f| token(f, 0).zitadel_api = Some(true), "AccessDenied"),
-        ("a project that is the API's own", |f| f.zitadel_project_id = Some("1".into()), "AccessDenied"),
+        ("the API's own project", |f| f.zitadel_project_id = Some("1".into()), "AccessDenied"),
         ("denied, and no key", |f| { f.allowed_audiences = Ok(allowed(&[], false)); f.key = Err(Reason::KeyNotJSON); }, "AccessDenied"),
         ("no instance", |f| f.instance = Err(Reason::InstanceMissing), "InstanceMissing"),
         ("namespace not known", |f| f.allowed_audiences = Err(Reason::NamespaceMissing), "NamespaceMissing"),
         ("operator's namespace", |f| f.in_operator_namespace = true, "OperatorNamespace"),
         ("no key", |f| f.key = Err(Reason::KeySecretMissing), "KeySecretMissing"),
-        ("no good key", |f| f.key = Err(Reason::KeyNotJSON), "KeyNotJSON"),
+        ("invalid key", |f| f.key = Err(Reason::KeyNotJSON), "KeyNotJSON"),
         ("an application's key", |f| f.key = Err(Reason::KeyIsApplicationKey), "KeyIsApplicationKey"),
         ("two scopes in one", |f| token(f, 0).scopes = Some(vec!["openid email".into()]), "InvalidSpec"),
         ("an audience among the scopes", |f| token(f, 0).scopes = Some(vec!["urn:zitadel:iam:org:project:id:3:aud".into()]), "InvalidSpec"),
         ("an audience behind a role", |f| token(f, 0).scopes = Some(vec!["urn:zitadel:iam:org:project:role:a b".into()]), "InvalidSpec"),
         ("the API's alias among the projects", |f| { token(f, 0).project_ids = vec!["zitadel".into()]; any_project(f); }, "InvalidSpec"),
-        ("an odd organization", |f| token(f, 0).organization_id = Some("1:x".into()), "InvalidSpec"),
+        ("invalid organization", |f| token(f, 0).organization_id = Some("1:x".into()), "InvalidSpec"),
         ("two projects in one", |f| { token(f, 0).project_ids = vec!["1:aud urn:x".into()]; any_project(f); }, "InvalidSpec"),
         ("suspended", |f| user(f).spec.suspend = Some(true), "Suspended"),
         ("suspended, and denied", |f| { user(f).spec.suspend = Some(true); f.allowed_audiences = Ok(allowed(&[], false)); }, "Suspended"),
@@ -351,39 +356,39 @@ fn nothing_is_done_where_something_is_missing_or_forbidden() {
                 let mut facts = one();
                 secret(&mut facts);
                 refuse(&mut facts);
-                let told = told(&plan(&facts, at(seconds)).steps[0]);
-                // A suspended token is as good as it was; nobody else's is.
+                let step = describe(&plan(&facts, at(seconds)).steps[0]);
+                // Only a suspended object keeps its valid token as fallback.
                 let good = *expected == "Suspended" && place % 3 == 0;
-                let told_of = if good {
+                let wanted = if good {
                     format!("{expected}, fallback")
                 } else {
                     (*expected).to_owned()
                 };
-                assert_eq!(told, told_of, "{name}, Secret {place}");
+                assert_eq!(step, wanted, "{name}, Secret {place}");
             }
         }
     }
 }
 
 #[test]
-fn a_secret_that_is_not_ours_is_never_touched() {
+fn foreign_secret_is_never_written() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
-        ("nobody's", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.clear(); }, 1, "SecretConflict"),
-        ("ours, its owner reference removed", |f| observed(f, 0).controller = None, 1, "write"),
+        ("no owner", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.clear(); }, 1, "SecretConflict"),
+        ("owner reference removed, valid record", |f| observed(f, 0).controller = None, 1, "write"),
         ("another object's", |f| foreign(f, OWNER_KIND, "orders", "other"), 1, "SecretConflict"),
         ("another kind's", |f| foreign(f, "Certificate", "billing", "other"), 1, "SecretConflict"),
         ("an earlier object's", |f| foreign(f, OWNER_KIND, "billing", "earlier"), 1, "SecretBeingReplaced"),
         ("an earlier object's, expired", |f| foreign(f, OWNER_KIND, "billing", "earlier"), LIFETIME, "SecretBeingReplaced"),
         ("immutable", |f| observed(f, 0).immutable = true, 1, "SecretConflict"),
         ("of another type", |f| observed(f, 0).opaque = false, 1, "SecretConflict"),
-        ("not ours, token unwritten", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "SecretConflict"),
+        ("no owner, token unwritten", |f| { observed(f, 0).controller = None; observed(f, 0).annotations.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "SecretConflict"),
     ];
     check(one, cases);
 }
 
 #[test]
-fn an_expired_key_is_missed_only_when_a_token_is_due() {
+fn expired_key_is_reported_only_when_a_token_is_due() {
     fn expire(facts: &mut Facts) {
         service_key(facts).expires = Some(at(-1));
     }
@@ -391,19 +396,19 @@ fn an_expired_key_is_missed_only_when_a_token_is_due() {
     let cases: &[Case] = &[
         ("fresh", expire, FRESH, "keep"),
         ("fresh, changed", |f| { expire(f); observed(f, 0).labels.clear(); }, 1, "write"),
-        ("fresh, renewal asked for", |f| { expire(f); ask(f, Some("a")); }, 1, "KeyExpired, fallback"),
+        ("fresh, renew request", |f| { expire(f); ask(f, Some("a")); }, 1, "KeyExpired, fallback"),
         ("due", expire, DUE, "KeyExpired, fallback"),
         ("expired", expire, LIFETIME, "KeyExpired"),
         ("missing", |f| { expire(f); f.secrets.clear(); }, 1, "KeyExpired"),
         ("missing, unwritten", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(0)); expire(f); }, 1, "write"),
-        ("expires this moment", |f| service_key(f).expires = Some(at(DUE)), DUE, "KeyExpired, fallback"),
-        ("expires in a moment", |f| service_key(f).expires = Some(at(DUE + 1)), DUE, "mint, fallback"),
+        ("expires now", |f| service_key(f).expires = Some(at(DUE)), DUE, "KeyExpired, fallback"),
+        ("expires in one second", |f| service_key(f).expires = Some(at(DUE + 1)), DUE, "mint, fallback"),
     ];
     check(one, cases);
 }
 
 #[test]
-fn an_unusable_clock_is_said_before_what_only_time_says() {
+fn unusable_clock_is_reported_before_expiry_of_the_key() {
     fn expired_key(facts: &mut Facts) {
         service_key(facts).expires = Some(at(-1));
     }
@@ -419,7 +424,7 @@ fn an_unusable_clock_is_said_before_what_only_time_says() {
         ("missing", |f| f.secrets.clear(), 1, "ClockSkew"),
         ("missing, unwritten", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "write"),
         ("missing, unwritten, issued in the future", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(602)); }, 1, "ClockSkew"),
-        ("renewal asked for", |f| ask(f, Some("a")), 1, "ClockSkew, fallback"),
+        ("renew request", |f| ask(f, Some("a")), 1, "ClockSkew, fallback"),
         ("contested", |f| { f.secrets.clear(); f.unscheduled.insert("invoices".into(), 9); }, 1, "ClockSkew"),
         ("no key", |f| f.key = Err(Reason::KeySecretMissing), DUE, "KeySecretMissing"),
     ];
@@ -429,13 +434,13 @@ fn an_unusable_clock_is_said_before_what_only_time_says() {
             change(&mut facts);
             facts.clock = clock(ahead);
             let step = plan(&facts, facts.clock.theirs(at(*seconds))).steps.swap_remove(0);
-            assert_eq!(told(&step), *expected, "{name}, {ahead} s ahead");
+            assert_eq!(describe(&step), *expected, "{name}, {ahead} s ahead");
         }
     }
 }
 
 #[test]
-fn a_record_of_impossible_times_is_not_believed() {
+fn record_with_impossible_times_is_not_trusted() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
         ("issued in ten years", |f| fill(f, 0, "x", at(TEN_YEARS), at(TEN_YEARS + LIFETIME)), 0, "mint"),
@@ -447,7 +452,7 @@ fn a_record_of_impossible_times_is_not_believed() {
 }
 
 #[test]
-fn an_unwritten_token_is_written_and_not_minted_again() {
+fn unwritten_token_is_written_without_a_new_request() {
     fn keep(facts: &mut Facts) {
         keep_unwritten(facts, 0, "eyJh.bGci.OiJB.MjU2.R0NN", at(0));
     }
@@ -458,24 +463,24 @@ fn an_unwritten_token_is_written_and_not_minted_again() {
         ("due", keep, DUE, "mint"),
         ("another key", |f| { keep(f); service_key(f).key_id = "k2".into(); }, 1, "mint"),
         ("other scopes", |f| { keep(f); token(f, 0).scopes = Some(vec![]); }, 1, "mint"),
-        ("minted on a request", |f| { ask(f, Some("a")); keep(f); }, 1, "write"),
-        ("a request since", |f| { keep(f); ask(f, Some("a")); }, 1, "mint"),
-        ("another request since", |f| { ask(f, Some("a")); keep(f); ask(f, Some("b")); }, 1, "mint"),
-        ("its request taken back", |f| { ask(f, Some("a")); keep(f); ask(f, None); }, 1, "write"),
+        ("issued for a renew request", |f| { ask(f, Some("a")); keep(f); }, 1, "write"),
+        ("later renew request", |f| { keep(f); ask(f, Some("a")); }, 1, "mint"),
+        ("another later renew request", |f| { ask(f, Some("a")); keep(f); ask(f, Some("b")); }, 1, "mint"),
+        ("renew request withdrawn", |f| { ask(f, Some("a")); keep(f); ask(f, None); }, 1, "write"),
         ("another token's", |f| { keep(f); token(f, 0).name = "bills".into(); }, 1, "mint"),
     ];
     check(empty, cases);
     #[rustfmt::skip]
     let beside: &[Case] = &[
-        ("in place of one that is due", |f| keep_unwritten(f, 0, "x", at(DUE)), DUE, "write"),
-        ("in place of one that is to be renewed", |f| { ask(f, Some("a")); keep_unwritten(f, 0, "x", at(1)); }, 1, "write"),
-        ("beside one that is good", keep, 1, "keep"),
+        ("instead of a due token", |f| keep_unwritten(f, 0, "x", at(DUE)), DUE, "write"),
+        ("instead of a token with a renew request", |f| { ask(f, Some("a")); keep_unwritten(f, 0, "x", at(1)); }, 1, "write"),
+        ("beside a fresh token", keep, 1, "keep"),
     ];
     check(one, beside);
 }
 
 #[test]
-fn what_is_no_longer_asked_for_goes_unless_suspended() {
+fn secrets_that_left_the_spec_are_deleted_unless_suspended() {
     let mut facts = one();
     facts.leftovers = vec![SecretRef {
         name: "old".into(),
@@ -484,7 +489,11 @@ fn what_is_no_longer_asked_for_goes_unless_suspended() {
     }];
     assert_eq!(plan(&facts, at(1)).deletes, facts.leftovers);
     facts.key = Err(Reason::KeySecretMissing);
-    assert_eq!(plan(&facts, at(1)).deletes, facts.leftovers, "whatever else fails");
+    assert_eq!(
+        plan(&facts, at(1)).deletes,
+        facts.leftovers,
+        "even if the key is missing"
+    );
     user(&mut facts).spec.suspend = Some(true);
     assert_eq!(plan(&facts, at(1)).deletes, []);
     user(&mut facts).spec.suspend = Some(false);
@@ -492,7 +501,7 @@ fn what_is_no_longer_asked_for_goes_unless_suspended() {
 }
 
 #[test]
-fn an_entry_that_gets_another_secret_takes_its_token_along() {
+fn renamed_secret_gets_the_existing_token() {
     fn rename(facts: &mut Facts) {
         let left = observed(facts, 0);
         facts.leftovers = vec![SecretRef {
@@ -505,13 +514,13 @@ fn an_entry_that_gets_another_secret_takes_its_token_along() {
     #[rustfmt::skip]
     let rows: &[Case] = &[
         ("fresh", |_| {}, FRESH, "write"),
-        ("after many forced mints", |f| { f.unscheduled.insert("invoices".into(), 9); }, 1, "write"),
+        ("after many unscheduled refreshes", |f| { f.unscheduled.insert("invoices".into(), 9); }, 1, "write"),
         ("due", |_| {}, DUE, "mint"),
         ("another key", |f| service_key(f).key_id = "k2".into(), 1, "mint"),
         ("other scopes", |f| token(f, 0).scopes = Some(vec![]), 1, "mint"),
-        ("a request", |f| ask(f, Some("a")), 1, "mint"),
+        ("renew request", |f| ask(f, Some("a")), 1, "mint"),
         ("edited", |f| edit(observed(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
-        ("another's", |f| foreign(f, OWNER_KIND, "other", "u9"), 1, "mint"),
+        ("foreign", |f| foreign(f, OWNER_KIND, "other", "u9"), 1, "mint"),
     ];
     for (name, change, seconds, expected) in rows {
         let mut facts = one();
@@ -519,7 +528,7 @@ fn an_entry_that_gets_another_secret_takes_its_token_along() {
         rename(&mut facts);
         let mut plan = plan(&facts, at(*seconds));
         let step = plan.steps.swap_remove(0);
-        assert_eq!(told(&step), *expected, "{name}");
+        assert_eq!(describe(&step), *expected, "{name}");
         if let Step::Write { draft, .. } = step {
             assert_eq!(
                 (&*draft.name, &draft.precondition, draft.repair),
@@ -533,7 +542,7 @@ fn an_entry_that_gets_another_secret_takes_its_token_along() {
 }
 
 #[test]
-fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
+fn old_secret_stays_until_all_tokens_exist_or_its_token_has_expired() {
     let mut facts = filled(&["invoices", "old"]);
     let old = &facts.secrets["old-token"];
     facts.leftovers = vec![SecretRef {
@@ -548,55 +557,59 @@ fn what_an_entry_leaves_stays_until_all_is_there_or_it_has_expired() {
     };
     let current = facts.recorded(&facts.user.spec.tokens[0]);
     assert_eq!(left(&facts, current, 1), 1);
-    assert_eq!(left(&facts, None, 1), 0, "both are of the same inputs");
+    assert_eq!(left(&facts, None, 1), 0, "both have the same request hash");
     token(&mut facts, 0).scopes = Some(vec![]);
-    assert_eq!(left(&facts, None, 1), 1, "its Secret is there");
+    assert_eq!(left(&facts, None, 1), 1, "the new Secret exists");
     foreign(&mut facts, OWNER_KIND, "other", "u9");
     assert_eq!(
         (left(&facts, None, 1), left(&facts, None, LIFETIME)),
         (0, 1),
-        "somebody else's"
+        "the new Secret is foreign"
     );
     facts.secrets.remove("invoices-token");
-    assert_eq!((left(&facts, None, 1), left(&facts, None, LIFETIME)), (0, 1), "missing");
+    assert_eq!(
+        (left(&facts, None, 1), left(&facts, None, LIFETIME)),
+        (0, 1),
+        "the new Secret is missing"
+    );
     let outcomes = [Outcome::new(0, Reason::ClockSkew, None)];
     assert_eq!(
         may_go(&facts, &facts.leftovers, &outcomes, None).len(),
         0,
-        "no time is certain"
+        "no trusted time"
     );
     let outcomes = [Outcome::new(0, Reason::Issued, current)];
     assert_eq!(
         may_go(&facts, &facts.leftovers, &outcomes, None).len(),
         1,
-        "its successor is there"
+        "the new Secret has a token"
     );
 }
 
 #[test]
-fn a_secret_that_was_adopted_is_ours_when_the_annotation_is_gone() {
+fn adopted_secret_stays_owned_after_the_annotation_is_removed() {
     let mut facts = one();
     token(&mut facts, 0).secret.deletion_policy = Some(DeletionPolicy::Retain);
     let step = plan(&facts, at(1)).steps.swap_remove(0);
     carry_out(&mut facts, step, 1);
     observed(&mut facts, 0).controller = None;
-    // The object is deleted and made again.
+    // The object is deleted and created again.
     user(&mut facts).metadata.uid = Some("another".into());
-    assert_eq!(told(&plan(&facts, at(2)).steps[0]), "SecretConflict");
+    assert_eq!(describe(&plan(&facts, at(2)).steps[0]), "SecretConflict");
     let name = facts.name().to_owned();
     observed(&mut facts, 0)
         .annotations
         .insert(ANNOTATION_ADOPT.into(), name.into());
     let step = plan(&facts, at(2)).steps.swap_remove(0);
-    assert_eq!(told(&step), "write");
+    assert_eq!(describe(&step), "write");
     carry_out(&mut facts, step, 2);
     observed(&mut facts, 0).controller = None;
     observed(&mut facts, 0).annotations.remove(ANNOTATION_ADOPT);
-    assert_eq!(told(&plan(&facts, at(3)).steps[0]), "keep");
+    assert_eq!(describe(&plan(&facts, at(3)).steps[0]), "keep");
 }
 
 #[test]
-fn tokens_are_decided_each_for_itself() {
+fn each_token_is_decided_independently() {
     type Change = (&'static str, fn(&mut Facts), &'static str);
     #[rustfmt::skip]
     let changes: &[Change] = &[
@@ -613,16 +626,16 @@ fn tokens_are_decided_each_for_itself() {
             change(&mut facts);
             let plan = plan(&facts, at(seconds));
             assert_eq!(plan.steps.len(), 2);
-            assert_eq!(told(&plan.steps[1]), second, "{name}");
+            assert_eq!(describe(&plan.steps[1]), second, "{name}");
             if seconds == 1 {
-                assert_eq!(told(&plan.steps[0]), *first, "{name}");
+                assert_eq!(describe(&plan.steps[0]), *first, "{name}");
             }
         }
     }
 }
 
 #[test]
-fn the_last_check_before_a_mint_knows_the_real_id() {
+fn last_check_before_a_mint_uses_the_real_project_id() {
     type Row = (&'static str, fn(&mut Facts), Result<&'static [&'static str], Reason>);
     #[rustfmt::skip]
     let rows: &[Row] = &[
@@ -631,8 +644,8 @@ fn the_last_check_before_a_mint_knows_the_real_id() {
         ("the API by number, listed as a project", |f| { f.allowed_audiences = Ok(allowed(&["1", "2", "99"], false)); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
         ("the API by number, allowed", |f| { f.allowed_audiences = Ok(allowed(&["1", "2"], true)); token(f, 0).project_ids.push("99".into()); }, Ok(&["1", "99"])),
         ("the API by alias", with_api, Ok(&["1", "99"])),
-        ("pinned to it", |f| instance(f).spec.zitadel_project_id = Some("99".into()), Ok(&["1"])),
-        ("pinned to another", |f| instance(f).spec.zitadel_project_id = Some("98".into()), Err(Reason::ProjectIDMismatch)),
+        ("pinned to the real ID", |f| instance(f).spec.zitadel_project_id = Some("99".into()), Ok(&["1"])),
+        ("pinned to another ID", |f| instance(f).spec.zitadel_project_id = Some("98".into()), Err(Reason::ProjectIDMismatch)),
         ("no key", |f| f.key = Err(Reason::KeyNotJSON), Err(Reason::KeyNotJSON)),
         ("no instance", |f| f.instance = Err(Reason::InstanceMissing), Err(Reason::InstanceMissing)),
         ("no namespace", |f| f.allowed_audiences = Err(Reason::NamespaceMissing), Err(Reason::NamespaceMissing)),
@@ -660,7 +673,7 @@ fn the_last_check_before_a_mint_knows_the_real_id() {
 
 proptest! {
     #[test]
-    fn a_sealed_record_of_the_present_inputs_is_minted_anew_only_when_due(
+    fn valid_record_of_the_same_request_hash_is_refreshed_only_when_due(
         lifetime in 5_i64..2_678_400,
         now in 0.0..1.2,
         opaque: bool,
@@ -690,12 +703,12 @@ proptest! {
             (false, true) => "mint, fallback",
             (false, false) => "mint",
         };
-        prop_assert_eq!(told(&made.steps[0]), expected);
+        prop_assert_eq!(describe(&made.steps[0]), expected);
     }
 
-    /// A Secret is anybody's to edit who may: whatever times a record claims, sealed or not, nothing panics.
+    /// Anyone with access to a Secret can edit its record. No time in a record may cause a panic.
     #[test]
-    fn no_record_is_too_odd(issued: i64, expires: i64, nanos in 0..1_000_000_000, now: i64, percent in 1..100) {
+    fn extreme_times_in_a_record_do_not_panic(issued: i64, expires: i64, nanos in 0..1_000_000_000, now: i64, percent in 1..100) {
         let time = |s: i64| Timestamp::new(s % 377_705_023_202, nanos * i32::try_from(s.signum()).unwrap_or(0));
         let (Ok(issued), Ok(expires), Ok(now)) = (time(issued), time(expires), time(now)) else {
             return Ok(());
@@ -705,7 +718,7 @@ proptest! {
             let mut facts = empty();
             token(&mut facts, 0).renew_before_percentage = Some(percent);
             fill(&mut facts, 0, "a.b.c.d.e", issued, expires);
-            let first = told(&plan(&facts, now).steps[0]);
+            let first = describe(&plan(&facts, now).steps[0]);
             prop_assert!(expires > now || first == "mint", "{}", first);
             prop_assert!(facts.recorded(&facts.user.spec.tokens[0]).is_some());
         }
@@ -713,75 +726,78 @@ proptest! {
 }
 
 #[test]
-fn what_failed_a_moment_ago_waits_and_what_is_valid_meanwhile_is_told() {
-    let hold = |reason, until| PendingRetry {
+fn failed_step_waits_for_its_backoff_and_reports_a_valid_token() {
+    let pending = |reason, until| PendingRetry {
         reason,
         until: at(until),
         is_retry: true,
     };
     let mut facts = one();
-    // A repair that was refused: the token is as good as before.
+    // A repair failed: the token in the Secret is still valid.
     observed(&mut facts, 0).labels.remove(LABEL_SERVICE_USER);
     let Step::Write {
-        current: there,
+        current: written,
         fallback,
         ..
     } = plan(&facts, at(1)).steps.swap_remove(0)
     else {
         panic!("no write")
     };
-    assert_eq!(fallback, Some(there));
+    assert_eq!(fallback, Some(written));
     facts
         .pending_retries
-        .insert("invoices".into(), hold(Reason::SecretWriteFailed, 3));
-    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "wait, SecretWriteFailed, fallback");
-    assert_eq!(told(&plan(&facts, at(3)).steps[0]), "write");
+        .insert("invoices".into(), pending(Reason::SecretWriteFailed, 3));
+    assert_eq!(
+        describe(&plan(&facts, at(1)).steps[0]),
+        "wait, SecretWriteFailed, fallback"
+    );
+    assert_eq!(describe(&plan(&facts, at(3)).steps[0]), "write");
 
-    // A renewal that failed; and a first mint that failed.
+    // A refresh failed, and later the request for a missing token.
     let mut facts = one();
     facts
         .pending_retries
-        .insert("invoices".into(), hold(Reason::ServerError, LIFETIME));
+        .insert("invoices".into(), pending(Reason::ServerError, LIFETIME));
     assert_eq!(
-        told(&plan(&facts, at(1)).steps[0]),
+        describe(&plan(&facts, at(1)).steps[0]),
         "keep",
-        "what is good needs no retry"
+        "a fresh token needs no retry"
     );
     assert_eq!(
-        told(&plan(&facts, at(LIFETIME - 1)).steps[0]),
+        describe(&plan(&facts, at(LIFETIME - 1)).steps[0]),
         "wait, ServerError, fallback"
     );
     facts.secrets.clear();
-    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "wait, ServerError, nothing");
-    // Another token's back-off is not this one's.
-    let hold = facts.pending_retries.remove("invoices").expect("there");
-    facts.pending_retries.insert("other".into(), hold);
-    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "mint");
+    assert_eq!(describe(&plan(&facts, at(1)).steps[0]), "wait, ServerError, nothing");
+    // The backoff of one token does not defer another.
+    let retry = facts.pending_retries.remove("invoices").expect("a pending retry");
+    facts.pending_retries.insert("other".into(), retry);
+    assert_eq!(describe(&plan(&facts, at(1)).steps[0]), "mint");
 }
 
 #[test]
-fn two_writers_of_one_secret_are_refused_whatever_the_schema_let_through() {
+fn secret_named_twice_is_refused_even_if_the_schema_allowed_it() {
     let mut facts = filled(&["a", "b"]);
     token(&mut facts, 1).secret.name = facts.user.spec.tokens[0].secret.name.clone();
     assert_eq!(
-        plan(&facts, at(1)).steps.iter().map(told).collect::<Vec<_>>(),
+        plan(&facts, at(1)).steps.iter().map(describe).collect::<Vec<_>>(),
         ["InvalidSpec", "InvalidSpec"]
     );
     let mut facts = one();
     let key_secret = facts.user.spec.key_secret_ref.name.clone();
     token(&mut facts, 0).secret.name = key_secret;
-    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "InvalidSpec");
+    assert_eq!(describe(&plan(&facts, at(1)).steps[0]), "InvalidSpec");
 }
 
-/// This process minted the token last, of the same inputs, and it is to be renewed then.
-fn minted_by_us(facts: &mut Facts, renew: i64) {
+/// This process issued the last token, with the same request hash and with this refresh time.
+fn issued_by_this_process(facts: &mut Facts, renew: i64) {
     let request_hash = observed(facts, 0).record().expect("a record").request_hash;
     facts.last_mints.insert("invoices".into(), (request_hash, at(renew)));
 }
 
 #[test]
-fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spec_have_none() {
-    /// What somebody did, when it is seen, and whether that is a forced mint.
+fn unscheduled_refreshes_are_limited_and_scheduled_ones_are_not() {
+    /// The change, the time of the next reconcile, and whether the refresh is unscheduled.
     type Row = (&'static str, fn(&mut Facts), i64, bool);
     let unscheduled = |facts: &Facts, seconds| match plan(facts, at(seconds)).steps.swap_remove(0) {
         Step::Mint(request) => Some(request.unscheduled),
@@ -795,14 +811,14 @@ fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spe
     let rows: &[Row] = &[
         ("missing", |f| f.secrets.clear(), 1, true),
         ("token edited", |f| edit(observed(f, 0), BTreeMap::clear), 1, true),
-        ("renewal asked for", |f| ask(f, Some("a")), 1, true),
+        ("renew request", |f| ask(f, Some("a")), 1, true),
         ("due", |_| {}, DUE, false),
-        ("due and asked for", |f| ask(f, Some("a")), DUE, false),
+        ("due, renew request", |f| ask(f, Some("a")), DUE, false),
         ("expired", |_| {}, LIFETIME, false),
-        ("other inputs", |f| token(f, 0).project_roles = Some(true), 1, false),
-        ("an old one put back", |f| minted_by_us(f, LIFETIME + 9), LIFETIME, true),
-        ("due after a mint of ours", |f| minted_by_us(f, DUE), DUE, false),
-        ("other inputs after a mint of ours", |f| { token(f, 0).project_roles = Some(true); f.last_mints.insert("invoices".into(), ("others".into(), at(DUE))); }, 1, false),
+        ("another request hash", |f| token(f, 0).project_roles = Some(true), 1, false),
+        ("older Secret restored", |f| issued_by_this_process(f, LIFETIME + 9), LIFETIME, true),
+        ("due after a request of this process", |f| issued_by_this_process(f, DUE), DUE, false),
+        ("another request hash after a request of this process", |f| { token(f, 0).project_roles = Some(true); f.last_mints.insert("invoices".into(), ("others".into(), at(DUE))); }, 1, false),
     ];
     for (name, change, seconds, is_unscheduled) in rows {
         let mut facts = one();
@@ -812,19 +828,19 @@ fn mints_that_somebody_forces_have_a_limit_and_those_of_the_schedule_and_the_spe
         assert_eq!(
             unscheduled(&facts, *seconds),
             Some(*is_unscheduled),
-            "{name}: the third"
+            "{name}: at the limit"
         );
         facts.unscheduled.insert("invoices".into(), 4);
         assert_eq!(
             unscheduled(&facts, *seconds),
             (!is_unscheduled).then_some(false),
-            "{name}: one more"
+            "{name}: above the limit"
         );
     }
 }
 
 #[test]
-fn a_secret_that_is_to_outlive_its_object_has_no_owner_and_is_known_by_its_record() {
+fn retained_secret_has_no_owner_and_is_recognized_by_its_record() {
     let mut facts = one();
     token(&mut facts, 0).secret.deletion_policy = Some(DeletionPolicy::Retain);
     let Step::Write { draft, .. } = plan(&facts, at(1)).steps.swap_remove(0) else {
@@ -833,8 +849,8 @@ fn a_secret_that_is_to_outlive_its_object_has_no_owner_and_is_known_by_its_recor
     assert!(draft.retained && !draft.repair);
     observed(&mut facts, 0).annotations = draft.annotations.into_iter().map(|(k, v)| (k, v.into())).collect();
     observed(&mut facts, 0).controller = None;
-    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "keep");
-    // Made again under the same name it is another object, to which the Secret does not belong.
+    assert_eq!(describe(&plan(&facts, at(1)).steps[0]), "keep");
+    // An object created again under the same name has another UID and does not own the Secret.
     user(&mut facts).metadata.uid = Some("another".into());
-    assert_eq!(told(&plan(&facts, at(1)).steps[0]), "SecretConflict");
+    assert_eq!(describe(&plan(&facts, at(1)).steps[0]), "SecretConflict");
 }

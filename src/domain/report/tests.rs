@@ -1,4 +1,5 @@
-//! What is told, row by row of the truth table (design §3.4), each status fed back as the API server would give it.
+//! The truth table of the report (docs/adr/0005-status-is-output-only.md). Each new status is fed back into the next
+//! reconcile, as the API server would return it.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +20,7 @@ use Reason::{
 /// No token.
 const NONE: i64 = 0;
 
-/// An outcome; `expires` is in seconds after the mint.
+/// An outcome. `expires` is in seconds after the issue, or [`NONE`].
 fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome {
     let schedule = |expires| facts.schedule(&facts.user.spec.tokens[token], at(0), at(expires));
     Outcome {
@@ -35,29 +36,30 @@ fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome
     }
 }
 
-/// Reports, and feeds the status back through JSON. The clock is never at a whole second.
-fn look(facts: &mut Facts, seconds: i64, outcomes: &[Outcome]) -> Report {
+/// Computes the report and feeds its status back through JSON. The time is never a whole second.
+fn reconcile(facts: &mut Facts, seconds: i64, outcomes: &[Outcome]) -> Report {
     let now = at(seconds) + SignedDuration::from_millis(700);
-    let told = report(facts, outcomes, now);
-    let json = serde_json::to_value(&told.status).expect("JSON");
+    let first = report(facts, outcomes, now);
+    let json = serde_json::to_value(&first.status).expect("JSON");
     assert!(!json.to_string().contains(".7"), "times are whole seconds: {json}");
     user(facts).status = serde_json::from_value(json).expect("a status");
     let again = report(facts, outcomes, now);
     assert_eq!(
         Some(&again.status),
         facts.user.status.as_ref(),
-        "the same state, the same status"
+        "the same facts give the same status"
     );
-    assert_eq!((again.events.len(), &again.wake), (0, &told.wake));
-    told
+    assert_eq!((again.events.len(), &again.wake), (0, &first.wake));
+    first
 }
 
 fn condition<'a>(status: &'a ZitadelServiceUserStatus, kind: &str) -> Option<&'a Condition> {
     status.conditions.iter().find(|c| c.type_ == kind)
 }
 
-/// `Ready=False/KeyNotJSON Reconciling`: the status of `Ready`, the reason of `UpToDate`, and what else is true, without
-/// `KeyValid`. Each reason must explain the status of its own condition.
+/// The conditions in short, such as `Ready=False/KeyNotJSON Reconciling`: the status of `Ready`, the reason of
+/// `UpToDate`, and the other true conditions except `KeyValid`. Checks that each reason explains the status of its
+/// condition.
 fn shown(status: &ZitadelServiceUserStatus) -> String {
     let ready = condition(status, "Ready").expect("Ready");
     let up_to_date = condition(status, "UpToDate").expect("UpToDate");
@@ -89,11 +91,11 @@ fn shown(status: &ZitadelServiceUserStatus) -> String {
     shown
 }
 
-/// When, why, until when a token is held, what is shown.
+/// The time, the reason, the expiry of the current token, and the expected conditions.
 type Look = (i64, Reason, i64, &'static str);
 
 #[test]
-fn the_truth_table_of_one_token() {
+fn truth_table_of_one_token() {
     #[rustfmt::skip]
     let rows: &[(&str, &[Look])] = &[
         ("valid", &[(0, Issued, LIFETIME, "Ready=True/Issued")]),
@@ -103,21 +105,21 @@ fn the_truth_table_of_one_token() {
             (LIFETIME - 1, TokenMismatch, LIFETIME, "Ready=True/TokenMismatch"),
             (DUE + 700, Issued, LIFETIME * 2, "Ready=True/Issued"),
         ]),
-        ("it expires while its refresh fails, for now", &[
+        ("expires while its refresh fails transiently", &[
             (DUE, ServerError, LIFETIME, "Ready=True/ServerError"),
             (LIFETIME, ServerError, NONE, "Ready=False/ServerError Reconciling"),
             (LIFETIME * 9, ServerError, NONE, "Ready=False/ServerError Reconciling"),
         ]),
-        ("it expires while its refresh fails, for good", &[
+        ("expires while its refresh fails permanently", &[
             (DUE, KeyRejected, LIFETIME, "Ready=True/KeyRejected"),
             (LIFETIME, KeyRejected, LIFETIME, "Ready=False/KeyRejected Stalled"),
         ]),
-        ("a dependency comes late", &[
+        ("a dependency is created late", &[
             (0, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Reconciling"),
             (299, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Reconciling"),
             (299, Issued, LIFETIME, "Ready=True/Issued"),
         ]),
-        ("a dependency does not come", &[
+        ("a dependency is never created", &[
             (0, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Reconciling"),
             (300, KeySecretMissing, NONE, "Ready=False/KeySecretMissing Stalled"),
             (9_999, AccessDenied, NONE, "Ready=False/AccessDenied Stalled"),
@@ -138,7 +140,7 @@ fn the_truth_table_of_one_token() {
             (0, Suspended, LIFETIME, "Ready=True/Suspended"),
             (LIFETIME, Suspended, LIFETIME, "Ready=False/Suspended"),
         ]),
-        ("suspended, and there never was a token", &[(0, Suspended, NONE, "Ready=False/Suspended")]),
+        ("suspended without a token", &[(0, Suspended, NONE, "Ready=False/Suspended")]),
         ("suspended while stalled", &[
             (0, AccessDenied, NONE, "Ready=False/AccessDenied Reconciling"),
             (300, AccessDenied, NONE, "Ready=False/AccessDenied Stalled"),
@@ -146,18 +148,18 @@ fn the_truth_table_of_one_token() {
             (400, AccessDenied, NONE, "Ready=False/AccessDenied Reconciling"),
         ]),
     ];
-    for (name, looks) in rows {
+    for (name, reconciles) in rows {
         let mut facts = filled(&["invoices"]);
-        for (seconds, reason, expires, expected) in *looks {
+        for (seconds, reason, expires, expected) in *reconciles {
             let outcome = outcome(&facts, 0, *reason, *expires);
-            let told = look(&mut facts, *seconds, &[outcome]);
-            assert_eq!(shown(&told.status), *expected, "{name} at {seconds}");
+            let report = reconcile(&mut facts, *seconds, &[outcome]);
+            assert_eq!(shown(&report.status), *expected, "{name} at {seconds}");
         }
     }
 }
 
 #[test]
-fn the_worst_token_decides_and_ties_go_by_the_spec() {
+fn worst_token_decides_and_the_first_in_the_spec_breaks_ties() {
     type Row = (
         &'static str,
         [(Reason, i64); 3],
@@ -167,13 +169,13 @@ fn the_worst_token_decides_and_ties_go_by_the_spec() {
     );
     #[rustfmt::skip]
     let rows: &[Row] = &[
-        ("all good", [(Issued, 9), (Issued, 9), (Issued, 9)], "Ready=True/Issued", "3/3", "Every token Secret"),
-        ("one is not there", [(Issued, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
-        ("not there before failing", [(KeyRejected, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
-        ("failing before good", [(Issued, 9), (RateLimited, 9), (Issued, 9)], "Ready=True/RateLimited", "3/3", "`b`"),
+        ("all valid", [(Issued, 9), (Issued, 9), (Issued, 9)], "Ready=True/Issued", "3/3", "Every token Secret"),
+        ("one missing", [(Issued, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
+        ("missing before failing", [(KeyRejected, 9), (Issued, 9), (ServerError, 0)], "Ready=False/ServerError Reconciling", "2/3", "`c`"),
+        ("failing before valid", [(Issued, 9), (RateLimited, 9), (Issued, 9)], "Ready=True/RateLimited", "3/3", "`b`"),
         ("two fail", [(Issued, 9), (RateLimited, 9), (KeyRejected, 9)], "Ready=True/RateLimited", "3/3", "`b`"),
-        ("two are not there", [(Issued, 9), (AccessDenied, 0), (ServerError, 0)], "Ready=False/AccessDenied Reconciling", "1/3", "`b`"),
-        ("none is there", [(ServerError, 0), (AccessDenied, 0), (ServerError, 0)], "Ready=False/ServerError Reconciling", "0/3", "`a`"),
+        ("two missing", [(Issued, 9), (AccessDenied, 0), (ServerError, 0)], "Ready=False/AccessDenied Reconciling", "1/3", "`b`"),
+        ("all missing", [(ServerError, 0), (AccessDenied, 0), (ServerError, 0)], "Ready=False/ServerError Reconciling", "0/3", "`a`"),
         ("expired and failing", [(Issued, 9), (ServerError, 1), (Issued, 9)], "Ready=False/ServerError Reconciling", "2/3", "`b`"),
         ("suspended, one expired", [(Suspended, 9), (Suspended, 1), (Suspended, 9)], "Ready=False/Suspended", "2/3", "`b`"),
     ];
@@ -181,22 +183,22 @@ fn the_worst_token_decides_and_ties_go_by_the_spec() {
         let mut facts = filled(&["a", "b", "c"]);
         let each = outcomes.iter().enumerate();
         let outcomes: Vec<_> = each.map(|(i, (r, expires))| outcome(&facts, i, *r, *expires)).collect();
-        let told = look(&mut facts, 1, &outcomes).status;
-        assert_eq!(shown(&told), *expected, "{name}");
-        assert_eq!(told.tokens_ready.as_deref(), Some(*ready), "{name}");
-        let said: String = ["Ready", "UpToDate"]
-            .map(|kind| condition(&told, kind).expect("there").message.clone())
+        let status = reconcile(&mut facts, 1, &outcomes).status;
+        assert_eq!(shown(&status), *expected, "{name}");
+        assert_eq!(status.tokens_ready.as_deref(), Some(*ready), "{name}");
+        let messages: String = ["Ready", "UpToDate"]
+            .map(|kind| condition(&status, kind).expect("a condition").message.clone())
             .concat();
-        assert!(said.contains(message), "{name}: {said}");
+        assert!(messages.contains(message), "{name}: {messages}");
     }
 }
 
 #[test]
-fn each_token_has_its_line() {
+fn each_token_has_its_status_entry() {
     let mut facts = filled(&["a", "b"]);
     service_key(&mut facts).expires = Some(at(9_999) + SignedDuration::from_millis(700));
     let outcomes = [outcome(&facts, 0, Issued, 9_000), outcome(&facts, 1, ServerError, NONE)];
-    let status = look(&mut facts, 1, &outcomes).status;
+    let status = reconcile(&mut facts, 1, &outcomes).status;
     assert_eq!(status.observed_generation, Some(3));
     assert_eq!(
         (status.user_id.as_deref(), status.key_id.as_deref()),
@@ -217,21 +219,21 @@ fn each_token_has_its_line() {
         (&Some(Time(at(0))), &Some(Time(at(9_000))))
     );
     assert!(a.renew_at > Some(Time(at(5_000))) && a.failing_since.is_none());
-    // Nothing of the present inputs is held, and still there is a token in the Secret, which is told of.
+    // The outcome has no current token, so the status describes the recorded token in the Secret.
     assert_eq!(
         (b.expires_at.clone(), b.format.as_deref()),
         (Some(Time(at(LIFETIME))), Some("JWT"))
     );
     assert_eq!(b.failing_since, Some(Time(at(1))));
-    // Of a token that was edited, or is somebody else's, nothing is known.
+    // The status does not describe a token that was edited.
     edit(observed(&mut facts, 1), |data| {
         data.insert("token".into(), b"x".into());
     });
-    let status = look(&mut facts, 2, &outcomes).status;
+    let status = reconcile(&mut facts, 2, &outcomes).status;
     assert_eq!((&status.tokens[1].expires_at, &status.tokens[1].format), (&None, &None));
     assert_eq!(status.expires_at, Some(Time(at(9_000))));
     facts.key = Err(KeySecretMissing);
-    let status = look(&mut facts, 3, &outcomes).status;
+    let status = reconcile(&mut facts, 3, &outcomes).status;
     assert_eq!(
         (status.user_id, status.key_id, status.key_expires_at),
         (None, None, None)
@@ -239,11 +241,11 @@ fn each_token_has_its_line() {
 }
 
 #[test]
-fn a_failure_has_a_beginning_and_an_end() {
+fn failing_since_is_set_at_the_first_failure_and_removed_on_success() {
     let mut facts = filled(&["a", "b"]);
     let mut since = |seconds, a: Reason, b: Reason| {
         let outcomes = [outcome(&facts, 0, a, 99_999), outcome(&facts, 1, b, 99_999)];
-        let status = look(&mut facts, seconds, &outcomes).status;
+        let status = reconcile(&mut facts, seconds, &outcomes).status;
         status
             .tokens
             .iter()
@@ -255,48 +257,48 @@ fn a_failure_has_a_beginning_and_an_end() {
     assert_eq!(since(3, KeyRejected, RateLimited), [Some(at(2)), Some(at(3))]);
     assert_eq!(since(4, Issued, RateLimited), [None, Some(at(3))]);
     assert_eq!(since(5, ServerError, Suspended), [Some(at(5)), None]);
-    // A clock that was ahead, or a hand that wrote a time into the status, must not put off the end for ever.
+    // A time in the future, from another clock or a manual edit of the status, must not delay `Stalled` forever.
     for odd in [at(7), Timestamp::MAX] {
         let mut facts = filled(&["a"]);
         let outcomes = [outcome(&facts, 0, KeyRejected, NONE)];
-        look(&mut facts, 5, &outcomes);
+        reconcile(&mut facts, 5, &outcomes);
         user(&mut facts).status.as_mut().expect("a status").tokens[0].failing_since = Some(Time(odd));
-        let status = look(&mut facts, 6, &outcomes).status;
+        let status = reconcile(&mut facts, 6, &outcomes).status;
         assert_eq!(status.tokens[0].failing_since, Some(Time(at(6))));
     }
 }
 
 #[test]
-fn a_new_spec_has_its_own_five_minutes() {
+fn five_minutes_until_stalled_restart_with_a_new_generation() {
     let mut facts = filled(&["a"]);
     let outcomes = [outcome(&facts, 0, KeySecretMissing, NONE)];
-    look(&mut facts, 0, &outcomes);
+    reconcile(&mut facts, 0, &outcomes);
     assert_eq!(
-        shown(&look(&mut facts, 300, &outcomes).status),
+        shown(&reconcile(&mut facts, 300, &outcomes).status),
         "Ready=False/KeySecretMissing Stalled"
     );
-    // A roll-out names another key, and its Secret comes two seconds later (decision K9).
+    // A rollout names another key whose Secret does not exist yet (docs/adr/0005-status-is-output-only.md).
     user(&mut facts).metadata.generation = Some(4);
-    let told = look(&mut facts, 400, &outcomes);
-    assert_eq!(shown(&told.status), "Ready=False/KeySecretMissing Reconciling");
-    assert_eq!(told.status.observed_generation, Some(4));
-    assert_eq!(told.wake.at, Some(at(700)));
+    let report = reconcile(&mut facts, 400, &outcomes);
+    assert_eq!(shown(&report.status), "Ready=False/KeySecretMissing Reconciling");
+    assert_eq!(report.status.observed_generation, Some(4));
+    assert_eq!(report.wake.at, Some(at(700)));
     assert_eq!(
-        shown(&look(&mut facts, 699, &outcomes).status),
+        shown(&reconcile(&mut facts, 699, &outcomes).status),
         "Ready=False/KeySecretMissing Reconciling"
     );
     assert_eq!(
-        shown(&look(&mut facts, 700, &outcomes).status),
+        shown(&reconcile(&mut facts, 700, &outcomes).status),
         "Ready=False/KeySecretMissing Stalled"
     );
 }
 
 #[test]
-fn a_transition_is_a_change_of_the_status_value() {
+fn transition_time_changes_only_with_the_status_value() {
     let mut facts = filled(&["a"]);
     let mut times = |seconds, reason, expires| {
         let outcomes = [outcome(&facts, 0, reason, expires)];
-        let status = look(&mut facts, seconds, &outcomes).status;
+        let status = reconcile(&mut facts, seconds, &outcomes).status;
         let time = |kind| condition(&status, kind).map(|c| c.last_transition_time.0.as_second() - at(0).as_second());
         (time("Ready"), time("Reconciling"), time("Stalled"), time("KeyValid"))
     };
@@ -311,13 +313,13 @@ fn a_transition_is_a_change_of_the_status_value() {
     assert_eq!(times(302, KeyRejected, NONE), (Some(3), None, Some(302), Some(4)));
     assert_eq!(times(303, Issued, LIFETIME), (Some(303), None, None, Some(303)));
     assert_eq!(times(304, AccessDenied, NONE), (Some(304), Some(304), None, Some(303)));
-    // What else somebody wrote into the status goes.
+    // Foreign entries in the status are removed.
     let status = user(&mut facts).status.as_mut().expect("a status");
     let mut foreign = status.conditions[0].clone();
     foreign.type_ = "Foreign".into();
     status.conditions.push(foreign);
     status.tokens.push(TokenStatus::default());
-    let status = look(&mut facts, 305, &[outcome(&filled(&["a"]), 0, Issued, LIFETIME)]).status;
+    let status = reconcile(&mut facts, 305, &[outcome(&filled(&["a"]), 0, Issued, LIFETIME)]).status;
     assert_eq!((status.conditions.len(), status.tokens.len()), (3, 1));
 }
 
@@ -332,7 +334,7 @@ fn renew_request_is_handled_when_every_token_was_refreshed_for_it() {
             outcome(&facts, 0, Issued, LIFETIME),
             outcome(&facts, 1, second, LIFETIME),
         ];
-        look(&mut facts, 1, &outcomes).status.last_handled_renew_request
+        reconcile(&mut facts, 1, &outcomes).status.last_handled_renew_request
     };
     assert_eq!(handled(None, Issued), None);
     assert_eq!(handled(Some("1"), ServerError), None);
@@ -348,7 +350,7 @@ fn renew_request_is_handled_when_every_token_was_refreshed_for_it() {
 }
 
 #[test]
-fn what_is_known_of_the_key() {
+fn key_valid_condition() {
     type Row = (Result<Option<i64>, Reason>, [Reason; 2], &'static str);
     #[rustfmt::skip]
     let rows: &[Row] = &[
@@ -370,53 +372,53 @@ fn what_is_known_of_the_key() {
             Err(reason) => facts.key = Err(*reason),
         }
         let outcomes = [outcome(&facts, 0, *a, 9), outcome(&facts, 1, *b, 9)];
-        let status = look(&mut facts, 1, &outcomes).status;
+        let status = reconcile(&mut facts, 1, &outcomes).status;
         let key = condition(&status, "KeyValid").expect("KeyValid");
         assert_eq!(format!("{}/{}", key.status, key.reason), *expected);
     }
 }
 
 #[test]
-fn an_unusable_clock_ends_no_key_and_stalls_nothing() {
+fn unusable_clock_expires_no_key_and_sets_no_stalled() {
     let mut facts = filled(&["a"]);
     service_key(&mut facts).expires = Some(at(1));
     let denied = [outcome(&facts, 0, AccessDenied, NONE)];
-    look(&mut facts, 1, &denied);
+    reconcile(&mut facts, 1, &denied);
     facts.clock = clock(TEN_YEARS);
-    let told = look(&mut facts, LIFETIME, &denied);
-    assert_eq!(shown(&told.status), "Ready=False/AccessDenied Reconciling");
-    let key = condition(&told.status, "KeyValid").expect("KeyValid");
+    let report = reconcile(&mut facts, LIFETIME, &denied);
+    assert_eq!(shown(&report.status), "Ready=False/AccessDenied Reconciling");
+    let key = condition(&report.status, "KeyValid").expect("KeyValid");
     assert_eq!((&*key.status, &*key.reason), ("False", "ClockSkew"));
-    assert_eq!(told.wake.at, None, "nothing is left to wait for");
+    assert_eq!(report.wake.at, None, "no time to wait for");
     facts.clock = clock(0);
-    let told = look(&mut facts, LIFETIME, &denied);
-    assert_eq!(shown(&told.status), "Ready=False/AccessDenied Stalled");
+    let report = reconcile(&mut facts, LIFETIME, &denied);
+    assert_eq!(shown(&report.status), "Ready=False/AccessDenied Stalled");
 }
 
 #[test]
-fn a_token_issued_in_the_future_is_not_ready() {
+fn token_issued_in_the_future_is_not_ready() {
     let mut facts = filled(&["a"]);
     let good = [outcome(&facts, 0, Reason::ClockSkew, LIFETIME)];
     for (seconds, expected) in [
         (-599, "Ready=True/ClockSkew"),
         (-602, "Ready=False/ClockSkew Reconciling"),
     ] {
-        assert_eq!(shown(&look(&mut facts, seconds, &good).status), expected);
+        assert_eq!(shown(&reconcile(&mut facts, seconds, &good).status), expected);
     }
 }
 
 #[test]
-fn a_broken_rule_is_told_with_its_field() {
+fn invalid_spec_message_names_the_field() {
     let mut facts = filled(&["a", "b"]);
     token(&mut facts, 1).organization_id = Some("1:x".into());
     let refused = [
         outcome(&facts, 0, Issued, LIFETIME),
         outcome(&facts, 1, Reason::InvalidSpec, NONE),
     ];
-    let told = look(&mut facts, 1, &refused);
-    let ready = condition(&told.status, "Ready").expect("Ready");
-    let note = told.events.iter().find(|n| n.warning).expect("a warning");
-    for text in [&ready.message, &note.text] {
+    let report = reconcile(&mut facts, 1, &refused);
+    let ready = condition(&report.status, "Ready").expect("Ready");
+    let event = report.events.iter().find(|e| e.warning).expect("a warning");
+    for text in [&ready.message, &event.text] {
         assert!(text.contains("spec.tokens[1].organizationID: 1 to 64 of"), "{text}");
         assert!(
             text.contains(Reason::InvalidSpec.remedy()) && !text.contains("1:x"),
@@ -425,51 +427,52 @@ fn a_broken_rule_is_told_with_its_field() {
     }
 }
 
-/// The API server refuses an Event with a note of more than 1024 bytes.
+/// The API server rejects an Event whose note is longer than 1024 bytes.
 #[test]
-fn a_key_that_is_not_allowed_is_named_in_condition_and_event() {
+fn disallowed_metadata_key_is_named_in_condition_and_event() {
     let mut facts = filled(&["a"]);
     let key = format!("{}/{}", "p".repeat(253), "n".repeat(63));
     let first = token(&mut facts, 0);
     first.name = "t".repeat(63);
     first.secret.annotations.insert(key.clone(), String::new());
     let refused = [outcome(&facts, 0, Reason::InvalidSpec, NONE)];
-    let told = look(&mut facts, 1, &refused);
-    let ready = condition(&told.status, "Ready").expect("Ready");
-    for text in [&ready.message, &told.events[0].text] {
-        let said = format!("spec.tokens[0].secret.annotations: `{key}` is not among the keys");
-        assert!(text.contains(&said) && text.len() <= 1024, "{text}");
+    let report = reconcile(&mut facts, 1, &refused);
+    let ready = condition(&report.status, "Ready").expect("Ready");
+    for text in [&ready.message, &report.events[0].text] {
+        let expected = format!("spec.tokens[0].secret.annotations: `{key}` is not among the keys");
+        assert!(text.contains(&expected) && text.len() <= 1024, "{text}");
     }
 }
 
 #[test]
-fn events_tell_of_changes_only() {
+fn events_report_changes_only() {
     let mut facts = filled(&["a", "b"]);
-    let mut notes = |a: Reason, b: Reason| -> Vec<(bool, Reason)> {
+    let mut events = |a: Reason, b: Reason| -> Vec<(bool, Reason)> {
         let outcomes = [outcome(&facts, 0, a, LIFETIME), outcome(&facts, 1, b, LIFETIME)];
-        let told = look(&mut facts, 1, &outcomes).events;
-        assert!(told.iter().all(|n| n.text.contains("`a`") || n.text.contains("`b`")));
-        told.iter().map(|n| (n.warning, n.reason)).collect()
+        let events = reconcile(&mut facts, 1, &outcomes).events;
+        assert!(events.iter().all(|e| e.text.contains("`a`") || e.text.contains("`b`")));
+        events.iter().map(|e| (e.warning, e.reason)).collect()
     };
     assert_eq!(
-        notes(Issued, KeySecretMissing),
+        events(Issued, KeySecretMissing),
         [(false, Issued), (true, KeySecretMissing)]
     );
-    assert_eq!(notes(Issued, KeySecretMissing), []);
-    assert_eq!(notes(Issued, AccessDenied), [(true, AccessDenied)]);
-    assert_eq!(notes(ServerError, Issued), [(true, ServerError), (false, Issued)]);
-    assert_eq!(notes(Suspended, Suspended), [(false, Suspended), (false, Suspended)]);
-    assert_eq!(notes(Issued, Suspended), [(false, Issued)]);
+    assert_eq!(events(Issued, KeySecretMissing), []);
+    assert_eq!(events(Issued, AccessDenied), [(true, AccessDenied)]);
+    assert_eq!(events(ServerError, Issued), [(true, ServerError), (false, Issued)]);
+    assert_eq!(events(Suspended, Suspended), [(false, Suspended), (false, Suspended)]);
+    assert_eq!(events(Issued, Suspended), [(false, Issued)]);
 }
 
-/// The most eager retry that a wake asks for.
+/// The retry class with the shortest backoff among the failures.
 fn class(wake: &Wake) -> Option<Retry> {
     wake.failed.iter().map(|f| f.reason.retry()).max()
 }
 
 #[test]
-fn the_next_look() {
-    /// Outcomes of two tokens with the end of what they hold; then the time, the retry, and the time before which not.
+fn next_reconcile_after_failures() {
+    /// The outcomes of two tokens (reason, expiry of the current token, earliest retry), then the expected time, retry
+    /// class and earliest retry.
     type Row = (
         &'static str,
         [(Reason, i64, i64); 2],
@@ -483,12 +486,12 @@ fn the_next_look() {
         ("an outage from the start", [(ServerError, 0, 0), (ServerError, 0, 0)], None, Some(Retry::Transient), None),
         ("an outage, both valid", [(ServerError, 50, 0), (ServerError, 40, 0)], Some(40), Some(Retry::Transient), None),
         ("an outage, one expired", [(ServerError, 50, 0), (ServerError, 1, 0)], Some(50), Some(Retry::Transient), None),
-        ("refused, both valid", [(KeyRejected, 5_000, 0), (KeyRejected, 4_000, 0)], Some(4_000), Some(Retry::Eventual), None),
-        ("the shorter retry", [(AccessDenied, 0, 0), (ServerError, 50, 0)], Some(50), Some(Retry::Transient), None),
-        ("asked to wait", [(RateLimited, 50, 30), (RateLimited, 50, 20)], Some(50), Some(Retry::Transient), Some(30)),
-        ("asked to wait, and no failure", [(Suspended, 50, 30), (Suspended, 0, 0)], Some(50), None, None),
+        ("key rejected, both valid", [(KeyRejected, 5_000, 0), (KeyRejected, 4_000, 0)], Some(4_000), Some(Retry::Eventual), None),
+        ("the shorter backoff", [(AccessDenied, 0, 0), (ServerError, 50, 0)], Some(50), Some(Retry::Transient), None),
+        ("retry-after", [(RateLimited, 50, 30), (RateLimited, 50, 20)], Some(50), Some(Retry::Transient), Some(30)),
+        ("retry-after without a failure", [(Suspended, 50, 30), (Suspended, 0, 0)], Some(50), None, None),
         ("suspended", [(Suspended, 50, 0), (Suspended, 40, 0)], Some(40), None, None),
-        ("suspended, nothing there", [(Suspended, 0, 0), (Suspended, 1, 0)], None, None, None),
+        ("suspended, no valid token", [(Suspended, 0, 0), (Suspended, 1, 0)], None, None, None),
     ];
     for (name, outcomes, at_, retry, not_before) in rows {
         let mut facts = filled(&["a", "b"]);
@@ -500,7 +503,7 @@ fn the_next_look() {
                 ..outcome(&facts, i, *reason, *expires)
             });
         let outcomes: Vec<_> = each.collect();
-        let wake = look(&mut facts, 1, &outcomes).wake;
+        let wake = reconcile(&mut facts, 1, &outcomes).wake;
         let not_befores = wake.failed.iter().filter_map(|f| f.not_before);
         assert_eq!(
             (wake.at, not_befores.max()),
@@ -512,13 +515,13 @@ fn the_next_look() {
 }
 
 #[test]
-fn a_good_token_is_looked_at_when_it_is_due() {
+fn next_reconcile_is_at_the_refresh_time() {
     let mut facts = filled(&["a", "b"]);
     let due = |facts: &Facts, i: usize| facts.schedule(&facts.user.spec.tokens[i], at(0), at(LIFETIME)).renew;
     let (a, b) = (due(&facts, 0), due(&facts, 1));
     let both = |facts: &Facts, b| [outcome(facts, 0, Issued, LIFETIME), outcome(facts, 1, b, LIFETIME)];
     let outcomes = both(&facts, Issued);
-    let wake = look(&mut facts, 1, &outcomes).wake;
+    let wake = reconcile(&mut facts, 1, &outcomes).wake;
     assert_eq!(
         wake,
         Wake {
@@ -527,18 +530,19 @@ fn a_good_token_is_looked_at_when_it_is_due() {
         }
     );
     assert!(a.min(b) > at(FRESH));
-    // A failing one leaves it to the back-off, the good one is still looked at in time.
+    // The backoff schedules the failing token. The valid token is still reconciled at its refresh time.
     let outcomes = both(&facts, ServerError);
-    let wake = look(&mut facts, 1, &outcomes).wake;
+    let wake = reconcile(&mut facts, 1, &outcomes).wake;
     assert_eq!(wake.at, Some(a));
     let at_the_latest = |not_after| Failed {
         not_after,
         ..Failed::now("b", ServerError)
     };
     assert_eq!(wake.failed, [at_the_latest(Some(b))]);
-    // A back-off does not outlast the token: tried ever sooner as the end nears, and freely once there is none.
+    // A backoff does not outlast a valid token: retries become more frequent near its expiry. Without one there is no
+    // limit.
     let outcomes = both(&facts, ServerError);
-    let late = look(&mut facts, LIFETIME - 30, &outcomes).wake.failed;
+    let late = reconcile(&mut facts, LIFETIME - 30, &outcomes).wake.failed;
     assert_eq!(
         late[0].not_after.map(Timestamp::as_second),
         Some(at(LIFETIME - 20).as_second())
@@ -547,18 +551,18 @@ fn a_good_token_is_looked_at_when_it_is_due() {
         outcome(&facts, 0, Issued, LIFETIME),
         outcome(&facts, 1, ServerError, NONE),
     ];
-    assert_eq!(look(&mut facts, 1, &outcomes).wake.failed, [at_the_latest(None)]);
-    // A key that ends earlier changes the condition KeyValid, and one that has ended changes nothing more.
-    for (ends, expected) in [(9, at(9)), (1, a.min(b)), (LIFETIME, a.min(b))] {
-        service_key(&mut facts).expires = Some(at(ends));
+    assert_eq!(reconcile(&mut facts, 1, &outcomes).wake.failed, [at_the_latest(None)]);
+    // `KeyValid` changes when a key expires before the next refresh. A key that has already expired changes nothing.
+    for (expires, expected) in [(9, at(9)), (1, a.min(b)), (LIFETIME, a.min(b))] {
+        service_key(&mut facts).expires = Some(at(expires));
         let outcomes = both(&facts, Issued);
-        assert_eq!(look(&mut facts, 1, &outcomes).wake.at, Some(expected));
+        assert_eq!(reconcile(&mut facts, 1, &outcomes).wake.at, Some(expected));
     }
 }
 
-/// A server whose clock lies may say any time, and so may who edits the status.
+/// A server with a wrong clock can send any time, and any time can be written into the status.
 #[test]
-fn no_time_is_too_odd() {
+fn extreme_times_in_clock_and_status_do_not_panic() {
     for now in [Timestamp::MIN, at(1), Timestamp::MAX] {
         for written in [Timestamp::MIN, at(0), Timestamp::MAX] {
             for reason in Reason::ALL {
@@ -577,7 +581,7 @@ fn no_time_is_too_odd() {
 }
 
 #[test]
-fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
+fn kept_token_is_reported_as_recorded_in_the_secret() {
     let mut facts = filled(&["a", "b"]);
     let outcomes: Vec<_> = plan(&facts, at(1))
         .steps
@@ -597,7 +601,7 @@ fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
             }
         })
         .collect();
-    let status = look(&mut facts, 1, &outcomes).status;
+    let status = reconcile(&mut facts, 1, &outcomes).status;
     for (token, outcome) in facts.user.spec.tokens.iter().zip(&outcomes) {
         assert_eq!(facts.recorded(token), outcome.current);
     }
@@ -612,31 +616,31 @@ fn what_the_plan_keeps_is_told_of_as_it_is_in_the_secret() {
 prop_compose! {
     fn any_outcome()(reason in 0..Reason::ALL.len(), expires in proptest::option::of(1_i64..2_000), not_before in proptest::option::of(1_i64..2_000))
         -> (Reason, Option<i64>, Option<i64>) {
-        // These two are states of an instance and of a key, and no outcome of a token.
+        // These two reasons describe an instance and a key. They are no outcomes of a token.
         let outcome = Some(Reason::ALL[reason]).filter(|reason| ![Reason::InstanceReady, Reason::KeyUsable].contains(reason));
         (outcome.unwrap_or(Issued), expires, not_before)
     }
 }
 
 proptest! {
-    /// Any outcomes one after another, at any time, after any history.
+    /// Any sequence of outcomes at any times.
     #[test]
-    fn the_conditions_never_contradict_each_other(
-        looks in proptest::collection::vec((0_i64..900, proptest::collection::vec(any_outcome(), 3)), 1..5),
+    fn conditions_never_contradict_each_other(
+        reconciles in proptest::collection::vec((0_i64..900, proptest::collection::vec(any_outcome(), 3)), 1..5),
     ) {
         let mut facts = filled(&["a", "b", "c"]);
         let mut seconds = 0;
-        for (later, outcomes) in looks {
+        for (later, outcomes) in reconciles {
             seconds += later;
             let now = at(seconds) + SignedDuration::from_millis(700);
-            // An object is suspended with all of its tokens.
+            // Suspension applies to all tokens of an object.
             let suspended = outcomes.iter().any(|(reason, ..)| *reason == Suspended);
             let outcomes: Vec<_> = outcomes.into_iter().enumerate().map(|(i, (reason, expires, not_before))| Outcome {
                 reason: if suspended { Suspended } else { reason },
                 not_before: not_before.map(at),
                 ..outcome(&facts, i, reason, expires.unwrap_or(NONE))
             }).collect();
-            let Report { status, wake, .. } = look(&mut facts, seconds, &outcomes);
+            let Report { status, wake, .. } = reconcile(&mut facts, seconds, &outcomes);
             shown(&status);
             let on = |kind| condition(&status, kind).is_some_and(|c| c.status == "True");
             let ready = |o: &Outcome| o.reason == Issued || o.current.is_some_and(|h| h.schedule.expires > now);
@@ -651,11 +655,11 @@ proptest! {
                 let stalled = Reason::ALL.iter().find(|r| Some(r.name()) == reason.as_deref());
                 prop_assert!(stalled.is_some_and(|reason| reason.is_permanent()));
             }
-            for (line, outcome) in status.tokens.iter().zip(&outcomes) {
-                prop_assert_eq!(line.failing_since.is_some(), failing(outcome));
+            for (entry, outcome) in status.tokens.iter().zip(&outcomes) {
+                prop_assert_eq!(entry.failing_since.is_some(), failing(outcome));
             }
             prop_assert_eq!(wake.failed.len(), outcomes.iter().filter(|o| failing(o)).count());
-            // Only a good token that is due may be looked at once more at once.
+            // Only a valid token that is due may be reconciled again immediately.
             let due = outcomes.iter().any(|o| o.reason == Issued && o.current.is_some_and(|h| h.schedule.renew <= now));
             prop_assert!(due || wake.at.is_none_or(|at| at > now), "{:?}", wake);
         }

@@ -1,4 +1,4 @@
-//! Which connection is closed when there are too many.
+//! Chooses the connection to close when there are too many.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ impl<T> Connections<T> {
         }
     }
 
-    /// Adds a connection. Beyond the limit, it returns the one to close instead.
+    /// Adds a connection. Beyond the limit, removes and returns the connection to close.
     pub fn add(&mut self, id: u64, peer: IpAddr, connection: T) -> Option<T> {
         self.open.insert(id, (peer, connection));
         if self.open.len() <= self.limit {
@@ -30,8 +30,8 @@ impl<T> Connections<T> {
         self.open.remove(&id)
     }
 
-    /// Removes the oldest connection of the peer that has the most, and returns it. So a peer with few connections keeps
-    /// them, and one that shares its address with a crowd has as long as the crowd needs for `limit` more.
+    /// Removes and returns the oldest connection of the peer with the most connections. A peer with few connections
+    /// keeps them. A connection from the same address as many others survives until `limit` newer ones are opened.
     pub fn close_one(&mut self) -> Option<T> {
         let mut counts = HashMap::<IpAddr, usize>::new();
         for (peer, _) in self.open.values() {
@@ -54,7 +54,7 @@ mod tests {
     #[test]
     fn peer_with_the_most_connections_loses_its_oldest() {
         let mut connections = Connections::new(4);
-        // The kubelet came first, and has few.
+        // Peer 1, such as the kubelet, connects first and has only one connection.
         for (id, last) in [(1, 1), (2, 2), (3, 2), (4, 2)] {
             assert_eq!(connections.add(id, peer(last), id), None);
         }
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn newcomer_gets_in_when_all_peers_have_one_connection() {
+    fn new_peer_replaces_the_oldest_if_all_peers_have_one_connection() {
         let mut connections = Connections::new(3);
         for id in 1..=3 {
             assert_eq!(connections.add(u64::from(id), peer(id), id), None);
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn connection_outlasts_a_limit_of_newer_ones_from_its_own_address() {
+    fn connection_survives_until_limit_newer_ones_from_its_address() {
         let mut connections = Connections::new(10);
         for id in 0..9 {
             connections.add(id, peer(1), id);
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_closed_when_nothing_is_open() {
+    fn close_one_without_open_connections_returns_none() {
         assert_eq!(Connections::<u64>::new(1).close_one(), None);
     }
 }

@@ -1,4 +1,4 @@
-//! The text of `/metrics`, made at most once at a time and shared.
+//! The text of `/metrics`. One scrape at a time encodes it, and concurrent requests share it.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use crate::ops::exposition::expose;
 
-/// For how long a text is shared: at least this long, and this many times as long as it took to make. So scrapes take a
-/// fifth of one processor at most.
+/// A text is shared for at least `SHARED_FOR`, and for `SHARED_TIMES` as long as its encoding took. Scrapes therefore
+/// use at most a fifth of one processor.
 const SHARED_FOR: Duration = Duration::from_millis(500);
 const SHARED_TIMES: u32 = 4;
 
@@ -19,8 +19,8 @@ pub struct Scrapes {
     texts: Arc<Mutex<Texts>>,
 }
 
-/// At most two texts are in memory: the current one, and the one before while a client still reads it. Meanwhile no other
-/// is made, so the current one may get as old as a connection.
+/// At most two texts are in memory: the current one, and the previous one while a client still reads it. Until that
+/// client is done, no new text is encoded, so the current text can get as old as a connection.
 #[derive(Default)]
 struct Texts {
     current: Option<Current>,
@@ -40,15 +40,15 @@ impl Scrapes {
         }
     }
 
-    /// The metrics of now or of a moment ago; `None` if they cannot be written.
+    /// The text of the metrics, which may be slightly old. `None` if encoding fails.
     pub async fn text(&self) -> Option<Arc<String>> {
         let mut texts = self.texts.clone().lock_owned().await;
         if let Some(text) = texts.shareable() {
             return Some(text);
         }
         let registry = self.registry.clone();
-        // Away from the threads that renew the lease. The lock goes along, because the work does not end when the client
-        // that asked for it goes.
+        // Encode outside the threads that renew the lease. The task owns the lock, because it continues even if the
+        // client disconnects.
         let made = tokio::task::spawn_blocking(move || texts.renew(&registry)).await;
         made.ok().flatten()
     }
@@ -62,11 +62,11 @@ impl Texts {
     }
 
     fn renew(&mut self, registry: &Registry) -> Option<Arc<String>> {
-        // There is no current text, since the last attempt failed.
+        // There is no current text, because the last attempt failed.
         if self.previous.strong_count() > 0 {
             return None;
         }
-        // Unless a client reads it, this drops the current text before the next is made.
+        // This drops the current text before the next one is encoded, unless a client still reads it.
         self.previous = self.current.take().map_or_else(Weak::new, |c| Arc::downgrade(&c.text));
         let began = Instant::now();
         let text = Arc::new(expose(registry).ok()?);

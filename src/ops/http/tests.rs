@@ -9,19 +9,19 @@ use tokio::task::JoinHandle;
 
 use super::*;
 
-/// Long enough for a loaded machine, far shorter than a test that hangs.
+/// Timeout that is long enough for a loaded machine.
 const SOON: Duration = Duration::from_secs(20);
 
 const HOUR: Duration = Duration::from_hours(1);
 
-/// No connection ends by itself.
+/// Limits under which no connection times out.
 const PATIENT: Limits = Limits {
     headers: HOUR,
     lifetime: HOUR,
     ..LIMITS
 };
 
-/// For tests that wait for the end of a connection.
+/// Limits for tests that wait until a connection times out.
 const SHORT: Limits = Limits {
     lifetime: Duration::from_millis(400),
     ..PATIENT
@@ -50,14 +50,14 @@ impl Server {
         }
     }
 
-    /// A connection on which these bytes were sent.
+    /// Opens a connection and sends these bytes.
     async fn sent(&self, bytes: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(self.address).await.expect("connected");
         stream.write_all(bytes).await.expect("sent");
         stream
     }
 
-    /// A connection that holds next to nothing for a client that does not read.
+    /// Like `sent`, with the smallest receive buffer, for a client that does not read.
     async fn sent_by_slow_reader(&self, bytes: &[u8]) -> TcpStream {
         let socket = TcpSocket::new_v4().expect("a socket");
         socket.set_recv_buffer_size(4096).expect("set");
@@ -66,7 +66,7 @@ impl Server {
         stream
     }
 
-    /// All that is answered to these bytes.
+    /// Sends these bytes and returns the whole response.
     async fn asked(&self, bytes: &[u8]) -> String {
         rest_of(&mut self.sent(bytes).await).await
     }
@@ -86,16 +86,16 @@ fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").into_bytes()
 }
 
-/// What comes until the end or a reset.
+/// Reads until the end of the stream or a reset.
 async fn rest_of(stream: &mut (impl AsyncRead + Unpin)) -> String {
     let mut bytes = Vec::new();
     let read = timeout(SOON, stream.read_to_end(&mut bytes)).await;
-    // What came before a reset counts.
+    // Bytes received before a reset count.
     let _ = read.expect("an end in time");
     String::from_utf8(bytes).expect("text")
 }
 
-/// Sends until the server has closed.
+/// Sends until the server closes the connection.
 async fn write_until_closed(stream: &mut (impl AsyncWrite + Unpin), pause: Duration) {
     let writing = async {
         while stream.write_all(b"1\r\na\r\n").await.is_ok() {
@@ -113,7 +113,7 @@ fn body(answer: &str) -> &str {
     answer.split_once("\r\n\r\n").expect("a head").1
 }
 
-/// `/metrics` with a count of how often it was made, and many bytes beside.
+/// A collector that reports how often it was encoded, with `padding` more bytes.
 struct Counted {
     count: AtomicUsize,
     padding: usize,
@@ -147,17 +147,17 @@ fn counted(padding: usize) -> Registry {
     registry
 }
 
-/// More than the kernel holds of one answer.
+/// Size of a response that exceeds the kernel's buffers.
 const LARGE: usize = 4_000_000;
 
-/// Which text of [`counted`] this is.
+/// How often the registry of [`counted`] was encoded before this text.
 fn number(text: &str) -> usize {
     let line = text.lines().find_map(|line| line.strip_prefix("made "));
     line.and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{text}"))
 }
 
 #[tokio::test]
-async fn each_probe_answers_its_own_question() {
+async fn livez_and_readyz_run_their_own_checks() {
     for (live, ready) in [(true, true), (true, false), (false, true)] {
         let server = Server::on(Port::new(
             Arc::new(move || live),
@@ -174,7 +174,7 @@ async fn each_probe_answers_its_own_question() {
 }
 
 #[tokio::test]
-async fn only_three_paths_are_served_and_only_read() {
+async fn only_get_and_head_on_three_paths_are_served() {
     let server = Server::start();
     for (request, wanted) in [
         ("GET /livez?verbose HTTP/1.1\r\nhost: a\r\n\r\n", "200"),
@@ -191,7 +191,7 @@ async fn only_three_paths_are_served_and_only_read() {
 }
 
 #[tokio::test]
-async fn head_has_the_headers_and_no_body() {
+async fn head_request_gets_headers_without_body() {
     let server = Server::with(PATIENT, counted(0));
     for path in ["/livez", "/metrics"] {
         let answer = server
@@ -202,7 +202,7 @@ async fn head_has_the_headers_and_no_body() {
 }
 
 #[tokio::test]
-async fn old_http_is_answered() {
+async fn http_1_0_is_served() {
     let server = Server::with(PATIENT, counted(100_000));
     assert_eq!(body(&server.asked(b"GET /livez HTTP/1.0\r\n\r\n").await), "ok\n");
     let metrics = server.asked(b"GET /metrics HTTP/1.0\r\n\r\n").await;
@@ -234,7 +234,7 @@ async fn connection_serves_one_request() {
 }
 
 #[tokio::test]
-async fn bodies_are_not_waited_for() {
+async fn response_does_not_wait_for_the_request_body() {
     let server = Server::start();
     for (head, wanted) in [
         (
@@ -256,7 +256,7 @@ async fn bodies_are_not_waited_for() {
 }
 
 #[tokio::test]
-async fn body_without_end_is_cut_off() {
+async fn endless_request_body_is_cut_off() {
     let server = Server::start();
     let mut stream = server
         .sent(b"POST /livez HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -265,7 +265,7 @@ async fn body_without_end_is_cut_off() {
 }
 
 #[tokio::test]
-async fn body_that_trickles_is_cut_off() {
+async fn slow_request_body_is_cut_off() {
     let server = Server::with(SHORT, Registry::default());
     let mut stream = server
         .sent(b"POST /livez HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -287,7 +287,7 @@ async fn half_closed_client_gets_its_answer() {
             answer.len()
         );
     }
-    // With half a request, or none.
+    // With an incomplete request, or none.
     for bytes in ["", "GET /livez HTT"] {
         let mut stream = server.sent(bytes.as_bytes()).await;
         stream.shutdown().await.expect("half-closed");
@@ -296,7 +296,7 @@ async fn half_closed_client_gets_its_answer() {
 }
 
 #[tokio::test]
-async fn garbage_is_refused_and_others_are_served() {
+async fn invalid_requests_are_refused_while_probes_succeed() {
     let server = Server::start();
     let zeros = [0; 1000];
     for bytes in [
@@ -330,7 +330,7 @@ async fn headers_beyond_the_limit_are_refused() {
 }
 
 #[tokio::test]
-async fn large_headers_are_read_no_further_than_the_limit() {
+async fn server_stops_reading_headers_at_the_limit() {
     let server = Server::start();
     let mut stream = server.sent(b"GET /livez HTTP/1.1\r\nhost: a\r\nx: ").await;
     let endless = async {
@@ -341,7 +341,7 @@ async fn large_headers_are_read_no_further_than_the_limit() {
         sent
     };
     let sent: usize = timeout(SOON, endless).await.expect("closed in time");
-    // The rest is in buffers of the kernel.
+    // The kernel's buffers hold the rest.
     assert!(sent < 8_000_000, "{sent} bytes");
 }
 
@@ -356,7 +356,7 @@ async fn unfinished_headers_are_cut_off() {
         let mut stream = server.sent(bytes.as_bytes()).await;
         assert_eq!(rest_of(&mut stream).await, "", "{bytes:?}");
     }
-    // A byte now and then is no progress.
+    // Sending single bytes does not extend the deadline.
     let mut stream = server.sent(b"GET /livez HTTP/1.1\r\nx: ").await;
     let trickle = async {
         while stream.write_all(b"a").await.is_ok() {
@@ -367,10 +367,10 @@ async fn unfinished_headers_are_cut_off() {
 }
 
 #[tokio::test]
-async fn client_that_does_not_read_is_cut_off_and_the_kernel_keeps_nothing_for_it() {
+async fn client_that_does_not_read_gets_a_reset() {
     let server = Server::with(SHORT, counted(LARGE));
     let stream = server.sent_by_slow_reader(&get("/metrics")).await;
-    // A reset. Without one, the kernel would go on offering the rest of its buffer.
+    // Without a reset, the kernel would keep its buffer and continue to send it.
     let reset = async {
         while stream.take_error().expect("readable").is_none() {
             sleep(Duration::from_millis(10)).await;
@@ -396,7 +396,7 @@ async fn probes_are_answered_beyond_the_limit_of_connections() {
 }
 
 #[tokio::test]
-async fn closed_connections_do_not_count() {
+async fn closed_connections_do_not_count_toward_the_limit() {
     let limits = Limits { open: 8, ..PATIENT };
     let server = Server::with(limits, Registry::default());
     let mut waiting = server.sent(b"GET /livez HTTP/1.1\r\nhost: a\r\n").await;
@@ -408,73 +408,73 @@ async fn closed_connections_do_not_count() {
 }
 
 #[tokio::test]
-async fn idle_crowd_does_not_close_a_scrape() {
+async fn idle_connections_do_not_close_a_scrape() {
     let limits = Limits { open: 8, ..PATIENT };
     let server = Server::with(limits, counted(LARGE));
     let mut scrape = server.sent_by_slow_reader(&get("/metrics")).await;
     let mut first = [0; 100];
     scrape.read_exact(&mut first).await.expect("it began");
-    let mut crowd = Vec::new();
+    let mut idle = Vec::new();
     for _ in 0..100 {
-        crowd.push(server.sent(b"").await);
+        idle.push(server.sent(b"").await);
     }
     assert_eq!(status(&server.get("/livez").await), "200");
     assert!(rest_of(&mut scrape).await.ends_with("\r\n0\r\n\r\n"));
 }
 
 #[tokio::test]
-async fn crowd_of_slow_scrapers_closes_no_waiting_connection_and_no_probe() {
+async fn slow_scrapers_close_no_other_connection() {
     let limits = Limits { scraping: 4, ..PATIENT };
     let server = Server::with(limits, counted(LARGE));
     let mut waiting = server.sent(b"GET /livez HTTP/1.1\r\nhost: a\r\n").await;
-    let mut crowd = Vec::new();
+    let mut scrapes = Vec::new();
     for _ in 0..30 {
         let mut scrape = server.sent_by_slow_reader(&get("/metrics")).await;
         let mut first = [0; 100];
         scrape.read_exact(&mut first).await.expect("it began");
-        crowd.push(scrape);
+        scrapes.push(scrape);
         assert_eq!(status(&server.get("/livez").await), "200");
     }
     waiting.write_all(b"\r\n").await.expect("open");
     assert_eq!(status(&rest_of(&mut waiting).await), "200");
-    // The oldest had to go, the newest may read on.
-    assert!(!rest_of(&mut crowd[0]).await.ends_with("\r\n0\r\n\r\n"));
-    assert!(rest_of(&mut crowd[29]).await.ends_with("\r\n0\r\n\r\n"));
+    // The oldest scrape was closed; the newest is complete.
+    assert!(!rest_of(&mut scrapes[0]).await.ends_with("\r\n0\r\n\r\n"));
+    assert!(rest_of(&mut scrapes[29]).await.ends_with("\r\n0\r\n\r\n"));
 }
 
-/// A collector that waits until it may go on, and counts how many do so at once.
+/// A collector that blocks until the test lets it continue, and panics if two scrapes run at once.
 #[derive(Debug)]
-struct Leadership {
+struct Blocking {
     go: std::sync::Mutex<mpsc::Receiver<()>>,
     began: mpsc::Sender<()>,
 }
 
-impl Collector for Leadership {
+impl Collector for Blocking {
     fn encode(&self, _: DescriptorEncoder<'_>) -> std::fmt::Result {
-        self.began.send(()).expect("counted");
+        self.began.send(()).expect("the test receives");
         let Ok(go) = self.go.try_lock() else {
-            panic!("two scrapes at once");
+            panic!("two scrapes run at once");
         };
-        // Once the test is over, all go on.
+        // At the end of the test, the sender is dropped and all scrapes continue.
         let _ = go.recv();
         Ok(())
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn scrapes_run_one_at_a_time_though_their_clients_leave_and_probes_do_not_wait() {
-    let (go, gate) = mpsc::channel();
+async fn abandoned_scrapes_run_one_at_a_time_and_do_not_delay_probes() {
+    let (go, blocked) = mpsc::channel();
     let (began, scrapes) = mpsc::channel();
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Leadership {
-        go: std::sync::Mutex::new(gate),
+    registry.register_collector(Box::new(Blocking {
+        go: std::sync::Mutex::new(blocked),
         began,
     }));
     let server = Server::with(SHORT, registry);
-    let mut left = server.sent(&get("/metrics")).await;
+    let mut abandoned = server.sent(&get("/metrics")).await;
     scrapes.recv_timeout(SOON).expect("the first scrape began");
-    // Its connection ends before it does.
-    assert_eq!(rest_of(&mut left).await, "");
+    // The connection ends before the scrape does.
+    assert_eq!(rest_of(&mut abandoned).await, "");
     for _ in 0..5 {
         let mut next = server.sent(&get("/metrics")).await;
         assert_eq!(status(&server.get("/livez").await), "200");
@@ -486,7 +486,7 @@ async fn scrapes_run_one_at_a_time_though_their_clients_leave_and_probes_do_not_
 }
 
 #[tokio::test]
-async fn slow_readers_hold_two_texts_at_most() {
+async fn at_most_two_texts_are_in_memory() {
     let scrapes = Scrapes::new(Arc::new(counted(0)));
     let next = async || scrapes.text().await.expect("a text");
     tokio::time::pause();
@@ -495,10 +495,10 @@ async fn slow_readers_hold_two_texts_at_most() {
     tokio::time::advance(Duration::from_mins(1)).await;
     let second = next().await;
     assert_eq!((number(&first), number(&second)), (1, 2));
-    // Both are being read.
+    // Clients read both texts.
     tokio::time::advance(Duration::from_mins(1)).await;
     assert_eq!(number(&next().await), 2);
-    // The current one too, by others: the older one decides.
+    // Dropping the current text changes nothing while a client reads the older one.
     drop(second);
     tokio::time::advance(Duration::from_mins(1)).await;
     assert_eq!(number(&next().await), 2);
@@ -507,18 +507,18 @@ async fn slow_readers_hold_two_texts_at_most() {
 }
 
 #[tokio::test]
-async fn slow_readers_do_not_keep_metrics_old() {
+async fn slow_readers_do_not_stop_new_texts() {
     let server = Server::with(SHORT, counted(LARGE));
-    let mut crowd = Vec::new();
+    let mut readers = Vec::new();
     let new_texts = async {
         while number(&server.get("/metrics").await) < 5 {
-            crowd.push(server.sent_by_slow_reader(&get("/metrics")).await);
+            readers.push(server.sent_by_slow_reader(&get("/metrics")).await);
         }
     };
-    timeout(SOON, new_texts).await.expect("texts go on being made");
+    timeout(SOON, new_texts).await.expect("new texts in time");
 }
 
-/// A collector that fails twice, in both ways.
+/// A collector that panics first, then returns an error, then succeeds.
 #[derive(Debug)]
 struct Failing(AtomicUsize);
 
@@ -533,7 +533,7 @@ impl Collector for Failing {
 }
 
 #[tokio::test]
-async fn scrape_that_fails_is_tried_again() {
+async fn scrape_succeeds_after_failed_ones() {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Failing(AtomicUsize::new(0))));
     let server = Server::with(PATIENT, registry);
@@ -543,9 +543,9 @@ async fn scrape_that_fails_is_tried_again() {
 }
 
 #[tokio::test]
-async fn address_of_ipv6_is_served() {
+async fn ipv6_address_is_served() {
     let Ok(listener) = listen("[::1]:0".parse().expect("an address")) else {
-        return; // Without IPv6 there is nothing to show.
+        return; // This machine has no IPv6.
     };
     let address = listener.local_addr().expect("an address");
     let yes: Probe = Arc::new(|| true);

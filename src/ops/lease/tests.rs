@@ -11,13 +11,13 @@ fn clock(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_764_000_000 + seconds).expect("a time")
 }
 
-/// As the API server would show it.
+/// The Lease as the API server returns it.
 fn stored(mut lease: Lease, version: &str) -> Lease {
     lease.metadata.resource_version = Some(version.into());
     lease
 }
 
-/// A Lease that `holder` took by its own clock, seen at `since`.
+/// A Lease that `holder` acquired at `by_its_clock` by its own clock, first seen at `since`.
 fn held(holder: &str, by_its_clock: i64, since: Duration) -> ObservedLease {
     let lease = stored(claimed(None, "l", holder, clock(by_its_clock)), "1");
     ObservedLease::next(None, Some(lease), since).expect("a Lease")
@@ -29,7 +29,7 @@ fn change(mut sight: ObservedLease, change: impl FnOnce(&mut LeaseSpec)) -> Obse
 }
 
 #[test]
-fn what_a_candidate_does() {
+fn candidate_acquires_renews_or_waits() {
     let fresh = || held(OTHER, 0, at(0));
     let left = |seconds| Step::Wait(Duration::from_secs(seconds));
     let later = |sight, lease, seconds| ObservedLease::next(Some(sight), lease, at(seconds));
@@ -39,93 +39,31 @@ fn what_a_candidate_does() {
         lease
     };
     let renewed = |sight: &ObservedLease| stored(claimed(Some(sight), "l", OTHER, clock(5)), "2");
+    #[rustfmt::skip]
     let table = [
-        ("nothing there", None, 0, Step::Acquire),
-        ("mine", Some(held(ME, 0, at(0))), 1, Step::Renew),
-        ("mine and long expired", Some(held(ME, 0, at(0))), 900, Step::Renew),
-        ("mine and deleted", later(held(ME, 0, at(0)), None, 1), 1, Step::Renew),
-        (
-            "mine, deleted, and I did not lead",
-            later(held(ME, 0, at(0)), None, 1).map(|sight| sight.disowned(ME, at(1))),
-            2,
-            left(13),
-        ),
-        (
-            "mine and there, and I did not lead",
-            Some(held(ME, 0, at(0)).disowned(ME, at(1))),
-            2,
-            Step::Renew,
-        ),
-        ("another's", Some(fresh()), 0, left(14)),
-        ("another's, almost over", Some(fresh()), 13, left(1)),
-        ("another's, over", Some(fresh()), 14, Step::Acquire),
-        (
-            "its clock a day ahead",
-            Some(held(OTHER, 86_400, at(0))),
-            14,
-            Step::Acquire,
-        ),
-        ("its clock a day behind", Some(held(OTHER, -86_400, at(0))), 13, left(1)),
+        ("no Lease", None, 0, Step::Acquire),
+        ("own lease", Some(held(ME, 0, at(0))), 1, Step::Renew),
+        ("own lease, long expired", Some(held(ME, 0, at(0))), 900, Step::Renew),
+        ("own lease, deleted", later(held(ME, 0, at(0)), None, 1), 1, Step::Renew),
+        ("own lease, deleted, and not the leader", later(held(ME, 0, at(0)), None, 1).map(|sight| sight.disowned(ME, at(1))), 2, left(13)),
+        ("own lease, and not the leader", Some(held(ME, 0, at(0)).disowned(ME, at(1))), 2, Step::Renew),
+        ("lease of another", Some(fresh()), 0, left(14)),
+        ("lease of another, almost expired", Some(fresh()), 13, left(1)),
+        ("lease of another, expired", Some(fresh()), 14, Step::Acquire),
+        ("holder's clock a day ahead", Some(held(OTHER, 86_400, at(0))), 14, Step::Acquire),
+        ("holder's clock a day behind", Some(held(OTHER, -86_400, at(0))), 13, left(1)),
         ("renewed", later(fresh(), Some(renewed(&fresh())), 10), 14, left(10)),
-        (
-            "seen again and not renewed",
-            later(fresh(), Some(fresh().lease), 10),
-            14,
-            Step::Acquire,
-        ),
-        (
-            "only labelled",
-            later(fresh(), Some(labelled(&fresh())), 10),
-            14,
-            Step::Acquire,
-        ),
-        ("deleted: the holder may not know", later(fresh(), None, 1), 13, left(1)),
-        ("deleted and over", later(fresh(), None, 1), 14, Step::Acquire),
-        (
-            "given back",
-            later(fresh(), Some(stored(fresh().released(), "2")), 1),
-            1,
-            Step::Acquire,
-        ),
-        (
-            "no holder, as others write it",
-            Some(change(fresh(), |s| s.holder_identity = Some(String::new()))),
-            0,
-            Step::Acquire,
-        ),
-        (
-            "a longer term",
-            Some(change(fresh(), |s| s.lease_duration_seconds = Some(30))),
-            14,
-            left(16),
-        ),
-        (
-            "a term for ever",
-            Some(change(fresh(), |s| s.lease_duration_seconds = Some(i32::MAX))),
-            14,
-            left(46),
-        ),
-        (
-            "no term",
-            Some(change(fresh(), |s| s.lease_duration_seconds = None)),
-            13,
-            left(1),
-        ),
-        (
-            "a term that is none",
-            Some(change(fresh(), |s| s.lease_duration_seconds = Some(-1))),
-            13,
-            left(1),
-        ),
-        (
-            "no spec",
-            Some(ObservedLease {
-                lease: Lease::default(),
-                since: at(0),
-            }),
-            0,
-            Step::Acquire,
-        ),
+        ("read again and not renewed", later(fresh(), Some(fresh().lease), 10), 14, Step::Acquire),
+        ("only a label changed", later(fresh(), Some(labelled(&fresh())), 10), 14, Step::Acquire),
+        ("deleted, not yet expired", later(fresh(), None, 1), 13, left(1)),
+        ("deleted, expired", later(fresh(), None, 1), 14, Step::Acquire),
+        ("released", later(fresh(), Some(stored(fresh().released(), "2")), 1), 1, Step::Acquire),
+        ("empty holder", Some(change(fresh(), |s| s.holder_identity = Some(String::new()))), 0, Step::Acquire),
+        ("longer term", Some(change(fresh(), |s| s.lease_duration_seconds = Some(30))), 14, left(16)),
+        ("term that never ends", Some(change(fresh(), |s| s.lease_duration_seconds = Some(i32::MAX))), 14, left(46)),
+        ("no term", Some(change(fresh(), |s| s.lease_duration_seconds = None)), 13, left(1)),
+        ("negative term", Some(change(fresh(), |s| s.lease_duration_seconds = Some(-1))), 13, left(1)),
+        ("no spec", Some(ObservedLease { lease: Lease::default(), since: at(0), }), 0, Step::Acquire),
     ];
     for (name, sight, seconds, expected) in table {
         assert_eq!(evaluate(sight.as_ref(), ME, at(seconds)), expected, "{name}");
@@ -133,7 +71,7 @@ fn what_a_candidate_does() {
 }
 
 #[test]
-fn what_is_written_goes_over_what_was_seen() {
+fn claims_replace_the_observed_version() {
     let spec = |lease: &Lease| lease.spec.clone().expect("a spec");
     let seen = held(OTHER, 0, at(0));
     let first = claimed(None, "l", OTHER, clock(0));
@@ -164,7 +102,7 @@ fn what_is_written_goes_over_what_was_seen() {
         Some(1)
     );
 
-    // One that was deleted is made anew.
+    // A deleted Lease is created again.
     let deleted = ObservedLease::next(Some(seen), None, at(1)).expect("remembered");
     assert!(!deleted.exists());
     let anew = claimed(Some(&deleted), "l", OTHER, clock(4));
@@ -175,67 +113,65 @@ fn what_is_written_goes_over_what_was_seen() {
 }
 
 #[tokio::test]
-async fn the_fence_closes_by_itself_and_before_anybody_else_may_begin() {
+async fn guard_expires_before_another_replica_may_begin() {
     let shutdown = Shutdown::on_signal().expect("signals");
-    let (gate, leadership) = LeadershipGuard::new(shutdown.clone());
-    assert!(!leadership.is_leading() && !leadership.may_begin());
+    let (leadership, guard) = LeadershipGuard::new(shutdown.clone());
+    assert!(!guard.is_leading() && !guard.may_begin());
 
     let sent = now();
-    gate.renewed(sent);
-    let left = leadership.remaining().expect("leading");
+    leadership.renewed(sent);
+    let left = guard.remaining().expect("leading");
     assert!(
         left <= WRITE_TERM && left + now().saturating_sub(sent) >= WRITE_TERM,
         "{left:?}"
     );
-    assert!(leadership.may_begin());
-    // A renewal is late once; then twice.
+    assert!(guard.may_begin());
+    // One renewal is late, then two.
     let ago = |millis| now().saturating_sub(Duration::from_millis(millis));
-    gate.renewed(ago(6_000));
-    assert!(leadership.may_begin());
-    gate.renewed(ago(7_500));
-    assert!(leadership.is_leading() && !leadership.may_begin());
+    leadership.renewed(ago(6_000));
+    assert!(guard.may_begin());
+    leadership.renewed(ago(7_500));
+    assert!(guard.is_leading() && !guard.may_begin());
 
-    gate.renewed(sent.saturating_sub(WRITE_TERM));
-    assert!(!leadership.is_leading() && !leadership.may_begin());
-    gate.renewed(now());
-    gate.close();
-    assert_eq!(leadership.remaining(), Err(NotLeading));
+    leadership.renewed(sent.saturating_sub(WRITE_TERM));
+    assert!(!guard.is_leading() && !guard.may_begin());
+    leadership.renewed(now());
+    leadership.close();
+    assert_eq!(guard.remaining(), Err(NotLeading));
     assert!(LeadershipGuard::always(shutdown).may_begin());
 }
 
 #[tokio::test]
-async fn work_goes_on_over_renewals_and_ends_with_the_lease() {
-    let (gate, leadership) = LeadershipGuard::new(Shutdown::on_signal().expect("signals"));
+async fn work_continues_across_renewals_and_ends_with_the_lease() {
+    let (leadership, guard) = LeadershipGuard::new(Shutdown::on_signal().expect("signals"));
     let short = |millis| now().saturating_sub(WRITE_TERM) + Duration::from_millis(millis);
     let never = std::future::pending::<()>;
-    assert_eq!(leadership.while_leading(std::future::ready(7)).await, Err(NotLeading));
+    assert_eq!(guard.while_leading(std::future::ready(7)).await, Err(NotLeading));
 
-    gate.renewed(now());
-    leadership.leading().await;
-    assert_eq!(leadership.while_leading(std::future::ready(7)).await, Ok(7));
-    // Closed by what was seen, and by time.
+    leadership.renewed(now());
+    guard.leading().await;
+    assert_eq!(guard.while_leading(std::future::ready(7)).await, Ok(7));
+    // Leadership ends because another holder was seen, or because the lease expires.
     let closing = async {
         tokio::task::yield_now().await;
-        gate.close();
+        leadership.close();
     };
-    assert_eq!(
-        tokio::join!(leadership.while_leading(never()), closing).0,
-        Err(NotLeading)
-    );
-    gate.renewed(short(30));
-    assert_eq!(leadership.while_leading(never()).await, Err(NotLeading));
+    assert_eq!(tokio::join!(guard.while_leading(never()), closing).0, Err(NotLeading));
+    leadership.renewed(short(30));
+    assert_eq!(guard.while_leading(never()).await, Err(NotLeading));
 
-    // It outlasts the lease as it was when it began. Seconds, since a busy machine may do nothing for one.
-    gate.renewed(short(2_000));
+    // Work runs longer than the lease lasted when the work began. The times are in seconds, because a busy machine may
+    // pause for one.
+    leadership.renewed(short(2_000));
     let renewing = async {
         tokio::task::yield_now().await;
-        gate.renewed(now());
+        leadership.renewed(now());
     };
     let work = tokio::time::sleep(Duration::from_millis(2_100));
-    assert_eq!(tokio::join!(leadership.while_leading(work), renewing).0, Ok(()));
+    assert_eq!(tokio::join!(guard.while_leading(work), renewing).0, Ok(()));
 
-    // Who was stopped past the end does not take another step, though no timer has fired yet.
-    gate.renewed(short(1_000));
+    // A process that was stopped until after the deadline polls no further, even if no timer has fired yet.
+    leadership.renewed(short(1_000));
     let mut steps = 0;
     let stopped = std::future::poll_fn(|cx| {
         steps += 1;
@@ -243,14 +179,14 @@ async fn work_goes_on_over_renewals_and_ends_with_the_lease() {
         cx.waker().wake_by_ref();
         Poll::<()>::Pending
     });
-    assert_eq!(leadership.while_leading(stopped).await, Err(NotLeading));
+    assert_eq!(guard.while_leading(stopped).await, Err(NotLeading));
     assert_eq!(steps, 1);
 
-    // Whoever waits is told.
+    // `leading` completes after a renewal.
     let opening = async {
         tokio::task::yield_now().await;
-        gate.renewed(now());
+        leadership.renewed(now());
     };
-    tokio::join!(leadership.leading(), opening);
-    assert!(leadership.is_leading());
+    tokio::join!(guard.leading(), opening);
+    assert!(guard.is_leading());
 }

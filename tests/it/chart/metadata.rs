@@ -1,5 +1,5 @@
-//! Labels and annotations on token Secrets: what is allowed, and that operator and chart agree on it. Why there is an
-//! allow list: docs/adr/0001-allow-list-for-secret-metadata.md.
+//! The allow list for labels and annotations on token Secrets, and that the operator and the chart agree on it. Why
+//! there is an allow list: docs/adr/0001-allow-list-for-secret-metadata.md.
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
@@ -15,11 +15,11 @@ use crate::support::eventually;
 use crate::support::helm::{Release, chart, refused, template};
 use crate::support::world::{World, one_token};
 
-/// What a platform team may add.
+/// Entries that a platform team adds.
 const ADDED: [&str; 3] = ["team", "example.com/*", "example.org/cost-center"];
 
-/// Keys on which controllers act if they find them on a Secret: it is copied, deleted, read as a credential, as a release,
-/// as a cluster or as a file to load.
+/// Keys that make controllers act on a Secret: they copy or delete it, or read it as a credential, a release, a cluster
+/// or a file to load.
 const OF_CONTROLLERS: [&str; 45] = [
     "argocd.argoproj.io/secret-type",
     "argocd.argoproj.io/tracking-id",
@@ -68,7 +68,7 @@ const OF_CONTROLLERS: [&str; 45] = [
     "meta.helm.sh/release-name",
 ];
 
-/// The same for keys of Kubernetes, which the operator's account may write because webhooks and clouds add them.
+/// Such keys of Kubernetes. The operator's account may write them, because webhooks and cloud providers add them.
 const OF_KUBERNETES: [&str; 5] = [
     "kubernetes.io/service-account.name",
     "app.kubernetes.io/instance",
@@ -106,7 +106,7 @@ fn entry(key: &str, value: &str) -> Value {
     Value::Object([(key.to_owned(), json!(value))].into_iter().collect())
 }
 
-/// The places where a key is checked, and what each of them says about it.
+/// All components that check a key.
 struct Judges {
     allowed: AllowList,
     users: Api<ZitadelServiceUser>,
@@ -133,30 +133,32 @@ impl Judges {
         judges
     }
 
-    /// The API server, to a tenant.
+    /// What the API server answers if a tenant applies this service user.
     async fn user(&self, user: &Value) -> Result<(), String> {
         let user = serde_json::from_value(user.clone()).expect("a service user");
         let tried = self.users.create(&dry_run(), &user).await;
         tried.map(drop).map_err(|e| e.to_string())
     }
 
-    /// The API server, to the operator's account.
+    /// What the API server answers if the operator's account writes this Secret.
     async fn secret(&self, secret: &Value) -> Result<(), String> {
         let secret = serde_json::from_value(secret.clone()).expect("a Secret");
         let tried = self.as_operator.create(&dry_run(), &secret).await;
         tried.map(drop).map_err(|e| e.to_string())
     }
 
-    /// The operator's own check.
+    /// The result of the operator's own validation.
     fn operator(&self, user: &Value) -> Result<(), String> {
         let user: ZitadelServiceUser = serde_json::from_value(user.clone()).expect("a service user");
         validate::service_user("tried", &user.spec, &self.allowed).map_err(|v| v.to_string())
     }
 }
 
-/// Whether one of the chart's policies said so.
-fn is_denied(told: &Result<(), String>) -> bool {
-    told.as_ref().is_err_and(|said| said.contains("allowedSecretMetadata"))
+/// Whether one of the chart's policies denied the request.
+fn is_denied(result: &Result<(), String>) -> bool {
+    result
+        .as_ref()
+        .is_err_and(|error| error.contains("allowedSecretMetadata"))
 }
 
 fn dry_run() -> PostParams {
@@ -166,13 +168,13 @@ fn dry_run() -> PostParams {
     }
 }
 
-/// Keys that an entry of the list allows.
-fn examples(entry: &str) -> String {
+/// A key that an entry of the list allows.
+fn example_of(entry: &str) -> String {
     entry.replace('*', "some.key_1")
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_are_not_allowed_are_refused_to_tenants_and_to_the_operators_account() {
+async fn disallowed_keys_are_refused_to_tenants_and_to_the_operator_account() {
     let world = World::new("others-keys").await;
     let judges = Judges::of(&world, &ADDED).await;
     let mut wrong = Vec::new();
@@ -181,17 +183,17 @@ async fn keys_that_are_not_allowed_are_refused_to_tenants_and_to_the_operators_a
             let entries = entry(key, value);
             let user = service_user(&world, place, &entries);
             let field = format!("secret.{place}: ");
-            let told = [judges.user(&user).await, judges.operator(&user)];
-            let named = |told: &Result<(), String>| {
-                let said = told.as_ref().err().map_or("", String::as_str);
-                said.contains(&field) && said.contains(key) && said.contains("allowedSecretMetadata")
+            let results = [judges.user(&user).await, judges.operator(&user)];
+            let named = |result: &Result<(), String>| {
+                let error = result.as_ref().err().map_or("", String::as_str);
+                error.contains(&field) && error.contains(key) && error.contains("allowedSecretMetadata")
             };
-            if !told.iter().all(named) {
-                wrong.push(format!("{place} {key}: {told:?}"));
+            if !results.iter().all(named) {
+                wrong.push(format!("{place} {key}: {results:?}"));
             }
-            let told = judges.secret(&token_secret(place, &entries)).await;
-            if is_denied(&told) != OF_CONTROLLERS.contains(key) {
-                wrong.push(format!("{place} {key}: the operator's account: {told:?}"));
+            let result = judges.secret(&token_secret(place, &entries)).await;
+            if is_denied(&result) != OF_CONTROLLERS.contains(key) {
+                wrong.push(format!("{place} {key}: the operator's account: {result:?}"));
             }
         }
     }
@@ -199,7 +201,7 @@ async fn keys_that_are_not_allowed_are_refused_to_tenants_and_to_the_operators_a
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_are_allowed_are_accepted_by_all() {
+async fn allowed_keys_are_accepted_by_policies_and_operator() {
     let world = World::new("allowed-keys").await;
     let judges = Judges::of(&world, &ADDED).await;
     let more = [
@@ -210,7 +212,7 @@ async fn keys_that_are_allowed_are_accepted_by_all() {
     let listed = ALLOWED_SECRET_METADATA
         .iter()
         .chain(&ADDED)
-        .map(|entry| examples(entry));
+        .map(|entry| example_of(entry));
     for key in listed.chain(more.map(str::to_owned)) {
         for (place, value) in PLACES {
             let entries = entry(&key, value);
@@ -226,9 +228,9 @@ async fn keys_that_are_allowed_are_accepted_by_all() {
     }
 }
 
-/// What a list of today refuses may be in objects of yesterday.
+/// Objects created before the policy may contain keys that the policy refuses.
 #[tokio::test(flavor = "multi_thread")]
-async fn objects_from_before_can_be_changed_and_deleted() {
+async fn objects_older_than_the_policy_can_be_changed_and_deleted() {
     let world = World::new("old-keys").await;
     let users = world.users();
     let mut old = service_user(&world, "labels", &entry("old", "x"));
@@ -236,9 +238,9 @@ async fn objects_from_before_can_be_changed_and_deleted() {
     old["spec"]["tokens"][0]["secret"]["annotations"] = json!({"example.net/old": "x"});
     let old = serde_json::from_value(old).expect("a service user");
     users.create(&PostParams::default(), &old).await.expect("created");
-    // Of another client, before the operator's account writes it.
+    // Another client creates this Secret before the operator's account writes it.
     let mut found = token_secret("labels", &entry("found", "x"));
-    // As with deletionPolicy Retain: an owner that does not exist would have it deleted.
+    // No owner, as with deletionPolicy Retain: Kubernetes deletes a Secret whose owner does not exist.
     found["metadata"]["ownerReferences"] = json!([]);
     let found = serde_json::from_value(found).expect("a Secret");
     world
@@ -283,35 +285,32 @@ async fn objects_from_before_can_be_changed_and_deleted() {
         json!([with(|t| t["secret"]["annotations"]["old"] = json!("x"))]),
         json!([kept, token("another", json!({"old": "x"}))]),
     ] {
-        let told = merge(json!({"spec": {"tokens": tokens}})).await;
-        assert!(is_denied(&told), "{told:?} {tokens}");
+        let result = merge(json!({"spec": {"tokens": tokens}})).await;
+        assert!(is_denied(&result), "{result:?} {tokens}");
     }
-    users
-        .delete("tried", &DeleteParams::default())
-        .await
-        .expect("on its way");
+    users.delete("tried", &DeleteParams::default()).await.expect("deleted");
     assert_eq!(merge(json!({"metadata": {"finalizers": null}})).await, Ok(()));
-    assert!(users.get_opt("tried").await.expect("asked").is_none());
+    assert!(users.get_opt("tried").await.expect("readable").is_none());
 
-    // What others put on a Secret stays as it is.
+    // Existing keys of other clients stay unchanged.
     let edit = async |change: Value| {
         let patch = Patch::Merge(&change);
         let patched = judges.as_operator.patch("tried", &PatchParams::default(), &patch).await;
         patched.map(drop).map_err(|e| e.to_string())
     };
     assert_eq!(edit(json!({"stringData": {"token": "new"}})).await, Ok(()));
-    // An empty value is a value, not what was there before.
+    // A new empty value is a change too.
     for change in [json!({"labels": {"found": "y"}}), json!({"annotations": {"found": ""}})] {
-        let told = edit(json!({"metadata": change})).await;
-        assert!(is_denied(&told), "{told:?} {change}");
+        let result = edit(json!({"metadata": change})).await;
+        assert!(is_denied(&result), "{result:?} {change}");
     }
 }
 
-/// The API server bounds what an expression may cost; beyond, it would refuse every change of the object.
+/// The API server limits the cost of a CEL expression. Beyond the limit, it refuses every change of the object.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_objects_and_lists_are_within_the_cost_that_policies_may_have() {
+async fn largest_objects_and_lists_stay_within_the_cel_cost_limit() {
     let world = World::new("wide-keys").await;
-    // As many keys of this prefix as a token may have, or as all tokens together may have.
+    // As many keys with this prefix as one token may have, or as all tokens together may have.
     let large = |name: &str, prefix: &str, count: usize| {
         let prefix = format!("{prefix}/");
         let entries = (0..count).map(|i| (format!("{prefix}{}{i:02}", "k".repeat(61)), json!("v")));
@@ -351,7 +350,7 @@ async fn the_largest_objects_and_lists_are_within_the_cost_that_policies_may_hav
 
 /// With the chart's policies in force.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_operator_writes_what_the_platform_team_allows_and_names_what_it_does_not() {
+async fn operator_writes_allowed_keys_and_names_disallowed_keys() {
     let world = World::new("written-keys").await;
     let more = json!({"allowedSecretMetadata": ADDED});
     let release = Release::install(world.cluster, &format!("{}-home", world.name), &values(&world, &more));
@@ -369,7 +368,7 @@ async fn the_operator_writes_what_the_platform_team_allows_and_names_what_it_doe
     let listed = ALLOWED_SECRET_METADATA
         .iter()
         .chain(&ADDED)
-        .map(|entry| examples(entry));
+        .map(|entry| example_of(entry));
     let keys: Vec<String> = listed.collect();
     let entries: Value = Value::Object(keys.iter().map(|key| (key.clone(), json!("x"))).collect());
     let mut spec = one_token("billing-token");
@@ -383,11 +382,12 @@ async fn the_operator_writes_what_the_platform_team_allows_and_names_what_it_doe
         assert!(keys.iter().all(|key| map[key] == "x"), "{map:?}");
     }
 
-    // By this release no policy tells it at the apply: the chart does not know whose instance it is.
+    // No policy of this release checks the service user at apply: the chart does not know which operator serves the
+    // instance.
     spec["tokens"][0]["secret"]["labels"] = entry("grafana_datasource", "1");
     world.service_user("billing", spec).await.expect("accepted");
-    let told = world.ready("billing", "False", "InvalidSpec").await;
-    let conditions = serde_json::to_value(told.status).expect("JSON")["conditions"].to_string();
+    let user = world.ready("billing", "False", "InvalidSpec").await;
+    let conditions = serde_json::to_value(user.status).expect("JSON")["conditions"].to_string();
     assert!(
         conditions.contains("spec.tokens[0].secret.labels: `grafana_datasource` is not among"),
         "{conditions}"
@@ -441,8 +441,8 @@ fn chart_and_operator_accept_the_same_entries() {
             template(&chart(), &values);
             accepted += 1;
         } else {
-            let said = refused(&chart(), &values);
-            assert!(said.contains("/allowedSecretMetadata/0"), "{entry}: {said}");
+            let error = refused(&chart(), &values);
+            assert!(error.contains("/allowedSecretMetadata/0"), "{entry}: {error}");
             denied += 1;
         }
     }
@@ -460,8 +460,8 @@ fn chart_and_operator_accept_the_same_entries() {
 }
 
 #[test]
-fn an_entry_that_cannot_be_added_ends_the_operator_at_its_start() {
-    for (entries, said) in [
+fn operator_exits_on_an_invalid_allow_list_entry() {
+    for (entries, message) in [
         ("team,*", "--allow-secret-metadata: `*` cannot be added"),
         (
             "kubernetes.io/*",
@@ -472,8 +472,8 @@ fn an_entry_that_cannot_be_added_ends_the_operator_at_its_start() {
         let ended = run
             .args(["run", "--allow-secret-metadata", entries])
             .output()
-            .expect("it runs");
-        let told = String::from_utf8_lossy(&ended.stderr);
-        assert!(!ended.status.success() && told.contains(said), "{told}");
+            .expect("the operator runs");
+        let error = String::from_utf8_lossy(&ended.stderr);
+        assert!(!ended.status.success() && error.contains(message), "{error}");
     }
 }

@@ -1,5 +1,5 @@
-//! The rights that the chart gives: the operator can do its work with them, they are no more than it uses, and a stolen
-//! pod can do little with them.
+//! The permissions that the chart grants: they suffice for the operator, they contain nothing that it does not use, and
+//! an attacker with a stolen service account token can do little with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -18,22 +18,22 @@ use crate::support::world::{World, one_token, until};
 use crate::support::{SOON, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_operator_has_the_rights_that_it_uses_and_no_others() {
+async fn operator_has_exactly_the_permissions_that_it_uses() {
     let world = World::with_issuer("rights", Issuer::start(&["--tls"])).await;
-    the_page_lists(&used(&world, json!({})).await);
+    assert_documented(&granted_and_used(&world, json!({})).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_for_some_namespaces_has_the_rights_that_it_uses_there_and_no_others() {
+async fn namespaced_operator_has_exactly_the_permissions_that_it_uses() {
     let world = World::with_issuer("rights-there", Issuer::start(&["--tls"])).await;
-    let granted = used(&world, json!({"watchNamespaces": [world.name]})).await;
+    let granted = granted_and_used(&world, json!({"watchNamespaces": [world.name]})).await;
     let of_tenants = ["secrets", "zitadelserviceusers", "events"];
     let everywhere = |g: &&Grant| g.place == "cluster" && of_tenants.iter().any(|r| g.resource.contains(r));
     assert_eq!(granted.iter().find(everywhere), None);
 }
 
-/// Rights that no object of this test needs: API servers before Kubernetes 1.34 have no streaming lists, and only an
-/// object that cannot be read, or that finds no room, has its status patched.
+/// Permissions that this test does not exercise. API servers before Kubernetes 1.34 have no streaming lists. The
+/// operator patches a status only if it cannot decode the object or has no room for it.
 const UNUSED_HERE: &[(&str, &str)] = &[
     ("secrets", "list"),
     ("zitadel-tokens.dev/zitadelserviceusers", "list"),
@@ -41,14 +41,15 @@ const UNUSED_HERE: &[(&str, &str)] = &[
     ("zitadel-tokens.dev/zitadelinstances/status", "patch"),
 ];
 
-/// What a release with these values is granted, after it was seen to use all of it and to need no more.
-async fn used(world: &World, more: Value) -> BTreeSet<Grant> {
+/// The permissions of a release with these values, after a check that the operator uses all of them and needs no
+/// others.
+async fn granted_and_used(world: &World, more: Value) -> BTreeSet<Grant> {
     let home = format!("{}-home", world.name);
     let release = Release::install(world.cluster, &home, &values(world, &more));
     policy_is_in_force(&release, &world.name).await;
-    // The second one stands by: it watches the Lease.
+    // The second operator is a standby, which watches the Lease.
     let operators = [release.operator().await, release.operator().await];
-    everything_that_it_does(world, &home).await;
+    exercise_all_permissions(world, &home).await;
     for operator in operators {
         operator.terminate().await;
     }
@@ -66,8 +67,8 @@ async fn used(world: &World, more: Value) -> BTreeSet<Grant> {
     granted
 }
 
-/// Drives what needs the operator's rights: each verb that the chart gives is here for one of these.
-async fn everything_that_it_does(world: &World, home: &str) {
+/// Makes the operator use all its permissions: each verb that the chart grants is needed for a step below.
+async fn exercise_all_permissions(world: &World, home: &str) {
     let apply = PatchParams::apply("tests").force();
     let connect = async |connection: Value| {
         let mut spec = world.instance_spec();
@@ -98,7 +99,7 @@ async fn everything_that_it_does(world: &World, home: &str) {
     let repaired = |s: &Secret| s.metadata.labels.as_ref().is_some_and(|l| l[ours] == "billing");
     until(world.secrets(), "billing-token", SOON, repaired).await;
 
-    // The same outcome twice is one Event that is patched.
+    // For a repeated outcome, the operator patches the Event of the first.
     for reason in ["KeySecretMissing", "Issued", "KeySecretMissing", "Issued"] {
         if reason == "Issued" {
             world.key_secret("billing-key", &user).await;
@@ -110,7 +111,7 @@ async fn everything_that_it_does(world: &World, home: &str) {
         world.ready("billing", ready, reason).await;
     }
 
-    // Its Secret gets another name; the old one is a leftover.
+    // The Secret is renamed, and the operator deletes the old one.
     world
         .service_user("billing", one_token("moved-token"))
         .await
@@ -118,7 +119,7 @@ async fn everything_that_it_does(world: &World, home: &str) {
     world.token("moved-token").await;
     world.secret_gone("billing-token").await;
 
-    // One that is to outlive its object has no owner, from the start or later.
+    // A retained Secret has no owner, whether it is retained from the start or later.
     let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
     world.key_secret("retained-key", &user).await;
     let policy = async |policy: &str| {
@@ -132,7 +133,7 @@ async fn everything_that_it_does(world: &World, home: &str) {
     policy("Delete").await;
     policy("Retain").await;
 
-    // One that is handed over belonged to nobody.
+    // An adopted Secret had no owner.
     world.secret("adopted-token", json!({"token": "old"})).await;
     let hand_over = json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "adopted"}}});
     world.edit_secret("adopted-token", hand_over).await;
@@ -140,7 +141,7 @@ async fn everything_that_it_does(world: &World, home: &str) {
     world.ready("adopted", "True", "Issued").await;
 }
 
-// Places, as docs/install.md names them; the rest is the cluster.
+// Places, as docs/install.md names them. All other permissions are cluster-wide.
 const HOME: &str = "the release's namespace";
 const WATCHED: &str = "a watched namespace";
 
@@ -148,7 +149,7 @@ const WATCHED: &str = "a watched namespace";
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Grant {
     place: &'static str,
-    /// With the group before it, unless that is the core's.
+    /// The resource, with its API group as prefix unless it is in the core group.
     resource: String,
     verb: String,
 }
@@ -159,7 +160,7 @@ impl Grant {
             "" => request.resource.clone(),
             group => format!("{group}/{}", request.resource),
         };
-        // A create by apply is a patch to the audit log; the API server checks both verbs.
+        // For a create by apply, the audit log says patch, but the API server checks both verbs.
         let created = self.verb == "create" && request.verb == "patch" && request.code == 201;
         resource == self.resource
             && (request.verb == self.verb || created)
@@ -172,10 +173,10 @@ impl Grant {
     }
 }
 
-/// All that the release's service account may do by roles of its own.
+/// All permissions that roles grant to the release's service account.
 async fn granted(world: &World, home: &str) -> BTreeSet<Grant> {
     let client = &world.client;
-    let is_it = |subjects: &Option<Vec<Subject>>| {
+    let is_bound = |subjects: &Option<Vec<Subject>>| {
         let mut subjects = subjects.iter().flatten();
         subjects.any(|s| s.kind == "ServiceAccount" && s.name == NAME && s.namespace.as_deref() == Some(home))
     };
@@ -203,13 +204,13 @@ async fn granted(world: &World, home: &str) -> BTreeSet<Grant> {
     let rules_of = async |role: RoleRef| cluster_roles.get(&role.name).await.expect("a role").rules;
     let bindings: Api<ClusterRoleBinding> = Api::all(client.clone());
     for binding in bindings.list(&everything).await.expect("listed") {
-        if is_it(&binding.subjects) {
+        if is_bound(&binding.subjects) {
             add("cluster", rules_of(binding.role_ref).await);
         }
     }
     let bindings: Api<RoleBinding> = Api::all(client.clone());
     for binding in bindings.list(&everything).await.expect("listed") {
-        if is_it(&binding.subjects) {
+        if is_bound(&binding.subjects) {
             let namespace = binding.metadata.namespace.as_deref().unwrap_or_default();
             assert_eq!(binding.role_ref.kind, "Role");
             assert!([home, &world.name].contains(&namespace), "a Role in {namespace}");
@@ -222,7 +223,7 @@ async fn granted(world: &World, home: &str) -> BTreeSet<Grant> {
 }
 
 /// docs/install.md has a row for each resource, with exactly these verbs.
-fn the_page_lists(granted: &BTreeSet<Grant>) {
+fn assert_documented(granted: &BTreeSet<Grant>) {
     let mut rows: BTreeMap<(&str, &str), BTreeSet<&str>> = BTreeMap::new();
     for grant in granted {
         rows.entry((grant.place, &grant.resource))
@@ -254,7 +255,7 @@ fn the_page_lists(granted: &BTreeSet<Grant>) {
     );
 }
 
-/// Waits until the chart's policy is obeyed: the API server takes it up a moment after it was written.
+/// Waits until the chart's policy is in force. The API server enforces a new policy only after a moment.
 async fn policy_is_in_force(release: &Release, namespace: &str) {
     let secrets: Api<Secret> = Api::namespaced(release.client().await, namespace);
     eventually("the policy is in force", async || {
@@ -264,7 +265,7 @@ async fn policy_is_in_force(release: &Release, namespace: &str) {
     .await;
 }
 
-/// What the API server says to a new Secret, without making it.
+/// Creates a Secret by a dry run, and returns the error message of the API server.
 async fn create(secrets: &Api<Secret>, secret: Value) -> Result<(), String> {
     let params = PostParams {
         dry_run: true,
@@ -276,13 +277,13 @@ async fn create(secrets: &Api<Secret>, secret: Value) -> Result<(), String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stolen_pod_can_write_token_secrets_and_no_others() {
+async fn stolen_service_account_token_can_write_only_token_secrets() {
     let world = World::new("stolen").await;
     let home = format!("{}-home", world.name);
     let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
     policy_is_in_force(&release, &world.name).await;
-    let thief = release.client().await;
-    let theirs: Api<Secret> = Api::namespaced(thief.clone(), &world.name);
+    let stolen = release.client().await;
+    let theirs: Api<Secret> = Api::namespaced(stolen.clone(), &world.name);
 
     let owners = json!([{"apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "name": "billing",
         "uid": "6d0c5b1e-0000-4000-8000-000000000000", "controller": true}]);
@@ -305,7 +306,7 @@ async fn a_stolen_pod_can_write_token_secrets_and_no_others() {
     let another_group = with(&owned, "/metadata/ownerReferences/0/apiVersion", json!("v1"));
     let no_controller = with(&owned, "/metadata/ownerReferences/0/controller", json!(false));
     let no_record = with(&retained, "/metadata/annotations", json!({}));
-    for (what, secret, said) in [
+    for (what, secret, message) in [
         ("a token of a service account", token, "only Secrets of type Opaque"),
         (
             "another type",
@@ -313,29 +314,37 @@ async fn a_stolen_pod_can_write_token_secrets_and_no_others() {
             "only Secrets of type Opaque",
         ),
         (
-            "nobody's",
+            "no owner",
             json!({"metadata": {"name": "s"}}),
-            "belongs to a ZitadelServiceUser",
+            "write only Secrets that belong",
         ),
-        ("another kind's", another_kind, "belongs to a ZitadelServiceUser"),
-        ("another group's", another_group, "belongs to a ZitadelServiceUser"),
+        (
+            "an owner of another kind",
+            another_kind,
+            "write only Secrets that belong",
+        ),
+        (
+            "an owner of another API group",
+            another_group,
+            "write only Secrets that belong",
+        ),
         (
             "an owner that does not control",
             no_controller,
-            "belongs to a ZitadelServiceUser",
+            "write only Secrets that belong",
         ),
-        ("a label without a record", no_record, "belongs to a ZitadelServiceUser"),
+        ("a label without a record", no_record, "write only Secrets that belong"),
     ] {
         let refused = create(&theirs, secret).await.expect_err(what);
-        assert!(refused.contains(said), "{what}: {refused}");
+        assert!(refused.contains(message), "{what}: {refused}");
     }
     for namespace in ["kube-system", &home] {
-        let secrets: Api<Secret> = Api::namespaced(thief.clone(), namespace);
+        let secrets: Api<Secret> = Api::namespaced(stolen.clone(), namespace);
         let refused = create(&secrets, owned.clone()).await.expect_err(namespace);
         assert!(refused.contains("kube-system or in its own namespace"), "{refused}");
     }
 
-    // Somebody else's Secret is neither changed, nor taken over, nor deleted.
+    // The policy refuses to change, take over or delete a foreign Secret.
     world.secret("foreign", json!({"password": "theirs"})).await;
     let take_over = json!({"metadata": {"ownerReferences": owners, "labels": label, "annotations": record}});
     let adopt = json!({"metadata": {"annotations": {"zitadel-tokens.dev/adopt": "billing"}}});
@@ -347,12 +356,12 @@ async fn a_stolen_pod_can_write_token_secrets_and_no_others() {
     }
     let refused = theirs.delete("foreign", &DeleteParams::default()).await;
     let refused = refused.expect_err("refused").to_string();
-    assert!(refused.contains("touches only Secrets that belong"), "{refused}");
-    // Nor by way of another verb or kind.
+    assert!(refused.contains("must change only Secrets that belong"), "{refused}");
+    // The account has no permission for deletecollection.
     let (one, all) = (DeleteParams::default(), ListParams::default());
     let refused = theirs.delete_collection(&one, &all).await;
     let refused = refused.expect_err("refused").to_string();
     assert!(refused.contains("cannot deletecollection"), "{refused}");
-    // Others are not bound by it.
+    // The policy does not apply to other accounts.
     world.secret("foreign", json!({"password": "changed"})).await;
 }

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// cgroups is a control group of this name, in each hierarchy of the machine: with cgroup v2 there is one.
+// cgroups is a control group of this name in each hierarchy of the machine. With cgroup v2 there is one hierarchy.
 type cgroups string
 
 const hierarchies = "/sys/fs/cgroup"
@@ -18,7 +18,7 @@ func (name cgroups) paths() []string {
 		return []string{filepath.Join(hierarchies, string(name))}
 	}
 	var paths []string
-	// Version 1, and the named hierarchies beside it; runc enters them all.
+	// Version 1 and its named hierarchies; runc enters all of them.
 	roots, _ := filepath.Glob(filepath.Join(hierarchies, "*", "cgroup.procs"))
 	for _, root := range roots {
 		paths = append(paths, filepath.Join(filepath.Dir(root), string(name)))
@@ -40,7 +40,7 @@ func (name cgroups) make() error {
 	return nil
 }
 
-// remove removes the group and what is in it, once no process is.
+// remove removes the group and its children after their processes have ended.
 func (name cgroups) remove() {
 	for _, path := range name.paths() {
 		var groups []string
@@ -51,7 +51,7 @@ func (name cgroups) remove() {
 			return nil
 		})
 		for i := len(groups) - 1; i >= 0; i-- {
-			// The kernel may need a moment after the last process.
+			// The kernel may need a moment after the last process has ended.
 			for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 				err := os.Remove(groups[i])
 				if err == nil || errors.Is(err, fs.ErrNotExist) || time.Now().After(deadline) {

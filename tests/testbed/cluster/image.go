@@ -14,10 +14,10 @@ import (
 	"strings"
 )
 
-// busyboxImage is what pods of tests run, and what holds a pod's namespaces: no image can be pulled.
+// busyboxImage is the image of the tests' pods and of pod sandboxes, because the node cannot pull images.
 const busyboxImage = "docker.io/library/busybox:testbed"
 
-// findBusybox returns a busybox that needs no libraries.
+// findBusybox returns the path of a statically linked busybox.
 func findBusybox() (string, error) {
 	path, err := exec.LookPath("busybox")
 	if err != nil {
@@ -30,14 +30,14 @@ func findBusybox() (string, error) {
 	defer file.Close()
 	for _, program := range file.Progs {
 		if program.Type == elf.PT_INTERP {
-			return "", errors.New("needs a loader")
+			return "", errors.New("busybox is dynamically linked")
 		}
 	}
 	return path, nil
 }
 
-// writeBusyboxImage writes an OCI archive with one layer (github.com/opencontainers/image-spec, image-layout.md). It
-// does nothing until it is given a command.
+// writeBusyboxImage writes an OCI archive with one layer (github.com/opencontainers/image-spec, image-layout.md). By
+// default its container sleeps.
 func writeBusyboxImage(file, busybox string) error {
 	binary, err := os.ReadFile(busybox)
 	if err != nil {

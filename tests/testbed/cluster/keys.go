@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// keys are what the control plane and its one user identify themselves with. ECDSA, because RSA keys take seconds.
+// keys are the credentials of the control plane and its only user. ECDSA, because RSA keys take seconds to generate.
 type keys struct {
 	ca    *x509.Certificate
 	token string

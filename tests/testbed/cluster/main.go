@@ -1,15 +1,15 @@
-// Command cluster starts a real Kubernetes control plane on loopback and ends it when its stdin closes.
+// Command cluster starts a real Kubernetes control plane on loopback and stops it when its stdin closes.
 //
-// It prints one JSON line when the API server is ready. It imports nothing of Kubernetes, so that a change here does
-// not relink the control plane (reference/testbed.md §1).
+// It prints one JSON line when the API server is ready. It imports no Kubernetes packages, so that a change here does
+// not relink the control plane (docs/adr/0018-testbed-of-real-parts.md).
 //
 //	cluster up --bin DIR [--node [--image NAME=FILE]... [--reach PORT]...] [FLAG...]
 //	cluster lacks
 //
-// DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager; further flags go to
-// kube-apiserver. With --node there is a node, which has these images from OCI archives, and whose pods reach these
-// ports of 127.0.0.1 at the node's address. `lacks` prints what this machine lacks for a node: nothing, if it can run
-// one.
+// DIR holds etcd, kube-apiserver and, for garbage collection, kube-controller-manager. Further flags go to
+// kube-apiserver. With --node, it also starts a node. --image loads an image from an OCI archive into the node, and
+// --reach lets pods reach a port of 127.0.0.1 at the node's address. `lacks` prints what this machine lacks to run a
+// node, or nothing if it can run one.
 package main
 
 import (
@@ -29,7 +29,7 @@ import (
 )
 
 func main() {
-	// Pdeathsig is sent when the *thread* that started a child ends: stay on the main one.
+	// The kernel sends Pdeathsig when the *thread* that started a child ends, so stay on the main thread.
 	runtime.LockOSThread()
 	if err := run(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "cluster:", err)
@@ -37,7 +37,7 @@ func main() {
 	}
 }
 
-// ready is what the one line on stdout says.
+// ready is the JSON line on stdout.
 type ready struct {
 	Kubeconfig string         `json:"kubeconfig"`
 	Kubectl    string         `json:"kubectl,omitempty"`
@@ -59,13 +59,13 @@ func run(args []string) error {
 	}
 	flags := flag.NewFlagSet("up", flag.ContinueOnError)
 	bin := flags.String("bin", "", "folder with etcd, kube-apiserver and kube-controller-manager")
-	withNode := flags.Bool("node", false, "start a node too")
+	withNode := flags.Bool("node", false, "also start a node")
 	var wanted node
-	flags.Func("image", "name of an image and archive that holds it, NAME=FILE", func(image string) error {
+	flags.Func("image", "image to load into the node from an OCI archive, NAME=FILE", func(image string) error {
 		wanted.images = append(wanted.images, image)
 		return nil
 	})
-	flags.Func("reach", "port of 127.0.0.1 that pods shall reach", func(port string) error {
+	flags.Func("reach", "port of 127.0.0.1 that pods can reach", func(port string) error {
 		wanted.reach = append(wanted.reach, port)
 		return nil
 	})
@@ -76,7 +76,7 @@ func run(args []string) error {
 	if !*withNode {
 		node = nil
 	} else if missing := lacks(); len(missing) > 0 {
-		return errors.New("no node on this machine, which lacks " + strings.Join(missing, ", "))
+		return errors.New("cannot run a node: this machine lacks " + strings.Join(missing, ", "))
 	}
 	dir, err := os.MkdirTemp("", "zitadel-tokens-testbed-")
 	if err != nil {
@@ -84,9 +84,9 @@ func run(args []string) error {
 	}
 	defer os.RemoveAll(dir)
 
-	end := make(chan string, 16) // more than there are senders: nobody waits to tell that it ends
+	end := make(chan string, 16) // more than the number of senders, so that no sender blocks
 	go func() {
-		// The parent's death closes the pipe, even after kill -9.
+		// The pipe closes when the parent ends, even after kill -9.
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		end <- ""
 	}()
@@ -105,7 +105,7 @@ func run(args []string) error {
 		return err
 	}
 	if failed := <-end; failed != "" {
-		return fmt.Errorf("%s ended; its log says:\n%s", failed, tail(filepath.Join(dir, failed+".log"), 20))
+		return fmt.Errorf("%s exited; end of its log:\n%s", failed, tail(filepath.Join(dir, failed+".log"), 20))
 	}
 	return nil
 }
@@ -117,7 +117,7 @@ type part struct {
 	done chan struct{}
 }
 
-// launch starts a part; its death is told to end.
+// launch starts a part and sends its name to end when it exits.
 func launch(name, dir string, end chan<- string, cmd *exec.Cmd) (*part, error) {
 	log, err := os.Create(filepath.Join(dir, name+".log"))
 	if err != nil {

@@ -12,21 +12,21 @@ import (
 	"time"
 )
 
-// A node: kubelet, containerd and pods, in a mount, a PID and a network namespace of their own. containerd is the first
-// process of the PID namespace, so that the kernel ends shims and pods with it, and their mounts with the last of them
-// (pid_namespaces(7)), however this process ends. The network namespace has no link to the machine's networks: relays
-// are the only way out, and servers on the machine need no address but loopback.
+// A node runs kubelet, containerd and pods in its own mount, PID and network namespaces. containerd is the first process
+// of the PID namespace. When it ends, the kernel also ends shims and pods, and their mounts go with the last of them
+// (pid_namespaces(7)), however this process ends. The network namespace has no link to the machine's networks. Relays are
+// its only connection, so that servers on the machine need only a loopback address.
 
 const (
-	// nodeAddress is the node in its own network, and the machine as pods see it. It is the first address of the
-	// service range, at which pods look for the API server: so no kube-proxy is needed.
+	// nodeAddress is the node's address in its own network. Pods reach the relays of the machine there. It is the first
+	// address of the service range, where pods expect the API server, so that no kube-proxy is needed.
 	nodeAddress = "10.0.0.1"
-	// nodeName is where the API server looks for the kubelet, for `kubectl logs` and `exec`: a relay is there.
+	// nodeName is the host at which the API server reaches the kubelet for `kubectl logs` and `exec`, through a relay.
 	nodeName = "localhost"
 )
 
-// enter makes the namespaces' own view of the machine. containerd, runc, CNI plugins and kubelet keep state in some of
-// these folders, whatever they are told.
+// enter sets up the file systems and the network of the namespaces. containerd, runc, CNI plugins and kubelet keep state
+// in some of these folders, whatever their configuration.
 const enter = `mount --make-rprivate /
 mount --make-rshared /
 mount -t proc proc /proc
@@ -38,17 +38,17 @@ ip link set lo up
 ip address add ` + nodeAddress + `/32 dev lo
 `
 
-// cniFolders are where distributions and upstream's releases put the plugins.
+// cniFolders are the plugin folders of distributions and of upstream releases.
 var cniFolders = []string{"/usr/lib/cni", "/opt/cni/bin"}
 
-// isolated is a shell script in new namespaces; what it starts is the first process there.
+// isolated runs a shell script in new namespaces, as the first process of the PID namespace.
 func isolated(script string, args ...string) *exec.Cmd {
 	cmd := exec.Command("/bin/sh", append([]string{"-ec", script}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET}
 	return cmd
 }
 
-// lacks returns why this machine cannot run a node; empty if it can.
+// lacks returns what this machine lacks to run a node. It is empty if nothing is missing.
 func lacks() []string {
 	if os.Geteuid() != 0 {
 		return []string{"root"}
@@ -69,7 +69,7 @@ func lacks() []string {
 		return missing
 	}
 	if said, err := isolated(enter + "ip link add testbed type bridge").CombinedOutput(); err != nil {
-		missing = append(missing, fmt.Sprintf("namespaces of one's own (%v: %s)", err, strings.TrimSpace(string(said))))
+		missing = append(missing, fmt.Sprintf("permission to create namespaces (%v: %s)", err, strings.TrimSpace(string(said))))
 	}
 	probe := cgroups(fmt.Sprintf("zitadel-tokens-testbed-probe-%d", os.Getpid()))
 	if err := probe.make(); err != nil {
@@ -88,7 +88,7 @@ func cniFolder() string {
 	return ""
 }
 
-// node is what a control plane is to get a node with.
+// node is the configuration of a node.
 type node struct {
 	images []string // NAME=FILE, archives
 	reach  []string // ports on this machine's loopback address that pods reach at nodeAddress
@@ -123,7 +123,7 @@ func (n *node) start(p *plane, bin, dir string, keys *keys, end chan string) err
 		}
 	}
 
-	// Its own deadline is for what does not answer; it takes part of a second.
+	// The timeout is for a containerd that does not answer. A call normally takes less than a second.
 	ctr := func(args ...string) *exec.Cmd {
 		options := []string{"--address", at("containerd.sock"), "--namespace", "k8s.io", "--timeout", "30s"}
 		return exec.Command("ctr", append(options, args...)...)
@@ -203,14 +203,14 @@ func (p *plane) relay(from network, listen string, to network, dial string) erro
 	return err
 }
 
-// containerdConfig: snapshots are copies ("native"), since overlayfs does not go on top of itself and this machine may
-// be a container; without restrict_oom_score_adj no sandbox starts where CAP_SYS_RESOURCE is missing
-// (reference/testbed.md §2).
+// containerdConfig returns the configuration of containerd. Snapshots are copies ("native"), because overlayfs does not
+// work on top of itself and this machine may be a container. Without restrict_oom_score_adj, no sandbox starts if
+// CAP_SYS_RESOURCE is missing (docs/adr/0018-testbed-of-real-parts.md).
 func containerdConfig(dir string) string {
 	return fmt.Sprintf(`version = 2
 root = "%[1]s/containerd"
 state = "/run/containerd"
-disabled_plugins = ["io.containerd.internal.v1.opt"] # it would make /opt/containerd
+disabled_plugins = ["io.containerd.internal.v1.opt"] # it would create /opt/containerd
 [grpc]
   address = "%[1]s/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
@@ -233,7 +233,8 @@ func cniConfig(dir string) string {
 `, dir)
 }
 
-// kubeletConfig: a changed Secret is in a pod's volume at the pod's next sync; the default is a minute.
+// kubeletConfig returns the configuration of the kubelet. A changed Secret reaches a pod's volume at the pod's next sync.
+// The default syncFrequency is one minute.
 func kubeletConfig(dir, group string, port int) string {
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration

@@ -15,17 +15,17 @@ import (
 	"time"
 )
 
-// patience bounds the start: 3.5 s on an idle machine of 2 cores, a multiple of that on a busy one.
+// patience limits the start, which takes 3.5 s on an idle machine with 2 cores and several times that on a busy one.
 const patience = 90 * time.Second
 
 type plane struct {
 	ready   ready
 	parts   []*part
-	cleanup []func() // once all parts have ended
+	cleanup []func() // called after all parts have exited
 }
 
-// start brings up etcd, kube-apiserver and, if it is there, kube-controller-manager; then a node, if one is wanted.
-// Ports are free when chosen and may be taken a moment later, hence the tries.
+// start starts etcd, kube-apiserver, kube-controller-manager if present, and then the node if requested. It tries three
+// times, because another process may take a chosen port before it is used.
 func start(bin, dir string, flags []string, node *node, end chan string) (*plane, error) {
 	var err error
 	for range 3 {
@@ -39,7 +39,7 @@ func start(bin, dir string, flags []string, node *node, end chan string) (*plane
 			select {
 			case failed := <-end:
 				if failed == "" {
-					return nil, errors.New("asked to end before the control plane was up")
+					return nil, errors.New("stopped before the control plane was ready")
 				}
 			default:
 				break drain
@@ -112,7 +112,7 @@ func try(bin, dir string, flags []string, node *node, end chan string) (*plane, 
 	if err := part("kube-apiserver", append([]string{
 		"--etcd-servers", url("http", "etcd"),
 		"--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(ports["kube-apiserver"]),
-		// A loopback address is refused here; nobody dials this one.
+		// The API server refuses a loopback address here. Nothing connects to this one.
 		"--advertise-address", "192.0.2.1", "--endpoint-reconciler-type", "none",
 		"--tls-cert-file", at("server.crt"), "--tls-private-key-file", at("server.key"),
 		"--service-account-issuer", "https://kubernetes.default.svc",
@@ -121,7 +121,7 @@ func try(bin, dir string, flags []string, node *node, end chan string) (*plane, 
 		"--service-cluster-ip-range", "10.0.0.0/24", "--allow-privileged",
 		"--authorization-mode", "RBAC", "--token-auth-file", at("tokens.csv"),
 		"--audit-policy-file", at("audit-policy.yaml"), "--audit-log-path", at("audit.log"),
-		// In MB. Tests count the lines of one file; by default a new one would begin at 100.
+		// In MB. Tests read a single file; by default the log rotates at 100.
 		"--audit-log-maxsize", "1000000",
 	}, flags...)...); err != nil {
 		return p, err
@@ -161,7 +161,7 @@ func (p *plane) launch(name, dir string, end chan string, cmd *exec.Cmd) error {
 	return nil
 }
 
-// get returns what a part answers, if it answers 200.
+// get returns the body of a part's answer with status 200.
 func (p *plane) get(url string, keys *keys) ([]byte, error) {
 	request, err := http.NewRequest(http.MethodGet, url, nil)
 	if err != nil {
@@ -169,7 +169,7 @@ func (p *plane) get(url string, keys *keys) ([]byte, error) {
 	}
 	pool := x509.NewCertPool()
 	pool.AddCert(keys.ca)
-	// The controller manager serves a certificate of its own; nothing secret goes there.
+	// The controller manager serves its own certificate. No credentials are sent to it.
 	own := !strings.HasPrefix(url, p.ready.Server)
 	if !own {
 		request.Header.Set("Authorization", "Bearer "+keys.token)
@@ -189,7 +189,7 @@ func (p *plane) get(url string, keys *keys) ([]byte, error) {
 	return io.ReadAll(answer.Body)
 }
 
-// await asks until a part is ready; the death of any ends the wait at once.
+// await polls until a part is ready. It returns at once if any part exits.
 func (p *plane) await(name, dir string, end chan string, ready func() error) error {
 	deadline := time.After(patience)
 	for {
@@ -201,17 +201,17 @@ func (p *plane) await(name, dir string, end chan string, ready func() error) err
 		case failed := <-end:
 			if failed == "" {
 				end <- failed
-				return errors.New("asked to end before the control plane was up")
+				return errors.New("stopped before the control plane was ready")
 			}
-			return fmt.Errorf("%s did not start; its log says:\n%s", failed, tail(filepath.Join(dir, failed+".log"), 20))
+			return fmt.Errorf("%s did not start; end of its log:\n%s", failed, tail(filepath.Join(dir, failed+".log"), 20))
 		case <-deadline:
-			return fmt.Errorf("%s is not ready after %s (%w); its log says:\n%s", name, patience, err, tail(filepath.Join(dir, name+".log"), 20))
+			return fmt.Errorf("%s is not ready after %s (%w); end of its log:\n%s", name, patience, err, tail(filepath.Join(dir, name+".log"), 20))
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
 
-// stop ends the parts, the last started first.
+// stop kills the parts in reverse order of their start.
 func (p *plane) stop() {
 	if p == nil {
 		return
@@ -232,7 +232,7 @@ func freePorts(names ...string) (map[string]int, error) {
 		if err != nil {
 			return nil, err
 		}
-		// Held until all are chosen, so that they differ.
+		// Keep all listeners open until the end, so that the ports differ.
 		defer listener.Close()
 		ports[name] = listener.Addr().(*net.TCPAddr).Port
 	}
@@ -244,7 +244,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// auditPolicy records who did what, without bodies: tests count verbs, and Secrets must not be copied.
+// auditPolicy records requests without bodies: tests count verbs, and Secrets must not be copied.
 const auditPolicy = `apiVersion: audit.k8s.io/v1
 kind: Policy
 omitStages: [RequestReceived, ResponseStarted]

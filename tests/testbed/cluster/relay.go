@@ -11,17 +11,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// network is a network namespace; a socket belongs for ever to the one that its thread was in when it was made.
+// network is a network namespace. A socket stays in the namespace that its thread was in when the socket was created.
 type network struct{ path string }
 
-// ours is where this process and the control plane are.
+// ours is the network namespace of this process and the control plane.
 var ours = network{"/proc/self/ns/net"}
 
-// inside runs f on a thread that is in the namespace.
+// inside runs f on a thread in the namespace.
 func (n network) inside(f func() error) error {
 	done := make(chan error)
 	go func() {
-		// Never unlocked: the thread ends with the goroutine, and with it its being elsewhere.
+		// The thread is never unlocked, so it ends with the goroutine and no other goroutine runs in the namespace.
 		runtime.LockOSThread()
 		done <- func() error {
 			file, err := os.Open(n.path)
@@ -38,8 +38,8 @@ func (n network) inside(f func() error) error {
 	return <-done
 }
 
-// relay carries each connection to an address in one network on to an address in another, so that neither needs a link
-// to the other, nor a server more than its loopback address. It takes no more of them once it is closed.
+// relay forwards each connection from an address in one network to an address in another. The networks need no link, and
+// a server needs only its loopback address. After Close, it accepts no more connections.
 func relay(from network, listen string, to network, dial string) (io.Closer, error) {
 	var listener net.Listener
 	if err := from.inside(func() (err error) {
@@ -76,7 +76,7 @@ func carry(here net.Conn, to network, dial string) {
 	for _, way := range [][2]net.Conn{{here, there}, {there, here}} {
 		go func() {
 			_, _ = io.Copy(way[0], way[1])
-			// The other way may go on: an answer comes after the end of a question.
+			// The other direction stays open: an answer can follow the end of a request.
 			_ = way[0].(*net.TCPConn).CloseWrite()
 			both <- struct{}{}
 		}()

@@ -1,9 +1,9 @@
-// Prints what GitOps tools make of objects: the verdict of kstatus, by which Flux and Helm wait, and that of a health
-// check of Argo CD, run by Argo CD's own interpreter.
+// Command gitops prints how GitOps tools judge objects: the status of kstatus, which Flux and Helm use to wait, and the
+// result of an Argo CD health check, run by Argo CD's own Lua interpreter.
 //
 //	gitops SCRIPT <objects
 //
-// reads objects as JSON, one after another, and prints a line of JSON for each.
+// It reads a stream of objects in JSON and prints a line of JSON for each.
 package main
 
 import (
@@ -58,8 +58,8 @@ func run(path string, objects io.Reader, verdicts io.Writer) error {
 	}
 }
 
-// healthOf runs the script as Argo CD does: the object is the global obj, and of the libraries there are the basic one
-// and that for tables; strings and mathematics are there only with useOpenLibs (argo-cd, util/lua/lua.go).
+// healthOf runs the script as Argo CD does. The object is the global obj. Only the basic and the table libraries are
+// available; string and math need useOpenLibs (argo-cd, util/lua/lua.go).
 func healthOf(script string, object map[string]any) (health, message string, err error) {
 	state := lua.NewState(lua.Options{SkipOpenLibs: true})
 	defer state.Close()

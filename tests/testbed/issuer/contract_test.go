@@ -17,7 +17,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// The rows of zitadel.md §10: what the stand-in has to answer, as measured on a live server.
+// The stand-in must answer like a live server: see the statements marked [M] in
+// docs/reference/zitadel-protocol.md.
 
 const (
 	ia             = `400 {"error":"invalid_grant","error_description":"invalid assertion"}`
@@ -28,7 +29,7 @@ const (
 	noScope        = `400 {"error":"invalid_request","error_description":"The scope of your request is missing. Please ensure some scopes are requested. If you have any questions, you may contact the administrator of the application."}`
 )
 
-// expect compares a reply with a row: "200" stands for any body.
+// expect compares a reply with the expected status and body. "200" matches any body.
 func expect(t *testing.T, got reply, want string) {
 	t.Helper()
 	text := got.String()
@@ -40,7 +41,8 @@ func expect(t *testing.T, got reply, want string) {
 	}
 }
 
-func TestGrantType(t *testing.T) { // §10.1
+// docs/reference/zitadel-protocol.md#token-request
+func TestGrantType(t *testing.T) {
 	s := start(t)
 	key := s.newKey(s.newUser(`{}`), `{}`)
 	const legacy = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
@@ -49,7 +51,7 @@ func TestGrantType(t *testing.T) { // §10.1
 		values url.Values
 		want   string
 	}{
-		"the value of the seed": {url.Values{"grant_type": {legacy}, "assertion": {signed}, "scope": {"openid"}},
+		"client-assertion-type": {url.Values{"grant_type": {legacy}, "assertion": {signed}, "scope": {"openid"}},
 			`400 {"error":"unsupported_grant_type","error_description":"` + legacy + ` not supported"}`},
 		"jwt-bearer": {form(signed, "openid"), "200"},
 		"none":       {url.Values{"assertion": {signed}, "scope": {"openid"}}, noGrantType},
@@ -75,7 +77,8 @@ func TestGrantType(t *testing.T) { // §10.1
 	})
 }
 
-func TestAssertion(t *testing.T) { // §10.2
+// docs/reference/zitadel-protocol.md#the-assertion
+func TestAssertion(t *testing.T) {
 	s := start(t)
 	me := s.newKey(s.newUser(`{}`), `{}`)
 	other := s.newKey(s.newUser(`{}`), `{}`)
@@ -90,7 +93,7 @@ func TestAssertion(t *testing.T) { // §10.2
 	given, _ := json.Marshal(map[string]string{"publicKey": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))})
 	ecKey := s.newKey(me.UserID, string(given))
 	if ecKey.Key != "" {
-		t.Errorf("a key of the caller's comes back with a private key: %q", ecKey.Key)
+		t.Errorf("a private key for a public key supplied by the caller: %q", ecKey.Key)
 	}
 
 	signed := func(c claims) string { return sign(t, jose.RS256, me.private, me.KeyID, c) }
@@ -137,7 +140,7 @@ func TestAssertion(t *testing.T) { // §10.2
 		t.Run(name, func(t *testing.T) { expect(t, s.exchange(form(row.assertion(), "openid")), row.want) })
 	}
 
-	t.Run("iat +2 is borderline: the limit is rounded", func(t *testing.T) {
+	t.Run("iat +2 depends on rounding", func(t *testing.T) {
 		for half, want := range map[time.Duration]string{100 * time.Millisecond: ia, 600 * time.Millisecond: "200"} {
 			time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(time.Second + half)))
 			expect(t, s.exchange(form(signed(mine().with("iat", in(2*time.Second))), "openid")), want)
@@ -158,10 +161,10 @@ func TestAssertion(t *testing.T) { // §10.2
 		values.Del("scope")
 		expect(t, s.exchange(values), noScope)
 	})
-	t.Run("as query parameters", func(t *testing.T) { // §3.1
+	t.Run("as query parameters", func(t *testing.T) { // docs/reference/zitadel-protocol.md#token-request
 		expect(t, s.must("POST", s.Issuer+tokenPath+"?"+form(signed(mine()), "openid").Encode(), formHeader, ""), "200")
 	})
-	t.Run("older dialect", func(t *testing.T) { // §2.1
+	t.Run("older dialect", func(t *testing.T) { // docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint
 		s.order("PATCH", "/settings", `{"dialect":"errors_internal"}`, nil)
 		defer s.order("PATCH", "/settings", `{"dialect":"invalid_grant"}`, nil)
 		expect(t, s.exchange(form("garbage", "openid")), errorsInternal)
@@ -170,7 +173,8 @@ func TestAssertion(t *testing.T) { // §10.2
 	})
 }
 
-func TestKeysAndUsersComeToAnEnd(t *testing.T) { // §10.2, §10.3, §4.5
+// docs/reference/zitadel-protocol.md#key-lookup, docs/reference/zitadel-protocol.md#revocation
+func TestInvalidKeysAndUsers(t *testing.T) {
 	s := start(t)
 	me := s.newKey(s.newUser(`{"tokenType":"JWT"}`), `{}`)
 	const scope = "urn:zitadel:iam:org:project:id:zitadel:aud"
@@ -181,7 +185,7 @@ func TestKeysAndUsersComeToAnEnd(t *testing.T) { // §10.2, §10.3, §4.5
 	const iam = `200 {"defaultOrgId":"401085856582143014","globalOrgId":"401085856582143014","iamProjectId":"401085856582077478"}`
 	const invalid = `401 {"code":16,"message":"Errors.Token.Invalid (AUTH-7fs1e)","details":[{"@type":"type.googleapis.com/zitadel.v1.ErrorDetail","id":"AUTH-7fs1e","message":"Errors.Token.Invalid"}]}`
 
-	t.Run("key past its date", func(t *testing.T) {
+	t.Run("expired key", func(t *testing.T) {
 		key := s.newKey(me.UserID, `{"expirationDate":"`+time.Now().Add(time.Hour).Format(time.RFC3339)+`"}`)
 		expect(t, exchange(key), "200")
 		s.order("PATCH", "/settings", `{"clockOffsetMillis":3660000}`, nil)
@@ -210,12 +214,12 @@ func TestKeysAndUsersComeToAnEnd(t *testing.T) { // §10.2, §10.3, §4.5
 			expect(t, api(before.AccessToken), invalid)
 		})
 	}
-	t.Run("token kinds", func(t *testing.T) {
+	t.Run("token types", func(t *testing.T) {
 		jwt := s.mint(me, scope)
 		s.order("PATCH", "/users/"+me.UserID, `{"tokenType":"BEARER"}`, nil)
 		opaque := s.mint(me, scope)
 		if strings.Count(opaque.AccessToken, ".") != 4 || !strings.HasPrefix(opaque.AccessToken, "eyJhbGciOiJBMjU2R0NNS1ci") {
-			t.Errorf("not like an opaque token: %s", opaque.AccessToken)
+			t.Errorf("not an opaque token: %s", opaque.AccessToken)
 		}
 		expect(t, api(jwt.AccessToken), iam)
 		expect(t, api(opaque.AccessToken), iam)
@@ -237,7 +241,8 @@ func TestKeysAndUsersComeToAnEnd(t *testing.T) { // §10.2, §10.3, §4.5
 	})
 }
 
-func TestScopesAndClaims(t *testing.T) { // §10.6 and the scope rows of §10.2
+// docs/reference/zitadel-protocol.md#scopes, docs/reference/zitadel-protocol.md#claims-of-access-tokens
+func TestScopesAndClaims(t *testing.T) {
 	s := start(t)
 	const p, q, org = "401085858779892001", "401085858779892002", "401085858779892003"
 	const pAud, qAud = "urn:zitadel:iam:org:project:id:" + p + ":aud", "urn:zitadel:iam:org:project:id:" + q + ":aud"
@@ -344,7 +349,7 @@ func TestScopesAndClaims(t *testing.T) { // §10.6 and the scope rows of §10.2
 			t.Error(err)
 		}
 	})
-	t.Run("introspection", func(t *testing.T) { // §10.9
+	t.Run("introspection", func(t *testing.T) { // docs/reference/zitadel-protocol.md#introspection
 		var app struct{ ClientID, ClientSecret string }
 		s.order("POST", "/apps", `{"projectId":"`+p+`"}`, &app)
 		introspect := func(id, secret, token string) reply {
@@ -379,7 +384,8 @@ func TestScopesAndClaims(t *testing.T) { // §10.6 and the scope rows of §10.2
 	})
 }
 
-func TestHosts(t *testing.T) { // §10.7, with 127.0.0.1 in the place of localhost
+// docs/reference/zitadel-protocol.md#instance-selection, with 127.0.0.1 instead of localhost
+func TestHosts(t *testing.T) {
 	s := start(t)
 	me := s.newKey(s.newUser(`{}`), `{}`)
 	own := strings.TrimPrefix(s.Issuer, "http://")
@@ -443,7 +449,7 @@ func TestHosts(t *testing.T) { // §10.7, with 127.0.0.1 in the place of localho
 			t.Errorf("%s", got)
 		}
 	})
-	t.Run("probes", func(t *testing.T) { // §5.3
+	t.Run("probes", func(t *testing.T) { // docs/reference/zitadel-protocol.md#health-probes
 		expect(t, s.must("GET", s.Issuer+"/debug/ready", http.Header{"Host": {"something-else"}}, ""), `200 "ok"`)
 		expect(t, s.must("GET", s.Issuer+"/debug/healthz", http.Header{"Host": {"something-else"}}, ""), `200 ok`)
 	})

@@ -18,10 +18,10 @@ import (
 
 const defaultOrganizationID = "401085856582143014"
 
-// noExpiry is what ZITADEL writes for a key that was given no date (zitadel.md §1.1).
+// noExpiry is the date of a key without an expiration date (docs/reference/zitadel-protocol.md#key-file).
 var noExpiry = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 
-// control is the port by which a test arranges the world and looks at what happened.
+// control serves the control port, with which a test sets up users and faults and reads recorded requests.
 type control struct {
 	users *directory
 	keys  keyMaker
@@ -65,7 +65,7 @@ func newControl(users *directory, keys keyMaker, front *front) http.Handler {
 	return mux
 }
 
-var errNoFault = errors.New("there is no such fault")
+var errNoFault = errors.New("fault not found")
 
 func statusOf(err error) int {
 	switch {
@@ -77,13 +77,12 @@ func statusOf(err error) int {
 	return http.StatusBadRequest
 }
 
-// read decodes a body strictly, so that a misspelt field does not pass for a default. No body means no
-// fields.
+// read decodes a body strictly, so that a misspelled field is an error. An empty body means no fields.
 func read(r *http.Request, into any) error {
 	decoder := json.NewDecoder(r.Body)
 	decoder.DisallowUnknownFields()
 	if err := decoder.Decode(into); err != nil && err != io.EOF {
-		return fmt.Errorf("the body is not understood: %w", err)
+		return fmt.Errorf("the body is invalid: %w", err)
 	}
 	if decoder.More() {
 		return errors.New("the body has more than one JSON value")
@@ -127,7 +126,7 @@ func (c *control) addUser(r *http.Request) (any, error) {
 	return map[string]string{"id": added.id, "username": added.Username, "organizationId": added.organizationID}, nil
 }
 
-// createUser fills in what was not given.
+// createUser adds a user, with defaults for missing fields.
 func (d *directory) createUser(u user) (user, error) {
 	u.id = cmp.Or(u.id, d.newID())
 	u.Username = cmp.Or(u.Username, "machine-"+u.id)
@@ -156,7 +155,7 @@ func (c *control) changeUser(r *http.Request) (any, error) {
 	return changed, c.users.changeUser(u.id, changed)
 }
 
-// settled answers when the token endpoint sees every change of before.
+// settled answers once the token endpoint sees all earlier changes.
 func (c *control) settled(r *http.Request) (any, error) {
 	if !wait(r.Context(), c.users.settlesIn()) {
 		return nil, r.Context().Err()
@@ -168,8 +167,9 @@ func (c *control) deleteUser(r *http.Request) (any, error) {
 	return nil, c.users.deleteUser(r.PathValue("id"))
 }
 
-// keyFile is the machine key JSON in ZITADEL's order of fields (zitadel.md §1.1). With a public key of
-// the caller's there is nothing to put into key (§1.3).
+// keyFile is a key file with ZITADEL's order of fields (docs/reference/zitadel-protocol.md#key-file). Key is
+// empty if the caller supplied a public key
+// (docs/reference/zitadel-protocol.md#public-keys-supplied-by-the-caller).
 type keyFile struct {
 	Type           string    `json:"type"`
 	KeyID          string    `json:"keyId"`
@@ -186,7 +186,7 @@ func (c *control) addKey(r *http.Request) (any, error) {
 	return c.users.createKey(c.keys, r.PathValue("id"), in)
 }
 
-// newKey is what may be said of a key that is made.
+// newKey are the options of a new key.
 type newKey struct {
 	ExpirationDate time.Time `json:"expirationDate"`
 	PKCS8          bool      `json:"pkcs8"`
@@ -195,7 +195,7 @@ type newKey struct {
 
 func (d *directory) createKey(keys keyMaker, userID string, in newKey) (keyFile, error) {
 	if in.PKCS8 && in.PublicKey != "" {
-		return keyFile{}, errors.New("pkcs8 and publicKey exclude each other")
+		return keyFile{}, errors.New("pkcs8 and publicKey are mutually exclusive")
 	}
 	if in.ExpirationDate.IsZero() {
 		in.ExpirationDate = noExpiry
@@ -214,7 +214,7 @@ func (d *directory) createKey(keys keyMaker, userID string, in newKey) (keyFile,
 	return file, d.addKey(file.UserID, file.KeyID, userKey{public: public, expires: file.ExpirationDate})
 }
 
-// pair reads the public key that was given, or makes a pair and returns its private half as PEM.
+// pair parses the given public key, or generates a key pair and returns its private key as PEM.
 func (k keyMaker) pair(publicPEM string, pkcs8 bool) (crypto.PublicKey, string, error) {
 	if publicPEM != "" {
 		block, _ := pem.Decode([]byte(publicPEM))

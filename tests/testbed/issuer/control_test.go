@@ -40,11 +40,12 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-func TestKeyFile(t *testing.T) { // §1.1
+// docs/reference/zitadel-protocol.md#key-file
+func TestKeyFile(t *testing.T) {
 	s := start(t)
 	id := s.newUser(`{}`)
 	if len(id) != 18 || strings.Trim(id, "0123456789") != "" {
-		t.Errorf("not like an id of ZITADEL's: %s", id)
+		t.Errorf("not in the form of a ZITADEL id: %s", id)
 	}
 	text := s.must("POST", s.Control+"/users/"+id+"/keys", nil, "").body
 	if !strings.HasPrefix(text, `{"type":"serviceaccount","keyId":"`) || !strings.Contains(text, `","key":"-----BEGIN RSA PRIVATE KEY-----\n`) ||
@@ -62,7 +63,7 @@ func TestKeyFile(t *testing.T) { // §1.1
 	}
 }
 
-func TestControlRefusesNonsense(t *testing.T) {
+func TestControlRefusesInvalidRequests(t *testing.T) {
 	s := start(t)
 	id := s.newUser(`{"username":"taken"}`)
 	for _, row := range []struct {
@@ -144,7 +145,7 @@ func TestRecorder(t *testing.T) {
 	expect(t, s.must("GET", s.Control+"/counts", nil, ""), `200 {"requests":{},"mints":[]}`)
 }
 
-func TestRecorderKeepsTheLast(t *testing.T) {
+func TestRecorderKeepsTheLastRequests(t *testing.T) {
 	var l recorder
 	const surplus = 7
 	request, _ := http.NewRequest("GET", "/", http.NoBody)
@@ -200,7 +201,7 @@ func TestFaults(t *testing.T) {
 			t.Errorf("%d mints", n)
 		}
 	})
-	t.Run("only what matches", func(t *testing.T) {
+	t.Run("only matching requests", func(t *testing.T) {
 		fault(`"status":503,"userId":"` + me.UserID + `","scopeContains":"profile"`)
 		expect(t, must("openid"), "200")
 		expect(t, must("openid profile"), "503 ")
@@ -240,7 +241,7 @@ func TestFaults(t *testing.T) {
 		patient := s.client.Timeout
 		s.client.Timeout = 200 * time.Millisecond
 		if got, err := exchange(""); err == nil {
-			t.Errorf("an answer: %s", got)
+			t.Errorf("unexpected answer: %s", got)
 		}
 		s.client.Timeout = patient
 		expect(t, must(""), "200")
@@ -269,7 +270,7 @@ func TestFaults(t *testing.T) {
 		s.order("PATCH", "/settings", `{"clockOffsetMillis":-7200000}`, nil)
 		defer s.order("PATCH", "/settings", `{"clockOffsetMillis":0}`, nil)
 		got := must("")
-		expect(t, got, ia) // our iat is now two hours ahead
+		expect(t, got, ia) // iat is two hours ahead of the server's clock
 		date, err := http.ParseTime(got.header.Get("Date"))
 		if err != nil || time.Since(date).Round(time.Minute) != 2*time.Hour {
 			t.Errorf("Date: %s", got.header.Get("Date"))

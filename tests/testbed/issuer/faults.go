@@ -9,8 +9,8 @@ import (
 	"sync"
 )
 
-// fault is one way in which the issuer misbehaves. What it does not mention stays as it is: latency
-// alone, headers alone or dripping alone leave the issuer's own answer in place.
+// fault changes how the issuer answers. Fields that are not set keep the issuer's own behaviour. For example,
+// a fault with only latency, headers or dripping keeps the issuer's answer.
 type fault struct {
 	Path          string `json:"path"`
 	UserID        string `json:"userId"`
@@ -34,13 +34,13 @@ func (f fault) check() error {
 	case !strings.HasPrefix(f.Path, "/"):
 		return errors.New("path must be the path of a request, such as " + tokenPath)
 	case f.Times < 0 || f.LatencyMillis < 0 || f.DripMillisPerByte < 0 || f.RepeatBodyBytes < 0:
-		return errors.New("a number must not be negative")
+		return errors.New("times, latencyMillis, dripMillisPerByte and repeatBodyBytes must not be negative")
 	case f.Status != 0 && (f.Status < 200 || f.Status > 599):
 		return errors.New("status must be between 200 and 599")
 	case f.Body != nil && f.BodyBase64 != nil:
-		return errors.New("body and bodyBase64 exclude each other")
+		return errors.New("body and bodyBase64 are mutually exclusive")
 	case f.Hang && f.Reset:
-		return errors.New("hang and reset exclude each other")
+		return errors.New("hang and reset are mutually exclusive")
 	}
 	return nil
 }
@@ -51,7 +51,7 @@ func (f fault) matches(r *record) bool {
 		strings.Contains(r.Form.Get("scope"), f.ScopeContains)
 }
 
-// replacesAnswer tells whether the fault is an answer of its own.
+// replacesAnswer reports whether the fault replaces the issuer's answer.
 func (f fault) replacesAnswer() bool {
 	return f.Status != 0 || f.Body != nil || f.BodyBase64 != nil || f.RepeatBodyBytes > 0
 }
@@ -70,7 +70,7 @@ func (f fault) change(a *answer) {
 	}
 }
 
-// repeated is a body of the given length: the text over and over.
+// repeated returns a body of the given length that repeats the text.
 func repeated(text []byte, length int64) io.Reader {
 	if len(text) == 0 {
 		text = []byte("x")
@@ -93,7 +93,7 @@ func (r *repeater) Read(into []byte) (int, error) {
 	return n, nil
 }
 
-// faults holds the faults in force. Its zero value is ready.
+// faults holds the active faults. Its zero value is usable.
 type faults struct {
 	mu     sync.Mutex
 	lastID int
@@ -114,7 +114,8 @@ func (f *faults) add(added fault) (id int) {
 	return f.lastID
 }
 
-// take returns the first fault for a request and uses it up by one, or one that does nothing.
+// take returns the first fault that matches a request and counts its use. Without a match it returns a fault
+// that changes nothing.
 func (f *faults) take(r *record) fault {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -131,7 +132,7 @@ func (f *faults) take(r *record) fault {
 	return found
 }
 
-// remove tells whether the fault was in force.
+// remove removes a fault and reports whether it was active.
 func (f *faults) remove(id int) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// front stands between the issuer port and the issuer: it records every request and applies faults.
+// front wraps the issuer: it records every request and applies faults.
 type front struct {
 	next   http.Handler
 	users  *directory
@@ -20,7 +20,7 @@ type front struct {
 func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	request, err := f.log.arrived(r)
 	if err != nil {
-		return // the client left while sending
+		return // the client closed the connection while sending
 	}
 	fault := f.faults.take(request)
 	answer := &answer{header: http.Header{}, status: http.StatusOK}
@@ -57,7 +57,7 @@ func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	answer.send(r.Context(), w, body, fault.DripMillisPerByte)
 }
 
-// answer is a response that is not sent yet.
+// answer is a buffered response.
 type answer struct {
 	header http.Header
 	status int
@@ -91,7 +91,7 @@ func (a *answer) send(ctx context.Context, w http.ResponseWriter, body io.Reader
 
 func millis(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
 
-// wait returns false when the client went away first.
+// wait returns false if the context ends first.
 func wait(ctx context.Context, passed time.Duration) bool {
 	if passed <= 0 {
 		return true
@@ -108,7 +108,7 @@ func wait(ctx context.Context, passed time.Duration) bool {
 func reset(w http.ResponseWriter) {
 	connection, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		panic(err) // only HTTP/2, which the issuer port does not speak
+		panic(err) // only with HTTP/2, which the issuer port does not serve
 	}
 	if wrapped, isTLS := connection.(interface{ NetConn() net.Conn }); isTLS {
 		connection = wrapped.NetConn()

@@ -21,7 +21,7 @@ import (
 	"github.com/zitadel/oidc/v3/pkg/oidc"
 )
 
-// stand is a running stand-in, seen from outside.
+// stand is a client of a running stand-in.
 type stand struct {
 	t *testing.T
 	announcement
@@ -59,7 +59,7 @@ func start(t *testing.T, args ...string) *stand {
 	return s
 }
 
-// reply is an answer with its body read; the newline at its end is cut off.
+// reply is an answer with its body, without the trailing newline.
 type reply struct {
 	status int
 	header http.Header
@@ -97,7 +97,7 @@ func (s *stand) must(method, address string, header http.Header, body string) re
 	return got
 }
 
-// order sends a request to the control port, which has to agree, and decodes its answer.
+// order sends a request to the control port, requires success, and decodes the answer.
 func (s *stand) order(method, path, body string, into any) {
 	s.t.Helper()
 	got := s.must(method, s.Control+path, nil, body)
@@ -118,7 +118,7 @@ func (s *stand) newUser(fields string) (id string) {
 	return created.ID
 }
 
-// credential is what a client needs to sign as a user.
+// credential is a key file and its parsed private key.
 type credential struct {
 	keyFile
 	private any
@@ -220,7 +220,7 @@ func (s *stand) tokens(got reply) tokens {
 	return t
 }
 
-// decode returns header and claims of a JWT.
+// decode returns the header and the claims of a JWT.
 func decode(t *testing.T, jwt string) (header string, c claims) {
 	t.Helper()
 	parts := strings.Split(jwt, ".")

@@ -10,8 +10,8 @@ import (
 	"github.com/zitadel/oidc/v3/pkg/op"
 )
 
-// origin is how ZITADEL writes its own address: it follows the host of the request, port and all
-// (zitadel.md §5.2, §10.7).
+// origin is ZITADEL's own address. It follows the host of the request, including the port
+// (docs/reference/zitadel-protocol.md#instance-selection).
 func (s settings) origin(host string) string { return s.scheme("") + "://" + host }
 
 func (s settings) scheme(forwarded string) string {
@@ -21,8 +21,8 @@ func (s settings) scheme(forwarded string) string {
 	return cmp.Or(forwarded, "http")
 }
 
-// selectInstance lets a request through when it names this instance, and puts the issuer that belongs
-// to the request into its context.
+// selectInstance accepts a request whose host names this instance, and adds the issuer for that host to the
+// context of the request.
 func selectInstance(users *directory, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s := users.settings()
@@ -53,7 +53,7 @@ func selectInstance(users *directory, next http.Handler) http.Handler {
 
 const instanceNotFound = "Instance not found. Make sure you got the domain right. Check out https://zitadel.com/docs/apis/introduction#domains"
 
-// nameOf strips the port; the rest is compared as it is, upper case included.
+// nameOf strips the port. The rest is compared with its case.
 func nameOf(host string) string {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		return name

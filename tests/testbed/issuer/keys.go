@@ -14,8 +14,9 @@ import (
 	"time"
 )
 
-// keyMaker hands out RSA-2048 private keys (ZITADEL's default size, zitadel.md §1.1). It keeps one
-// ready, so that neither the start nor the first user of a test waits for one.
+// keyMaker generates RSA-2048 private keys, ZITADEL's default size
+// (docs/reference/zitadel-protocol.md#key-sizes-and-algorithms). It keeps one ready, so that neither the
+// start nor the first user of a test waits for one.
 type keyMaker <-chan *rsa.PrivateKey
 
 func newKeyMaker() keyMaker {

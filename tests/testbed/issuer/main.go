@@ -1,10 +1,10 @@
-// Command issuer is a ZITADEL stand-in for tests. It is built on the library that ZITADEL's own token
-// endpoint is made of, and adds what reference/zitadel.md says about ZITADEL, nothing else.
+// Command issuer is a ZITADEL stand-in for tests. It uses the library of ZITADEL's own token endpoint, and
+// adds only what docs/reference/zitadel-protocol.md describes.
 //
 //	issuer [--listen 127.0.0.1:0] [--tls] [--projection-lag 0s]
 //
 // It prints one JSON line, {"issuer":URL,"control":URL,"ca":PEM or ""}, and serves until its stdin
-// reaches EOF. What the control port understands is listed in newControl.
+// reaches EOF. newControl lists the requests of the control port.
 package main
 
 import (
@@ -31,20 +31,20 @@ func main() {
 	}
 }
 
-// announcement is the one line on stdout by which a test finds the two ports.
+// announcement is the JSON line on stdout that tells a test the two addresses.
 type announcement struct {
 	Issuer  string `json:"issuer"`
 	Control string `json:"control"`
 	CA      string `json:"ca"`
 }
 
-// run serves until the context ends or stdin reaches EOF. A test that is killed closes our stdin, so
-// nothing stays behind.
+// run serves until the context ends or stdin reaches EOF. Stdin closes when the test process ends, so that a
+// killed test leaves no process behind.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) error {
 	flags := flag.NewFlagSet("issuer", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:0", "address of the issuer port")
 	secure := flags.Bool("tls", false, "serve https on the issuer port")
-	lag := flags.Duration("projection-lag", 0, "how long the token endpoint does not see a change of a user")
+	lag := flags.Duration("projection-lag", 0, "delay until the token endpoint sees a change of a user")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -89,7 +89,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) 
 		issuerPort = tls.NewListener(issuerPort, &tls.Config{Certificates: []tls.Certificate{certificate}})
 	}
 
-	// HTTP/1.1 only: a reset fault has to own its TCP connection.
+	// HTTP/1.1 only: a reset fault must own its TCP connection.
 	issuerServer := &http.Server{Handler: front}
 	controlServer := &http.Server{Handler: newControl(users, keys, front)}
 	failed := make(chan error, 2)

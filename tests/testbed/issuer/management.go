@@ -11,7 +11,7 @@ import (
 	"github.com/zitadel/oidc/v3/pkg/op"
 )
 
-// gRPC codes with the HTTP status that ZITADEL's REST gateway gives them (zitadel.md §5.5).
+// gRPC codes and the HTTP statuses of ZITADEL's REST gateway (docs/reference/zitadel-protocol.md#api-errors).
 const (
 	codeInvalidArgument = 3
 	codeNotFound        = 5
@@ -43,7 +43,7 @@ type apiErrorDetail struct {
 	Message string `json:"message"`
 }
 
-// withID is an error with an id of ZITADEL's.
+// withID returns an error with one of ZITADEL's error ids.
 func withID(code int, id, message string) apiError {
 	detail := apiErrorDetail{Type: "type.googleapis.com/zitadel.v1.ErrorDetail", ID: id, Message: message}
 	return apiError{Code: code, Message: message + " (" + id + ")", Details: []apiErrorDetail{detail}}
@@ -52,7 +52,7 @@ func withID(code int, id, message string) apiError {
 var (
 	errNoAuthHeader = apiError{Code: codeUnauthenticated, Message: "auth header missing"}
 	errTokenInvalid = withID(codeUnauthenticated, "AUTH-7fs1e", "Errors.Token.Invalid")
-	// Also where the caller may not know whether the user exists.
+	// ZITADEL returns it also to hide from the caller whether the user exists.
 	errNoMembership = withID(codeNotFound, "AUTHZ-cdgFk", "membership not found")
 	errAbsent       = apiError{Code: codeNotFound, Message: "Not Found"}
 	errNoMethod     = apiError{Code: codeUnimplemented, Message: "Method Not Allowed"}
@@ -65,14 +65,14 @@ func writeAPIError(w http.ResponseWriter, e apiError) { writeJSON(w, statusOfCod
 func writeJSON(w http.ResponseWriter, status int, body any) {
 	text, err := json.Marshal(body)
 	if err != nil {
-		panic(err) // only a type that JSON cannot hold, a mistake in this program
+		panic(err) // only for a type that JSON cannot represent: a bug in this program
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	w.Write(text)
 }
 
-// caller returns the user behind the token of a request to ZITADEL's own API. The token needs the zitadel
+// caller returns the user of the token in a request to ZITADEL's own API. The token needs the ZITADEL API's
 // audience.
 func (i *issuer) caller(r *http.Request) (user, error) {
 	header := r.Header.Get("Authorization")
@@ -91,7 +91,7 @@ func (i *issuer) caller(r *http.Request) (user, error) {
 	return u, nil
 }
 
-// iam answers GET /management/v1/iam: the call by which a client learns the real id behind the zitadel audience.
+// iam answers GET /management/v1/iam, from which a client learns the id behind the alias zitadel.
 func (i *issuer) iam(w http.ResponseWriter, r *http.Request) {
 	if _, err := i.caller(r); err != nil {
 		writeError(w, err)
@@ -104,7 +104,7 @@ func (i *issuer) iam(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// writeError answers with an error of the directory's as ZITADEL does.
+// writeError writes a directory error in ZITADEL's form.
 func writeError(w http.ResponseWriter, err error) {
 	var known apiError
 	switch {
@@ -121,14 +121,14 @@ func writeError(w http.ResponseWriter, err error) {
 	writeAPIError(w, known)
 }
 
-// management is the part of ZITADEL's API by which an administrator makes users and keys: user v2, and management
-// v1, which is all that ZITADEL 3 has.
+// management is the part of ZITADEL's API for users and keys: user v2 and management v1. ZITADEL 3 has only
+// management v1.
 type management struct {
 	*issuer
 	keys keyMaker
 }
 
-// machine is what both versions say of a service user.
+// machine are the fields of a service user in both APIs.
 type machine struct {
 	Name            string `json:"name"`
 	AccessTokenType string `json:"accessTokenType"`
@@ -181,7 +181,7 @@ func addManagement(mux *http.ServeMux, i *issuer, keys keyMaker) {
 	handle("DELETE "+v1+"/{id}", nil, m.deleteUser)
 }
 
-// fields reads a body; ZITADEL's API ignores what it does not know.
+// fields decodes a body. Like ZITADEL's API, it ignores unknown fields.
 func fields(r *http.Request, into any) error { return json.NewDecoder(r.Body).Decode(into) }
 
 func now() string { return time.Now().UTC().Format(time.RFC3339Nano) }
@@ -236,7 +236,7 @@ func (m management) updateUser(r *http.Request) (any, error) {
 	return map[string]string{"changeDate": now()}, err
 }
 
-// updateUserV1 replaces what a service user is; a call that changes nothing fails.
+// updateUserV1 replaces the fields of a service user. A call that changes nothing fails.
 func (m management) updateUserV1(r *http.Request) (any, error) {
 	var in machine
 	if err := fields(r, &in); err != nil {
@@ -256,7 +256,7 @@ func (m management) setState(state string) func(*http.Request) (any, error) {
 	}
 }
 
-// change tells whether anything is different now.
+// change changes a user and reports whether anything differs.
 func (m management) change(r *http.Request, change func(*userSettings)) (bool, error) {
 	u, err := m.users.user(r.PathValue("id"))
 	if err != nil {
@@ -274,7 +274,7 @@ func (m management) deleteUser(r *http.Request) (any, error) {
 	return map[string]string{"deletionDate": now()}, m.users.deleteUser(r.PathValue("id"))
 }
 
-// addKey answers with the key file under the name that the version of the API has for it.
+// addKey returns a handler that answers with the key file in the field content, whose name depends on the API.
 func (m management) addKey(content string, check func(keyRequest) error) func(*http.Request) (any, error) {
 	return func(r *http.Request) (any, error) {
 		var in keyRequest

@@ -34,7 +34,7 @@ func TestProjectionLag(t *testing.T) {
 			changed := time.Now()
 			s.order(change.method, change.path, change.body, nil)
 			got := s.exchange(form(s.assertion(key), "openid"))
-			if time.Since(changed) < lag { // the machine may have been too slow to see it
+			if time.Since(changed) < lag { // otherwise the machine was too slow to observe the old state
 				expect(t, got, change.before)
 			}
 			s.order("GET", "/settled", "", nil)
@@ -86,15 +86,15 @@ func TestManagement(t *testing.T) {
 			}
 			user := api.users + id
 			if file, _ := call("POST", user+"/keys "+api.key)[api.content].(string); !strings.HasPrefix(file, "eyJ0eXBlIjoic2VydmljZWFjY291bnQi") {
-				t.Errorf("no key file in base64: %q", file)
+				t.Errorf("not a base64 key file: %q", file)
 			}
 			key := s.newKey(id, `{}`)
 			if got := s.mint(key, "openid").AccessToken; strings.Count(got, ".") == 2 {
-				t.Errorf("a JWT: %s", got)
+				t.Errorf("a JWT, want an opaque token: %s", got)
 			}
 			call(api.updateMethod, user+api.update)
 			if got := s.mint(key, "openid").AccessToken; strings.Count(got, ".") != 2 {
-				t.Errorf("no JWT: %s", got)
+				t.Errorf("not a JWT: %s", got)
 			}
 			call("POST", user+api.deactivate+" {}")
 			expect(t, s.exchange(form(s.assertion(key), "openid")), notActive)

@@ -15,11 +15,11 @@ import (
 	"time"
 )
 
-// recordsKept bounds the memory of a long test.
+// recordsKept limits the memory use of a long test.
 const recordsKept = 100_000
 
-// record is one request to the issuer port. It is there from the arrival on; the part from Status on is
-// filled in before the answer is sent, and stays empty when none is (a hang, a reset).
+// record is one request to the issuer port. It exists from the arrival of the request. The fields from Status
+// on are filled before the answer is sent; Status and Error stay empty if no answer is sent (hang, reset).
 type record struct {
 	Seq          int64      `json:"seq"`
 	Time         string     `json:"time"`
@@ -27,7 +27,7 @@ type record struct {
 	Path         string     `json:"path"`
 	Host         string     `json:"host"`
 	InstanceHost string     `json:"instanceHost"`
-	Authorized   bool       `json:"authorized"` // there is an Authorization header
+	Authorized   bool       `json:"authorized"` // the request has an Authorization header
 	Query        string     `json:"query"`
 	Form         url.Values `json:"form"`
 	Assertion    *assertion `json:"assertion,omitempty"`
@@ -39,7 +39,7 @@ type record struct {
 	ExpiresIn    uint64     `json:"expiresIn"`
 }
 
-// assertion is what a client signed, unverified.
+// assertion is the decoded, unverified assertion of a request.
 type assertion struct {
 	Header json.RawMessage `json:"header"`
 	Claims json.RawMessage `json:"claims"`
@@ -50,7 +50,7 @@ type mint struct {
 	Scope  string `json:"scope"`
 }
 
-// recorder keeps the last requests, and counts all of them. Its zero value is ready.
+// recorder keeps the last requests and counts all of them. Its zero value is usable.
 type recorder struct {
 	mu       sync.Mutex
 	seq      int64
@@ -59,7 +59,7 @@ type recorder struct {
 	mints    map[mint]int
 }
 
-// arrived records a request, and leaves its body to be read again.
+// arrived records a request. Its body can still be read afterwards.
 func (l *recorder) arrived(r *http.Request) (*record, error) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
@@ -67,7 +67,7 @@ func (l *recorder) arrived(r *http.Request) (*record, error) {
 	}
 	copied := r.Clone(r.Context())
 	copied.Body = io.NopCloser(bytes.NewReader(body))
-	copied.ParseForm() // what does not parse is not recorded, and is for the issuer to judge
+	copied.ParseForm() // an invalid form is not recorded; the issuer reports the error
 	r.Body = io.NopCloser(bytes.NewReader(body))
 
 	now := &record{
@@ -98,7 +98,7 @@ func (l *recorder) arrived(r *http.Request) (*record, error) {
 	return now, nil
 }
 
-// readAssertion returns the parts of an assertion and the user id in it, as far as they can be read.
+// readAssertion returns the parts of an assertion and its user id, or nothing if it cannot be decoded.
 func readAssertion(compact string) (*assertion, string) {
 	parts := strings.Split(compact, ".")
 	if len(parts) != 3 {
@@ -116,7 +116,7 @@ func readAssertion(compact string) (*assertion, string) {
 	return &assertion{Header: header, Claims: claims}, named.Issuer
 }
 
-// handled notes what the issuer decided, whatever a fault makes of the answer afterwards.
+// handled records the issuer's own answer, before a fault changes it.
 func (l *recorder) handled(r *record, a *answer) {
 	if r.Path != tokenPath || a.status != http.StatusOK {
 		return
@@ -135,7 +135,7 @@ func (l *recorder) handled(r *record, a *answer) {
 	l.mints[mint{UserID: r.UserID, Scope: r.Form.Get("scope")}]++
 }
 
-// answered notes what is about to be sent.
+// answered records the answer that is about to be sent.
 func (l *recorder) answered(r *record, a *answer) {
 	var failure struct {
 		Error string `json:"error"`
@@ -146,7 +146,7 @@ func (l *recorder) answered(r *record, a *answer) {
 	r.Status, r.Error = a.status, failure.Error
 }
 
-// since returns the kept requests from a sequence number on, and the number of the next one.
+// since returns the kept requests from a sequence number on, and the next sequence number.
 func (l *recorder) since(seq int64) (requests []record, next int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -184,7 +184,7 @@ func (l *recorder) counts() counts {
 	return all
 }
 
-// clear forgets requests and counts; the sequence goes on.
+// clear removes requests and counts. Sequence numbers continue.
 func (l *recorder) clear() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -7,7 +7,8 @@ import (
 	"github.com/zitadel/oidc/v3/pkg/op"
 )
 
-// ZITADEL's reserved scopes (zitadel.md §4.1). Those ending in a colon are prefixes.
+// ZITADEL's reserved scopes (docs/reference/zitadel-protocol.md#scopes). Scopes that end in a colon are
+// prefixes.
 const (
 	scopeProject       = "urn:zitadel:iam:org:project:id:"
 	scopeAudSuffix     = ":aud"
@@ -23,8 +24,8 @@ const (
 	aliasZitadel = "zitadel"
 )
 
-// machineClient is the allow-list of reserved scopes for a machine user, in the shape in which the
-// library's scope filter asks for it. It asks nothing else of a client.
+// machineClient is the allow list of reserved scopes for a service user, as the library's scope filter needs
+// it. The filter calls no other method of the client.
 type machineClient struct {
 	op.Client
 	org organization
@@ -32,7 +33,7 @@ type machineClient struct {
 
 func (c machineClient) IsScopeAllowed(scope string) bool {
 	if id, is := strings.CutPrefix(scope, scopeOrgID); is {
-		return id == c.org.id // a foreign organization is dropped without a word
+		return id == c.org.id // the scope of another organization is dropped silently
 	}
 	if domain, is := strings.CutPrefix(scope, scopeOrgDomain); is {
 		return domain == c.org.primaryDomain
@@ -45,8 +46,8 @@ func (c machineClient) IsScopeAllowed(scope string) bool {
 		func(prefix string) bool { return strings.HasPrefix(scope, prefix) })
 }
 
-// audienceOf collects the project ids of the :aud scopes. They are not checked in any way
-// (zitadel.md §4.2).
+// audienceOf collects the project ids of the :aud scopes. The ids are not checked
+// (docs/reference/zitadel-protocol.md#audience).
 func audienceOf(scopes []string, zitadelProjectID string) []string {
 	var audience []string
 	for _, scope := range scopes {
@@ -71,13 +72,14 @@ type organization struct {
 	primaryDomain string
 }
 
-// organization returns the user's organization. The directory holds no names of organizations, so all
-// are named like the one ZITADEL sets up first (zitadel.md §10.6).
+// organization returns the user's organization. The directory has no organization names, so all
+// organizations have the name of ZITADEL's first one (docs/reference/zitadel-protocol.md#scopes).
 func (u user) organization(s settings) organization {
 	return organization{id: u.organizationID, name: "ZITADEL", primaryDomain: "zitadel." + s.ExternalDomain}
 }
 
-// claimsOf returns the claims that the scopes assert (zitadel.md §4.1, §10.6).
+// claimsOf returns the claims that the scopes add
+// (docs/reference/zitadel-protocol.md#claims-of-access-tokens).
 func claimsOf(u user, org organization, scopes, audience []string) map[string]any {
 	claims := map[string]any{}
 	for _, scope := range scopes {
@@ -104,7 +106,8 @@ func claimsOf(u user, org organization, scopes, audience []string) map[string]an
 	return claims
 }
 
-// rolesIn returns the user's roles in a project in the form of a role claim: who granted what.
+// rolesIn returns the user's roles in a project as a role claim, which maps each role to the organization
+// that granted it.
 func rolesIn(u user, org organization, project string, asked func(role string) bool) map[string]any {
 	roles := map[string]any{}
 	for _, role := range u.roles[project] {

@@ -21,8 +21,8 @@ const (
 	keysPath  = "/oauth/v2/keys"
 )
 
-// endpoints are ZITADEL's default paths (zitadel.md §5.1). Those that the issuer does not implement
-// answer with the library's "not implemented on this server".
+// endpoints are ZITADEL's default paths (docs/reference/zitadel-protocol.md#discovery). Endpoints that the
+// issuer does not implement answer with the library's "not implemented on this server".
 var endpoints = op.Endpoints{
 	Token:         op.NewEndpoint(tokenPath),
 	Introspection: op.NewEndpoint("/oauth/v2/introspect"),
@@ -31,8 +31,8 @@ var endpoints = op.Endpoints{
 	JwksURI:       op.NewEndpoint(keysPath),
 }
 
-// issuer is ZITADEL's side of the library: routing, parameter checks, the checks of an assertion and
-// the error envelopes are the library's own (zitadel.md §8).
+// issuer implements ZITADEL's part. Routing, parameter checks, the verification of assertions and the error
+// envelopes come from the library (docs/reference/zitadel-protocol.md#sources-and-versions).
 type issuer struct {
 	op.UnimplementedServer
 	users      *directory
@@ -50,14 +50,14 @@ func newIssuer(users *directory, keys keyMaker) http.Handler {
 		}),
 		crypto: op.NewAES256GCMCrypto(secret, "issuer"),
 	}
-	go i.signingKey() // the first token need not wait for it
+	go i.signingKey() // so that the first token does not wait for it
 
 	instance := http.NewServeMux()
 	instance.HandleFunc("GET /management/v1/iam", i.iam)
 	addManagement(instance, i, keys)
 	instance.Handle("/", op.RegisterServer(i, endpoints, op.WithFallbackLogger(slog.New(slog.DiscardHandler))))
 
-	// Probes need no host that names the instance (zitadel.md §5.3).
+	// Health probes work with any host (docs/reference/zitadel-protocol.md#health-probes).
 	all := http.NewServeMux()
 	all.HandleFunc("/debug/healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok")) })
 	all.HandleFunc("/debug/ready", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, "ok") })
@@ -65,7 +65,8 @@ func newIssuer(users *directory, keys keyMaker) http.Handler {
 	return all
 }
 
-// neverStore forbids caching of everything but the key set (zitadel.md §4.4).
+// neverStore forbids caching of all answers except the key set
+// (docs/reference/zitadel-protocol.md#token-response).
 func neverStore(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != keysPath {
@@ -76,7 +77,7 @@ func neverStore(next http.Handler) http.Handler {
 	})
 }
 
-// signingKey signs tokens, in the form in which the library wants it.
+// signingKey is the key that signs tokens. It implements the library's interface.
 type signingKey struct {
 	id      string
 	private *rsa.PrivateKey
@@ -94,7 +95,8 @@ func (i *issuer) Ready(context.Context, *op.Request[struct{}]) (*op.Response, er
 	return op.NewResponse(op.Status{Status: "ok"}), nil
 }
 
-// Discovery names what this issuer has; all addresses follow the request (zitadel.md §5.1).
+// Discovery lists the endpoints of this issuer. All addresses follow the host of the request
+// (docs/reference/zitadel-protocol.md#discovery).
 func (i *issuer) Discovery(ctx context.Context, _ *op.Request[struct{}]) (*op.Response, error) {
 	issuer := op.IssuerFromContext(ctx)
 	return op.NewResponse(&oidc.DiscoveryConfiguration{
@@ -115,7 +117,7 @@ func (i *issuer) Discovery(ctx context.Context, _ *op.Request[struct{}]) (*op.Re
 	}), nil
 }
 
-// Keys is the only answer that may be kept for a while (zitadel.md §10.6).
+// Keys returns the key set, the only cacheable answer (docs/reference/zitadel-protocol.md#token-response).
 func (i *issuer) Keys(context.Context, *op.Request[struct{}]) (*op.Response, error) {
 	key := i.signingKey()
 	resp := op.NewResponse(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{
@@ -128,7 +130,8 @@ func (i *issuer) Keys(context.Context, *op.Request[struct{}]) (*op.Response, err
 	return resp, nil
 }
 
-// VerifyClient knows no user with a secret (zitadel.md §10.1, last row).
+// VerifyClient refuses client credentials, because no user has a client secret
+// (docs/reference/zitadel-protocol.md#token-request).
 func (i *issuer) VerifyClient(ctx context.Context, r *op.Request[op.ClientCredentials]) (op.Client, error) {
 	if oidc.GrantType(r.Form.Get("grant_type")) == oidc.GrantTypeClientCredentials {
 		return nil, oidc.ErrInvalidClient().WithDescription("client not found")
@@ -136,8 +139,8 @@ func (i *issuer) VerifyClient(ctx context.Context, r *op.Request[op.ClientCreden
 	return i.UnimplementedServer.VerifyClient(ctx, r)
 }
 
-// JWTProfile exchanges an assertion for an access token, in ZITADEL's order: assertion, scopes, state
-// of the user (zitadel.md §2).
+// JWTProfile exchanges an assertion for an access token. It checks the assertion, the scopes and the state of
+// the user, in ZITADEL's order (docs/reference/zitadel-protocol.md#the-assertion).
 func (i *issuer) JWTProfile(ctx context.Context, r *op.Request[oidc.JWTProfileGrantRequest]) (*op.Response, error) {
 	s := i.users.settings()
 	assertion, err := op.VerifyJWTAssertion(ctx, r.Data.Assertion, i.verifier(ctx, s))
@@ -159,8 +162,8 @@ func (i *issuer) JWTProfile(ctx context.Context, r *op.Request[oidc.JWTProfileGr
 	return i.issue(ctx, s, u, org, scopes)
 }
 
-// verifier checks assertions like ZITADEL's. The library reads the real clock; moving its two limits
-// by the offset is the same as moving the clock.
+// verifier checks assertions like ZITADEL. The library reads the real clock. Shifting its two limits by the
+// offset has the same effect as shifting the clock.
 func (i *issuer) verifier(ctx context.Context, s settings) *op.JWTProfileVerifier {
 	maxAge := time.Hour - s.clockOffset()
 	if maxAge == 0 {
@@ -169,8 +172,8 @@ func (i *issuer) verifier(ctx context.Context, s settings) *op.JWTProfileVerifie
 	return op.NewJWTProfileVerifier(i.users, op.IssuerFromContext(ctx), maxAge, time.Second+s.clockOffset())
 }
 
-// rejected is the one answer to every assertion that does not hold, whatever the reason
-// (zitadel.md §2.1, both dialects).
+// rejected is the answer to every invalid assertion, whatever the reason, in the configured dialect
+// (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 func rejected(s settings, reason error) error {
 	if s.Dialect == dialectErrorsInternal {
 		return oidc.ErrServerError().WithDescription("Errors.Internal").WithParent(reason)
@@ -178,7 +181,8 @@ func rejected(s settings, reason error) error {
 	return oidc.ErrInvalidGrant().WithDescription("invalid assertion").WithParent(reason)
 }
 
-// issue makes the tokens of an accepted request (zitadel.md §4.3, §4.4, §10.6).
+// issue creates the tokens of an accepted request (docs/reference/zitadel-protocol.md#token-response,
+// docs/reference/zitadel-protocol.md#token-formats).
 func (i *issuer) issue(ctx context.Context, s settings, u user, org organization, scopes []string) (*op.Response, error) {
 	lifetime := s.LifetimeSeconds
 	if u.LifetimeSeconds != 0 {
@@ -214,7 +218,7 @@ func (i *issuer) issue(ctx context.Context, s settings, u user, org organization
 	response := &oidc.AccessTokenResponse{
 		AccessToken: accessToken,
 		TokenType:   oidc.BearerToken,
-		ExpiresIn:   uint64(lifetime - 1), // the seconds that remain, rounded down
+		ExpiresIn:   uint64(lifetime - 1), // the remaining seconds, rounded down
 	}
 	if slices.Contains(scopes, oidc.ScopeOpenID) {
 		response.IDToken, err = i.idToken(ctx, s, session, claims, accessToken)
@@ -222,7 +226,8 @@ func (i *issuer) issue(ctx context.Context, s settings, u user, org organization
 	return op.NewResponse(response), err
 }
 
-// idToken is over when it is issued: ZITADEL sets no lifetime for it on this path (zitadel.md §4.4).
+// idToken creates an id token that has already expired: ZITADEL sets no lifetime for it with this grant
+// (docs/reference/zitadel-protocol.md#token-response).
 func (i *issuer) idToken(ctx context.Context, s settings, session session, claims map[string]any, accessToken string) (string, error) {
 	skew := -s.clockOffset()
 	jwt := oidc.NewIDTokenClaims(op.IssuerFromContext(ctx), session.userID, session.audience, session.issued, session.issued.Add(skew), "", "", nil, session.username, skew)
@@ -244,11 +249,12 @@ func (i *issuer) sign(claims any) (string, error) {
 	return crypto.Sign(claims, signer)
 }
 
-// isFrom tells whether a token may be used at this issuer: a JWT only at the one that its iss names, an
-// opaque token, which names none, anywhere (zitadel.md §4.3).
+// isFrom reports whether a token is valid at this issuer. A JWT is valid only at the issuer in its iss. An
+// opaque token names no issuer and is valid at all (docs/reference/zitadel-protocol.md#token-formats).
 func (s session) isFrom(issuer string) bool { return s.issuer == "" || s.issuer == issuer }
 
-// Introspect answers an API app about tokens with its project in the audience (zitadel.md §10.9).
+// Introspect answers an API application about tokens with its project in the audience
+// (docs/reference/zitadel-protocol.md#introspection).
 func (i *issuer) Introspect(ctx context.Context, r *op.Request[op.IntrospectionRequest]) (*op.Response, error) {
 	app, found := i.users.app(r.Data.ClientID)
 	if !found || app.secret != r.Data.ClientSecret {
@@ -265,7 +271,7 @@ func (i *issuer) Introspect(ctx context.Context, r *op.Request[op.IntrospectionR
 	}
 	org := u.organization(i.users.settings())
 	claims := claimsOf(u, org, session.scopes, session.audience)
-	// The caller's own project needs no roles scope.
+	// Roles in the caller's own project need no scope.
 	if roles := rolesIn(u, org, app.projectID, func(string) bool { return true }); len(roles) > 0 {
 		claims["urn:zitadel:iam:org:project:roles"] = roles
 		claims["urn:zitadel:iam:org:project:"+app.projectID+":roles"] = roles

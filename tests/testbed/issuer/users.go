@@ -13,13 +13,14 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// The two ways ZITADEL answers a rejected assertion, by version (zitadel.md §2.1).
+// The two answers of ZITADEL versions to a rejected assertion
+// (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 const (
 	dialectInvalidGrant   = "invalid_grant"
 	dialectErrorsInternal = "errors_internal"
 )
 
-// settings can be changed while serving.
+// settings can be changed at run time.
 type settings struct {
 	Dialect           string `json:"dialect"`
 	ZitadelProjectID  string `json:"zitadelProjectId"`
@@ -27,7 +28,7 @@ type settings struct {
 	ClockOffsetMillis int64  `json:"clockOffsetMillis"`
 	ExternalDomain    string `json:"externalDomain"`
 	ExternalSecure    bool   `json:"externalSecure"`
-	// How long the token endpoint does not see a change of a user.
+	// Delay until the token endpoint sees a change of a user.
 	ProjectionLagMillis int64 `json:"projectionLagMillis"`
 	// ZITADEL 3 has no user v2.
 	UserV2 bool `json:"userV2"`
@@ -43,7 +44,7 @@ func (s settings) clockOffset() time.Duration {
 
 func (s settings) now() time.Time { return time.Now().Add(s.clockOffset()) }
 
-// Access token kinds (zitadel.md §4.3).
+// Access token types (docs/reference/zitadel-protocol.md#token-formats).
 const (
 	tokenTypeJWT    = "JWT"
 	tokenTypeBearer = "BEARER"
@@ -51,13 +52,13 @@ const (
 
 const stateActive = "active"
 
-// userSettings is the part of a user that can be changed.
+// userSettings are the fields of a user that can be changed.
 type userSettings struct {
 	Username        string `json:"username"`
 	State           string `json:"state"`
 	TokenType       string `json:"tokenType"`
-	LifetimeSeconds int64  `json:"lifetimeSeconds"` // 0: as in settings
-	Administrator   bool   `json:"administrator"`   // may manage other users
+	LifetimeSeconds int64  `json:"lifetimeSeconds"` // 0: the value in settings
+	Administrator   bool   `json:"administrator"`   // can manage other users
 }
 
 type user struct {
@@ -68,7 +69,7 @@ type user struct {
 	keys           map[string]userKey
 }
 
-// version is a user as it is since a change; nil if it was removed.
+// version is the state of a user after a change. user is nil if the user was removed.
 type version struct {
 	since time.Time
 	user  *user
@@ -85,7 +86,7 @@ type app struct {
 	projectID string
 }
 
-// session is what ZITADEL remembers of an access token.
+// session is what ZITADEL stores about an access token.
 type session struct {
 	id       string
 	userID   string
@@ -97,14 +98,14 @@ type session struct {
 	expires  time.Time
 }
 
-// directory is everything the stand-in knows, safe for concurrent use. Users are never changed in
-// place: a reader may keep the value it was given.
+// directory is the state of the stand-in, safe for concurrent use. Users are never changed in place, so
+// a reader can keep a value.
 type directory struct {
 	mu       sync.Mutex
 	current  settings
 	users    map[string]user
-	versions map[string][]version // by user id, the last is in users
-	changed  time.Time            // the last change of a user
+	versions map[string][]version // by user id; the last one is also in users
+	changed  time.Time            // time of the last change of a user
 	apps     map[string]app
 	sessions map[string]session // by access token
 	issued   int
@@ -123,9 +124,9 @@ func newDirectory(s settings) *directory {
 }
 
 var (
-	errNoUser  = errors.New("there is no such user")
+	errNoUser  = errors.New("user not found")
 	errNoKey   = errors.New("the user has no such key")
-	errTaken   = errors.New("a user with this id or username exists")
+	errTaken   = errors.New("a user with this id or username already exists")
 	errNotLive = errors.New("the access token is unknown, expired or revoked")
 )
 
@@ -141,7 +142,7 @@ func (d *directory) setSettings(s settings) {
 	d.current = s
 }
 
-// newID returns a number that looks like one of ZITADEL's ids.
+// newID returns an id in the form of ZITADEL's ids.
 func (d *directory) newID() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -155,7 +156,7 @@ func (d *directory) user(id string) (user, error) {
 	return d.find(id)
 }
 
-// find needs the lock.
+// find requires the lock.
 func (d *directory) find(id string) (user, error) {
 	u, found := d.users[id]
 	if !found {
@@ -164,7 +165,7 @@ func (d *directory) find(id string) (user, error) {
 	return u, nil
 }
 
-// put needs the lock.
+// put requires the lock.
 func (d *directory) put(id string, u *user) {
 	if u == nil {
 		delete(d.users, id)
@@ -175,15 +176,15 @@ func (d *directory) put(id string, u *user) {
 	d.versions[id] = append(d.versions[id], version{d.changed, u})
 }
 
-// projected returns the user as the token endpoint sees it: ZITADEL reads a projection, which
-// lags behind.
+// projected returns the user as the token endpoint sees it. ZITADEL reads a projection that lags
+// behind (docs/reference/zitadel-protocol.md#eventual-consistency).
 func (d *directory) projected(id string) (user, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.findProjected(id)
 }
 
-// findProjected needs the lock.
+// findProjected requires the lock.
 func (d *directory) findProjected(id string) (user, error) {
 	visible := time.Now().Add(-d.current.projectionLag())
 	versions := d.versions[id]
@@ -197,7 +198,7 @@ func (d *directory) findProjected(id string) (user, error) {
 	return *versions[0].user, nil
 }
 
-// settlesIn returns how long it takes until the token endpoint sees every change so far.
+// settlesIn returns the time until the token endpoint sees all changes made so far.
 func (d *directory) settlesIn() time.Duration {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -214,7 +215,7 @@ func (d *directory) addUser(u user) error {
 	return nil
 }
 
-// hasUsername needs the lock.
+// hasUsername requires the lock.
 func (d *directory) hasUsername(name string) bool {
 	for _, u := range d.users {
 		if u.Username == name {
@@ -253,8 +254,8 @@ func (d *directory) deleteUser(id string) error {
 	return nil
 }
 
-// endSessions needs the lock. The tokens of a user who was deactivated, locked or removed are dead for
-// ever, also after a reactivation (zitadel.md §4.5).
+// endSessions requires the lock. Tokens of a deactivated, locked or removed user become invalid for good,
+// also after a reactivation (docs/reference/zitadel-protocol.md#revocation).
 func (d *directory) endSessions(userID string) {
 	maps.DeleteFunc(d.sessions, func(_ string, s session) bool { return s.userID == userID })
 }
@@ -272,7 +273,8 @@ func (d *directory) addKey(userID, keyID string, key userKey) error {
 	return nil
 }
 
-// deleteKey leaves the tokens alone that were issued with the key (zitadel.md §4.5).
+// deleteKey removes a key. Tokens that were issued with it stay valid
+// (docs/reference/zitadel-protocol.md#revocation).
 func (d *directory) deleteKey(userID, keyID string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -290,7 +292,7 @@ func (d *directory) deleteKey(userID, keyID string) error {
 }
 
 // GetKeyByIDAndClientID is the key lookup of the library's assertion verifier: by key id and user id,
-// and only while the key is valid (zitadel.md §2, check 7).
+// among unexpired keys (docs/reference/zitadel-protocol.md#key-lookup).
 func (d *directory) GetKeyByIDAndClientID(_ context.Context, keyID, userID string) (*jose.JSONWebKey, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -310,13 +312,13 @@ func (d *directory) addSession(accessToken string, s session) {
 	defer d.mu.Unlock()
 	d.sessions[accessToken] = s
 	d.issued++
-	if d.issued%10_000 == 0 { // a long test must not fill the memory with dead tokens
+	if d.issued%10_000 == 0 { // expired tokens must not fill the memory in a long test
 		now := d.current.now()
 		maps.DeleteFunc(d.sessions, func(_ string, s session) bool { return !s.expires.After(now) })
 	}
 }
 
-// session returns what is known of an access token that is still good.
+// session returns the session of a valid access token.
 func (d *directory) session(accessToken string) (session, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -327,7 +329,7 @@ func (d *directory) session(accessToken string) (session, error) {
 	return s, nil
 }
 
-// isFor tells whether a project is in the audience of the token.
+// isFor reports whether a project is in the audience of the token.
 func (s session) isFor(projectID string) bool { return slices.Contains(s.audience, projectID) }
 
 func (d *directory) addApp(clientID string, a app) {

@@ -1,5 +1,5 @@
-// Command controlplane is etcd, Kubernetes' control plane, kubelet and kubectl in one binary: what it is depends on the
-// name that it is called by, since separate binaries would each link the same 100 MB (reference/testbed.md §1).
+// Command controlplane is etcd, the Kubernetes control plane, kubelet and kubectl in one binary, selected by the name of
+// the executable. Separate binaries would each link the same 100 MB (docs/adr/0018-testbed-of-real-parts.md).
 package main
 
 import (
@@ -38,7 +38,7 @@ func main() {
 			kubectlutil.CheckErr(err)
 		}
 	default:
-		fmt.Fprintf(os.Stderr, "controlplane: %q is none of its parts; see tests/testbed/build\n", name)
+		fmt.Fprintf(os.Stderr, "controlplane: unknown part %q; see tests/testbed/build\n", name)
 		os.Exit(2)
 	}
 }
