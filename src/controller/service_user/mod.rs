@@ -3,6 +3,7 @@
 mod act;
 mod gather;
 mod memory;
+mod mint;
 
 use std::sync::Arc;
 use std::time::Duration;
