@@ -24,7 +24,7 @@ use crate::controller::write::Writer;
 use crate::controller::{Context, Requests, instance, service_user};
 use crate::domain::allow_list::AllowList;
 use crate::domain::object_ref::ObjectRef;
-use crate::domain::order::{Slots, Urgency, urgency};
+use crate::domain::priority::{Priority, priority};
 use crate::ops::election::Election;
 use crate::ops::http::Probe;
 use crate::ops::lease::LeadershipGuard;
@@ -298,30 +298,21 @@ fn look_at_all(ctx: &Context) {
 }
 
 fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connections>) -> Queue {
-    let all = usize::from(concurrent);
-    let slots = Slots {
-        all,
-        per_instance: (all / 4).max(1),
-    };
     let rank = move |id: &ObjectRef| match cache.user(id) {
         Some(user) => {
             let instance = &*user.instance;
-            let urgency = urgency(&user, connections.skew(instance).usable(), Timestamp::now());
+            let priority = priority(&user, connections.skew(instance).usable(), Timestamp::now());
             // All unknown instances count as one, so that a tenant gets no further share by inventing instances.
             let known = cache.instance(instance).map_or("", |_| instance);
-            (urgency, known.into())
+            (priority, known.into())
         }
-        None => (Urgency::Retry, "".into()),
+        None => (Priority::Retry, "".into()),
     };
-    Queue::new(slots, Box::new(rank))
+    Queue::new(usize::from(concurrent), Box::new(rank))
 }
 
-/// Reconciles up to 256 instances at once. Service users wait for the first reconcile of their instance, and an
-/// unreachable instance must not delay that of another.
+/// Slots for 256 instances at once (see `domain/fair_queue.rs`). Service users wait for the first reconcile of their
+/// instance, and an unreachable instance must not delay that of another.
 fn queue_of_instances() -> Queue {
-    let slots = Slots {
-        all: 256,
-        per_instance: 1,
-    };
-    Queue::new(slots, Box::new(|id| (Urgency::Newcomer, id.name.clone())))
+    Queue::new(512, Box::new(|id| (Priority::FirstToken, id.name.clone())))
 }

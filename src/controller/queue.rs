@@ -13,9 +13,10 @@ use tokio::task::JoinSet;
 
 use crate::domain::allowance::Allowances;
 use crate::domain::backoff::{Backoff, Recovery};
+use crate::domain::fair_queue::FairQueue;
 use crate::domain::limits::Rate;
 use crate::domain::object_ref::ObjectRef;
-use crate::domain::order::{Slots, Urgency, Waiting};
+use crate::domain::priority::Priority;
 use crate::domain::reason::Reason;
 use crate::domain::retry::{Failed, PendingRetries, Wake};
 use crate::ops::lease::LeadershipGuard;
@@ -40,20 +41,19 @@ const CHANGES_OF_NAMESPACE: Rate = Rate {
 /// So many changes during a reconcile are told from echoes of our own writes. With more, there was another.
 const MAX_DIRTY: usize = 64;
 
-/// Where an object belongs that has not failed: its urgency, and the name of its instance.
-pub type RankOf = Box<dyn Fn(&ObjectRef) -> (Urgency, Arc<str>) + Send + Sync>;
+/// Where an object belongs that has not failed: its priority, and the name of its instance.
+pub type RankOf = Box<dyn Fn(&ObjectRef) -> (Priority, Arc<str>) + Send + Sync>;
 
 /// Objects, and when they are due.
 pub struct Queue {
     state: Mutex<State>,
     ready: Notify,
-    slots: Slots,
     rank: RankOf,
     started: Instant,
 }
 
 struct State {
-    waiting: Waiting,
+    waiting: FairQueue,
     entries: HashMap<ObjectRef, Entry>,
     timers: BTreeSet<(Timestamp, ObjectRef)>,
     /// Another replica does the work that is due: it is not late.
@@ -141,9 +141,9 @@ impl Entry {
 }
 
 impl State {
-    fn new() -> Self {
+    fn new(slots: usize) -> Self {
         Self {
-            waiting: Waiting::default(),
+            waiting: FairQueue::new(slots),
             entries: HashMap::new(),
             timers: BTreeSet::new(),
             standing_by: false,
@@ -153,7 +153,7 @@ impl State {
     }
 
     /// An object that changed waits for a reconcile: from now on, or from when its changes allow one.
-    fn push_changed(&mut self, id: &ObjectRef, (urgency, instance): &(Urgency, Arc<str>), started: Instant) {
+    fn push_changed(&mut self, id: &ObjectRef, (priority, instance): &(Priority, Arc<str>), started: Instant) {
         let entry = self.entries.entry(id.clone()).or_default();
         if entry.throttled {
             return;
@@ -166,7 +166,7 @@ impl State {
         if wait.is_zero() {
             entry.begin_anew(Timestamp::now());
             entry.since.get_or_insert_with(Instant::now);
-            self.waiting.push(id, *urgency, instance);
+            self.waiting.push(id, *priority, instance);
             return;
         }
         entry.throttled = true;
@@ -181,13 +181,12 @@ impl State {
 }
 
 impl Queue {
-    /// A queue for at most so many passes at once.
+    /// A queue for at most so many reconciles at once.
     #[must_use]
-    pub fn new(slots: Slots, rank: RankOf) -> Self {
+    pub fn new(slots: usize, rank: RankOf) -> Self {
         Self {
-            state: Mutex::new(State::new()),
+            state: Mutex::new(State::new(slots)),
             ready: Notify::new(),
-            slots,
             rank,
             started: Instant::now(),
         }
@@ -213,7 +212,7 @@ impl Queue {
 
     /// `id` is to be reconciled, however often it was: its instance changed, it is gone, this process leads now.
     pub fn wake(&self, id: &ObjectRef) {
-        let (urgency, instance) = (self.rank)(id);
+        let (priority, instance) = (self.rank)(id);
         let mut state = self.lock();
         let state = &mut *state;
         let entry = state.entries.entry(id.clone()).or_default();
@@ -223,7 +222,7 @@ impl Queue {
         }
         entry.begin_anew(Timestamp::now());
         entry.since.get_or_insert_with(Instant::now);
-        state.waiting.push(id, urgency, &instance);
+        state.waiting.push(id, priority, &instance);
         self.ready.notify_one();
     }
 
@@ -254,7 +253,7 @@ impl Queue {
     pub fn wake_failing(&self, ids: Vec<ObjectRef>, recovery: Recovery) {
         let now = Timestamp::now();
         for id in ids {
-            let (urgency, instance) = (self.rank)(&id);
+            let (priority, instance) = (self.rank)(&id);
             let mut state = self.lock();
             let state = &mut *state;
             let Some(entry) = state.entries.get_mut(&id) else {
@@ -264,7 +263,7 @@ impl Queue {
                 entry.recovery = entry.recovery.max(Some(recovery));
             } else if entry.recover(recovery, now) {
                 entry.since.get_or_insert_with(Instant::now);
-                state.waiting.push(&id, urgency, &instance);
+                state.waiting.push(&id, priority, &instance);
                 self.ready.notify_one();
             }
         }
@@ -371,20 +370,20 @@ impl Queue {
         {
             if let Some(entry) = state.entries.get_mut(&id) {
                 entry.timer = None;
-                let (urgency, instance) = (self.rank)(&id);
+                let (priority, instance) = (self.rank)(&id);
                 // A token that is still good keeps its rank, else it would wait behind all that have none.
                 if entry.throttled {
                     entry.begin_anew(now);
                 }
-                let last = entry.retrying && !matches!(urgency, Urgency::Refresh(_));
-                let urgency = if last { Urgency::Retry } else { urgency };
+                let last = entry.retrying && !matches!(priority, Priority::Refresh(_));
+                let priority = if last { Priority::Retry } else { priority };
                 if !entry.running {
                     entry.since.get_or_insert_with(Instant::now);
-                    state.waiting.push(&id, urgency, &instance);
+                    state.waiting.push(&id, priority, &instance);
                 }
             }
         }
-        if let Some(id) = state.waiting.pop(now, self.slots) {
+        if let Some(id) = state.waiting.pop(now) {
             let entry = state.entries.entry(id.clone()).or_default();
             entry.running = true;
             entry.woken = false;
@@ -467,7 +466,7 @@ impl RunningReconcile {
     fn end(&mut self, mut done: Done) {
         self.ended = true;
         let now = Timestamp::now();
-        let (urgency, instance) = (self.queue.rank)(&self.id);
+        let (priority, instance) = (self.queue.rank)(&self.id);
         let mut state = self.queue.lock();
         let state = &mut *state;
         state.waiting.finished(&self.id, done.mints);
@@ -516,14 +515,14 @@ impl RunningReconcile {
         }
         if recovered {
             entry.since = Some(Instant::now());
-            state.waiting.push(&self.id, urgency, &instance);
+            state.waiting.push(&self.id, priority, &instance);
         }
         if std::mem::take(&mut entry.woken) {
             entry.begin_anew(now);
             entry.since = Some(Instant::now());
-            state.waiting.push(&self.id, urgency, &instance);
+            state.waiting.push(&self.id, priority, &instance);
         } else if !news.is_empty() {
-            state.push_changed(&self.id, &(urgency, instance), self.queue.started);
+            state.push_changed(&self.id, &(priority, instance), self.queue.started);
         }
         self.queue.ready.notify_one();
     }
@@ -542,11 +541,7 @@ mod tests {
     use super::*;
 
     fn queue() -> Arc<Queue> {
-        let slots = Slots {
-            all: 4,
-            per_instance: 4,
-        };
-        Arc::new(Queue::new(slots, Box::new(|_| (Urgency::Newcomer, "main".into()))))
+        Arc::new(Queue::new(16, Box::new(|_| (Priority::FirstToken, "main".into()))))
     }
 
     fn id(name: &str) -> ObjectRef {
@@ -870,7 +865,7 @@ mod tests {
         {
             let mut state = queue.lock();
             let state = &mut *state;
-            state.waiting.push(&id("b"), Urgency::Retry, &"main".into());
+            state.waiting.push(&id("b"), Priority::Retry, &"main".into());
         }
         drop(queue.next().await);
         let state = queue.lock();

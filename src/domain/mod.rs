@@ -11,6 +11,7 @@ pub mod circuit_breaker;
 pub mod clock_skew;
 pub mod facts;
 pub mod failure;
+pub mod fair_queue;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod hash;
@@ -19,8 +20,8 @@ pub mod key;
 pub mod limits;
 pub mod object_ref;
 pub mod observed_secret;
-pub mod order;
 pub mod plan;
+pub mod priority;
 pub mod reason;
 pub mod record;
 pub mod refuser;
