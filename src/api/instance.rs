@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::api::metadata::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
+use crate::api::rules::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
 
 /// A ZITADEL server and how to connect to it.
 ///

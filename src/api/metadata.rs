@@ -22,6 +22,9 @@ pub const ANNOTATION_RENEW_REQUEST: &str = "zitadel-tokens.dev/renew-request";
 /// Annotation of an existing Secret: the name of the `ZitadelServiceUser` that may adopt it.
 pub const ANNOTATION_ADOPT: &str = "zitadel-tokens.dev/adopt";
 
+/// Annotation of the CRDs: the version of their schema ([`crate::api::SCHEMA_VERSION`]).
+pub const ANNOTATION_SCHEMA_VERSION: &str = "zitadel-tokens.dev/schema-version";
+
 /// Labels and annotations that users may set on a token Secret. `PREFIX/*` stands for all keys with that prefix. The
 /// platform team can add more. `docs/adr/0001-allow-list-for-secret-metadata.md` explains the choice, and why this is
 /// not a deny list.
@@ -32,15 +35,6 @@ pub const ALLOWED_SECRET_METADATA: [&str; 5] = [
     "app.kubernetes.io/version",
     "reloader.stakater.com/*",
 ];
-
-/// Pattern of a Kubernetes name: lowercase labels separated by dots.
-pub(crate) const NAME_PATTERN: &str = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$";
-
-/// Pattern of a ZITADEL ID.
-pub(crate) const ID_PATTERN: &str = r"^[a-zA-Z0-9_-]+$";
-
-/// Pattern of a duration.
-pub(crate) const DURATION_PATTERN: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
 
 /// Whether `key` is reserved for the operator. Users cannot set it on a token Secret, whatever the platform team
 /// allows.

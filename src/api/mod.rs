@@ -3,16 +3,22 @@
 pub mod access_policy;
 pub mod instance;
 pub mod metadata;
+pub mod rules;
 pub mod service_user;
 
 pub use access_policy::ZitadelAccessPolicy;
 pub use instance::ZitadelInstance;
 pub use service_user::ZitadelServiceUser;
 
+use crate::api::metadata::ANNOTATION_SCHEMA_VERSION;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, JSON, JSONSchemaProps,
 };
 use kube::CustomResourceExt;
+
+/// Version of the schema of the CRDs. It rises with each change of the schema, so that an operator can tell that the
+/// installed CRDs are older than it needs.
+pub const SCHEMA_VERSION: u32 = 1;
 
 /// The CRDs, as `zitadel-tokens crds` prints them.
 #[must_use]
@@ -24,7 +30,14 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
     ]
     .into_iter()
     .map(with_status_default)
+    .map(with_schema_version)
     .collect()
+}
+
+fn with_schema_version(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
+    let version = (ANNOTATION_SCHEMA_VERSION.to_owned(), SCHEMA_VERSION.to_string());
+    crd.metadata.annotations = Some([version].into());
+    crd
 }
 
 /// Gives `status` the default `{observedGeneration: -1}`. kstatus treats an object without a status as Current, so a

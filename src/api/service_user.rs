@@ -7,7 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::api::metadata::{DURATION_PATTERN, GROUP, ID_PATTERN, LABEL_MANAGED_BY, NAME_PATTERN};
+use crate::api::metadata::{GROUP, LABEL_MANAGED_BY};
+use crate::api::rules::{self, DURATION_PATTERN, ID_PATTERN, MAX_TEXT, NAME_PATTERN, SCOPE_PATTERN};
 
 /// Condition: every token Secret holds a valid token for the current spec.
 pub const READY: &str = "Ready";
@@ -49,9 +50,9 @@ pub const KEY_VALID: &str = "KeyValid";
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!self.tokens.exists(t, t.secret.name == self.keySecretRef.name)")
-        .message("spec.tokens[].secret.name: must differ from spec.keySecretRef.name; otherwise the token would overwrite the key"),
+        .message(at("spec.tokens[].secret.name", rules::KEY_OVERWRITTEN).as_str()),
     validation = Rule::new("self.tokens.all(t, self.tokens.exists_one(u, u.secret.name == t.secret.name))")
-        .message("spec.tokens[].secret.name: two tokens name the same Secret; use a separate Secret for each token"),
+        .message(at("spec.tokens[].secret.name", rules::SECRET_NAMED_TWICE).as_str()),
     validation = at_most("template"),
     validation = at_most("annotations"),
     validation = at_most("labels")
@@ -100,7 +101,7 @@ pub struct KeySecretRef {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("(has(self.projectIDs) && self.projectIDs.size() > 0) || (has(self.zitadelAPI) && self.zitadelAPI == true)")
-        .message("spec.tokens[]: name at least one audience, in projectIDs or with zitadelAPI: true"),
+        .message(at("spec.tokens[]", rules::NO_AUDIENCE).as_str()),
     validation = Rule::new("!(has(self.renewBefore) && has(self.renewBeforePercentage))")
         .message("spec.tokens[]: set renewBefore or renewBeforePercentage, not both")
 )]
@@ -115,7 +116,7 @@ pub struct Token {
     #[x_kube(
         merge_strategy = ListMerge::Set,
         validation = Rule::new("!self.exists(p, p == 'zitadel')")
-            .message("projectIDs: `zitadel` means the ZITADEL API; to request its audience, set zitadelAPI: true")
+            .message(at("projectIDs", rules::ALIAS).as_str())
     )]
     pub project_ids: Vec<String>,
 
@@ -139,9 +140,7 @@ pub struct Token {
         length(max = 16),
         inner(
             length(max = 256),
-            regex(
-                pattern = r"^(openid|profile|email|phone|address|urn:zitadel:iam:user:metadata|urn:zitadel:iam:user:resourceowner|urn:zitadel:iam:org:project:role:[a-zA-Z0-9_.:-]+|urn:zitadel:iam:org:roles:id:[a-zA-Z0-9_-]+|urn:zitadel:iam:org:domain:primary:[a-zA-Z0-9.-]+)$"
-            )
+            regex(pattern = SCOPE_PATTERN)
         )
     )]
     #[x_kube(merge_strategy = ListMerge::Set)]
@@ -177,7 +176,7 @@ pub struct TokenSecret {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend(
         "maxProperties" = 32,
-        "additionalProperties" = {"type": "string", "maxLength": 63, "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"}
+        "additionalProperties" = {"type": "string", "maxLength": 63, "pattern": rules::LABEL_VALUE_PATTERN}
     ))]
     #[x_kube(validation = qualified("labels"), validation = not_operators_own("labels"))]
     pub labels: BTreeMap<String, String>,
@@ -194,10 +193,9 @@ pub struct TokenSecret {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 16384}))]
     #[x_kube(
-        validation = Rule::new("self.all(k, k.matches('^[-._a-zA-Z0-9]{1,253}$') && k != '.' && !k.startsWith('..') && !(k in ['token', 'token_type', 'expires_at', 'issuer']))")
-            .message("secret.template: a data key must have 1 to 253 characters of A-Z a-z 0-9 - _ . and must not be `.`, start with `..` or be one of token, token_type, expires_at, issuer"),
+        validation = data_keys(),
         validation = Rule::new("self.all(k, self[k].split('{{').size() <= 17)")
-            .message("secret.template: a value must have at most 16 placeholders, counted by {{")
+            .message(at("secret.template", rules::TOO_MANY_PLACEHOLDERS).as_str())
     )]
     pub template: BTreeMap<String, String>,
 
@@ -216,30 +214,39 @@ pub enum DeletionPolicy {
     Retain,
 }
 
-/// Maximum size in bytes of all templates of an object together, including keys. The same limit applies to all labels
-/// and to all annotations of its Secrets. The operator holds an object in memory while it reconciles it, and 16 tokens
-/// with 32 templates each could otherwise have 8 MiB.
-pub const MAX_TEXT: usize = 64 * 1024;
-
 /// The rule that limits the size of the map `field` of all tokens together.
 fn at_most(field: &str) -> kube::core::cel::Rule {
     let map = format!("t.secret.{field}");
     kube::core::cel::Rule::new(format!(
         "self.tokens.map(t, has({map}) ? {map}.map(k, bytes(k).size() + bytes({map}[k]).size()).sum() : 0).sum() <= {MAX_TEXT}"
     ))
-    .message(format!("spec.tokens[].secret.{field}: all tokens together must have at most 64 KiB").as_str())
+    .message(at(&format!("spec.tokens[].secret.{field}"), rules::TOO_MUCH_TEXT).as_str())
+}
+
+/// The rule on the data keys of templates.
+fn data_keys() -> kube::core::cel::Rule {
+    let own = rules::OPERATORS_DATA.map(|key| format!("'{key}'")).join(", ");
+    let form = format!(
+        "k.matches('{}') && k != '.' && !k.startsWith('..')",
+        rules::DATA_KEY_PATTERN
+    );
+    kube::core::cel::Rule::new(format!("self.all(k, {form} && !(k in [{own}]))"))
+        .message(at("secret.template", rules::DATA_KEY).as_str())
+}
+
+/// A message with the field in front.
+fn at(field: &str, message: &str) -> String {
+    format!("{field}: {message}")
 }
 
 /// The rule on the syntax of label and annotation keys. Kubernetes also accepts uppercase letters in annotation
 /// prefixes, which would bypass the rules on prefixes.
 fn qualified(field: &str) -> kube::core::cel::Rule {
-    kube::core::cel::Rule::new(
-        "self.all(k, k.indexOf('/') <= 253 && k.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
-    )
-    .message(
-        format!("secret.{field}: a key must be a name of at most 63 characters, optionally preceded by a lowercase DNS name and /")
-            .as_str(),
-    )
+    let (longest, pattern) = (rules::MAX_NAME, rules::METADATA_KEY_PATTERN);
+    kube::core::cel::Rule::new(format!(
+        "self.all(k, k.indexOf('/') <= {longest} && k.matches('{pattern}'))"
+    ))
+    .message(at(&format!("secret.{field}"), rules::METADATA_KEY).as_str())
 }
 
 /// The rule on keys that are reserved for the operator (`is_operators_own`). Which other keys are allowed depends on
@@ -249,7 +256,7 @@ fn not_operators_own(field: &str) -> kube::core::cel::Rule {
     kube::core::cel::Rule::new(format!(
         "!self.exists(k, k == '{LABEL_MANAGED_BY}' || k.matches('^([^/]*[.])?{group}/'))"
     ))
-    .message(format!("secret.{field}: keys of {GROUP} and {LABEL_MANAGED_BY} are the operator's own").as_str())
+    .message(at(&format!("secret.{field}"), rules::OPERATORS_OWN).as_str())
 }
 
 /// Observed state of the service user and its tokens. Output only.

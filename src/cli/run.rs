@@ -13,6 +13,7 @@ use prometheus_client::registry::Registry;
 
 use crate::cli::cluster;
 use crate::controller::cache::Cache;
+use crate::controller::crd_version;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::objects::Objects;
 use crate::controller::metrics::{Metrics, Queues};
@@ -186,7 +187,10 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     tracing::info!(version = env!("CARGO_PKG_VERSION"), %address, "started");
     let watches = {
         let triggers = triggers.clone();
-        tokio::spawn(async move { Box::pin(triggers.run(client, &arguments.instance_selector)).await })
+        tokio::spawn(async move {
+            crd_version::up_to_date(client.clone()).await;
+            Box::pin(triggers.run(client, &arguments.instance_selector)).await;
+        })
     };
     let alive: Probe = {
         let watches = watches.abort_handle();

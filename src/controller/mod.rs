@@ -1,6 +1,7 @@
 //! The controllers: watches, queues, reads and writes. All decisions are made in `domain`.
 
 pub mod cache;
+pub mod crd_version;
 pub mod guarded;
 pub mod instance;
 pub mod metrics;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::api::metadata::{ALLOWED_SECRET_METADATA, is_operators_own};
-use crate::domain::validate::is_qualified;
+use crate::domain::validate::is_metadata_key;
 
 /// Maximum number of entries that the platform team can add. The chart's admission policy compares every key with all
 /// entries, and the API server limits the cost of an expression.
@@ -50,7 +50,7 @@ fn refusal(entry: &str) -> Option<&'static str> {
     let prefix = entry.strip_suffix("/*");
     // A prefix is well-formed if a key with this prefix is well-formed.
     let key = prefix.map_or_else(|| entry.to_owned(), |prefix| format!("{prefix}/x"));
-    if !is_qualified(&key) {
+    if !is_metadata_key(&key) {
         return Some("write a key such as `example.com/team`, or a prefix such as `example.com/*`");
     }
     if is_operators_own(&key) {

@@ -8,7 +8,6 @@ use crate::api::instance::ZitadelInstanceStatus;
 use crate::domain::clock_skew::Skew;
 use crate::domain::reason::Reason;
 use crate::domain::time::whole_seconds;
-use crate::domain::validate;
 
 /// The status of `instance` after discovery. `discovered` is the path of the token endpoint or the reason for the
 /// failure. `now` is by the operator's own clock.
@@ -38,12 +37,7 @@ pub fn status(
         .iter()
         .find(|c| c.type_ == "Ready" && c.status == value && c.last_transition_time.0 <= now);
     let insecure = instance.connection().allow_insecure_http == Some(true);
-    let name = instance.metadata.name.as_deref().unwrap_or_default();
     let message = match (reason, insecure) {
-        (Reason::InvalidSpec, _) => match validate::instance(name, &instance.spec) {
-            Err(violation) => format!("{} {violation} {}", reason.meaning(), reason.remedy()),
-            Ok(()) => reason.advice(),
-        },
         (Reason::InstanceReady, true) => format!("{} Plain HTTP is allowed.", reason.meaning()),
         (Reason::InstanceReady, false) => reason.meaning().to_owned(),
         _ => reason.advice(),
@@ -64,22 +58,5 @@ pub fn status(
             .map(|path| format!("{}{path}", instance.spec.issuer)),
         zitadel_project_id: zitadel_project_id.map(str::to_owned).or(before.zitadel_project_id),
         clock_skew_seconds: skew.rounded_seconds(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::fixtures::{at, facts, instance};
-
-    #[test]
-    fn message_names_the_field_of_a_violated_rule() {
-        let mut facts = facts(&["a"]);
-        let instance = instance(&mut facts);
-        instance.spec.issuer.push('/');
-        let status = status(instance, &Err(Reason::InvalidSpec), None, Skew::default(), at(0));
-        let ready = &status.conditions[0];
-        assert_eq!((&*ready.status, &*ready.reason), ("False", "InvalidSpec"));
-        assert!(ready.message.contains("spec.issuer: https://"), "{}", ready.message);
     }
 }

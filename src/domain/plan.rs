@@ -164,10 +164,8 @@ fn allow<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<(&'a Zitad
     if facts.in_operator_namespace {
         return Err(Reason::OperatorNamespace);
     }
-    validate::token(facts.name(), &facts.user.spec, index, &facts.allowed_metadata).map_err(|_| Reason::InvalidSpec)?;
+    validate::token(&facts.user.spec, index, &facts.allowed_metadata).map_err(|_| Reason::InvalidSpec)?;
     let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
-    let name = facts.user.spec.instance_ref.name.as_str();
-    validate::instance(name, &instance.spec).map_err(|_| Reason::InstanceInvalid)?;
     let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;
     allowed.check(token, facts.zitadel_project_id())?;
     // Validation above rejects spaces. `scope::field` checks again, because a value with a space would be two scopes.

@@ -226,7 +226,7 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
     let (spec, reason) = (&facts.user.spec, outcome.reason);
     let name = spec.tokens.get(outcome.token).map_or("", |t| t.name.as_str());
     match (
-        validate::token(facts.name(), spec, outcome.token, &facts.allowed_metadata),
+        validate::token(spec, outcome.token, &facts.allowed_metadata),
         &outcome.refused_by,
     ) {
         (Err(violation), _) if reason == Reason::InvalidSpec => {

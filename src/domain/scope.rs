@@ -2,11 +2,8 @@
 
 use std::collections::BTreeSet;
 
+pub use crate::api::rules::ZITADEL_ALIAS;
 use crate::api::service_user::Token;
-
-/// The alias that ZITADEL replaces by the id of its own project
-/// (`docs/reference/zitadel-protocol.md#the-zitadel-apis-audience`).
-pub const ZITADEL_ALIAS: &str = "zitadel";
 
 /// The scopes of `token`, sorted and without duplicates, so that their order in the spec does not matter.
 #[must_use]

@@ -171,7 +171,7 @@ fn audience(token: &Token) -> String {
     let mut ids = token.project_ids.clone();
     ids.sort();
     if token.zitadel_api == Some(true) {
-        ids.push(crate::domain::scope::ZITADEL_ALIAS.into());
+        ids.push(crate::api::rules::ZITADEL_ALIAS.into());
     }
     ids.join(",")
 }

@@ -15,11 +15,10 @@ use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::scope;
-use crate::domain::validate::is_near;
 use crate::zitadel::discovery::{self, Discovery};
 use crate::zitadel::http::Http;
 use crate::zitadel::limits::{Hosts, Limits};
-use crate::zitadel::settings::Settings;
+use crate::zitadel::settings::{Settings, is_local};
 use crate::zitadel::token;
 
 /// A discovery document older than this is fetched again before it is used.
@@ -70,7 +69,7 @@ impl ZitadelClient {
         let origin = settings.endpoint.as_deref().unwrap_or(&settings.issuer);
         let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
         // Requests to a proxy leave the machine or cluster, even if the host itself is local.
-        let near = settings.proxy.is_none() && is_near(authority);
+        let near = settings.proxy.is_none() && is_local(authority);
         if scheme != "https" && !(settings.allow_insecure_http && near) {
             return Err(Reason::InsecureHTTP.into());
         }

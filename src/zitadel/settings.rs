@@ -44,3 +44,36 @@ pub struct RequestBudget {
     /// Concurrent requests.
     pub concurrent: usize,
 }
+
+/// Whether plain http to this `host[:port]` stays on the machine or in the cluster.
+#[must_use]
+pub fn is_local(authority: &str) -> bool {
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    host == "localhost"
+        || host.parse::<std::net::Ipv4Addr>().is_ok_and(|ip| ip.is_loopback())
+        || [".svc", ".svc.cluster.local"]
+            .iter()
+            .any(|suffix| host.ends_with(suffix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_http_goes_nowhere_far() {
+        for (authority, near) in [
+            ("127.0.0.1:8080", true),
+            ("localhost", true),
+            ("zitadel.zitadel.svc:8080", true),
+            ("zitadel.zitadel.svc.cluster.local", true),
+            ("auth.example.com", false),
+            ("127.0.0.1.example.com", false),
+            ("evil.svc.example.com", false),
+            ("localhost.example.com:80", false),
+            ("10.0.0.1", false),
+        ] {
+            assert_eq!(is_local(authority), near, "{authority}");
+        }
+    }
+}

@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::core::v1::ServiceAccount;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, RoleBinding};
-use kube::api::{DeleteParams, PostParams};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::Kubeconfig;
-use kube::{Api, Resource};
+use kube::{Api, Client, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::support::cluster::{Cluster, install_crds};
 use crate::support::operator::Operator;
 use crate::support::proxy::Proxy;
 use crate::support::world::{World, data, one_token};
@@ -154,6 +156,34 @@ async fn shutdown_does_not_wait_for_a_hanging_write() {
     operator.terminate().await;
     assert!(began.elapsed() < Duration::from_secs(14), "{:?}", began.elapsed());
     proxy.find();
+}
+
+/// Sets the schema version that an installed CRD states.
+async fn set_schema_version(client: &Client, version: &Value) {
+    let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let change = json!({"metadata": {"annotations": {"zitadel-tokens.dev/schema-version": version}}});
+    let name = "zitadelaccesspolicies.zitadel-tokens.dev";
+    let params = PatchParams::default();
+    crds.patch(name, &params, &Patch::Merge(&change))
+        .await
+        .expect("patched");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operator_waits_until_the_crds_are_as_new_as_itself() {
+    let cluster = Cluster::start();
+    let client = cluster.client().await;
+    install_crds(&client).await;
+    for outdated in [json!("0"), json!(null)] {
+        set_schema_version(&client, &outdated).await;
+        let mut operator = Operator::spawn(&cluster.kubeconfig, "", &[], &[]);
+        operator.await_line("the CRD is older than this operator version").await;
+        assert_eq!(operator.get("/livez").await.0, 200);
+        assert_eq!(operator.get("/readyz").await.0, 503);
+        set_schema_version(&client, &json!("99")).await;
+        operator.await_line("watching").await;
+        operator.terminate().await;
+    }
 }
 
 /// A kubeconfig of a service account with the operator's permissions, but with access to Secrets only in these

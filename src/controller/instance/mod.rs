@@ -19,7 +19,6 @@ use crate::domain::reason::Reason;
 use crate::domain::report::refusal;
 use crate::domain::retry::{Failed, Wake};
 use crate::domain::time::shifted;
-use crate::domain::validate;
 
 /// Reconciles one instance: runs discovery, checks the issuer and the clock, and updates the status.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
@@ -33,10 +32,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         Err(_) => return unreadable(&ctx, &id).await,
     };
     let _pass = ctx.metrics.pass("ZitadelInstance");
-    let connection = match validate::instance(&id.name, &instance.spec) {
-        Ok(()) => connect(&ctx, &instance).await,
-        Err(_) => Err(Reason::InvalidSpec.into()),
-    };
+    let connection = connect(&ctx, &instance).await;
     let mut skew = Skew::default();
     let discovered = match connection {
         Ok(connection) => {

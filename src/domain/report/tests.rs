@@ -419,7 +419,10 @@ fn invalid_spec_message_names_the_field() {
     let ready = condition(&report.status, "Ready").expect("Ready");
     let event = report.events.iter().find(|e| e.warning).expect("a warning");
     for text in [&ready.message, &event.text] {
-        assert!(text.contains("spec.tokens[1].organizationID: 1 to 64 of"), "{text}");
+        assert!(
+            text.contains("spec.tokens[1].organizationID: an id must have 1 to 64"),
+            "{text}"
+        );
         assert!(
             text.contains(Reason::InvalidSpec.remedy()) && !text.contains("1:x"),
             "{text}"

@@ -150,7 +150,7 @@ impl Judges {
     /// The result of the operator's own validation.
     fn operator(&self, user: &Value) -> Result<(), String> {
         let user: ZitadelServiceUser = serde_json::from_value(user.clone()).expect("a service user");
-        validate::service_user("tried", &user.spec, &self.allowed).map_err(|v| v.to_string())
+        validate::token(&user.spec, 0, &self.allowed).map_err(|v| v.to_string())
     }
 }
 

@@ -1,0 +1,79 @@
+//! Patterns and messages that the schema and the operator share (`domain/validate.rs`).
+
+/// A Kubernetes name: DNS labels with dots between.
+pub const NAME_PATTERN: &str = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$";
+
+/// An id of ZITADEL.
+pub const ID_PATTERN: &str = r"^[a-zA-Z0-9_-]+$";
+
+/// A duration.
+pub const DURATION_PATTERN: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
+
+/// A further scope. Audiences are not among them: they would bypass the access policies.
+pub const SCOPE_PATTERN: &str = r"^(openid|profile|email|phone|address|urn:zitadel:iam:user:metadata|urn:zitadel:iam:user:resourceowner|urn:zitadel:iam:org:project:role:[a-zA-Z0-9_.:-]+|urn:zitadel:iam:org:roles:id:[a-zA-Z0-9_-]+|urn:zitadel:iam:org:domain:primary:[a-zA-Z0-9.-]+)$";
+
+/// Key of a label or annotation. Kubernetes also accepts annotation prefixes in upper case, which would bypass the rules
+/// on prefixes.
+pub const METADATA_KEY_PATTERN: &str = "^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$";
+
+/// Value of a label.
+pub const LABEL_VALUE_PATTERN: &str = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$";
+
+/// Key of a Secret's data.
+pub const DATA_KEY_PATTERN: &str = "^[-._a-zA-Z0-9]{1,253}$";
+
+/// Data keys that the operator sets.
+pub const OPERATORS_DATA: [&str; 4] = ["token", "token_type", "expires_at", "issuer"];
+
+/// Longest Kubernetes name.
+pub const MAX_NAME: usize = 253;
+
+/// Longest id of ZITADEL.
+pub const MAX_ID: usize = 64;
+
+/// Longest scope.
+pub const MAX_SCOPE: usize = 256;
+
+/// The alias of the ZITADEL API's project. It is no project id.
+pub const ZITADEL_ALIAS: &str = "zitadel";
+
+/// Bytes of all templates of an object together, keys included; of all labels of its Secrets; and of all annotations. The
+/// operator holds an object in memory during a reconcile, and 16 tokens with 32 templates each could otherwise have 8 MiB.
+pub const MAX_TEXT: usize = 64 * 1024;
+
+/// Placeholders of a template. Each becomes a token of up to 64 KiB.
+pub const MAX_PLACEHOLDERS: usize = 16;
+
+/// Message: a token without audience.
+pub const NO_AUDIENCE: &str = "name at least one audience, in projectIDs or with zitadelAPI: true";
+
+/// Message: the alias among the project ids.
+pub const ALIAS: &str = "`zitadel` means the ZITADEL API; to request its audience, set zitadelAPI: true";
+
+/// Message: the key Secret as token Secret.
+pub const KEY_OVERWRITTEN: &str =
+    "must differ from spec.keySecretRef.name; otherwise the token would overwrite the key";
+
+/// Message: one Secret for two tokens.
+pub const SECRET_NAMED_TWICE: &str = "two tokens name the same Secret; use a separate Secret for each token";
+
+/// Message: the form of a label or annotation key.
+pub const METADATA_KEY: &str =
+    "a key must be a name of at most 63 characters, optionally preceded by a lowercase DNS name and /";
+
+/// Message: a label or annotation key that the operator sets.
+pub const OPERATORS_OWN: &str =
+    "keys of zitadel-tokens.dev and app.kubernetes.io/managed-by are reserved for the operator; remove them";
+
+/// Message: the form of a label's value.
+pub const LABEL_VALUE: &str =
+    "a value must have at most 63 characters of A-Z a-z 0-9 - _ . and begin and end with a letter or digit";
+
+/// Message: a template for a data key that cannot be.
+pub const DATA_KEY: &str = "a data key must have 1 to 253 characters of A-Z a-z 0-9 - _ . and must not be `.`, start with `..` or be one of token, token_type, expires_at, issuer";
+
+/// Message: more than [`MAX_TEXT`].
+pub const TOO_MUCH_TEXT: &str = "all tokens together must have at most 64 KiB; shorten or remove entries";
+
+/// Message: more than [`MAX_PLACEHOLDERS`].
+pub const TOO_MANY_PLACEHOLDERS: &str = "a value must have at most 16 placeholders, counted by {{";

@@ -1,0 +1,48 @@
+//! Whether the installed CRDs are those of this operator version or newer. With older ones the API server accepts specs
+//! that this version expects to be refused.
+
+use std::time::Duration;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::{Api, Client, ResourceExt};
+
+use crate::api::metadata::ANNOTATION_SCHEMA_VERSION;
+use crate::api::{SCHEMA_VERSION, crds};
+
+/// Time between two checks while a CRD is outdated.
+const CHECK_EVERY: Duration = Duration::from_secs(10);
+
+/// Completes when no installed CRD is older than this operator version. A CRD that is missing, or that the operator may
+/// not read, is left to the watches, which report it.
+pub async fn up_to_date(client: Client) {
+    let api: Api<CustomResourceDefinition> = Api::all(client);
+    for name in crds().iter().map(ResourceExt::name_any) {
+        let mut reported = false;
+        while is_outdated(&api, &name).await {
+            if !std::mem::replace(&mut reported, true) {
+                tracing::error!(
+                    crd = name,
+                    "the CRD is older than this operator version; apply the CRDs of this version"
+                );
+            }
+            tokio::time::sleep(CHECK_EVERY).await;
+        }
+    }
+}
+
+async fn is_outdated(api: &Api<CustomResourceDefinition>, name: &str) -> bool {
+    match api.get_metadata(name).await {
+        Ok(crd) => {
+            let version = crd.annotations().get(ANNOTATION_SCHEMA_VERSION);
+            version.and_then(|version| version.parse().ok()).unwrap_or(0) < SCHEMA_VERSION
+        }
+        Err(kube::Error::Api(status)) if status.is_forbidden() => {
+            tracing::warn!(
+                crd = name,
+                "the operator may not read the CRD, so its version is not checked"
+            );
+            false
+        }
+        Err(_) => false,
+    }
+}
