@@ -746,7 +746,7 @@ mod tests {
         queue.next().await.done(failed(past));
         let again = queue.next().await;
         assert!(again.pending_retries.contains_key("t"));
-        again.done(Done::broken_off(Some(Reason::ApiServerUnavailable)));
+        again.done(Done::broken_off(Some(Reason::APIServerUnavailable)));
         assert!(nothing(&queue), "in a second or so");
         // What wakes it is sure to come.
         queue.wake(&id("a"));

@@ -330,7 +330,7 @@ impl WriteError {
         match self {
             Self::Refused { .. } => Reason::Internal,
             Self::NotLeading => Reason::NotLeading,
-            Self::Conflict | Self::Missing | Self::Unavailable => Reason::ApiServerUnavailable,
+            Self::Conflict | Self::Missing | Self::Unavailable => Reason::APIServerUnavailable,
         }
     }
 
@@ -340,7 +340,7 @@ impl WriteError {
         match self {
             Self::NotLeading => Reason::NotLeading,
             Self::Conflict | Self::Missing => Reason::SecretChanged,
-            Self::Unavailable => Reason::ApiServerUnavailable,
+            Self::Unavailable => Reason::APIServerUnavailable,
             Self::Refused { .. } => Reason::SecretWriteFailed,
         }
     }

@@ -86,8 +86,8 @@ reasons! {
         "The ZitadelInstance in spec.instanceRef does not exist.",
         "Create the ZitadelInstance, or correct spec.instanceRef.name.";
     InstanceInvalid: Permanent, Object,
-        "The ZitadelInstance in spec.instanceRef violates a schema rule, so the operator does not use it.",
-        "Ask the platform team to correct the ZitadelInstance; its condition Ready names the field.";
+        "The ZitadelInstance in spec.instanceRef does not match the CRD of this operator version, so the operator does not use it.",
+        "Ask the platform team to apply the CRDs of the operator's version, then the ZitadelInstance again.";
     NamespaceMissing: Transient, Object,
         "The operator has not yet read the labels of the object's namespace.",
         "No action needed: the operator retries when it has read the namespace.";
@@ -214,7 +214,7 @@ reasons! {
     NotLeading: Transient, Object,
         "Another replica of the operator became the leader.",
         "No action needed.";
-    ApiServerUnavailable: Soon, Object,
+    APIServerUnavailable: Soon, Object,
         "The Kubernetes API server is unreachable, or the object changed in the meantime.",
         "No action needed: the operator retries within seconds.";
     Internal: Transient, Object,

@@ -49,7 +49,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
         }
         Err(error) => {
             tracing::warn!(object = %id, %error, "could not read the state of the service user");
-            return Done::broken_off(Some(Reason::ApiServerUnavailable));
+            return Done::broken_off(Some(Reason::APIServerUnavailable));
         }
     };
     let plan = plan(&facts, facts.clock.theirs(Timestamp::now()));
