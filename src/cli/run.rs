@@ -34,7 +34,7 @@ use crate::ops::{clock_jump, descriptors, http, memory, telemetry};
 
 /// Longest time of one reconcile; one that takes longer hangs. A reconcile may request 16 tokens one after another, and
 /// each request may take the default timeout.
-const LONGEST_PASS: Duration = Duration::from_mins(5);
+const RECONCILE_TIMEOUT: Duration = Duration::from_mins(5);
 
 /// Run the operator.
 #[derive(Args, Debug)]
@@ -99,7 +99,7 @@ pub struct Arguments {
     /// libraries may quote responses of servers.
     // There is no `env`, so that the environment cannot raise it.
     #[arg(long, default_value = "warn")]
-    log_libraries: telemetry::Most,
+    log_libraries: telemetry::LibraryLevel,
 
     /// Format of log lines.
     #[arg(long, env, value_enum, default_value = "text")]
@@ -208,7 +208,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     }
     let jumps = tokio::spawn({
         let context = context.clone();
-        async move { clock_jump::watch(|| after_a_jump(&context)).await }
+        async move { clock_jump::watch(|| after_clock_jump(&context)).await }
     });
     let work = work(context.clone(), leadership, shutdown);
     match election {
@@ -268,13 +268,13 @@ async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown
     let (users, instances) = (ctx.users.clone(), ctx.instances.clone());
     tokio::join!(
         users.work(
-            LONGEST_PASS,
+            RECONCILE_TIMEOUT,
             leadership.clone(),
             shutdown.clone(),
             drain,
             |id, pending_retries| { service_user::reconcile(ctx.clone(), id, pending_retries) }
         ),
-        instances.work(LONGEST_PASS, leadership, shutdown, drain, |id, _| {
+        instances.work(RECONCILE_TIMEOUT, leadership, shutdown, drain, |id, _| {
             instance::reconcile(ctx.clone(), id)
         }),
     );
@@ -285,18 +285,18 @@ async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown
 fn take_over(ctx: &Context) {
     ctx.memory.retain(|id| ctx.cache.user(id).is_some());
     ctx.connections.forget_reconciles();
-    look_at_all(ctx);
+    reconcile_all(ctx);
 }
 
 /// Runs after the clock was set or the machine was suspended. Timers now stand for wrong times, and the skews of the
 /// servers' clocks are unknown.
-fn after_a_jump(ctx: &Context) {
+fn after_clock_jump(ctx: &Context) {
     tracing::warn!("the clock of this machine was set, or the machine was suspended; reconciling all objects");
     ctx.connections.forget_reconciles();
-    look_at_all(ctx);
+    reconcile_all(ctx);
 }
 
-fn look_at_all(ctx: &Context) {
+fn reconcile_all(ctx: &Context) {
     ctx.instances.wake_all(ctx.cache.instances());
     ctx.users.wake_all(ctx.cache.users(|_, _| true));
 }

@@ -102,7 +102,7 @@ pub enum Applied {
     /// The memory limit of the namespace leaves no room for it.
     Refused {
         /// Whether its status must still report this.
-        tell: bool,
+        report: bool,
     },
 }
 
@@ -286,11 +286,11 @@ impl Cache {
                 }
                 let charge = known.charge(&id.namespace, 0);
                 charge.is_over = true;
-                let told = user.ready == Some((false, Some(Reason::NamespaceLimit)))
+                let reported = user.ready == Some((false, Some(Reason::NamespaceLimit)))
                     && user.observed_generation == user.generation;
-                charge.refusals += usize::from(!told);
-                let tell = !told && charge.refusals <= MAX_REFUSALS;
-                return Applied::Refused { tell };
+                charge.refusals += usize::from(!reported);
+                let report = !reported && charge.refusals <= MAX_REFUSALS;
+                return Applied::Refused { report };
             }
             known.charge(&id.namespace, user.charge());
             for secret in secrets {
@@ -556,7 +556,7 @@ mod tests {
         let mut reports = 0;
         for i in 0..10 * MAX_REFUSALS {
             match cache.user_applied(&id("hostile", &format!("o{i}")), user(1, 1)) {
-                Applied::Refused { tell } => reports += usize::from(tell),
+                Applied::Refused { report } => reports += usize::from(report),
                 applied => assert!(i < 5 && applied == Applied::Changed, "{i}"),
             }
         }
@@ -579,7 +579,7 @@ mod tests {
         };
         assert_eq!(
             cache.user_applied(&id("hostile", "o9"), reported),
-            Applied::Refused { tell: false }
+            Applied::Refused { report: false }
         );
         assert_eq!(cache.read().charges["hostile"].refusals, 0);
         assert!(cache.is_over_limit("hostile"));
@@ -593,7 +593,7 @@ mod tests {
         // An object that grows beyond the limit loses its place.
         assert!(matches!(
             cache.user_applied(&id("quiet", "o"), user(2, 16)),
-            Applied::Refused { tell: true }
+            Applied::Refused { report: true }
         ));
         assert_eq!(cache.user(&id("quiet", "o")), None);
     }

@@ -182,14 +182,14 @@ impl Triggers {
         let version = user.summary.resource_version.clone();
         let names_none = user.summary.instance.is_empty();
         match self.cache.user_applied(&id, user.summary) {
-            Applied::Known | Applied::Refused { tell: false } => {}
+            Applied::Known | Applied::Refused { report: false } => {}
             Applied::Changed => {
                 if names_none {
                     tracing::warn!(object = %id, "a service user has no valid spec.instanceRef and is not served");
                 }
                 self.users.changed(&id, Some(&version));
             }
-            Applied::Refused { tell: true } => {
+            Applied::Refused { report: true } => {
                 tracing::warn!(object = %id, "not served: its namespace is at the memory limit (--namespace-memory)");
                 self.users.changed(&id, Some(&version));
             }

@@ -28,9 +28,9 @@ pub struct Election {
     leases: Api<Lease>,
     name: String,
     me: String,
-    gate: Leadership,
-    leadership: LeadershipGuard,
-    sight: Option<ObservedLease>,
+    leadership: Leadership,
+    guard: LeadershipGuard,
+    observed: Option<ObservedLease>,
 }
 
 impl Election {
@@ -42,16 +42,16 @@ impl Election {
         pod: Option<String>,
         shutdown: Shutdown,
     ) -> Result<(Self, LeadershipGuard), String> {
-        let (gate, leadership) = LeadershipGuard::new(shutdown);
+        let (leadership, guard) = LeadershipGuard::new(shutdown);
         let election = Self {
             leases: Api::namespaced(client, namespace),
             name: name.to_owned(),
             me: identity(pod)?,
-            gate,
-            leadership: leadership.clone(),
-            sight: None,
+            leadership,
+            guard: guard.clone(),
+            observed: None,
         };
-        Ok((election, leadership))
+        Ok((election, guard))
     }
 
     /// Runs the election while `work` runs, and releases the lease when `work` ends. Acquires the lease only while
@@ -63,7 +63,7 @@ impl Election {
             done = work => done,
             never = self.stand(can, begin) => match never {},
         };
-        self.gate.close();
+        self.leadership.close();
         if tokio::time::timeout(LONGEST_RELEASE, self.release()).await.is_err() {
             tracing::warn!("the lease could not be released in time; it expires without a release");
         }
@@ -72,25 +72,25 @@ impl Election {
 
     async fn stand(&mut self, can: impl Fn() -> bool, begin: impl Fn()) -> Infallible {
         tracing::info!(lease = self.name, candidate = self.me, "starting leader election");
-        self.look().await;
+        self.read().await;
         let mut led = false;
         let mut changes: Option<Changes> = None;
         loop {
-            let leading = self.leadership.is_leading();
+            let leading = self.guard.is_leading();
             if led && !leading {
                 tracing::warn!("leadership lost; this replica is now a standby");
             }
             led = leading;
-            let wait = match evaluate(self.sight.as_ref(), &self.me, lease::now()) {
+            let wait = match evaluate(self.observed.as_ref(), &self.me, lease::now()) {
                 Step::Wait(left) => left,
                 Step::Acquire if !can() => RETRY,
                 Step::Acquire | Step::Renew => match self.claim().await {
                     Some(sent) => {
-                        if !self.leadership.is_leading() {
+                        if !self.guard.is_leading() {
                             tracing::info!("this replica is now the leader");
                             begin();
                         }
-                        self.gate.renewed(sent);
+                        self.leadership.renewed(sent);
                         led = true;
                         // The leader does not need the watch: a conflict shows that another replica wrote the Lease.
                         changes = None;
@@ -120,9 +120,9 @@ impl Election {
     /// Acquires or renews the lease. Returns when the request was sent if it succeeded.
     async fn claim(&mut self) -> Option<Duration> {
         let sent = lease::now();
-        let wanted = lease::claimed(self.sight.as_ref(), &self.name, &self.me, Timestamp::now());
+        let wanted = lease::claimed(self.observed.as_ref(), &self.name, &self.me, Timestamp::now());
         let params = PostParams::default();
-        let written = if self.sight.as_ref().is_some_and(ObservedLease::exists) {
+        let written = if self.observed.as_ref().is_some_and(ObservedLease::exists) {
             bounded(self.leases.replace(&self.name, &params, &wanted)).await
         } else {
             bounded(self.leases.create(&params, &wanted)).await
@@ -133,54 +133,54 @@ impl Election {
                 return Some(sent);
             }
             // Another candidate was faster, or the response to an earlier request was lost.
-            Err(Trouble::Changed) => self.look().await,
-            Err(trouble) => tracing::warn!(%trouble, "the lease could not be acquired or renewed"),
+            Err(LeaseError::Changed) => self.read().await,
+            Err(error) => tracing::warn!(%error, "the lease could not be acquired or renewed"),
         }
         None
     }
 
     /// Releases the lease, if this process holds it.
     async fn release(&mut self) {
-        while let Some(sight) = self
-            .sight
+        while let Some(observed) = self
+            .observed
             .as_ref()
             .filter(|s| s.exists() && s.holder() == Some(&self.me))
         {
-            let released = sight.released();
+            let released = observed.released();
             let params = PostParams::default();
             match bounded(self.leases.replace(&self.name, &params, &released)).await {
                 Ok(_) => return tracing::info!("lease released"),
-                Err(Trouble::Changed) => self.look().await,
-                Err(trouble) => {
-                    tracing::warn!(%trouble, "the lease could not be released");
+                Err(LeaseError::Changed) => self.read().await,
+                Err(error) => {
+                    tracing::warn!(%error, "the lease could not be released");
                     tokio::time::sleep(RETRY).await;
                 }
             }
         }
     }
 
-    async fn look(&mut self) {
+    async fn read(&mut self) {
         match bounded(self.leases.get_opt(&self.name)).await {
             Ok(lease) => self.saw(lease),
-            Err(trouble) => tracing::warn!(%trouble, "the lease could not be read"),
+            Err(error) => tracing::warn!(%error, "the lease could not be read"),
         }
     }
 
     fn saw(&mut self, lease: Option<Lease>) {
         let now = lease::now();
-        self.sight = ObservedLease::next(self.sight.take(), lease, now);
-        if !self.leadership.is_leading() {
-            self.sight = self.sight.take().map(|sight| sight.disowned(&self.me, now));
+        self.observed = ObservedLease::next(self.observed.take(), lease, now);
+        if !self.guard.is_leading() {
+            self.observed = self.observed.take().map(|observed| observed.disowned(&self.me, now));
         }
-        if self.sight.as_ref().and_then(ObservedLease::holder) != Some(&self.me) {
-            self.gate.close();
+        if self.observed.as_ref().and_then(ObservedLease::holder) != Some(&self.me) {
+            self.leadership.close();
         }
     }
 }
 
 /// Why a request failed. The text of kube's error is dropped, because it may quote data.
 #[derive(Debug, thiserror::Error)]
-enum Trouble {
+enum LeaseError {
     #[error("the Lease changed since it was read")]
     Changed,
     #[error("the API server refused the request with status {0}")]
@@ -189,14 +189,14 @@ enum Trouble {
     Unavailable,
 }
 
-async fn bounded<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, Trouble> {
+async fn bounded<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, LeaseError> {
     match tokio::time::timeout(LONGEST_REQUEST, request).await {
         Ok(Ok(done)) => Ok(done),
         Ok(Err(kube::Error::Api(status))) => Err(match status.code {
-            404 | 409 => Trouble::Changed,
-            code => Trouble::Refused(code),
+            404 | 409 => LeaseError::Changed,
+            code => LeaseError::Refused(code),
         }),
-        Ok(Err(_)) | Err(_) => Err(Trouble::Unavailable),
+        Ok(Err(_)) | Err(_) => Err(LeaseError::Unavailable),
     }
 }
 

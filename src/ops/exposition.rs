@@ -56,7 +56,7 @@ impl Format {
             match self {
                 _ if part.is_empty() => None,
                 Self::OpenMetrics => Some(part.to_owned()),
-                Self::Text => Some(older(part)),
+                Self::Text => Some(to_text_format(part)),
             }
         })
     }
@@ -76,7 +76,7 @@ fn first_part(text: &str) -> &str {
 
 /// Converts metrics to the older format. Samples are the same in both formats. In the older format a metric family has
 /// the name of its samples, and there are no units and no infos (`OpenMetrics` 1.0, "Prometheus Compatibility").
-fn older(open_metrics: &str) -> String {
+fn to_text_format(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len());
     let mut help = None;
     for line in open_metrics.lines() {
@@ -123,10 +123,10 @@ mod tests {
         registry.register_with_unit("oldest", "Oldest", Unit::Seconds, Gauge::<i64>::default());
         registry.register("build", "Build", Info::new([("version", "1 # 2")]));
 
-        let (content_type, older) = sent(&registry, "*/*");
+        let (content_type, to_text_format) = sent(&registry, "*/*");
         assert_eq!(content_type, "text/plain; version=0.0.4; charset=utf-8");
         assert_eq!(
-            older,
+            to_text_format,
             "# HELP panics_total Panics.\n# TYPE panics_total counter\npanics_total 0\n\
              # HELP oldest_seconds Oldest.\n# TYPE oldest_seconds gauge\noldest_seconds 0\n\
              # HELP build_info Build.\n# TYPE build_info gauge\nbuild_info{version=\"1 # 2\"} 1\n"
@@ -153,7 +153,7 @@ mod tests {
             );
             let whole = match format {
                 Format::OpenMetrics => exposed.to_string(),
-                Format::Text => older(&exposed),
+                Format::Text => to_text_format(&exposed),
             };
             assert!(parts.concat() == whole, "{format:?}");
         }

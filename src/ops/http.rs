@@ -131,15 +131,15 @@ impl Port {
     }
 
     async fn serve(self: Arc<Self>, listener: TcpListener) {
-        let mut told: Option<Instant> = None;
+        let mut logged: Option<Instant> = None;
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) => self.admit(stream, peer.ip()),
                 // Usually the process has no file descriptors left. Closing a connection frees one for the next accept.
                 Err(error) => {
-                    if told.is_none_or(|at| at.elapsed() > SILENCE) {
+                    if logged.is_none_or(|at| at.elapsed() > SILENCE) {
                         tracing::warn!(%error, "could not accept a connection on the HTTP port");
-                        told = Some(Instant::now());
+                        logged = Some(Instant::now());
                     }
                     self.open().close_one().inspect(AbortHandle::abort);
                     sleep(PAUSE).await;
@@ -160,7 +160,7 @@ impl Port {
         open.waiting.add(id, peer, task).inspect(AbortHandle::abort);
     }
 
-    fn begins_to_scrape(&self, id: u64) {
+    fn count_as_scrape(&self, id: u64) {
         let mut open = self.open();
         if let Some((peer, task)) = open.waiting.remove(id) {
             open.scraping.add(id, peer, task).inspect(AbortHandle::abort);
@@ -218,7 +218,7 @@ impl Port {
             "/livez" => health((self.live)()),
             "/readyz" => health((self.ready)()),
             "/metrics" => {
-                self.begins_to_scrape(id);
+                self.count_as_scrape(id);
                 let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok());
                 let format = Format::asked_for_by(accept.unwrap_or_default());
                 match self.scrapes.text().await {

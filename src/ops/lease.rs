@@ -201,7 +201,7 @@ impl ObservedLease {
     #[must_use]
     pub fn disowned(mut self, me: &str, now: Duration) -> Self {
         if !self.exists() && self.holder() == Some(me) {
-            self.lease.spec.get_or_insert_default().holder_identity = Some("nobody that is known".to_owned());
+            self.lease.spec.get_or_insert_default().holder_identity = Some("unknown holder".to_owned());
             self.since = now;
         }
         self
@@ -222,9 +222,9 @@ impl ObservedLease {
 
     /// The term that the holder wrote. The holder may run another version of the operator.
     fn term(&self) -> Duration {
-        let told = self.lease.spec.as_ref().and_then(|spec| spec.lease_duration_seconds);
-        let told = told.and_then(|seconds| u64::try_from(seconds).ok());
-        told.map_or(TERM, Duration::from_secs).min(LONGEST_TERM)
+        let stated = self.lease.spec.as_ref().and_then(|spec| spec.lease_duration_seconds);
+        let stated = stated.and_then(|seconds| u64::try_from(seconds).ok());
+        stated.map_or(TERM, Duration::from_secs).min(LONGEST_TERM)
     }
 
     /// The released Lease, which another candidate may acquire at once.
@@ -240,17 +240,17 @@ impl ObservedLease {
     }
 }
 
-/// The next step of `me`. `sight` is `None` if no Lease was ever seen.
+/// The next step of `me`. `observed` is `None` if no Lease was ever seen.
 #[must_use]
-pub fn evaluate(sight: Option<&ObservedLease>, me: &str, now: Duration) -> Step {
-    let Some(sight) = sight else {
+pub fn evaluate(observed: Option<&ObservedLease>, me: &str, now: Duration) -> Step {
+    let Some(observed) = observed else {
         return Step::Acquire;
     };
-    match sight.holder() {
+    match observed.holder() {
         None => Step::Acquire,
         Some(holder) if holder == me => Step::Renew,
         Some(_) => {
-            let left = (sight.since + sight.term()).saturating_sub(now);
+            let left = (observed.since + observed.term()).saturating_sub(now);
             if left.is_zero() {
                 Step::Acquire
             } else {
@@ -263,10 +263,10 @@ pub fn evaluate(sight: Option<&ObservedLease>, me: &str, now: Duration) -> Step 
 /// The Lease as `me` writes it, with the resource version that was read as precondition. The times in it are for
 /// people; the operator does not use them.
 #[must_use]
-pub fn claimed(sight: Option<&ObservedLease>, name: &str, me: &str, clock: Timestamp) -> Lease {
-    let mut lease = sight.map(|sight| sight.lease.clone()).unwrap_or_default();
+pub fn claimed(observed: Option<&ObservedLease>, name: &str, me: &str, clock: Timestamp) -> Lease {
+    let mut lease = observed.map(|observed| observed.lease.clone()).unwrap_or_default();
     lease.metadata.name = Some(name.to_owned());
-    let renews = sight.and_then(ObservedLease::holder) == Some(me);
+    let renews = observed.and_then(ObservedLease::holder) == Some(me);
     let spec: &mut LeaseSpec = lease.spec.get_or_insert_default();
     if !renews {
         spec.holder_identity = Some(me.to_owned());

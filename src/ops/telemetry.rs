@@ -18,7 +18,7 @@ pub enum Format {
 }
 
 /// The most verbose level at which libraries may log.
-pub type Most = LevelFilter;
+pub type LibraryLevel = LevelFilter;
 
 /// Prefix of the operator's own log targets.
 const OWN_TARGETS: &str = "zitadel_tokens";
@@ -29,7 +29,7 @@ const LOGS_BODIES: &str = "kube_client::client";
 
 /// Starts logging to stderr. `filter` has the syntax of `RUST_LOG`. Libraries log at most at `libraries`, whatever the
 /// filter says, because they do not know which values are secret. Increments `panics` on each panic.
-pub fn start(format: Format, filter: &str, libraries: Most, panics: Counter) -> Result<(), String> {
+pub fn start(format: Format, filter: &str, libraries: LibraryLevel, panics: Counter) -> Result<(), String> {
     let wanted: EnvFilter = filter
         .parse()
         .map_err(|_| format!("--log-level: {filter:?} is invalid; use e.g. `info` or `zitadel_tokens=debug`"))?;

@@ -34,7 +34,7 @@ const IAM_PATH: &str = "/management/v1/iam";
 
 /// Longest wait for another service user's attempt to learn the project id. A tenant whose requests hang must not block
 /// the others.
-const PATIENCE_WITH_OTHERS: Duration = Duration::from_millis(500);
+const WAIT_FOR_PROJECT_ID: Duration = Duration::from_millis(500);
 
 /// A token response and the time of its request.
 #[derive(Debug)]
@@ -219,7 +219,7 @@ impl ZitadelClient {
     /// which any user may call (docs/adr/0007-audience-must-be-equal.md).
     pub async fn project_id(&self, key: &ServiceKey) -> Result<&str, Failure> {
         // Usually one service user learns the id while the others wait for it here.
-        let _turn = tokio::time::timeout(PATIENCE_WITH_OTHERS, self.learning.lock()).await;
+        let _guard = tokio::time::timeout(WAIT_FOR_PROJECT_ID, self.learning.lock()).await;
         if let Some(known) = self.project_id.get() {
             return Ok(known);
         }

@@ -219,10 +219,10 @@ impl Http {
 
 /// Reads the body, usually into one allocation: a growing buffer leaves copies in memory that are not wiped.
 async fn body(mut response: Response) -> Result<SecretSlice<u8>, Failure> {
-    let told = response
+    let length = response
         .content_length()
         .and_then(|length| usize::try_from(length).ok());
-    let mut body = Vec::with_capacity(told.unwrap_or(USUAL_BODY).min(MAX_BODY));
+    let mut body = Vec::with_capacity(length.unwrap_or(USUAL_BODY).min(MAX_BODY));
     while let Some(chunk) = response.chunk().await.map_err(|e| failure(&e))? {
         if body.len() + chunk.len() > MAX_BODY {
             return Err(Failure::Malformed);

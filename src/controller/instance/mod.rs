@@ -31,7 +31,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         }
         Err(_) => return unreadable(&ctx, &id).await,
     };
-    let _pass = ctx.metrics.pass("ZitadelInstance");
+    let _timer = ctx.metrics.reconcile("ZitadelInstance");
     let connection = connect(&ctx, &instance).await;
     let mut skew = Skew::default();
     let discovered = match connection {

@@ -69,9 +69,9 @@ impl Metrics {
 
     /// Starts to measure a reconcile. It ends when the returned value is dropped, including after a panic or a timeout.
     #[must_use]
-    pub fn pass(&self, kind: &str) -> Pass {
+    pub fn reconcile(&self, kind: &str) -> ReconcileTimer {
         let labels = described::RECONCILE_DURATION.labels([kind]);
-        Pass {
+        ReconcileTimer {
             duration: self.reconcile_duration.get_or_create_owned(&labels),
             began: Instant::now(),
         }
@@ -96,12 +96,12 @@ fn result(successful: bool) -> &'static str {
 
 /// A reconcile in progress.
 #[derive(Debug)]
-pub struct Pass {
+pub struct ReconcileTimer {
     duration: Histogram,
     began: Instant,
 }
 
-impl Drop for Pass {
+impl Drop for ReconcileTimer {
     fn drop(&mut self) {
         self.duration.observe(self.began.elapsed().as_secs_f64());
     }

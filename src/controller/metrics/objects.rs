@@ -129,15 +129,15 @@ impl Objects {
 /// The series of each service user and of each of its tokens.
 fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[(ObjectRef, Arc<UserSummary>)]) -> fmt::Result {
     // Objects have no series before their first reconcile.
-    let told = || users.iter().filter(|(_, user)| user.ready.is_some());
+    let reconciled = || users.iter().filter(|(_, user)| user.ready.is_some());
     let tokens = || {
-        told().flat_map(|(id, user)| {
+        reconciled().flat_map(|(id, user)| {
             let tokens = user.tokens.iter();
             let tokens = tokens.filter_map(|token| Some((&*token.name, token.status?)));
             tokens.map(move |(token, times)| ([&*id.namespace, &*id.name, token, &*user.instance], user, times))
         })
     };
-    let readiness = told().map(|(id, user)| {
+    let readiness = reconciled().map(|(id, user)| {
         let (ready, reason) = ready(user);
         (
             [&*id.namespace, &*id.name, &*user.instance, reason],
@@ -156,7 +156,7 @@ fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[(ObjectRef, Arc<UserS
         Some(([namespace, name, of, instance, reason], seconds(times.failing_since?)))
     });
     described::TOKEN_FAILING_SINCE.encode(encoder, failing)?;
-    let keys = told().filter_map(|(id, user)| {
+    let keys = reconciled().filter_map(|(id, user)| {
         let whose = [&*id.namespace, &*id.name, &*user.instance];
         Some((whose, seconds(user.key_expires_at?)))
     });

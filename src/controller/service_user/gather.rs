@@ -26,7 +26,7 @@ pub enum Gathered {
         /// Generation of its spec.
         generation: Option<i64>,
         /// Whether the status already reports the reason for this generation.
-        told: bool,
+        reported: bool,
     },
     /// The object or its namespace is deleted or being deleted, or this operator does not serve it.
     Gone,
@@ -57,13 +57,13 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         Some(ReadUser::Unreadable { generation, .. }) => {
             tracing::warn!(object = %id, "a service user does not match its schema and is not served");
             let reason = Reason::ObjectUnreadable;
-            let told = known.is_some_and(|user| {
+            let reported = known.is_some_and(|user| {
                 user.ready == Some((false, Some(reason))) && user.observed_generation == generation
             });
             return Ok(Gathered::Refused {
                 reason,
                 generation,
-                told,
+                reported,
             });
         }
         Some(ReadUser::Readable(_)) => return Ok(Gathered::Gone),
@@ -89,7 +89,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         return Ok(Gathered::Refused {
             reason,
             generation,
-            told: conditions.any(|condition| condition.reason == reason.name()),
+            reported: conditions.any(|condition| condition.reason == reason.name()),
         });
     }
     let clock = ctx.connections.skew(&instance_name);

@@ -30,7 +30,7 @@ const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
 
 /// Reconciles one service user.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: PendingRetries) -> Done {
-    let _pass = ctx.metrics.pass("ZitadelServiceUser");
+    let _timer = ctx.metrics.reconcile("ZitadelServiceUser");
     if gather::awaits_instance(&ctx, &id) {
         // The first reconcile of the instance wakes this service user.
         return Done::broken_off(None);
@@ -38,7 +38,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
     let facts = match gather::gather(&ctx, &id, pending_retries).await {
         Ok(Gathered::Facts(facts)) => *facts,
         // The status already says so. Nothing to do until the object changes.
-        Ok(Gathered::Refused { told: true, .. }) => return Done::forget(),
+        Ok(Gathered::Refused { reported: true, .. }) => return Done::forget(),
         Ok(Gathered::Refused { reason, generation, .. }) => return refuse(&ctx, &id, reason, generation).await,
         Ok(Gathered::Gone) => {
             ctx.memory.forget(&id);
@@ -129,8 +129,8 @@ async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Op
     let version = ctx.writer.replace_user_status(&user).await?;
     log_changes(facts, &report.status);
     let tell = async {
-        for note in std::mem::take(&mut report.events) {
-            ctx.writer.event(&*facts.user, "Mint", note).await;
+        for draft in std::mem::take(&mut report.events) {
+            ctx.writer.event(&*facts.user, "RequestToken", draft).await;
         }
     };
     // Events are informational, so slow ones must not delay refreshes.

@@ -23,29 +23,29 @@ fn held(holder: &str, by_its_clock: i64, since: Duration) -> ObservedLease {
     ObservedLease::next(None, Some(lease), since).expect("a Lease")
 }
 
-fn change(mut sight: ObservedLease, change: impl FnOnce(&mut LeaseSpec)) -> ObservedLease {
-    change(sight.lease.spec.as_mut().expect("a spec"));
-    sight
+fn change(mut observed: ObservedLease, change: impl FnOnce(&mut LeaseSpec)) -> ObservedLease {
+    change(observed.lease.spec.as_mut().expect("a spec"));
+    observed
 }
 
 #[test]
 fn candidate_acquires_renews_or_waits() {
     let fresh = || held(OTHER, 0, at(0));
     let left = |seconds| Step::Wait(Duration::from_secs(seconds));
-    let later = |sight, lease, seconds| ObservedLease::next(Some(sight), lease, at(seconds));
-    let labelled = |sight: &ObservedLease| {
-        let mut lease = stored(sight.lease.clone(), "2");
+    let later = |observed, lease, seconds| ObservedLease::next(Some(observed), lease, at(seconds));
+    let labelled = |observed: &ObservedLease| {
+        let mut lease = stored(observed.lease.clone(), "2");
         lease.metadata.labels = Some([("a".to_owned(), "b".to_owned())].into());
         lease
     };
-    let renewed = |sight: &ObservedLease| stored(claimed(Some(sight), "l", OTHER, clock(5)), "2");
+    let renewed = |observed: &ObservedLease| stored(claimed(Some(observed), "l", OTHER, clock(5)), "2");
     #[rustfmt::skip]
     let table = [
         ("no Lease", None, 0, Step::Acquire),
         ("own lease", Some(held(ME, 0, at(0))), 1, Step::Renew),
         ("own lease, long expired", Some(held(ME, 0, at(0))), 900, Step::Renew),
         ("own lease, deleted", later(held(ME, 0, at(0)), None, 1), 1, Step::Renew),
-        ("own lease, deleted, and not the leader", later(held(ME, 0, at(0)), None, 1).map(|sight| sight.disowned(ME, at(1))), 2, left(13)),
+        ("own lease, deleted, and not the leader", later(held(ME, 0, at(0)), None, 1).map(|observed| observed.disowned(ME, at(1))), 2, left(13)),
         ("own lease, and not the leader", Some(held(ME, 0, at(0)).disowned(ME, at(1))), 2, Step::Renew),
         ("lease of another", Some(fresh()), 0, left(14)),
         ("lease of another, almost expired", Some(fresh()), 13, left(1)),
@@ -65,8 +65,8 @@ fn candidate_acquires_renews_or_waits() {
         ("negative term", Some(change(fresh(), |s| s.lease_duration_seconds = Some(-1))), 13, left(1)),
         ("no spec", Some(ObservedLease { lease: Lease::default(), since: at(0), }), 0, Step::Acquire),
     ];
-    for (name, sight, seconds, expected) in table {
-        assert_eq!(evaluate(sight.as_ref(), ME, at(seconds)), expected, "{name}");
+    for (name, observed, seconds, expected) in table {
+        assert_eq!(evaluate(observed.as_ref(), ME, at(seconds)), expected, "{name}");
     }
 }
 
