@@ -116,7 +116,11 @@ pub fn answer(body: &[u8]) {
     let minted = match answer::accept(parsed, &expected(), sent()) {
         Ok(minted) => minted,
         Err(reason) => {
-            let known = [Reason::MalformedAnswer, Reason::TokenMismatch, Reason::LifetimeTooShort];
+            let known = [
+                Reason::MalformedResponse,
+                Reason::TokenMismatch,
+                Reason::LifetimeTooShort,
+            ];
             return assert!(known.contains(&reason), "{reason}");
         }
     };
@@ -204,7 +208,7 @@ pub fn discovery(body: &[u8]) {
             assert!(whole.is_err() || whole.is_ok_and(|document| document["issuer"] == ISSUER));
         }
         Err(reason) => assert!(
-            [Reason::MalformedAnswer, Reason::IssuerMismatch].contains(&reason),
+            [Reason::MalformedResponse, Reason::IssuerMismatch].contains(&reason),
             "{reason}"
         ),
     }

@@ -296,7 +296,7 @@ pub struct ZitadelServiceUserStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_handled_renew_request: Option<String>,
 
-    /// `Ready`: every Secret holds a valid token for the spec. `UpToDate`: the latest attempt to refresh every token
+    /// `Ready`: every Secret holds a valid token for the spec, and no token lacks its key Secret, instance or access policy. `UpToDate`: the latest attempt to refresh every token
     /// succeeded. `KeyValid`: the key is usable. `Reconciling` and `Stalled` follow kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]

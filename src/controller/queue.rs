@@ -817,7 +817,7 @@ mod tests {
             Failed {
                 not_after: not_after.map(later),
                 not_before: not_before.map(later),
-                ..Failed::now("t", Reason::RequestRefused)
+                ..Failed::now("t", Reason::RequestRejected)
             }
         };
         // The reason alone would have it wait for about ten minutes.

@@ -38,8 +38,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Concurrent status writes.
 const AT_ONCE: usize = 4;
 
-/// Rate limit of Events per object. The burst equals that of client-go's recorder (`tools/record/events_cache.go`); the
-/// sustained rate is higher.
+/// Rate limit of Events per object. The burst equals that of client-go's recorder
+/// (<https://github.com/kubernetes/client-go/blob/master/tools/record/events_cache.go>); the sustained rate is higher.
 const EVENTS_OF_OBJECT: Rate = Rate {
     burst: 25.0,
     per_second: 1.0 / 30.0,

@@ -29,7 +29,7 @@ pub struct TokenAnswer {
 /// Reads the body of a response with status 200.
 pub fn parse(body: &[u8]) -> Result<TokenAnswer, Reason> {
     // The parser's error could quote the token, so it is dropped.
-    serde_json::from_slice(body).map_err(|_| Reason::MalformedAnswer)
+    serde_json::from_slice(body).map_err(|_| Reason::MalformedResponse)
 }
 
 /// Whether consumers can read claims from the token themselves.
@@ -94,11 +94,11 @@ pub struct Minted {
 pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Result<Minted, Reason> {
     let token = answer.access_token.expose_secret();
     if !is_b64token(token) || !answer.token_type.eq_ignore_ascii_case("Bearer") {
-        return Err(Reason::MalformedAnswer);
+        return Err(Reason::MalformedResponse);
     }
     let by_answer = match answer.expires_in {
         Some(seconds) if seconds >= 0 => Some(shifted(sent, SignedDuration::from_secs(seconds))),
-        Some(_) => return Err(Reason::MalformedAnswer),
+        Some(_) => return Err(Reason::MalformedResponse),
         None => None,
     };
     let by_claim = match claims(token) {
@@ -111,7 +111,7 @@ pub fn accept(answer: TokenAnswer, expected: &Expected, sent: Timestamp) -> Resu
     let expires = match (by_answer, by_claim) {
         (Some(a), Some(b)) => a.min(b),
         (Some(one), None) | (None, Some(one)) => one,
-        (None, None) => return Err(Reason::MalformedAnswer),
+        (None, None) => return Err(Reason::MalformedResponse),
     };
     let expires = expires.min(shifted(sent, LONGEST_LIFETIME));
     if expires.duration_since(sent) < SHORTEST_LIFETIME {
@@ -328,19 +328,19 @@ mod tests {
         let opaque = "eyJh.bGci.OiJB.MjU2.R0NN";
         let cases = [
             (opaque, r#","expires_in":60"#, Ok(60)),
-            (opaque, "", Err(Reason::MalformedAnswer)),
-            (opaque, r#","expires_in":-1"#, Err(Reason::MalformedAnswer)),
+            (opaque, "", Err(Reason::MalformedResponse)),
+            (opaque, r#","expires_in":-1"#, Err(Reason::MalformedResponse)),
             (opaque, r#","expires_in":0"#, Err(Reason::LifetimeTooShort)),
-            (opaque, r#","expires_in":1.5"#, Err(Reason::MalformedAnswer)),
+            (opaque, r#","expires_in":1.5"#, Err(Reason::MalformedResponse)),
             (opaque, r#","expires_in":9223372036854775807"#, Ok(31 * 86_400)),
             (
                 opaque,
                 r#","expires_in":99999999999999999999"#,
-                Err(Reason::MalformedAnswer),
+                Err(Reason::MalformedResponse),
             ),
-            ("with space", r#","expires_in":60"#, Err(Reason::MalformedAnswer)),
-            ("with\nbreak", r#","expires_in":60"#, Err(Reason::MalformedAnswer)),
-            ("", r#","expires_in":60"#, Err(Reason::MalformedAnswer)),
+            ("with space", r#","expires_in":60"#, Err(Reason::MalformedResponse)),
+            ("with\nbreak", r#","expires_in":60"#, Err(Reason::MalformedResponse)),
+            ("", r#","expires_in":60"#, Err(Reason::MalformedResponse)),
         ];
         for (token, expires_in, outcome) in cases {
             let got = answer(token, expires_in).and_then(|a| accept(a, &expected(), sent));

@@ -272,7 +272,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Whether the breaker refuses requests. It is half-open once no further request is expected.
+    /// Whether the breaker refuses requests. It counts as closed once no request was made for [`QUIET`].
     #[must_use]
     pub fn is_open(&self, now: Duration) -> bool {
         let open = self.open.as_ref();

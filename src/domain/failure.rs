@@ -86,16 +86,16 @@ pub fn classify(failure: Failure, discovery_works: bool) -> Reason {
         Failure::Known(reason) => reason,
         Failure::Connect | Failure::Broken | Failure::Timeout => Reason::InstanceUnreachable,
         Failure::Tls => Reason::TLSFailure,
-        Failure::Malformed => Reason::MalformedAnswer,
+        Failure::Malformed => Reason::MalformedResponse,
         Failure::Status { code: 429, .. } => Reason::RateLimited,
         Failure::Status { code, error, .. } => match error {
             Some(OAuthError::InvalidGrant) => Reason::KeyRejected,
             Some(OAuthError::UserNotActive) => Reason::UserInactive,
             Some(OAuthError::InternalError) if discovery_works => Reason::KeyRejected,
             _ if code >= 500 => Reason::ServerError,
-            Some(_) => Reason::RequestRefused,
+            Some(_) => Reason::RequestRejected,
             // Not an OAuth error: the response is from a proxy in front of ZITADEL, or ZITADEL does not know the host.
-            None => Reason::MalformedAnswer,
+            None => Reason::MalformedResponse,
         },
     }
 }
@@ -122,10 +122,10 @@ mod tests {
             (status(500, Some(OAuthError::InternalError)), true, Reason::KeyRejected),
             (status(500, Some(OAuthError::InternalError)), false, Reason::ServerError),
             (status(400, Some(OAuthError::UserNotActive)), true, Reason::UserInactive),
-            (status(400, Some(OAuthError::Other)), true, Reason::RequestRefused),
+            (status(400, Some(OAuthError::Other)), true, Reason::RequestRejected),
             (status(503, None), true, Reason::ServerError),
             (status(429, None), true, Reason::RateLimited),
-            (status(404, None), true, Reason::MalformedAnswer),
+            (status(404, None), true, Reason::MalformedResponse),
         ];
         for (failure, discovery, reason) in table {
             assert_eq!(classify(failure, discovery), reason, "{failure:?}");

@@ -9,9 +9,9 @@ use crate::domain::time::shifted;
 /// first tokens, other refreshes, retries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
-    /// A token of its spec was never issued.
+    /// No token of the object is valid, or a token has no status yet.
     FirstToken,
-    /// All its tokens were issued. From this time on the next refresh is critical.
+    /// At least one token is valid, and every token has a status. From this time on the next refresh is critical.
     Refresh(Timestamp),
     /// An attempt failed before.
     Retry,

@@ -154,7 +154,7 @@ reasons! {
     UserInactive: Eventual, Key,
         "The service user is deactivated or locked in ZITADEL.",
         "Reactivate the service user in ZITADEL.";
-    RequestRefused: Permanent, Object,
+    RequestRejected: Permanent, Object,
         "ZITADEL rejected the token request for a reason other than the key or the user.",
         "Check ZITADEL's log: an Action or Target may reject the token.";
     InstanceUnreachable: Transient, Instance,
@@ -184,7 +184,7 @@ reasons! {
     InsecureHTTP: Permanent, Object,
         "The ZitadelInstance uses plain HTTP without spec.connection.allowInsecureHTTP, or for a host that is neither a loopback address nor *.svc.",
         "Use https://. For localhost or an in-cluster Service, set spec.connection.allowInsecureHTTP to true.";
-    MalformedAnswer: Transient, Instance,
+    MalformedResponse: Transient, Instance,
         "The server's response violates the protocol.",
         "Check spec.connection of the ZitadelInstance and any proxy between the operator and the server.";
     TokenMismatch: Permanent, Object,

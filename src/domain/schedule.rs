@@ -5,7 +5,6 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::domain::clock_skew::is_past;
 use crate::domain::hash;
-use crate::domain::retry::Retry;
 use crate::domain::time::shifted;
 
 /// Minimum lifetime. A shorter token cannot be kept fresh, because request, write and mount take seconds.
@@ -89,29 +88,6 @@ impl Schedule {
 
 fn scale(duration: SignedDuration, factor: f64) -> SignedDuration {
     SignedDuration::try_from_secs_f64(duration.as_secs_f64() * factor).unwrap_or(SignedDuration::ZERO)
-}
-
-/// Number of early retries, after 1 s, 2 s and 4 s. A change in ZITADEL took up to 750 ms to take effect, measured on
-/// one server in a burst.
-const EARLY_RETRIES: u32 = 3;
-
-/// The backoff after `failures` consecutive failures: it starts at one second and doubles up to the limit of `retry`,
-/// or is about ten minutes for failures that only a change can fix. `seed` spreads objects that failed together.
-#[must_use]
-pub fn backoff(retry: Retry, failures: u32, seed: &str) -> SignedDuration {
-    let base = match retry {
-        Retry::No => return SignedDuration::ZERO,
-        Retry::Eventual if failures <= EARLY_RETRIES => growing(failures),
-        Retry::Permanent | Retry::Eventual => SignedDuration::from_mins(10),
-        Retry::Transient => growing(failures).min(SignedDuration::from_mins(5)),
-        Retry::Soon => growing(failures).min(SignedDuration::from_secs(10)),
-    };
-    scale(base, 0.8 + 0.4 * hash::fraction(&format!("{seed}/{failures}")))
-}
-
-/// One second, doubled with each further failure.
-fn growing(failures: u32) -> SignedDuration {
-    SignedDuration::from_secs(1_i64 << failures.saturating_sub(1).min(9))
 }
 
 /// Parses a duration of the spec, such as `1h30m`. It accepts what the pattern in the schema accepts, and agrees with
@@ -266,22 +242,6 @@ mod tests {
                 "{renewal:?} of {lifetime}: {got:?}"
             );
         }
-    }
-
-    #[test]
-    fn backoff_grows_to_five_minutes_and_spreads() {
-        let wait = |retry, n| backoff(retry, n, "shop/billing").as_secs_f64();
-        for (failures, base) in [(1, 1.0), (2, 2.0), (3, 4.0), (9, 256.0), (10, 300.0), (u32::MAX, 300.0)] {
-            let got = wait(Retry::Transient, failures);
-            assert!(got >= 0.8 * base && got <= 1.2 * base, "{failures}: {got}");
-        }
-        assert!(wait(Retry::Permanent, 1) >= 480.0);
-        for (failures, most) in [(1, 1.2), (2, 2.4), (3, 4.8)] {
-            assert!(wait(Retry::Eventual, failures) <= most, "{failures}");
-        }
-        assert!(wait(Retry::Eventual, 4) >= 480.0);
-        assert!(wait(Retry::Soon, 1) <= 1.2 && (8.0..=12.0).contains(&wait(Retry::Soon, 99)));
-        assert_ne!(backoff(Retry::Transient, 5, "a"), backoff(Retry::Transient, 5, "b"));
     }
 
     #[test]

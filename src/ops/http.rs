@@ -235,7 +235,7 @@ fn health(good: bool) -> Response<Text> {
     if good {
         line(StatusCode::OK, "ok\n")
     } else {
-        line(StatusCode::SERVICE_UNAVAILABLE, "not yet\n")
+        line(StatusCode::SERVICE_UNAVAILABLE, "unavailable\n")
     }
 }
 

@@ -28,7 +28,7 @@ struct Document {
 /// Parses the document. Its issuer must be exactly `issuer`. The token endpoint must be below the issuer, without a
 /// fragment and without a query: a `scope` in the query would override the `scope` of the form.
 pub fn parse(body: &[u8], issuer: &str) -> Result<Discovery, Reason> {
-    let document: Document = serde_json::from_slice(body).map_err(|_| Reason::MalformedAnswer)?;
+    let document: Document = serde_json::from_slice(body).map_err(|_| Reason::MalformedResponse)?;
     if document.issuer != issuer {
         return Err(Reason::IssuerMismatch);
     }
@@ -119,7 +119,7 @@ mod tests {
         let issuer = "https://auth.example.com";
         let endpoint = |endpoint: &str| format!(r#"{{"issuer":"{issuer}","token_endpoint":"{endpoint}"}}"#);
         let below = |path: &str| endpoint(&format!("{issuer}{path}"));
-        let malformed = Err(Reason::MalformedAnswer);
+        let malformed = Err(Reason::MalformedResponse);
         let mismatch = Err(Reason::IssuerMismatch);
         let table = [
             (below(&format!("/{}", "t".repeat(255))), Ok(256)),
@@ -163,6 +163,6 @@ mod tests {
             assert_eq!(got, expected, "{body:.200}");
         }
         let bytes = [below("/t").as_bytes(), b"\xff"].concat();
-        assert_eq!(parse(&bytes, issuer), Err(Reason::MalformedAnswer));
+        assert_eq!(parse(&bytes, issuer), Err(Reason::MalformedResponse));
     }
 }

@@ -296,7 +296,10 @@ async fn invalid_http_and_a_missing_answer_are_different_failures() {
     // A protocol switch that the client did not request.
     let upgrade = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n";
     let (outcome, _) = asked(&key, |c| c.write_all(upgrade.as_bytes())).await;
-    assert_eq!(classify(outcome.expect_err("no answer"), true), Reason::MalformedAnswer);
+    assert_eq!(
+        classify(outcome.expect_err("no answer"), true),
+        Reason::MalformedResponse
+    );
 }
 
 /// A second answer on the connection must not count as the answer to the next request.
@@ -322,7 +325,7 @@ async fn a_compressed_answer_is_not_decompressed() {
     let world = World::new().await;
     let fault = json!({"path": TOKEN, "times": 1, "status": 200, "bodyBase64": GOOD_GZIP, "headers": {"Content-Encoding": "gzip"}});
     world.issuer.fault(fault).await;
-    assert_eq!(world.mint().await.err(), Some(Reason::MalformedAnswer));
+    assert_eq!(world.mint().await.err(), Some(Reason::MalformedResponse));
 
     let socket = Socket::answering(|c| c.write_all(ok("", GOOD).as_bytes()));
     let instance = connect(impatient(&socket.url));
@@ -336,7 +339,7 @@ async fn a_compressed_answer_is_not_decompressed() {
 #[tokio::test]
 async fn an_ambiguous_body_is_refused() {
     let world = World::new().await;
-    let malformed = Some(Reason::MalformedAnswer);
+    let malformed = Some(Reason::MalformedResponse);
     let with = |field: &str| GOOD.replace('}', &format!(",{field}}}"));
     let table = [
         ("two tokens", with(r#""access_token":"f.g.h.i.j""#), malformed),
@@ -417,21 +420,21 @@ async fn a_status_counts_whatever_its_body_is() {
     let table = [
         (429, " ".to_owned(), 1 << 30, Reason::RateLimited),
         (503, "<html>".to_owned(), 1 << 30, Reason::ServerError),
-        (400, "<html>".to_owned(), 1 << 30, Reason::MalformedAnswer),
+        (400, "<html>".to_owned(), 1 << 30, Reason::MalformedResponse),
         (429, oauth("x"), 0, Reason::RateLimited),
         (400, oauth(r"\u0000\r\n\u001b[31m"), 0, Reason::KeyRejected),
-        (400, oauth(r#"","error":"server_error"#), 0, Reason::MalformedAnswer),
+        (400, oauth(r#"","error":"server_error"#), 0, Reason::MalformedResponse),
         (
             400,
             r#"{"error":["invalid_grant"]}"#.to_owned(),
             0,
-            Reason::MalformedAnswer,
+            Reason::MalformedResponse,
         ),
         (599, oauth("x").replace("invalid_grant", "x"), 0, Reason::ServerError),
-        (201, GOOD.to_owned(), 0, Reason::MalformedAnswer),
-        (206, GOOD.to_owned(), 0, Reason::MalformedAnswer),
-        (204, String::new(), 0, Reason::MalformedAnswer),
-        (304, String::new(), 0, Reason::MalformedAnswer),
+        (201, GOOD.to_owned(), 0, Reason::MalformedResponse),
+        (206, GOOD.to_owned(), 0, Reason::MalformedResponse),
+        (204, String::new(), 0, Reason::MalformedResponse),
+        (304, String::new(), 0, Reason::MalformedResponse),
     ];
     for (status, body, length, reason) in table {
         let name = format!("{status} {body}");

@@ -400,7 +400,7 @@ async fn nothing_is_signed_for_a_host_that_serves_no_instance() {
         ),
         "{failure:?}"
     );
-    assert_eq!(classify(failure, false), Reason::MalformedAnswer);
+    assert_eq!(classify(failure, false), Reason::MalformedResponse);
     assert_eq!(world.token_requests().await.len(), 0);
 }
 
@@ -495,7 +495,7 @@ async fn a_redirect_is_not_followed() {
                 world.instance.discover().await.map(|_| ())
             };
             let failure = failure.expect_err("no usable answer");
-            assert_eq!(classify(failure, true), Reason::MalformedAnswer, "{status} {path}");
+            assert_eq!(classify(failure, true), Reason::MalformedResponse, "{status} {path}");
         }
     }
     elsewhere.assert_untouched();
@@ -583,7 +583,7 @@ async fn without_expires_in_the_exp_claim_counts() {
     assert_eq!(got.expires.as_second(), exp);
 
     let body = json!({"access_token": "a.b.c.d.e", "token_type": "Bearer"}).to_string();
-    assert_eq!(world.judge(body).await.err(), Some(Reason::MalformedAnswer));
+    assert_eq!(world.judge(body).await.err(), Some(Reason::MalformedResponse));
 }
 
 /// The server chooses the lifetime, for each instance (docs/reference/zitadel-protocol.md#lifetimes).
@@ -608,15 +608,15 @@ async fn an_invalid_lifetime_is_refused_and_a_huge_one_is_capped() {
     let month = SignedDuration::from_hours(31 * 24).as_secs();
     let table = [
         ("60", Ok(60)),
-        ("-1", Err(Reason::MalformedAnswer)),
-        ("-9223372036854775808", Err(Reason::MalformedAnswer)),
+        ("-1", Err(Reason::MalformedResponse)),
+        ("-9223372036854775808", Err(Reason::MalformedResponse)),
         ("0", Err(Reason::LifetimeTooShort)),
-        ("1.5", Err(Reason::MalformedAnswer)),
-        ("1e3", Err(Reason::MalformedAnswer)),
-        ("\"60\"", Err(Reason::MalformedAnswer)),
+        ("1.5", Err(Reason::MalformedResponse)),
+        ("1e3", Err(Reason::MalformedResponse)),
+        ("\"60\"", Err(Reason::MalformedResponse)),
         ("9223372036854775807", Ok(month)),
-        ("9223372036854775808", Err(Reason::MalformedAnswer)),
-        ("1e999", Err(Reason::MalformedAnswer)),
+        ("9223372036854775808", Err(Reason::MalformedResponse)),
+        ("1e999", Err(Reason::MalformedResponse)),
     ];
     for (expires_in, wanted) in table {
         let body = format!(r#"{{"access_token":"a.b.c.d.e","token_type":"Bearer","expires_in":{expires_in}}}"#);
@@ -654,7 +654,7 @@ async fn a_body_without_a_valid_token_is_refused() {
         ("an error with 200", json!({"error": "invalid_grant"}).to_string()),
     ];
     for (name, body) in table {
-        assert_eq!(world.judge(body).await.err(), Some(Reason::MalformedAnswer), "{name}");
+        assert_eq!(world.judge(body).await.err(), Some(Reason::MalformedResponse), "{name}");
     }
     assert!(
         world.judge(with("a.b.c.d.e", "bearer")).await.is_ok(),
@@ -712,6 +712,6 @@ async fn a_broken_connection_does_not_reject_the_key() {
     assert_eq!(world.mint().await.err(), Some(Reason::InstanceUnreachable));
     let cut_off = json!({"path": TOKEN, "times": 1, "body": "{", "headers": {"Content-Length": "1000"}});
     world.issuer.fault(cut_off).await;
-    assert_eq!(world.mint().await.err(), Some(Reason::MalformedAnswer));
+    assert_eq!(world.mint().await.err(), Some(Reason::MalformedResponse));
     assert!(world.mint().await.is_ok());
 }

@@ -245,6 +245,17 @@ fn relative_links(markdown: &str) -> Vec<(String, String)> {
         .collect()
 }
 
+/// Paths of source files that a text cites, such as `src/domain/plan.rs` or `domain/plan.rs`.
+fn cited_sources(text: &str) -> impl Iterator<Item = &str> {
+    let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || "-_./".contains(c)));
+    let words = words.map(|word| word.trim_matches('.'));
+    words.filter(|word| {
+        word.contains('/')
+            && !word.starts_with('/')
+            && (has_extension(Path::new(word), "rs") || has_extension(Path::new(word), "go"))
+    })
+}
+
 /// Text cites only documents of the repository and RFCs, and each path and link resolves.
 #[test]
 fn references_lead_somewhere() {
@@ -268,6 +279,8 @@ fn references_lead_somewhere() {
     paths.extend(entries(root).into_iter().filter(|p| has_extension(p, "md")));
     paths.extend(["Makefile", "Cargo.toml", "deny.toml"].map(|name| root.join(name)));
 
+    let sources: Vec<PathBuf> = paths.clone();
+    let exists = |cited: &str| sources.iter().any(|path| path.ends_with(cited));
     let mut wrong = Vec::new();
     for path in paths {
         // A file that is not UTF-8 cites nothing.
@@ -280,6 +293,11 @@ fn references_lead_somewhere() {
             for citation in foreign_citations(&text) {
                 wrong.push(format!("{this} cites a document outside the repository: {citation}"));
             }
+        }
+        // Paths in URLs are those of other repositories.
+        let local = text.split_whitespace().filter(|word| !word.contains("://"));
+        for cited in local.flat_map(cited_sources).filter(|cited| !exists(cited)) {
+            wrong.push(format!("{this} cites {cited}, which does not exist"));
         }
         let (base, references) = if has_extension(&path, "md") {
             (path.parent().expect("a folder"), relative_links(&text))

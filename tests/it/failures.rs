@@ -86,7 +86,7 @@ async fn unreachable_or_wrong_instance_gets_no_assertion() {
     other.settings(json!({"externalDomain": "elsewhere.example.com"})).await;
     spec["connection"]["endpoint"] = json!(other.url);
     world.apply_instance(spec.clone()).await.expect("an instance");
-    world.ready("billing", "False", "MalformedAnswer").await;
+    world.ready("billing", "False", "MalformedResponse").await;
     assert!(
         other.requests().await.iter().all(|r| r.path != "/oauth/v2/token"),
         "no assertion was sent to the wrong instance"

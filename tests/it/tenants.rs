@@ -199,7 +199,7 @@ async fn instance_with_a_wrong_issuer_does_not_affect_another_on_the_same_host()
     let user = good.issuer.user(json!({"tokenType": "JWT"})).await;
     for world in [&wrong, &more] {
         service_users(world, &user, 3).await;
-        wait_until_not_ready(world, 3, "MalformedAnswer").await;
+        wait_until_not_ready(world, 3, "MalformedResponse").await;
     }
     assert!(!circuit_is_open(&operator, &good).await);
     good.simple("billing", json!({"tokenType": "JWT"})).await;

@@ -18,7 +18,7 @@ use crate::support::cluster::{Cluster, install_crds};
 use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
 use crate::support::proxy::Proxy;
-use crate::support::world::{World, until};
+use crate::support::world::{World, everything, until};
 use crate::support::{EVENTUALLY, eventually};
 
 /// Number of service users whose tokens all become due during the outage.
@@ -207,7 +207,7 @@ async fn no_token_is_requested_in_a_terminating_namespace() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operator_waits_for_its_crds() {
     let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start()));
-    let world = World::on(cluster, "kinds", Issuer::start(&[])).await;
+    let world = World::without_policy(cluster, "kinds", Issuer::start(&[])).await;
     let mut operator = Operator::spawn(&cluster.kubeconfig, &world.selector(), &[], &[]);
     let unknown = "kind=ZitadelServiceUser error=\"the API server does not know this kind";
     operator.await_line(unknown).await;
@@ -215,6 +215,7 @@ async fn the_operator_waits_for_its_crds() {
     assert_eq!(health().await, (200, 503));
     install_crds(&world.client).await;
     eventually("the operator is ready", async || health().await == (200, 200)).await;
+    world.allow(world.selector_of_namespace(), everything()).await;
     world.instance().await;
     world.simple("billing", json!({"tokenType": "JWT"})).await;
     world.ready("billing", "True", "Issued").await;
@@ -237,6 +238,7 @@ async fn the_operator_waits_for_its_crds() {
     .await;
     assert_eq!(health().await, (200, 200));
     install_crds(&world.client).await;
+    world.allow(world.selector_of_namespace(), everything()).await;
     world.instance().await;
     world.simple("again", json!({"tokenType": "JWT"})).await;
     let issued = |u: &zitadel_tokens::api::ZitadelServiceUser| {

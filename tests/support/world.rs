@@ -46,6 +46,13 @@ impl World {
 
     /// A new world on a cluster with the CRDs. A policy allows its namespace everything.
     pub async fn on(cluster: &'static Cluster, test: &str, issuer: Issuer) -> Self {
+        let world = Self::without_policy(cluster, test, issuer).await;
+        world.allow(world.selector_of_namespace(), everything()).await;
+        world
+    }
+
+    /// A new world without a policy, on a cluster that may not have the CRDs yet.
+    pub async fn without_policy(cluster: &'static Cluster, test: &str, issuer: Issuer) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let client = cluster.client().await;
         let name = format!(
@@ -61,7 +68,6 @@ impl World {
             name,
         };
         world.namespace(&world.name).await;
-        world.allow(world.selector_of_namespace(), everything()).await;
         world
     }
 

@@ -81,7 +81,7 @@ metrics! {
     LEADER: Gauge "zitadel_tokens_leader" []
         "1 if this replica is the leader, otherwise 0";
     PANICS: Counter "zitadel_tokens_panics_total" []
-        "Number of panics; each one ended a single reconcile";
+        "Number of panics in the process";
     BUILD: Info "zitadel_tokens_build_info" ["version"]
         "Always 1; version is the version of the operator";
 }

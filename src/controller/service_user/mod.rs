@@ -130,7 +130,7 @@ async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Op
     log_changes(facts, &report.status);
     let tell = async {
         for draft in std::mem::take(&mut report.events) {
-            ctx.writer.event(&*facts.user, "RequestToken", draft).await;
+            ctx.writer.event(&*facts.user, "Reconcile", draft).await;
         }
     };
     // Events are informational, so slow ones must not delay refreshes.

@@ -168,7 +168,7 @@ async fn livez_and_readyz_run_their_own_checks() {
         for (path, good) in [("/livez", live), ("/readyz", ready)] {
             let answer = server.get(path).await;
             assert_eq!(status(&answer), if good { "200" } else { "503" }, "{path}");
-            assert_eq!(body(&answer), if good { "ok\n" } else { "not yet\n" });
+            assert_eq!(body(&answer), if good { "ok\n" } else { "unavailable\n" });
         }
     }
 }

@@ -59,7 +59,8 @@ func run(path string, objects io.Reader, verdicts io.Writer) error {
 }
 
 // healthOf runs the script as Argo CD does. The object is the global obj. Only the basic and the table libraries are
-// available; string and math need useOpenLibs (argo-cd, util/lua/lua.go).
+// available; string and math need useOpenLibs
+// (https://github.com/argoproj/argo-cd/blob/master/util/lua/lua.go).
 func healthOf(script string, object map[string]any) (health, message string, err error) {
 	state := lua.NewState(lua.Options{SkipOpenLibs: true})
 	defer state.Close()
