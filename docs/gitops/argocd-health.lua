@@ -1,12 +1,12 @@
--- Argo CD's health check for ZitadelServiceUser and ZitadelInstance; docs/gitops.md says where it goes.
--- Needs no library, so that useOpenLibs stays off.
+-- Argo CD's health check for ZitadelServiceUser and ZitadelInstance; docs/gitops.md explains its installation.
+-- Needs no library, so useOpenLibs stays off.
 local status = obj.status or {}
 if obj.spec ~= nil and obj.spec.suspend == true then
   return {status = "Suspended", message = "spec.suspend is true"}
 end
--- Also -1, which the API server sets before the operator's first look.
+-- Also -1, which the API server sets before the first reconcile.
 if status.observedGeneration ~= obj.metadata.generation then
-  return {status = "Progressing", message = "The operator has not seen this version yet"}
+  return {status = "Progressing", message = "The operator has not reconciled this generation yet"}
 end
 local on = {}
 local message = {}
@@ -22,6 +22,6 @@ if on.Reconciling then
   return {status = "Progressing", message = message.Reconciling}
 end
 if on.Ready == nil then
-  return {status = "Progressing", message = "The operator has not told how it is yet"}
+  return {status = "Progressing", message = "The operator has not written a status yet"}
 end
 return {status = "Degraded", message = message.Stalled or message.Ready}

@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::api::rules::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN};
+use crate::api::rules::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN, ORIGIN_PATTERN};
 
 /// A ZITADEL server and how to connect to it.
 ///
@@ -149,9 +149,6 @@ pub struct EntryRef {
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
     pub key: Option<String>,
 }
-
-/// Scheme, lowercase host, and an optional port up to 65535.
-const ORIGIN_PATTERN: &str = r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
 
 /// The rule that restricts plain HTTP to loopback addresses and in-cluster Services.
 fn near(field: &str) -> kube::core::cel::Rule {

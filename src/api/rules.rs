@@ -28,6 +28,24 @@ pub const OPERATORS_DATA: [&str; 4] = ["token", "token_type", "expires_at", "iss
 /// Longest Kubernetes name.
 pub const MAX_NAME: usize = 253;
 
+/// Name of a token.
+pub const TOKEN_NAME_PATTERN: &str = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$";
+
+/// Scheme, lowercase host, and an optional port up to 65535.
+pub const ORIGIN_PATTERN: &str = r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
+
+/// Longest name of a token.
+pub const MAX_TOKEN_NAME: usize = 63;
+
+/// Most project ids of a token.
+pub const MAX_PROJECTS: usize = 32;
+
+/// Most further scopes of a token.
+pub const MAX_SCOPES: usize = 16;
+
+/// Most templates of a token.
+pub const MAX_TEMPLATES: usize = 32;
+
 /// Longest id of ZITADEL.
 pub const MAX_ID: usize = 64;
 

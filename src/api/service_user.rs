@@ -8,7 +8,9 @@ use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
 use crate::api::metadata::{GROUP, LABEL_MANAGED_BY};
-use crate::api::rules::{self, DURATION_PATTERN, ID_PATTERN, MAX_TEXT, NAME_PATTERN, SCOPE_PATTERN};
+use crate::api::rules::{
+    self, DURATION_PATTERN, ID_PATTERN, MAX_TEXT, NAME_PATTERN, SCOPE_PATTERN, TOKEN_NAME_PATTERN,
+};
 
 /// Condition: every token Secret holds a valid token for the current spec.
 pub const READY: &str = "Ready";
@@ -107,7 +109,7 @@ pub struct KeySecretRef {
 )]
 pub struct Token {
     /// Name of the token, unique in this object.
-    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    #[schemars(length(min = 1, max = 63), regex(pattern = TOKEN_NAME_PATTERN))]
     pub name: String,
 
     /// IDs of the projects whose APIs accept the token. Each ID becomes an audience of the token.
@@ -294,9 +296,11 @@ pub struct ZitadelServiceUserStatus {
     /// Last value of the annotation `zitadel-tokens.dev/renew-request` for which the operator has refreshed every
     /// token. A value of more than 256 bytes is shown as its hash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
     pub last_handled_renew_request: Option<String>,
 
-    /// `Ready`: every Secret holds a valid token for the spec, and no token lacks its key Secret, instance or access policy. `UpToDate`: the latest attempt to refresh every token
+    /// `Ready`: every Secret holds a valid token for the spec, and no token lacks its key Secret, instance or
+    /// access policy. `UpToDate`: the latest attempt to refresh every token
     /// succeeded. `KeyValid`: the key is usable. `Reconciling` and `Stalled` follow kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]

@@ -315,7 +315,7 @@ fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connectio
     Queue::new(usize::from(concurrent), Box::new(rank))
 }
 
-/// Slots for 256 instances at once (see `domain/fair_queue.rs`). Service users wait for the first reconcile of their
+/// Slots for 384 instances at once (see `domain/fair_queue.rs`). Service users wait for the first reconcile of their
 /// instance, and an unreachable instance must not delay that of another.
 fn queue_of_instances() -> Queue {
     Queue::new(512, Box::new(|id| (Priority::FirstToken, id.name.clone())))

@@ -343,14 +343,20 @@ impl Cache {
             if before == policy {
                 return Vec::new();
             }
-            let policies: Vec<_> = before.into_iter().chain(policy).collect();
+            let selected = |policy: &ZitadelAccessPolicySpec| -> HashSet<Arc<str>> {
+                let labels = |namespace: &KnownNamespace| namespace.labels.clone();
+                let all = known.namespaces.iter();
+                let selected = all.filter(|(_, namespace)| {
+                    labels(namespace).is_some_and(|labels| selects(&policy.namespace_selector, &labels))
+                });
+                selected.map(|(id, _)| id.name.clone()).collect()
+            };
+            let policies: Vec<_> = before.into_iter().chain(policy).map(|p| (selected(&p), p)).collect();
             let concerned = known.users.iter().filter(|(user, summary)| {
-                let namespace = known.namespaces.get(&ObjectRef::new("", &user.namespace));
-                let labels = namespace.and_then(|namespace| namespace.labels.as_deref());
-                policies.iter().any(|policy| {
-                    summary.is_of(&policy.instance_ref.name)
-                        && labels.is_some_and(|labels| selects(&policy.namespace_selector, labels))
-                })
+                let is_selected = |(namespaces, policy): &(HashSet<Arc<str>>, Arc<ZitadelAccessPolicySpec>)| {
+                    summary.is_of(&policy.instance_ref.name) && namespaces.contains(&user.namespace)
+                };
+                policies.iter().any(is_selected)
             });
             concerned.map(|(user, _)| user.clone()).collect()
         })

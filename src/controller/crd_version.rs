@@ -1,5 +1,5 @@
 //! Whether the installed CRDs are those of this operator version or newer. With older ones the API server accepts specs
-//! that this version expects to be refused.
+//! that this version expects to be refused. Checked once, at the start.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use kube::{Api, Client, ResourceExt};
 use crate::api::metadata::ANNOTATION_SCHEMA_VERSION;
 use crate::api::{SCHEMA_VERSION, crds};
 
-/// Time between two checks while a CRD is outdated.
-const CHECK_EVERY: Duration = Duration::from_secs(10);
+/// Time between two checks while a CRD is outdated or cannot be read.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
 
 /// Completes when no installed CRD is older than this operator version. A CRD that is missing, or that the operator may
 /// not read, is left to the watches, which report it.
@@ -18,31 +18,35 @@ pub async fn up_to_date(client: Client) {
     let api: Api<CustomResourceDefinition> = Api::all(client);
     for name in crds().iter().map(ResourceExt::name_any) {
         let mut reported = false;
-        while is_outdated(&api, &name).await {
-            if !std::mem::replace(&mut reported, true) {
-                tracing::error!(
+        loop {
+            match is_outdated(&api, &name).await {
+                Ok(false) => break,
+                Ok(true) if !std::mem::replace(&mut reported, true) => tracing::error!(
                     crd = name,
                     "the CRD is older than this operator version; apply the CRDs of this version"
-                );
+                ),
+                Ok(true) => {}
+                Err(()) => tracing::warn!(crd = name, "could not read the version of the CRD; retrying"),
             }
             tokio::time::sleep(CHECK_EVERY).await;
         }
     }
 }
 
-async fn is_outdated(api: &Api<CustomResourceDefinition>, name: &str) -> bool {
+async fn is_outdated(api: &Api<CustomResourceDefinition>, name: &str) -> Result<bool, ()> {
     match api.get_metadata(name).await {
         Ok(crd) => {
             let version = crd.annotations().get(ANNOTATION_SCHEMA_VERSION);
-            version.and_then(|version| version.parse().ok()).unwrap_or(0) < SCHEMA_VERSION
+            Ok(version.and_then(|version| version.parse().ok()).unwrap_or(0) < SCHEMA_VERSION)
         }
         Err(kube::Error::Api(status)) if status.is_forbidden() => {
             tracing::warn!(
                 crd = name,
                 "the operator may not read the CRD, so its version is not checked"
             );
-            false
+            Ok(false)
         }
-        Err(_) => false,
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
+        Err(_) => Err(()),
     }
 }

@@ -119,11 +119,15 @@ impl FairQueue {
 
     /// Starts the reconcile of the next object, if one may start.
     pub fn pop(&mut self, now: Timestamp) -> Option<ObjectRef> {
+        if self.running.len() >= self.slots {
+            return None;
+        }
         let pools = Pools::new(self.slots, self.running.values());
-        let candidates = self.waiting.iter().filter_map(|(origin, waiting)| {
+        let admitted = self.waiting.iter().filter(|(origin, _)| pools.admit(origin));
+        let candidates = admitted.filter_map(|(origin, waiting)| {
             let next = next(waiting, now)?;
             let class = next.0.class(now);
-            let may_start = pools.admit(origin, class == Class::Retry);
+            let may_start = class != Class::Retry || pools.admit_retry(origin);
             may_start.then(|| ((class, self.usage.of(&origin.namespace), next), origin))
         });
         let ((class, _, (_, _, id)), origin) = candidates.min_by(|(a, _), (b, _)| a.cmp(b))?;
@@ -178,7 +182,7 @@ impl<'a> Pools<'a> {
     fn new(slots: usize, running: impl ExactSizeIterator<Item = &'a (Origin, bool)>) -> Self {
         let mut pools = Self {
             free: slots.saturating_sub(running.len()),
-            of_instance: (slots / 4).max(1),
+            of_instance: (slots / 4).max(2).min(slots),
             ..Self::default()
         };
         for (origin, is_retry) in running {
@@ -190,18 +194,27 @@ impl<'a> Pools<'a> {
         pools
     }
 
-    /// Whether each group of an object may start one more reconcile.
-    fn admit(&self, origin: &Origin, is_retry: bool) -> bool {
-        let (instance, namespace) = (&*origin.instance, &*origin.namespace);
-        let running = |counts: &HashMap<&str, usize>, group| counts.get(group).copied().unwrap_or(0);
-        let of_instance = running(&self.instances, instance);
-        let free_of_instance = self.of_instance.saturating_sub(of_instance);
+    /// Whether the instance and the namespace of an object may start one more reconcile.
+    fn admit(&self, origin: &Origin) -> bool {
         let of_origin = self.origins.get(origin).copied().unwrap_or(0);
-        may_start(of_instance, self.free)
-            && may_start(running(&self.namespaces, namespace), self.free)
-            && may_start(of_origin, free_of_instance)
-            && (!is_retry || may_start(running(&self.retries, instance), free_of_instance))
+        may_start(count(&self.instances, &origin.instance), self.free)
+            && may_start(count(&self.namespaces, &origin.namespace), self.free)
+            && may_start(of_origin, self.free_of(origin))
     }
+
+    /// Whether the retries of an instance may start one more reconcile.
+    fn admit_retry(&self, origin: &Origin) -> bool {
+        may_start(count(&self.retries, &origin.instance), self.free_of(origin))
+    }
+
+    fn free_of(&self, origin: &Origin) -> usize {
+        self.of_instance
+            .saturating_sub(count(&self.instances, &origin.instance))
+    }
+}
+
+fn count(counts: &HashMap<&str, usize>, group: &str) -> usize {
+    counts.get(group).copied().unwrap_or(0)
 }
 
 /// Whether a group that runs so many reconciles may start one more in a pool with so many free slots.

@@ -71,10 +71,11 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
     }
 }
 
-/// The part of a status that says why an object is not served at all, as a JSON merge patch.
+/// The part of a status that says why an object is not served at all, as a JSON merge patch: its conditions `failed` are
+/// false.
 #[must_use]
-pub fn refusal(reason: Reason, generation: Option<i64>, now: Timestamp) -> serde_json::Value {
-    let condition = |kind: &str, value: &str| Condition {
+pub fn refusal(reason: Reason, failed: &[&str], generation: Option<i64>, now: Timestamp) -> serde_json::Value {
+    let condition = |(kind, value): (&str, &str)| Condition {
         type_: kind.to_owned(),
         status: value.to_owned(),
         reason: reason.name().to_owned(),
@@ -82,11 +83,8 @@ pub fn refusal(reason: Reason, generation: Option<i64>, now: Timestamp) -> serde
         observed_generation: generation,
         last_transition_time: time(now),
     };
-    let conditions = [
-        condition(READY, "False"),
-        condition(UP_TO_DATE, "False"),
-        condition("Stalled", "True"),
-    ];
+    let failed = failed.iter().map(|kind| (*kind, "False"));
+    let conditions: Vec<_> = failed.chain([("Stalled", "True")]).map(condition).collect();
     serde_json::json!({"status": {"observedGeneration": generation, "conditions": conditions}})
 }
 

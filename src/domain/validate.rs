@@ -1,5 +1,5 @@
 //! Rules that guard a key, an access, or the operator's memory. The schema has them too; the operator checks them in case
-//! the installed CRDs were edited. Patterns and messages are the schema's ([`rules`]). All other rules are the schema's
+//! the installed CRDs were edited, and because the API server does not check stored objects again. Patterns and messages are the schema's ([`rules`]). All other rules are the schema's
 //! alone: the operator does not start on CRDs that are older than it (`controller/crd_version.rs`).
 
 use std::borrow::Cow;
@@ -41,6 +41,8 @@ static ID: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::ID_PATTERN).ok()
 static SCOPE: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::SCOPE_PATTERN).ok()));
 static LABEL_VALUE: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::LABEL_VALUE_PATTERN).ok()));
 static DATA_KEY: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::DATA_KEY_PATTERN).ok()));
+static TOKEN_NAME: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::TOKEN_NAME_PATTERN).ok()));
+static ORIGIN: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::ORIGIN_PATTERN).ok()));
 static METADATA_KEY: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::METADATA_KEY_PATTERN).ok()));
 
 const ID_FORM: &str = "an id must have 1 to 64 characters of A-Z a-z 0-9 - _";
@@ -53,6 +55,12 @@ pub fn token(spec: &ZitadelServiceUserSpec, index: usize, allowed: &AllowList) -
     };
     let at = |field: &str| format!("spec.tokens[{index}].{field}");
     shared(spec)?;
+    let named = TOKEN_NAME.matches(&token.name, rules::MAX_TOKEN_NAME);
+    check(
+        named,
+        || at("name"),
+        "must have 1 to 63 characters of a-z 0-9 - and no - at an end",
+    )?;
     audiences(token, at)?;
     let name = &token.secret.name;
     check(NAME.matches(name, rules::MAX_NAME), || at("secret.name"), NAME_FORM)?;
@@ -98,6 +106,11 @@ fn shared(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
 fn audiences(token: &Token, at: impl Fn(&str) -> String) -> Result<(), Violation> {
     let is_id = |id: &String| ID.matches(id, rules::MAX_ID);
     let ids = || at("projectIDs");
+    check(
+        token.project_ids.len() <= rules::MAX_PROJECTS,
+        ids,
+        "must have at most 32 ids",
+    )?;
     check(token.project_ids.iter().all(is_id), ids, ID_FORM)?;
     let has_alias = token.project_ids.iter().any(|id| id == rules::ZITADEL_ALIAS);
     check(!has_alias, ids, rules::ALIAS)?;
@@ -105,7 +118,13 @@ fn audiences(token: &Token, at: impl Fn(&str) -> String) -> Result<(), Violation
     check(has_audience, ids, rules::NO_AUDIENCE)?;
     let organization = token.organization_id.iter().all(is_id);
     check(organization, || at("organizationID"), ID_FORM)?;
-    let mut scopes = token.scopes.iter().flatten();
+    let scopes = token.scopes.as_deref().unwrap_or_default();
+    check(
+        scopes.len() <= rules::MAX_SCOPES,
+        || at("scopes"),
+        "must have at most 16 scopes",
+    )?;
+    let mut scopes = scopes.iter();
     let allowed = scopes.all(|scope| SCOPE.matches(scope, rules::MAX_SCOPE));
     let rule = "not an allowed scope; request audiences with projectIDs and zitadelAPI";
     check(allowed, || at("scopes"), rule)
@@ -118,6 +137,11 @@ fn template(secret: &TokenSecret, at: impl Fn(&str) -> String) -> Result<(), Vio
         DATA_KEY.matches(key, rules::MAX_NAME) && key != "." && !key.starts_with("..") && !own
     };
     let field = || at("secret.template");
+    check(
+        secret.template.len() <= rules::MAX_TEMPLATES,
+        field,
+        "must have at most 32 keys",
+    )?;
     check(secret.template.keys().all(is_data_key), field, rules::DATA_KEY)?;
     let mut texts = secret.template.values();
     let few = texts.all(|text| text.matches("{{").count() <= rules::MAX_PLACEHOLDERS);
@@ -150,6 +174,12 @@ fn metadata(secret: &TokenSecret, allowed: &AllowList, at: impl Fn(&str) -> Stri
         || at("secret.labels"),
         rules::LABEL_VALUE,
     )
+}
+
+/// Whether `text` is a scheme, a host and an optional port, and nothing else: a path could make a host look local.
+#[must_use]
+pub fn is_origin(text: &str) -> bool {
+    ORIGIN.matches(text, rules::MAX_NAME)
 }
 
 /// Whether `key` has the form of a label or annotation key.

@@ -15,6 +15,7 @@ use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::scope;
+use crate::domain::validate::is_origin;
 use crate::zitadel::discovery::{self, Discovery};
 use crate::zitadel::http::Http;
 use crate::zitadel::limits::{Hosts, Limits};
@@ -66,6 +67,14 @@ pub struct ZitadelClient {
 impl ZitadelClient {
     /// Prepares the connection. Sends nothing.
     pub fn new(settings: Settings, hosts: &Hosts) -> Result<Self, Failure> {
+        let addresses = [
+            Some(&settings.issuer),
+            settings.endpoint.as_ref(),
+            settings.proxy.as_ref(),
+        ];
+        if !addresses.into_iter().flatten().all(|address| is_origin(address)) {
+            return Err(Reason::InstanceInvalid.into());
+        }
         let origin = settings.endpoint.as_deref().unwrap_or(&settings.issuer);
         let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
         // Requests to a proxy leave the machine or cluster, even if the host itself is local.

@@ -26,7 +26,7 @@ pub struct Settings {
 }
 
 impl std::fmt::Debug for Settings {
-    /// Omits the proxy, whose URL may contain a password even though `domain::validate` rejects one.
+    /// Omits the proxy, whose URL may contain a password even though `ZitadelClient::new` rejects one.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut shown = f.debug_struct("Settings");
         shown.field("name", &self.name).field("issuer", &self.issuer);

@@ -8,6 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 
 pub use connect::{Connections, Wakeup, connect};
 
+use crate::api::service_user::READY;
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::domain::backoff::Recovery;
@@ -98,7 +99,7 @@ async fn unreadable(ctx: &Context, id: &ObjectRef) -> Done {
         return Done::default();
     }
     let generation = ctx.cache.unreadable_generation(id);
-    let patch = refusal(Reason::ObjectUnreadable, generation, Timestamp::now());
+    let patch = refusal(Reason::ObjectUnreadable, &[READY], generation, Timestamp::now());
     match ctx.writer.patch_instance_status(&id.name, &patch).await {
         Ok(version) => Done {
             written: vec![version],

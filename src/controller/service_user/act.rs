@@ -92,7 +92,7 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
 impl Job<'_> {
     /// Whether object, policies and instance are still those of the facts. A reconcile may take minutes, and no token may
     /// be requested after a policy was withdrawn, or the object was suspended or deleted.
-    fn is_current(&self) -> bool {
+    pub(super) fn is_current(&self) -> bool {
         let (cache, facts) = (&self.ctx.cache, self.facts);
         let (then, now) = (&facts.user.metadata, cache.user(self.id));
         let same_user = now.is_some_and(|now| {

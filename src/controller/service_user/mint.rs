@@ -126,6 +126,10 @@ impl Job<'_> {
         // Learning the project id may have taken requests of its own. A shutdown waits for one request and its write.
         client.discovery().await?;
         self.may_begin()?;
+        // The object or its policies may have changed since the plan: the token is left to the next reconcile.
+        if !self.is_current() {
+            return Err(Reason::APIServerUnavailable.into());
+        }
         Ok((client.exchange(key, scope).await?, expected))
     }
 

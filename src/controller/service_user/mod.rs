@@ -13,7 +13,7 @@ use k8s_openapi::jiff::Timestamp;
 pub use act::TIME_TO_WRITE;
 pub use memory::Memory;
 
-use crate::api::service_user::ZitadelServiceUserStatus;
+use crate::api::service_user::{READY, UP_TO_DATE, ZitadelServiceUserStatus};
 use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
@@ -89,7 +89,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
 
 /// Writes to the status why the operator does not serve the object.
 async fn refuse(ctx: &Context, id: &ObjectRef, reason: Reason, generation: Option<i64>) -> Done {
-    let patch = refusal(reason, generation, Timestamp::now());
+    let patch = refusal(reason, &[READY, UP_TO_DATE], generation, Timestamp::now());
     match ctx.writer.patch_user_status(id, &patch).await {
         Ok(version) => {
             tracing::info!(object = %id, %reason, "the service user is not served");
