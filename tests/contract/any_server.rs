@@ -313,8 +313,11 @@ async fn discovery_names_the_issuer_to_the_letter() {
     on_any_server(async |server| {
         let found = server.instance().discover().await.expect("discovered");
         assert!(found.token_path.starts_with('/'), "{}", found.token_path);
-        let slash = format!("{}/", server.issuer());
-        let failure = connect(settings(&slash)).discover().await;
+        // An issuer that this server does not state.
+        let other = server.issuer().replace("://", "://x.");
+        let mut elsewhere = settings(&other);
+        elsewhere.endpoint = Some(server.issuer().to_owned());
+        let failure = connect(elsewhere).discover().await;
         assert!(failure.is_err(), "{failure:?}");
     })
     .await;

@@ -93,7 +93,11 @@ async fn lost_calls() {
     let mut operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &[]).await;
     world.instance().await;
     for (method, path, step) in [
-        ("GET", "/secrets/get-key", "gathered"),
+        (
+            "GET",
+            "/secrets/get-key",
+            "could not read the state of the service user",
+        ),
         ("PATCH", "/secrets/patch-token", "written"),
         ("PUT", "/put/status", "written"),
     ] {

@@ -143,7 +143,7 @@ async fn many_objects(world: &World) {
 async fn no_namespace_exhausts_the_operators_memory() {
     let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start()));
     install_relaxed_crds(&cluster.client().await).await;
-    let quiet = World::on(cluster, "quiet", Issuer::start(&[])).await;
+    let quiet = World::without_policy(cluster, "quiet", Issuer::start(&[])).await;
     quiet.instance_for_all().await;
     let fields = json!({"tokenType": "JWT", "lifetimeSeconds": 30});
     let good = quiet.issuer.user(fields).await;
