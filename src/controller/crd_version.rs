@@ -10,43 +10,49 @@ use crate::api::metadata::ANNOTATION_SCHEMA_VERSION;
 use crate::api::{SCHEMA_VERSION, crds};
 
 /// Time between two checks while a CRD is outdated or cannot be read.
-const CHECK_EVERY: Duration = Duration::from_secs(5);
+const CHECK_EVERY: Duration = Duration::from_secs(2);
 
 /// Completes when no installed CRD is older than this operator version. A CRD that is missing, or that the operator may
 /// not read, is left to the watches, which report it.
 pub async fn up_to_date(client: Client) {
     let api: Api<CustomResourceDefinition> = Api::all(client);
     for name in crds().iter().map(ResourceExt::name_any) {
-        let mut reported = false;
+        let mut reported = None;
         loop {
-            match is_outdated(&api, &name).await {
-                Ok(false) => break,
-                Ok(true) if !std::mem::replace(&mut reported, true) => tracing::error!(
-                    crd = name,
-                    "the CRD is older than this operator version; apply the CRDs of this version"
-                ),
-                Ok(true) => {}
-                Err(()) => tracing::warn!(crd = name, "could not read the version of the CRD; retrying"),
+            let outdated = is_outdated(&api, &name).await;
+            if outdated == Some(false) {
+                break;
+            }
+            // Once for each state.
+            if reported.replace(outdated) != Some(outdated) {
+                match outdated {
+                    Some(_) => tracing::error!(
+                        crd = name,
+                        "the CRD is older than this operator version; apply the CRDs of this version"
+                    ),
+                    None => tracing::warn!(crd = name, "could not read the version of the CRD; retrying"),
+                }
             }
             tokio::time::sleep(CHECK_EVERY).await;
         }
     }
 }
 
-async fn is_outdated(api: &Api<CustomResourceDefinition>, name: &str) -> Result<bool, ()> {
+/// None if the version cannot be read.
+async fn is_outdated(api: &Api<CustomResourceDefinition>, name: &str) -> Option<bool> {
     match api.get_metadata(name).await {
         Ok(crd) => {
             let version = crd.annotations().get(ANNOTATION_SCHEMA_VERSION);
-            Ok(version.and_then(|version| version.parse().ok()).unwrap_or(0) < SCHEMA_VERSION)
+            Some(version.and_then(|version| version.parse().ok()).unwrap_or(0) < SCHEMA_VERSION)
         }
         Err(kube::Error::Api(status)) if status.is_forbidden() => {
             tracing::warn!(
                 crd = name,
                 "the operator may not read the CRD, so its version is not checked"
             );
-            Ok(false)
+            Some(false)
         }
-        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
-        Err(_) => Err(()),
+        Err(kube::Error::Api(status)) if status.is_not_found() => Some(false),
+        Err(_) => None,
     }
 }

@@ -512,8 +512,9 @@ async fn operator_memory_is_neither_dumped_nor_readable_by_other_processes_of_it
             .env("RUST_LOG", "trace"),
     );
     let (other, _stdout) = Running::start("another", &mut as_nobody(Path::new("cat")));
-    eventually("a watch fails", async || {
-        operator.log().iter().any(|l| l.contains("a watch failed"))
+    eventually("a request fails", async || {
+        let log = operator.log();
+        log.iter().any(|l| l.contains("could not read the version of the CRD"))
     })
     .await;
     let pid = operator.child.id();
