@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
-use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
@@ -31,6 +30,7 @@ use crate::ops::http::Probe;
 use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
 use crate::ops::{clock_jump, descriptors, http, memory, telemetry};
+use crate::zitadel::{Clock, Hosts};
 
 /// Longest time of one reconcile; one that takes longer hangs. A reconcile may request 16 tokens one after another, and
 /// each request may take the default timeout.
@@ -145,15 +145,18 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     };
     let metrics = Metrics::register(&mut registry, panics, leads.clone());
     let cache = Arc::new(Cache::new(arguments.namespace_memory as usize * 1024));
-    let connections = Arc::new(Connections::default());
-    let users = Arc::new(queue_of_users(arguments.concurrent, cache.clone(), connections.clone()));
-    let instances = Arc::new(queue_of_instances());
+    let clock = Clock::default();
+    let connections = Arc::new(Connections::new(Hosts::new(clock.clone())));
+    let users = queue_of_users(arguments.concurrent, cache.clone(), connections.clone(), clock.clone());
+    let users = Arc::new(users);
+    let instances = Arc::new(queue_of_instances(clock.clone()));
     registry.register_collector(Box::new(Queues(vec![
         ("ZitadelServiceUser", users.clone()),
         ("ZitadelInstance", instances.clone()),
     ])));
     let serves_some_instances_only = !arguments.instance_selector.is_empty();
     registry.register_collector(Box::new(Objects {
+        clock: clock.clone(),
         cache: cache.clone(),
         connections: connections.clone(),
         leads,
@@ -163,6 +166,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     let within = within(arguments.watch_namespaces);
     let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
     let context = Arc::new(Context {
+        clock,
         writer: Writer::new(client.clone(), leadership.clone()),
         reader: Reader::new(client.clone()),
         client: client.clone(),
@@ -301,22 +305,23 @@ fn reconcile_all(ctx: &Context) {
     ctx.users.wake_all(ctx.cache.users(|_, _| true));
 }
 
-fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connections>) -> Queue {
+fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connections>, clock: Clock) -> Queue {
+    let operators = clock.clone();
     let rank = move |id: &ObjectRef| match cache.user(id) {
         Some(user) => {
             let instance = &*user.instance;
-            let priority = priority(&user, connections.skew(instance).usable(), Timestamp::now());
+            let priority = priority(&user, connections.skew(instance).usable(), operators.now());
             // All unknown instances count as one, so that a tenant gets no further share by inventing instances.
             let known = cache.instance(instance).map_or("", |_| instance);
             (priority, known.into())
         }
         None => (Priority::Retry, "".into()),
     };
-    Queue::new(usize::from(concurrent), Box::new(rank))
+    Queue::new(usize::from(concurrent), Box::new(rank), clock)
 }
 
 /// Slots for 384 instances at once (see `domain/fair_queue.rs`). Service users wait for the first reconcile of their
 /// instance, and an unreachable instance must not delay that of another.
-fn queue_of_instances() -> Queue {
-    Queue::new(512, Box::new(|id| (Priority::FirstToken, id.name.clone())))
+fn queue_of_instances(clock: Clock) -> Queue {
+    Queue::new(512, Box::new(|id| (Priority::FirstToken, id.name.clone())), clock)
 }

@@ -14,9 +14,10 @@ pub mod watched;
 pub mod write;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kube::Client;
+use tokio::time::Instant;
 
 use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
@@ -32,10 +33,12 @@ use crate::domain::failure::Failure;
 use crate::domain::limits::Rate;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
-use crate::zitadel::{Breaker, ZitadelClient};
+use crate::zitadel::{Breaker, Clock, ZitadelClient};
 
 /// What a reconcile needs.
 pub struct Context {
+    /// The operator's clock.
+    pub clock: Clock,
     /// For reads of objects that a tenant cannot choose.
     pub client: Client,
     /// For all other reads.

@@ -4,12 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::FutureExt;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::domain::allowance::Allowances;
 use crate::domain::backoff::{Backoff, Recovery};
@@ -21,6 +22,7 @@ use crate::domain::reason::Reason;
 use crate::domain::retry::{Failed, PendingRetries, Wake};
 use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
+use crate::zitadel::Clock;
 
 /// Timers are looked at again after this at the latest: the monotonic clock stops while a machine sleeps and the wall
 /// clock jumps, so that no sleep is trusted for long (docs/adr/0006-own-priority-queue.md).
@@ -49,6 +51,7 @@ pub struct Queue {
     state: Mutex<State>,
     ready: Notify,
     rank: RankOf,
+    clock: Clock,
     started: Instant,
 }
 
@@ -153,7 +156,13 @@ impl State {
     }
 
     /// An object that changed waits for a reconcile: from now on, or from when its changes allow one.
-    fn push_changed(&mut self, id: &ObjectRef, (priority, instance): &(Priority, Arc<str>), started: Instant) {
+    fn push_changed(
+        &mut self,
+        id: &ObjectRef,
+        (priority, instance): &(Priority, Arc<str>),
+        started: Instant,
+        now: Timestamp,
+    ) {
         let entry = self.entries.entry(id.clone()).or_default();
         if entry.throttled {
             return;
@@ -164,13 +173,13 @@ impl State {
             self.changes.reserve(started.elapsed(), id)
         };
         if wait.is_zero() {
-            entry.begin_anew(Timestamp::now());
+            entry.begin_anew(now);
             entry.since.get_or_insert_with(Instant::now);
             self.waiting.push(id, *priority, instance);
             return;
         }
         entry.throttled = true;
-        let at = Timestamp::now() + SignedDuration::try_from(wait).unwrap_or(SignedDuration::MAX);
+        let at = now + SignedDuration::try_from(wait).unwrap_or(SignedDuration::MAX);
         let at = entry.timer.map_or(at, |timer| timer.min(at));
         if let Some(before) = entry.timer.take() {
             self.timers.remove(&(before, id.clone()));
@@ -183,11 +192,12 @@ impl State {
 impl Queue {
     /// A queue for at most so many reconciles at once.
     #[must_use]
-    pub fn new(slots: usize, rank: RankOf) -> Self {
+    pub fn new(slots: usize, rank: RankOf, clock: Clock) -> Self {
         Self {
             state: Mutex::new(State::new(slots)),
             ready: Notify::new(),
             rank,
+            clock,
             started: Instant::now(),
         }
     }
@@ -206,7 +216,7 @@ impl Queue {
             entry.dirtied(version);
             return;
         }
-        state.push_changed(id, &rank, self.started);
+        state.push_changed(id, &rank, self.started, self.clock.now());
         self.ready.notify_one();
     }
 
@@ -220,7 +230,7 @@ impl Queue {
             entry.woken = true;
             return;
         }
-        entry.begin_anew(Timestamp::now());
+        entry.begin_anew(self.clock.now());
         entry.since.get_or_insert_with(Instant::now);
         state.waiting.push(id, priority, &instance);
         self.ready.notify_one();
@@ -251,7 +261,7 @@ impl Queue {
 
     /// What made them fail is over: wakes those of them whose back-offs that ends, now or at the end of their pass.
     pub fn wake_failing(&self, ids: Vec<ObjectRef>, recovery: Recovery) {
-        let now = Timestamp::now();
+        let now = self.clock.now();
         for id in ids {
             let (priority, instance) = (self.rank)(&id);
             let mut state = self.lock();
@@ -272,7 +282,7 @@ impl Queue {
     /// The next object; waits until there is one.
     pub async fn next(self: &Arc<Self>) -> RunningReconcile {
         loop {
-            let sleep = match self.take(Timestamp::now()) {
+            let sleep = match self.take(self.clock.now()) {
                 Ok((id, pending_retries)) => {
                     return RunningReconcile {
                         id,
@@ -291,7 +301,7 @@ impl Queue {
     /// How much there is to do. It is counted when it is asked for.
     #[must_use]
     pub fn load(&self) -> Load {
-        let (now, clock) = (Instant::now(), Timestamp::now());
+        let (now, clock) = (Instant::now(), self.clock.now());
         let state = self.lock();
         let entries = state.entries.values();
         let since = entries.filter_map(|e| Some(now.duration_since(e.since?))).max();
@@ -465,7 +475,7 @@ impl RunningReconcile {
 
     fn end(&mut self, mut done: Done) {
         self.ended = true;
-        let now = Timestamp::now();
+        let now = self.queue.clock.now();
         let (priority, instance) = (self.queue.rank)(&self.id);
         let mut state = self.queue.lock();
         let state = &mut *state;
@@ -522,7 +532,7 @@ impl RunningReconcile {
             entry.since = Some(Instant::now());
             state.waiting.push(&self.id, priority, &instance);
         } else if !news.is_empty() {
-            state.push_changed(&self.id, &(priority, instance), self.queue.started);
+            state.push_changed(&self.id, &(priority, instance), self.queue.started, now);
         }
         self.queue.ready.notify_one();
     }
@@ -541,7 +551,8 @@ mod tests {
     use super::*;
 
     fn queue() -> Arc<Queue> {
-        Arc::new(Queue::new(16, Box::new(|_| (Priority::FirstToken, "main".into()))))
+        let rank = Box::new(|_: &ObjectRef| (Priority::FirstToken, "main".into()));
+        Arc::new(Queue::new(16, rank, Clock::default()))
     }
 
     fn id(name: &str) -> ObjectRef {

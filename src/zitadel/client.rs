@@ -1,11 +1,12 @@
 //! The client of one ZITADEL instance: its connection, its discovery document, and the id of the ZITADEL API's project.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use crate::domain::answer::{self, TokenAnswer};
 use crate::domain::assertion;
@@ -16,6 +17,7 @@ use crate::domain::key::ServiceKey;
 use crate::domain::reason::Reason;
 use crate::domain::scope;
 use crate::domain::validate::is_origin;
+use crate::zitadel::clock::Clock;
 use crate::zitadel::discovery::{self, Discovery};
 use crate::zitadel::http::Http;
 use crate::zitadel::limits::{Hosts, Limits};
@@ -57,6 +59,7 @@ struct Discoveries {
 #[derive(Debug)]
 pub struct ZitadelClient {
     settings: Settings,
+    clock: Clock,
     http: Http,
     limits: Arc<Limits>,
     discovery: Mutex<Discoveries>,
@@ -89,9 +92,10 @@ impl ZitadelClient {
         let way = way.map(|part| part.as_deref().unwrap_or_default());
         let way = hash::of(way.into_iter().chain([scheme, &timeout]).map(str::as_bytes));
         let limits = hosts.dial(&settings.name, authority, &way, settings.budget);
-        let http = Http::new(&settings, origin, limits.clone())?;
+        let http = Http::new(&settings, origin, limits.clone(), hosts.clock().clone())?;
         Ok(Self {
             settings,
+            clock: hosts.clock().clone(),
             http,
             limits,
             discovery: Mutex::default(),
@@ -121,7 +125,7 @@ impl ZitadelClient {
     /// How long the server asked to wait, counted from now.
     #[must_use]
     pub fn retry_in(&self, failure: Failure) -> Duration {
-        let now = self.skew().theirs(Timestamp::now());
+        let now = self.skew().theirs(self.clock.now());
         let left = failure.retry_after().map(|at| at.duration_since(now));
         left.and_then(|left| Duration::try_from(left).ok()).unwrap_or_default()
     }
@@ -207,7 +211,7 @@ impl ZitadelClient {
     async fn exchange_at(&self, path: &str, key: &ServiceKey, scope: &str) -> Result<Exchanged, Failure> {
         let skew = self.skew();
         skew.check()?;
-        let assertion = assertion::sign(key, &self.settings.issuer, skew.theirs(Timestamp::now()))?;
+        let assertion = assertion::sign(key, &self.settings.issuer, skew.theirs(self.clock.now()))?;
         let (answer, reply) = token::exchange(&self.http, path, &assertion, scope).await?;
         // If the response shows an unusable skew, the lifetime of the token is unknown.
         self.skew().check()?;

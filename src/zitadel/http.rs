@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -11,12 +10,14 @@ use reqwest::header::{AGE, DATE, HeaderMap, HeaderName, RETRY_AFTER};
 use reqwest::redirect::Policy;
 use reqwest::{Certificate, Proxy, RequestBuilder, Response};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use tokio::time::Instant;
 
 use crate::domain::backoff::LONGEST_RETRY_AFTER;
 use crate::domain::clock_skew::{Reading, Sample, Skew, was_set};
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
 use crate::domain::time::shifted;
+use crate::zitadel::clock::Clock;
 use crate::zitadel::limits::Limits;
 use crate::zitadel::settings::Settings;
 
@@ -36,6 +37,7 @@ pub struct Http {
     origin: String,
     instance_host: Option<String>,
     limits: Arc<Limits>,
+    ours: Clock,
     clock: Mutex<ServerClock>,
 }
 
@@ -59,10 +61,6 @@ impl ServerClock {
             self.skew
         }
     }
-}
-
-fn read_clocks() -> Reading {
-    (Timestamp::now(), Instant::now())
 }
 
 impl std::fmt::Debug for Http {
@@ -101,7 +99,7 @@ pub struct Answer {
 
 impl Http {
     /// A client that dials `origin`. If the issuer has another host, every request names the instance in a header.
-    pub fn new(settings: &Settings, origin: &str, limits: Arc<Limits>) -> Result<Self, Failure> {
+    pub fn new(settings: &Settings, origin: &str, limits: Arc<Limits>, ours: Clock) -> Result<Self, Failure> {
         let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
         let mut builder = reqwest::Client::builder()
             // Only the ZitadelInstance configures a proxy, never the environment
@@ -140,18 +138,19 @@ impl Http {
             instance_host: issuer_host.filter(|host| Some(host.as_str()) != dialled_as),
             origin,
             limits,
+            ours,
             clock: Mutex::default(),
         })
     }
 
     /// How far the server's clock is ahead of the local clock, according to all responses so far.
     pub fn skew(&self) -> Skew {
-        self.lock().skew(read_clocks())
+        self.lock().skew(self.read_clocks())
     }
 
     /// Whether the local clock was set since the last response, so that the skew must be measured again.
     pub fn clock_was_set(&self) -> bool {
-        self.lock().is_outdated(read_clocks())
+        self.lock().is_outdated(self.read_clocks())
     }
 
     /// Sends a GET request, with a bearer token if given.
@@ -176,9 +175,9 @@ impl Http {
             Some(host) => request.header(INSTANCE_HOST, host),
             None => request,
         };
-        let sent = read_clocks();
+        let sent = self.read_clocks();
         let response = request.send().await.map_err(|e| failure(&e))?;
-        let received = read_clocks();
+        let received = self.read_clocks();
         let skew = self.observe(response.headers(), sent, received);
         let sent = skew.theirs(sent.0);
         let status = response.status().as_u16();
@@ -210,6 +209,10 @@ impl Http {
             clock.skew.observe(sample);
         }
         clock.skew
+    }
+
+    fn read_clocks(&self) -> Reading {
+        (self.ours.now(), Instant::now().into_std())
     }
 
     fn lock(&self) -> MutexGuard<'_, ServerClock> {
@@ -274,7 +277,7 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::domain::fixtures::TEN_YEARS;

@@ -3,12 +3,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 use crate::domain::limits::Bucket;
 use crate::zitadel::circuit_breaker::Breaker;
+use crate::zitadel::clock::Clock;
 use crate::zitadel::settings::RequestBudget;
 
 impl RequestBudget {
@@ -94,9 +96,10 @@ impl Budget {
     }
 }
 
-/// The limits of all hosts.
+/// The limits of all hosts, and the clock that theirs are compared with.
 #[derive(Debug, Default)]
 pub struct Hosts {
+    clock: Clock,
     hosts: Mutex<HashMap<String, Host>>,
 }
 
@@ -111,6 +114,21 @@ struct Host {
 }
 
 impl Hosts {
+    /// No hosts yet, for a process with this clock.
+    #[must_use]
+    pub fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            hosts: Mutex::default(),
+        }
+    }
+
+    /// The operator's clock.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
     /// Registers that `instance` dials `host` with this budget and with the connection settings whose hash is `way`.
     /// Returns the limits that apply.
     pub fn dial(&self, instance: &str, host: &str, way: &str, budget: RequestBudget) -> Arc<Limits> {

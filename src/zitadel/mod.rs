@@ -3,6 +3,7 @@
 
 mod circuit_breaker;
 mod client;
+mod clock;
 pub mod discovery;
 mod http;
 mod limits;
@@ -11,6 +12,7 @@ mod token;
 
 pub use circuit_breaker::{Breaker, Permit};
 pub use client::{Exchanged, ZitadelClient};
+pub use clock::Clock;
 pub use discovery::Discovery;
 pub use limits::{Hosts, Limits};
 pub use settings::{RequestBudget, Settings};

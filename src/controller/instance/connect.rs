@@ -26,7 +26,6 @@ const CA_ENTRY: &str = "ca.crt";
 const READ_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// All connections.
-#[derive(Default)]
 pub struct Connections {
     hosts: Hosts,
     open: Mutex<HashMap<String, Open>>,
@@ -61,6 +60,16 @@ struct Open {
 }
 
 impl Connections {
+    /// No connections yet. They share the limits of `hosts`.
+    #[must_use]
+    pub fn new(hosts: Hosts) -> Self {
+        Self {
+            hosts,
+            open: Mutex::default(),
+            reconciled: Mutex::default(),
+        }
+    }
+
     /// The real project id for the `zitadel` audience alias, if this process has learned it.
     #[must_use]
     pub fn known_project_id(&self, instance: &ZitadelInstance) -> Option<String> {

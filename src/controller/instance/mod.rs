@@ -4,8 +4,6 @@ mod connect;
 
 use std::sync::Arc;
 
-use k8s_openapi::jiff::Timestamp;
-
 pub use connect::{Connections, Wakeup, connect};
 
 use crate::api::service_user::READY;
@@ -58,7 +56,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         &discovered,
         project_id.as_deref(),
         skew,
-        Timestamp::now(),
+        ctx.clock.now(),
     ));
     match ctx.connections.record_reconcile(&id.name, wanted.is_ready()) {
         Some(Wakeup::AllUsers) => ctx.users.wake_all(ctx.cache.users_of(&id.name)),
@@ -99,7 +97,7 @@ async fn unreadable(ctx: &Context, id: &ObjectRef) -> Done {
         return Done::default();
     }
     let generation = ctx.cache.unreadable_generation(id);
-    let patch = refusal(Reason::ObjectUnreadable, &[READY], generation, Timestamp::now());
+    let patch = refusal(Reason::ObjectUnreadable, &[READY], generation, ctx.clock.now());
     match ctx.writer.patch_instance_status(&id.name, &patch).await {
         Ok(version) => Done {
             written: vec![version],

@@ -18,12 +18,15 @@ use crate::domain::reason::Reason;
 use crate::domain::summary::UserSummary;
 use crate::domain::token_state::TokenState;
 use crate::ops::http::Probe;
+use crate::zitadel::Clock;
 
 /// Status and reason of a condition that is missing or that the operator does not know.
 const UNKNOWN: &str = "Unknown";
 
 /// Exposes the watched objects as metrics.
 pub struct Objects {
+    /// The operator's clock.
+    pub clock: Clock,
     /// The watched objects.
     pub cache: Arc<Cache>,
     /// Connections of this process to the instances.
@@ -75,7 +78,7 @@ impl Objects {
         users: &[(ObjectRef, Arc<UserSummary>)],
         known: &BTreeMap<&str, &ZitadelInstance>,
     ) -> fmt::Result {
-        let now = Timestamp::now();
+        let now = self.clock.now();
         let mut conditions = BTreeMap::<_, f64>::new();
         let mut tokens = BTreeMap::<_, f64>::new();
         let mut keys = BTreeMap::<&str, Timestamp>::new();

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
 
 use crate::api::ZitadelInstance;
@@ -79,7 +78,7 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
     acted.outcomes.sort_by_key(|outcome| outcome.token);
     // The answers may have changed what is known of the server's clock.
     let clock = ctx.connections.skew(&facts.user.spec.instance_ref.name);
-    let now = clock.certain(Timestamp::now());
+    let now = clock.certain(ctx.clock.now());
     for leftover in plan::may_go(facts, &plan.deletes, &acted.outcomes, now) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             error.log(id, &format!("Secret {}", leftover.name));
@@ -112,7 +111,7 @@ impl Job<'_> {
     /// Leaves the token to the next reconcile, which may follow at once.
     fn defer(&self, current: Option<CurrentToken>) -> Outcome {
         Outcome {
-            not_before: Some(self.facts.clock.theirs(Timestamp::now())),
+            not_before: Some(self.facts.clock.theirs(self.ctx.clock.now())),
             deferred: true,
             ..self.outcome(Reason::InstanceUnreachable, current)
         }

@@ -3,10 +3,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
+use tokio::time::Instant;
 
 use crate::domain::facts::{CONTEST_WINDOW, UnwrittenToken};
 use crate::domain::object_ref::ObjectRef;

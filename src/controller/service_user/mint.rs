@@ -1,9 +1,10 @@
 //! One token request, in four steps: admit, send, classify, record.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use tokio::time::Instant;
 
 use crate::api::ZitadelInstance;
 use crate::controller::instance::connect;
@@ -82,7 +83,7 @@ impl Job<'_> {
             tried.map_err(|error| self.write_failed(error, None))?;
         }
         let defer = |reason, wait| Outcome {
-            not_before: Some(later(client.skew().theirs(Timestamp::now()), wait)),
+            not_before: Some(later(client.skew().theirs(ctx.clock.now()), wait)),
             deferred: true,
             ..self.outcome(reason, None)
         };

@@ -8,8 +8,6 @@ mod mint;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::jiff::Timestamp;
-
 pub use act::TIME_TO_WRITE;
 pub use memory::Memory;
 
@@ -52,14 +50,14 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
             return Done::broken_off(Some(Reason::APIServerUnavailable));
         }
     };
-    let plan = plan(&facts, facts.clock.theirs(Timestamp::now()));
+    let plan = plan(&facts, facts.clock.theirs(ctx.clock.now()));
     let acted = act::act(&ctx, &id, &facts, plan).await;
     for outcome in &acted.outcomes {
         tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "token reconciled");
     }
     // The responses of the server may have changed the clock skew.
     let skew = ctx.connections.skew(&facts.user.spec.instance_ref.name);
-    let mut report = report(&facts, &acted.outcomes, skew.theirs(Timestamp::now()));
+    let mut report = report(&facts, &acted.outcomes, skew.theirs(ctx.clock.now()));
     report.wake.failed.extend(acted.failed);
     let mut written = acted.written;
     // If leadership was lost or the reconcile is outdated, the present leader, the next process or the next reconcile
@@ -89,7 +87,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
 
 /// Writes to the status why the operator does not serve the object.
 async fn refuse(ctx: &Context, id: &ObjectRef, reason: Reason, generation: Option<i64>) -> Done {
-    let patch = refusal(reason, &[READY, UP_TO_DATE], generation, Timestamp::now());
+    let patch = refusal(reason, &[READY, UP_TO_DATE], generation, ctx.clock.now());
     match ctx.writer.patch_user_status(id, &patch).await {
         Ok(version) => {
             tracing::info!(object = %id, %reason, "the service user is not served");
