@@ -30,7 +30,7 @@ use crate::ops::http::Probe;
 use crate::ops::lease::LeadershipGuard;
 use crate::ops::shutdown::Shutdown;
 use crate::ops::{clock_jump, descriptors, http, memory, telemetry};
-use crate::zitadel::{Clock, Hosts};
+use crate::zitadel::{Clock, Hosts, dial};
 
 /// Longest time of one reconcile; one that takes longer hangs. A reconcile may request 16 tokens one after another, and
 /// each request may take the default timeout.
@@ -146,7 +146,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     let metrics = Metrics::register(&mut registry, panics, leads.clone());
     let cache = Arc::new(Cache::new(arguments.namespace_memory as usize * 1024));
     let clock = Clock::default();
-    let connections = Arc::new(Connections::new(Hosts::new(clock.clone())));
+    let connections = Arc::new(Connections::new(Hosts::new(Box::new(dial), clock.clone())));
     let users = queue_of_users(arguments.concurrent, cache.clone(), connections.clone(), clock.clone());
     let users = Arc::new(users);
     let instances = Arc::new(queue_of_instances(clock.clone()));

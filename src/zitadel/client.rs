@@ -78,8 +78,7 @@ impl ZitadelClient {
         if !addresses.into_iter().flatten().all(|address| is_origin(address)) {
             return Err(Reason::InstanceInvalid.into());
         }
-        let origin = settings.endpoint.as_deref().unwrap_or(&settings.issuer);
-        let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
+        let (scheme, authority) = settings.origin().split_once("://").ok_or(Failure::Malformed)?;
         // Requests to a proxy leave the machine or cluster, even if the host itself is local.
         let near = settings.proxy.is_none() && is_local(authority);
         if scheme != "https" && !(settings.allow_insecure_http && near) {
@@ -92,10 +91,11 @@ impl ZitadelClient {
         let way = way.map(|part| part.as_deref().unwrap_or_default());
         let way = hash::of(way.into_iter().chain([scheme, &timeout]).map(str::as_bytes));
         let limits = hosts.dial(&settings.name, authority, &way, settings.budget);
-        let http = Http::new(&settings, origin, limits.clone(), hosts.clock().clone())?;
+        let clock = hosts.clock().clone();
+        let http = Http::new(hosts.transport(&settings)?, limits.clone(), clock.clone());
         Ok(Self {
             settings,
-            clock: hosts.clock().clone(),
+            clock,
             http,
             limits,
             discovery: Mutex::default(),

@@ -1,21 +1,21 @@
-//! The wall clock of this machine, as a port: a test has its own.
+//! The wall clock of the operator, as a port: a test passes its own.
 
 use std::fmt;
 use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
 
-/// Tells the time by the wall clock, which can be set and be wrong. By default that of this machine.
+/// The wall clock, which can be wrong and can be set. By default that of this machine.
 #[derive(Clone)]
 pub struct Clock(Arc<dyn Fn() -> Timestamp + Send + Sync>);
 
 impl Clock {
-    /// A clock that shows what `now` returns.
+    /// A clock whose time is what `now` returns.
     pub fn new(now: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
         Self(Arc::new(now))
     }
 
-    /// The present moment.
+    /// The current time.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         (self.0)()

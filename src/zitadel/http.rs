@@ -1,25 +1,20 @@
 //! One HTTP exchange with a ZITADEL host: bounded in time and size, within the host's limits, without redirects.
 
-use std::error::Error;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp, fmt::rfc2822};
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::header::{AGE, DATE, HeaderMap, HeaderName, RETRY_AFTER};
-use reqwest::redirect::Policy;
-use reqwest::{Certificate, Proxy, RequestBuilder, Response};
-use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use reqwest::Response;
+use reqwest::header::{AGE, DATE, HeaderMap, RETRY_AFTER};
+use secrecy::{SecretSlice, SecretString};
 use tokio::time::Instant;
 
 use crate::domain::backoff::LONGEST_RETRY_AFTER;
 use crate::domain::clock_skew::{Reading, Sample, Skew, was_set};
 use crate::domain::failure::Failure;
-use crate::domain::reason::Reason;
 use crate::domain::time::shifted;
 use crate::zitadel::clock::Clock;
 use crate::zitadel::limits::Limits;
-use crate::zitadel::settings::Settings;
+use crate::zitadel::transport::{Request, Transport, failure};
 
 /// Longest accepted body. A token has at most 64 KiB, a discovery document about 3 KiB.
 const MAX_BODY: usize = 256 * 1024;
@@ -27,15 +22,9 @@ const MAX_BODY: usize = 256 * 1024;
 /// Initial capacity without a `Content-Length`. A token with many roles has about 4 KiB.
 const USUAL_BODY: usize = 16 * 1024;
 
-/// Selects the instance if the dialled host name is not the issuer's
-/// (docs/reference/zitadel-protocol.md#instance-selection).
-const INSTANCE_HOST: HeaderName = HeaderName::from_static("x-zitadel-instance-host");
-
 /// An HTTP client for one host.
 pub struct Http {
-    client: reqwest::Client,
-    origin: String,
-    instance_host: Option<String>,
+    transport: Box<dyn Transport>,
     limits: Arc<Limits>,
     ours: Clock,
     clock: Mutex<ServerClock>,
@@ -64,24 +53,8 @@ impl ServerClock {
 }
 
 impl std::fmt::Debug for Http {
-    /// Omits reqwest's client, whose `Debug` output contains the proxy.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut shown = f.debug_struct("Http");
-        shown.field("origin", &self.origin).finish_non_exhaustive()
-    }
-}
-
-/// A resolver that looks up the addresses of one fixed host for every name.
-struct Fixed(String);
-
-impl Resolve for Fixed {
-    fn resolve(&self, _: Name) -> Resolving {
-        let host = self.0.clone();
-        Box::pin(async move {
-            // Port 0 makes reqwest use the port of the URL.
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((host, 0)).await?.collect();
-            Ok(Box::new(found.into_iter()) as Addrs)
-        })
+        f.debug_struct("Http").finish_non_exhaustive()
     }
 }
 
@@ -98,49 +71,14 @@ pub struct Answer {
 }
 
 impl Http {
-    /// A client that dials `origin`. If the issuer has another host, every request names the instance in a header.
-    pub fn new(settings: &Settings, origin: &str, limits: Arc<Limits>, ours: Clock) -> Result<Self, Failure> {
-        let (scheme, authority) = origin.split_once("://").ok_or(Failure::Malformed)?;
-        let mut builder = reqwest::Client::builder()
-            // Only the ZitadelInstance configures a proxy, never the environment
-            // (docs/adr/0019-assertions-go-only-to-the-configured-host.md).
-            .no_proxy()
-            .redirect(Policy::none())
-            .timeout(settings.timeout)
-            .connect_timeout(settings.timeout)
-            .user_agent(concat!("zitadel-tokens/", env!("CARGO_PKG_VERSION")));
-        if let Some(pem) = &settings.ca {
-            let certificates = Certificate::from_pem_bundle(pem.as_bytes()).unwrap_or_default();
-            if certificates.is_empty() {
-                return Err(Reason::CABundleUnusable.into());
-            }
-            builder = builder.tls_certs_only(certificates);
-        }
-        if let Some(proxy) = &settings.proxy {
-            builder = builder.proxy(Proxy::all(proxy).map_err(|_| Failure::Malformed)?);
-        }
-        let mut origin = origin.to_owned();
-        if let Some(name) = &settings.tls_server_name {
-            // The URL carries the name that the certificate must have. The resolver maps it to the dialled host.
-            let (host, port) = authority
-                .rsplit_once(':')
-                .map_or((authority, None), |(h, p)| (h, Some(p)));
-            origin = port.map_or_else(
-                || format!("{scheme}://{name}"),
-                |port| format!("{scheme}://{name}:{port}"),
-            );
-            builder = builder.dns_resolver(Fixed(host.to_owned()));
-        }
-        let issuer_host = settings.issuer.split_once("://").map(|(_, host)| host.to_owned());
-        let dialled_as = origin.split_once("://").map(|(_, host)| host);
-        Ok(Self {
-            client: builder.build().map_err(|_| Failure::from(Reason::CABundleUnusable))?,
-            instance_host: issuer_host.filter(|host| Some(host.as_str()) != dialled_as),
-            origin,
+    /// A client that sends through `transport`.
+    pub fn new(transport: Box<dyn Transport>, limits: Arc<Limits>, ours: Clock) -> Self {
+        Self {
+            transport,
             limits,
             ours,
             clock: Mutex::default(),
-        })
+        }
     }
 
     /// How far the server's clock is ahead of the local clock, according to all responses so far.
@@ -155,28 +93,20 @@ impl Http {
 
     /// Sends a GET request, with a bearer token if given.
     pub async fn get(&self, path: &str, bearer: Option<&SecretString>) -> Result<Answer, Failure> {
-        let request = self.client.get(format!("{}{path}", self.origin));
-        self.send(match bearer {
-            Some(token) => request.bearer_auth(token.expose_secret()),
-            None => request,
-        })
-        .await
+        let form = None;
+        self.send(Request { path, bearer, form }).await
     }
 
     /// Sends a form in a POST request.
     pub async fn post(&self, path: &str, form: &[(&str, &str)]) -> Result<Answer, Failure> {
-        self.send(self.client.post(format!("{}{path}", self.origin)).form(form))
-            .await
+        let (bearer, form) = (None, Some(form));
+        self.send(Request { path, bearer, form }).await
     }
 
-    async fn send(&self, request: RequestBuilder) -> Result<Answer, Failure> {
+    async fn send(&self, request: Request<'_>) -> Result<Answer, Failure> {
         let _permit = self.limits.admit().await.ok_or(Failure::Connect)?;
-        let request = match &self.instance_host {
-            Some(host) => request.header(INSTANCE_HOST, host),
-            None => request,
-        };
         let sent = self.read_clocks();
-        let response = request.send().await.map_err(|e| failure(&e))?;
+        let response = self.transport.send(request).await?;
         let received = self.read_clocks();
         let skew = self.observe(response.headers(), sent, received);
         let sent = skew.theirs(sent.0);
@@ -235,36 +165,6 @@ async fn body(mut response: Response) -> Result<SecretSlice<u8>, Failure> {
     Ok(body.into())
 }
 
-/// Classifies an error and drops its text, which may contain addresses or secrets.
-fn failure(error: &reqwest::Error) -> Failure {
-    if error.is_timeout() {
-        return Failure::Timeout;
-    }
-    let mut cause: Option<&dyn Error> = Some(error);
-    while let Some(e) = cause {
-        if is_tls(e) {
-            return Failure::Tls;
-        }
-        if e.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
-            return Failure::Malformed;
-        }
-        cause = e.source();
-    }
-    if error.is_body() || error.is_decode() {
-        Failure::Malformed
-    } else if error.is_connect() {
-        Failure::Connect
-    } else {
-        Failure::Broken
-    }
-}
-
-/// Finds a rustls error inside an `io::Error`, which may be nested. `io::Error::source()` skips the inner error itself.
-fn is_tls(error: &(dyn Error + 'static)) -> bool {
-    let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-    error.is::<rustls::Error>() || inner.is_some_and(|e| is_tls(e))
-}
-
 /// Parses `Retry-After`, which is a number of seconds or a date (RFC 9110 §10.2.3).
 fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
@@ -281,15 +181,6 @@ mod tests {
 
     use super::*;
     use crate::domain::fixtures::TEN_YEARS;
-
-    #[test]
-    fn tls_error_is_found_in_nested_errors() {
-        use std::io;
-        let once = io::Error::other(rustls::Error::DecryptError);
-        assert!(is_tls(&once));
-        assert!(is_tls(&io::Error::other(once)));
-        assert!(!is_tls(&io::Error::other(io::Error::other("reset"))));
-    }
 
     #[test]
     fn setting_the_local_clock_makes_the_skew_unproven() {

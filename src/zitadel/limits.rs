@@ -8,10 +8,12 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use crate::domain::failure::Failure;
 use crate::domain::limits::Bucket;
 use crate::zitadel::circuit_breaker::Breaker;
 use crate::zitadel::clock::Clock;
-use crate::zitadel::settings::RequestBudget;
+use crate::zitadel::settings::{RequestBudget, Settings};
+use crate::zitadel::transport::{Dial, Transport, dial};
 
 impl RequestBudget {
     /// If two instances dial one host, the smaller value of each limit applies
@@ -96,11 +98,11 @@ impl Budget {
     }
 }
 
-/// The limits of all hosts, and the clock that theirs are compared with.
-#[derive(Debug, Default)]
+/// The limits of all hosts, the way to them, and the clock that theirs are compared with.
 pub struct Hosts {
+    dial: Dial,
     clock: Clock,
-    hosts: Mutex<HashMap<String, Host>>,
+    known: Mutex<HashMap<String, Host>>,
 }
 
 #[derive(Debug)]
@@ -113,13 +115,20 @@ struct Host {
     breakers: HashMap<String, Weak<Breaker>>,
 }
 
+impl Default for Hosts {
+    fn default() -> Self {
+        Self::new(Box::new(dial), Clock::default())
+    }
+}
+
 impl Hosts {
-    /// No hosts yet, for a process with this clock.
+    /// No hosts yet, to be reached this way, for a process with this clock.
     #[must_use]
-    pub fn new(clock: Clock) -> Self {
+    pub fn new(dial: Dial, clock: Clock) -> Self {
         Self {
+            dial,
             clock,
-            hosts: Mutex::default(),
+            known: Mutex::default(),
         }
     }
 
@@ -129,11 +138,16 @@ impl Hosts {
         &self.clock
     }
 
+    /// The transport to an instance.
+    pub fn transport(&self, settings: &Settings) -> Result<Box<dyn Transport>, Failure> {
+        (self.dial)(settings)
+    }
+
     /// Registers that `instance` dials `host` with this budget and with the connection settings whose hash is `way`.
     /// Returns the limits that apply.
     pub fn dial(&self, instance: &str, host: &str, way: &str, budget: RequestBudget) -> Arc<Limits> {
         self.hang_up(instance);
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hosts = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let host = hosts.entry(host.to_owned()).or_insert_with(|| Host {
             budget: Arc::new(Budget::new(budget)),
             wanted: BTreeMap::new(),
@@ -152,7 +166,7 @@ impl Hosts {
     /// Unregisters `instance`. The used budget of a host stays until the process ends, so that deleting and recreating
     /// an instance does not reset it.
     pub fn hang_up(&self, instance: &str) {
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hosts = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         for host in hosts.values_mut() {
             if host.wanted.remove(instance).is_some()
                 && let Some(smallest) = host.wanted.values().copied().reduce(RequestBudget::min)
@@ -166,7 +180,6 @@ impl Hosts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::failure::Failure;
 
     #[test]
     fn smallest_rate_of_the_dialling_instances_applies() {

@@ -9,6 +9,7 @@ mod http;
 mod limits;
 mod settings;
 mod token;
+mod transport;
 
 pub use circuit_breaker::{Breaker, Permit};
 pub use client::{Exchanged, ZitadelClient};
@@ -16,3 +17,4 @@ pub use clock::Clock;
 pub use discovery::Discovery;
 pub use limits::{Hosts, Limits};
 pub use settings::{RequestBudget, Settings};
+pub use transport::{Dial, Request, Transport, dial};

@@ -25,6 +25,14 @@ pub struct Settings {
     pub budget: RequestBudget,
 }
 
+impl Settings {
+    /// Where to dial: scheme and authority.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        self.endpoint.as_deref().unwrap_or(&self.issuer)
+    }
+}
+
 impl std::fmt::Debug for Settings {
     /// Omits the proxy, whose URL may contain a password even though `ZitadelClient::new` rejects one.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
