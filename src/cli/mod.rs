@@ -3,7 +3,7 @@
 mod cluster;
 pub mod crds;
 mod probe;
-mod run;
+pub(crate) mod run;
 
 use std::process::ExitCode;
 

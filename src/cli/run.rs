@@ -34,7 +34,7 @@ use crate::zitadel::{Clock, Hosts, dial};
 
 /// Longest time of one reconcile; one that takes longer hangs. A reconcile may request 16 tokens one after another, and
 /// each request may take the default timeout.
-const RECONCILE_TIMEOUT: Duration = Duration::from_mins(5);
+pub(crate) const RECONCILE_TIMEOUT: Duration = Duration::from_mins(5);
 
 /// Run the operator.
 #[derive(Args, Debug)]
@@ -294,7 +294,7 @@ fn take_over(ctx: &Context) {
 
 /// Runs after the clock was set or the machine was suspended. Timers now stand for wrong times, and the skews of the
 /// servers' clocks are unknown.
-fn after_clock_jump(ctx: &Context) {
+pub(crate) fn after_clock_jump(ctx: &Context) {
     tracing::warn!("the clock of this machine was set, or the machine was suspended; reconciling all objects");
     ctx.connections.forget_reconciles();
     reconcile_all(ctx);
@@ -305,7 +305,7 @@ fn reconcile_all(ctx: &Context) {
     ctx.users.wake_all(ctx.cache.users(|_, _| true));
 }
 
-fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connections>, clock: Clock) -> Queue {
+pub(crate) fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connections>, clock: Clock) -> Queue {
     let operators = clock.clone();
     let rank = move |id: &ObjectRef| match cache.user(id) {
         Some(user) => {
@@ -322,6 +322,6 @@ fn queue_of_users(concurrent: u16, cache: Arc<Cache>, connections: Arc<Connectio
 
 /// Slots for 384 instances at once (see `domain/fair_queue.rs`). Service users wait for the first reconcile of their
 /// instance, and an unreachable instance must not delay that of another.
-fn queue_of_instances(clock: Clock) -> Queue {
+pub(crate) fn queue_of_instances(clock: Clock) -> Queue {
     Queue::new(512, Box::new(|id| (Priority::FirstToken, id.name.clone())), clock)
 }

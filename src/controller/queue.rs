@@ -105,6 +105,10 @@ pub struct RunningReconcile {
 }
 
 impl Entry {
+    fn pending_retries(&self) -> PendingRetries {
+        self.backoffs.iter().map(|(what, b)| (what.clone(), b.hold)).collect()
+    }
+
     /// Something changed while a reconcile runs.
     fn dirtied(&mut self, version: Option<&str>) {
         if self.dirty.len() < MAX_DIRTY {
@@ -371,6 +375,14 @@ impl Queue {
         let _ = tokio::time::timeout(drain(), async { while running.join_next().await.is_some() {} }).await;
     }
 
+    /// What an object waits for: its retries, and the next of its timers.
+    #[cfg(test)]
+    pub fn waits(&self, id: &ObjectRef) -> (PendingRetries, Option<Timestamp>) {
+        let state = self.lock();
+        let entry = state.entries.get(id);
+        entry.map_or_else(Default::default, |entry| (entry.pending_retries(), entry.timer))
+    }
+
     fn take(&self, now: Timestamp) -> Result<(ObjectRef, PendingRetries), Duration> {
         let mut state = self.lock();
         let state = &mut *state;
@@ -401,8 +413,7 @@ impl Queue {
             if let Some(at) = entry.timer.take() {
                 state.timers.remove(&(at, id.clone()));
             }
-            let pending_retries = entry.backoffs.iter().map(|(what, b)| (what.clone(), b.hold)).collect();
-            return Ok((id, pending_retries));
+            return Ok((id, entry.pending_retries()));
         }
         let next = state.timers.first().map(|(at, _)| at.duration_since(now));
         // A millisecond more, so that rounding never wakes us just before the time.

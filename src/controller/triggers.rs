@@ -177,7 +177,7 @@ impl Triggers {
         }
     }
 
-    fn user_applied(&self, user: WatchedUser) {
+    pub(crate) fn user_applied(&self, user: WatchedUser) {
         let id = reference(&user);
         let version = user.summary.resource_version.clone();
         let names_none = user.summary.instance.is_empty();
@@ -202,7 +202,7 @@ impl Triggers {
         self.users.gone(id);
     }
 
-    fn instance_applied(&self, instance: Guarded<ZitadelInstance>) {
+    pub(crate) fn instance_applied(&self, instance: Guarded<ZitadelInstance>) {
         let id = reference(&instance);
         let (version, generation) = (instance.resource_version(), instance.meta().generation);
         let instance = instance
@@ -232,7 +232,7 @@ impl Triggers {
         self.users.wake_all(self.cache.users_of(&id.name));
     }
 
-    fn policy_applied(&self, policy: Guarded<ZitadelAccessPolicy>) {
+    pub(crate) fn policy_applied(&self, policy: Guarded<ZitadelAccessPolicy>) {
         let id = reference(&policy);
         let spec = policy.0.map(|policy| policy.spec);
         if spec.is_err() {
@@ -245,7 +245,7 @@ impl Triggers {
         self.users.wake_all(self.cache.policy_gone(id));
     }
 
-    fn namespace_applied(&self, namespace: WatchedNamespace) {
+    pub(crate) fn namespace_applied(&self, namespace: WatchedNamespace) {
         let id = reference(&namespace);
         let known = KnownNamespace {
             labels: namespace.labels.map(Arc::new),
@@ -262,7 +262,7 @@ impl Triggers {
         self.cache.namespace_gone(id);
     }
 
-    fn secret_applied(&self, secret: WatchedSecret) {
+    pub(crate) fn secret_applied(&self, secret: WatchedSecret) {
         let id = reference(&secret);
         let version = secret.resource_version().unwrap_or_default();
         let observed = SecretSummary {
@@ -277,7 +277,7 @@ impl Triggers {
         }
     }
 
-    fn secret_gone(&self, id: &ObjectRef) {
+    pub(crate) fn secret_gone(&self, id: &ObjectRef) {
         for user in self.cache.secret_gone(id) {
             self.users.changed(&user, None);
         }

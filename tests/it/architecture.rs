@@ -13,7 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("controller", &["zitadel", "domain", "api", "ops"]),
     ("cli", &["controller", "zitadel", "domain", "api", "ops"]),
     // Unit tests that need fixtures of several modules.
-    ("tests", &["controller", "zitadel", "domain", "api", "ops"]),
+    ("tests", &["cli", "controller", "zitadel", "domain", "api", "ops"]),
 ];
 
 /// Documents that are not in the repository.
