@@ -30,8 +30,6 @@ pub mod retry;
 pub mod schedule;
 pub mod scope;
 pub mod secret_draft;
-#[cfg(test)]
-mod simulation;
 pub mod summary;
 pub mod time;
 pub mod token_state;
