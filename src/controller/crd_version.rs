@@ -25,12 +25,13 @@ pub async fn up_to_date(client: Client) {
             }
             // Once for each state.
             if reported.replace(outdated) != Some(outdated) {
-                match outdated {
-                    Some(_) => tracing::error!(
+                if outdated.is_some() {
+                    tracing::error!(
                         crd = name,
-                        "the CRD is older than this operator version; apply the CRDs of this version"
-                    ),
-                    None => tracing::warn!(crd = name, "could not read the version of the CRD; retrying"),
+                        "the CRD is older than this operator version; apply the new CRDs"
+                    );
+                } else {
+                    tracing::warn!(crd = name, "could not read the version of the CRD; retrying");
                 }
             }
             tokio::time::sleep(CHECK_EVERY).await;
