@@ -24,7 +24,8 @@ pub async fn up_to_date(client: Client) {
                 break;
             }
             // Once for each state.
-            if reported.replace(outdated) != Some(outdated) {
+            if reported != Some(outdated) {
+                reported = Some(outdated);
                 if outdated.is_some() {
                     tracing::error!(
                         crd = name,

@@ -86,7 +86,7 @@ impl Context {
 
     /// Wakes the service users that the breaker refused, for all instances that share it.
     pub fn breaker_closed(&self, breaker: &Arc<Breaker>) {
-        for instance in self.connections.that_share(breaker) {
+        for instance in self.connections.instances_sharing(breaker) {
             self.wake_failing_users_of(&instance, Recovery::Breaker);
         }
     }

@@ -58,7 +58,7 @@ pub struct Writer {
     leadership: LeadershipGuard,
     recorder: Recorder,
     /// Namespaces in which the last write of a Secret succeeded.
-    takes_secrets: Mutex<HashSet<String>>,
+    accepts_secrets: Mutex<HashSet<String>>,
     events: Mutex<Allowances>,
     started: Instant,
     /// Limits concurrent status writes: each response is a whole object, which may have more than a megabyte.
@@ -126,7 +126,7 @@ impl Writer {
             recorder: Recorder::new(client.clone(), reporter),
             client,
             leadership,
-            takes_secrets: Mutex::default(),
+            accepts_secrets: Mutex::default(),
             events: Mutex::new(Allowances::new(EVENTS_OF_OBJECT, EVENTS_OF_NAMESPACE)),
             started: Instant::now(),
             at_once: Semaphore::new(AT_ONCE),
@@ -158,7 +158,7 @@ impl Writer {
         let written = self
             .bounded(api.patch(&draft.name, &params, &Patch::Apply(&Applied::new(draft))))
             .await;
-        let mut takes = lock(&self.takes_secrets);
+        let mut takes = lock(&self.accepts_secrets);
         match &written {
             Ok(_) => drop(takes.insert(draft.namespace.clone())),
             Err(WriteError::Refused { .. }) => drop(takes.remove(&draft.namespace)),
@@ -171,13 +171,13 @@ impl Writer {
     /// Whether the last write of a Secret in this namespace succeeded. If not, check with [`Self::try_secret`] before
     /// requesting a token, because a token that cannot be written is lost.
     #[must_use]
-    pub fn takes_secrets(&self, namespace: &str) -> bool {
-        lock(&self.takes_secrets).contains(namespace)
+    pub fn accepts_secrets(&self, namespace: &str) -> bool {
+        lock(&self.accepts_secrets).contains(namespace)
     }
 
     /// Forgets a namespace that was deleted.
     pub fn forget_namespace(&self, namespace: &str) {
-        lock(&self.takes_secrets).remove(namespace);
+        lock(&self.accepts_secrets).remove(namespace);
     }
 
     /// Deletes a token Secret, if it still has the observed UID and resource version.
@@ -327,7 +327,7 @@ impl WriteError {
     /// The reason of a failed write of an object other than a Secret. The operator retries soon, unless the API server
     /// refused the write.
     #[must_use]
-    pub fn reason_besides_secrets(&self) -> Reason {
+    pub fn reason_for_status(&self) -> Reason {
         match self {
             Self::Refused { .. } => Reason::Internal,
             Self::NotLeading => Reason::NotLeading,

@@ -220,12 +220,12 @@ impl CircuitBreaker {
     pub fn record_failure(&mut self, now: Duration, request: &Admission, failure: Failure, retry_after: Duration) {
         let probe = self.end(request);
         if matches!(failure, Failure::Status { .. } | Failure::Malformed) {
-            self.hear();
+            self.host_responded();
         }
         let Some(fault) = Fault::of(failure) else { return };
         let contradicted = self.succeeded.is_some_and(|at| request.began <= at);
-        let counts = self.blame(now, &request.user.namespace, contradicted);
-        self.postpone(now, &request.user.namespace, probe, retry_after);
+        let counts = self.record_namespace_failure(now, &request.user.namespace, contradicted);
+        self.delay_probes(now, &request.user.namespace, probe, retry_after);
         self.silent |= fault == Fault::Connection && !contradicted;
         self.note(now, &request.user, failure, counts);
     }
@@ -240,8 +240,8 @@ impl CircuitBreaker {
         retry_after: Duration,
     ) {
         if self.end(request) {
-            self.blame(now, &request.user.namespace, false);
-            self.postpone(now, &request.user.namespace, true, retry_after);
+            self.record_namespace_failure(now, &request.user.namespace, false);
+            self.delay_probes(now, &request.user.namespace, true, retry_after);
         }
         self.record_discovery(now, instance, Err(failure));
     }
@@ -253,13 +253,13 @@ impl CircuitBreaker {
         let fault = ended.err().and_then(Fault::of);
         if let (Err(failure), Some(Fault::Connection | Fault::NoAnswer)) = (ended, fault) {
             let instance = ObjectRef::new("", instance);
-            let counts = self.blame(now, &instance.namespace, false);
+            let counts = self.record_namespace_failure(now, &instance.namespace, false);
             self.silent = true;
             self.note(now, &instance, failure, counts);
             return false;
         }
         let recovered = self.silent && ended.is_ok();
-        self.hear();
+        self.host_responded();
         recovered && self.close()
     }
 
@@ -267,8 +267,8 @@ impl CircuitBreaker {
     /// failed probe. Otherwise a namespace whose probes are always inconclusive would stay at the head of the queue.
     pub fn release(&mut self, now: Duration, request: &Admission) {
         if self.end(request) {
-            self.blame(now, &request.user.namespace, false);
-            self.postpone(now, &request.user.namespace, true, Duration::ZERO);
+            self.record_namespace_failure(now, &request.user.namespace, false);
+            self.delay_probes(now, &request.user.namespace, true, Duration::ZERO);
         }
     }
 
@@ -285,13 +285,13 @@ impl CircuitBreaker {
         open.map(|open| open.in_flight -= 1).is_some()
     }
 
-    fn hear(&mut self) {
+    fn host_responded(&mut self) {
         self.unreachable = 0;
         self.silent = false;
     }
 
     fn close(&mut self) -> bool {
-        self.hear();
+        self.host_responded();
         self.evidence.clear();
         self.next = Duration::ZERO;
         for namespace in self.namespaces.values_mut() {
@@ -303,7 +303,7 @@ impl CircuitBreaker {
     /// Remembers a failure of the namespace. Returns whether it counts against the host. It does not if a success since
     /// the start of the request contradicts it, or if the namespace is a suspect and a request has succeeded within
     /// [`WINDOW`].
-    fn blame(&mut self, now: Duration, namespace: &Arc<str>, contradicted: bool) -> bool {
+    fn record_namespace_failure(&mut self, now: Duration, namespace: &Arc<str>, contradicted: bool) -> bool {
         self.prune(now);
         let lately = self.succeeded.is_some_and(|at| now < at + WINDOW);
         let namespace = self.namespaces.entry(namespace.clone()).or_default();
@@ -314,7 +314,7 @@ impl CircuitBreaker {
     }
 
     /// Delays the next probe of the namespace, and those of other namespaces by at most [`LONGEST`].
-    fn postpone(&mut self, now: Duration, namespace: &Arc<str>, probe: bool, retry_after: Duration) {
+    fn delay_probes(&mut self, now: Duration, namespace: &Arc<str>, probe: bool, retry_after: Duration) {
         let namespace = self.namespaces.entry(namespace.clone()).or_default();
         namespace.not_before = namespace.not_before.max(now + retry_after);
         if probe {

@@ -181,14 +181,14 @@ impl Facts {
     /// The schedule of a token of this object.
     #[must_use]
     pub fn schedule(&self, token: &Token, issued: Timestamp, expires: Timestamp) -> Schedule {
-        use crate::domain::schedule::{Renewal, duration};
+        use crate::domain::schedule::{RefreshAt, duration};
         let before = token.renew_before.as_deref().and_then(duration);
-        let renewal = match (before, token.renew_before_percentage) {
-            (Some(before), _) => Renewal::Before(before),
-            (None, Some(percentage)) => Renewal::Percentage(percentage),
-            (None, None) => Renewal::Default,
+        let refresh_at = match (before, token.renew_before_percentage) {
+            (Some(before), _) => RefreshAt::Before(before),
+            (None, Some(percentage)) => RefreshAt::Percentage(percentage),
+            (None, None) => RefreshAt::Default,
         };
         let seed = format!("{}/{}", self.uid(), token.name);
-        Schedule::new(issued, expires, renewal, &seed)
+        Schedule::new(issued, expires, refresh_at, &seed)
     }
 }

@@ -167,7 +167,7 @@ pub fn edit(secret: &mut ObservedSecret, change: impl FnOnce(&mut BTreeMap<Strin
 }
 
 /// Sets or removes the renew request annotation.
-pub fn ask(facts: &mut Facts, value: Option<&str>) {
+pub fn set_renew_request(facts: &mut Facts, value: Option<&str>) {
     user(facts).metadata.annotations = value.map(|value| {
         BTreeMap::from([(
             crate::api::metadata::ANNOTATION_RENEW_REQUEST.to_owned(),

@@ -111,7 +111,7 @@ pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
 /// its old Secret stays until the new one exists or the old token has expired. Without a trusted time (`now`), no token
 /// counts as expired.
 #[must_use]
-pub fn may_go<'a>(
+pub fn deletable<'a>(
     facts: &Facts,
     deletes: &'a [SecretRef],
     outcomes: &[Outcome],
@@ -136,11 +136,11 @@ pub fn may_go<'a>(
             Some(request_hash(facts, &admit(facts, outcome.token, token).ok()?))
         })
         .collect();
-    let may_go = |leftover: &&SecretRef| match facts.secrets.get(&leftover.name).and_then(ObservedSecret::record) {
+    let deletable = |leftover: &&SecretRef| match facts.secrets.get(&leftover.name).and_then(ObservedSecret::record) {
         Some(record) => has_expired(&record) || all_there && !missed.contains(&record.request_hash),
         None => all_there,
     };
-    deletes.iter().filter(may_go).collect()
+    deletes.iter().filter(deletable).collect()
 }
 
 /// The prerequisites of every step but `Refuse`.
@@ -196,10 +196,10 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
     let template_hash = secret_draft::template_hash(facts, token);
     let fallback = match admitted
         .observed
-        .and_then(|e| good(facts, token, e, admitted, &request_hash))
+        .and_then(|e| current_token(facts, token, e, admitted, &request_hash))
     {
         Some((record, value, current)) if current.schedule.is_valid(now) => {
-            if current.schedule.is_fresh(now) && !asked(facts, &record) {
+            if current.schedule.is_fresh(now) && !has_new_renew_request(facts, &record) {
                 return keep_or_write(facts, token, value, &record, &template_hash, current);
             }
             Some(current)
@@ -207,9 +207,9 @@ fn decide(facts: &Facts, token: &Token, admitted: &Admitted<'_>, now: Timestamp)
         _ => None,
     };
     if admitted.observed.is_none()
-        && let Some((record, value, current)) = left_over(facts, token, admitted, &request_hash)
+        && let Some((record, value, current)) = moved_token(facts, token, admitted, &request_hash)
         && current.schedule.is_fresh(now)
-        && !asked(facts, &record)
+        && !has_new_renew_request(facts, &record)
     {
         return keep_or_write(facts, token, value, &record, &template_hash, current);
     }
@@ -287,14 +287,14 @@ fn await_backoff(facts: &Facts, token: &Token, now: Timestamp, step: Step) -> St
 }
 
 /// Whether the object has a renew request that this token does not serve. A withdrawn request has no effect.
-fn asked(facts: &Facts, record: &Record) -> bool {
+fn has_new_renew_request(facts: &Facts, record: &Record) -> bool {
     facts
         .renew_request()
         .is_some_and(|request| record.request.as_ref() != Some(&request))
 }
 
 /// The token in the Secret, if the operator wrote it for this request hash.
-fn good<'a>(
+fn current_token<'a>(
     facts: &Facts,
     token: &Token,
     observed: &'a ObservedSecret,
@@ -322,7 +322,7 @@ fn good<'a>(
 
 /// A token with this request hash in a Secret that the spec no longer names, because its entry now names another
 /// Secret.
-fn left_over<'a>(
+fn moved_token<'a>(
     facts: &'a Facts,
     token: &Token,
     admitted: &Admitted<'_>,
@@ -330,7 +330,7 @@ fn left_over<'a>(
 ) -> Option<(Record, &'a str, CurrentToken)> {
     let those = facts.leftovers.iter().filter_map(|l| facts.secrets.get(&l.name));
     let mut ours = those.filter(|observed| observed.owned_by(facts.name(), facts.uid()).is_ok());
-    ours.find_map(|observed| good(facts, token, observed, admitted, request_hash))
+    ours.find_map(|observed| current_token(facts, token, observed, admitted, request_hash))
 }
 
 /// The ID of the ZITADEL API's project if `token` needs it, an empty string if it does not, or `None` if `token` needs
@@ -379,7 +379,10 @@ fn write_again(
 ) -> Option<(Box<SecretDraft>, CurrentToken)> {
     use secrecy::ExposeSecret;
     let schedule = facts.schedule(token, unwritten.minted.issued, unwritten.minted.expires);
-    if unwritten.record.request_hash != request_hash || !schedule.is_fresh(now) || asked(facts, &unwritten.record) {
+    if unwritten.record.request_hash != request_hash
+        || !schedule.is_fresh(now)
+        || has_new_renew_request(facts, &unwritten.record)
+    {
         return None;
     }
     let value = &unwritten.minted.token;

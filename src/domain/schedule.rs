@@ -21,7 +21,7 @@ const SHORTEST_MARGIN: SignedDuration = SignedDuration::from_secs(2);
 
 /// When the spec asks for the refresh of a token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Renewal {
+pub enum RefreshAt {
     /// At two thirds of the lifetime, as cert-manager does.
     #[default]
     Default,
@@ -50,13 +50,13 @@ impl Schedule {
     /// before 20 % of the lifetime and 2 s after issue, and not in the last 5 % or the last 2 s, which request and
     /// write may take (`docs/adr/0010-refresh-schedule-with-stable-jitter.md`).
     #[must_use]
-    pub fn new(issued: Timestamp, expires: Timestamp, renewal: Renewal, seed: &str) -> Self {
+    pub fn new(issued: Timestamp, expires: Timestamp, refresh_at: RefreshAt, seed: &str) -> Self {
         let expires = expires.min(shifted(issued, LONGEST_LIFETIME));
         let lifetime = expires.duration_since(issued).max(SignedDuration::ZERO);
-        let wanted = match renewal {
-            Renewal::Default => lifetime / 3,
-            Renewal::Before(before) => before,
-            Renewal::Percentage(percent) => scale(lifetime, f64::from(percent.clamp(1, 99)) / 100.0),
+        let wanted = match refresh_at {
+            RefreshAt::Default => lifetime / 3,
+            RefreshAt::Before(before) => before,
+            RefreshAt::Percentage(percent) => scale(lifetime, f64::from(percent.clamp(1, 99)) / 100.0),
         };
         // A margin that is not shorter than the lifetime is ignored: each reconcile would request a token
         // (docs/adr/0010-refresh-schedule-with-stable-jitter.md).
@@ -69,7 +69,7 @@ impl Schedule {
             issued,
             renew: shifted(on_time, -jitter).max(earliest).min(expires),
             expires,
-            clamped: renewal != Renewal::Default && (margin != wanted || on_time < earliest),
+            clamped: refresh_at != RefreshAt::Default && (margin != wanted || on_time < earliest),
         }
     }
 
@@ -142,19 +142,19 @@ mod tests {
         ) {
             let issued = Timestamp::from_second(issued).expect("in range");
             let expires = issued + SignedDuration::from_secs(lifetime);
-            let renewal = match kind {
-                0 => Renewal::Default,
-                1 => Renewal::Before(SignedDuration::from_secs(before)),
-                _ => Renewal::Percentage(percent),
+            let refresh_at = match kind {
+                0 => RefreshAt::Default,
+                1 => RefreshAt::Before(SignedDuration::from_secs(before)),
+                _ => RefreshAt::Percentage(percent),
             };
-            let s = Schedule::new(issued, expires, renewal, &seed);
+            let s = Schedule::new(issued, expires, refresh_at, &seed);
             prop_assert!(s.renew <= expires);
             prop_assert!(s.renew >= issued + SignedDuration::from_secs(2).min(SignedDuration::from_secs(lifetime)));
             prop_assert!(s.renew.duration_since(issued).as_secs_f64() >= 0.2 * SignedDuration::from_secs(lifetime).as_secs_f64() - 1e-6);
             let lifetime = SignedDuration::from_secs(lifetime);
             let margin = expires.duration_since(s.renew).as_secs_f64();
             prop_assert!(s.renew == s.issued + SHORTEST_WAIT || margin >= 0.05 * lifetime.as_secs_f64() - 1e-6, "{margin}");
-            prop_assert_eq!(s, Schedule::new(issued, expires, renewal, &seed));
+            prop_assert_eq!(s, Schedule::new(issued, expires, refresh_at, &seed));
         }
 
         /// A token with a longer lifetime is not refreshed earlier, and a token with a larger margin is not refreshed
@@ -167,18 +167,18 @@ mod tests {
             margin in 0..98,
             seed in "[a-z]{0,8}",
         ) {
-            let renew = |lifetime, renewal| {
+            let renew = |lifetime, refresh_at| {
                 let expires = Timestamp::UNIX_EPOCH + SignedDuration::from_secs(lifetime);
-                Schedule::new(Timestamp::UNIX_EPOCH, expires, renewal, &seed).renew
+                Schedule::new(Timestamp::UNIX_EPOCH, expires, refresh_at, &seed).renew
             };
-            for renewal in [Renewal::Default, Renewal::Percentage(percent)] {
-                prop_assert!(renew(lifetime, renewal) <= renew(lifetime + longer, renewal));
+            for refresh_at in [RefreshAt::Default, RefreshAt::Percentage(percent)] {
+                prop_assert!(renew(lifetime, refresh_at) <= renew(lifetime + longer, refresh_at));
             }
             // A fixed margin is compared only among lifetimes that it fits, because it is ignored otherwise.
-            let before = Renewal::Before(SignedDuration::from_secs(lifetime * i64::from(margin) / 100));
+            let before = RefreshAt::Before(SignedDuration::from_secs(lifetime * i64::from(margin) / 100));
             prop_assert!(renew(lifetime, before) <= renew(lifetime + longer, before));
-            let smaller = Renewal::Percentage(percent.min(margin).max(1));
-            prop_assert!(renew(lifetime, Renewal::Percentage(percent)) <= renew(lifetime, smaller));
+            let smaller = RefreshAt::Percentage(percent.min(margin).max(1));
+            prop_assert!(renew(lifetime, RefreshAt::Percentage(percent)) <= renew(lifetime, smaller));
         }
 
         /// Tokens that were issued together come due over a tenth of their lifetime. Each tenth of that span has some.
@@ -188,7 +188,7 @@ mod tests {
             let expires = issued + SignedDuration::from_secs(lifetime);
             let mut parts = [0; 10];
             for n in 0..200 {
-                let s = Schedule::new(issued, expires, Renewal::Default, &format!("{prefix}/{n}"));
+                let s = Schedule::new(issued, expires, RefreshAt::Default, &format!("{prefix}/{n}"));
                 let early = expires.duration_since(s.renew).as_secs_f64() - lifetime_third(lifetime);
                 let tenths = early / SignedDuration::from_secs(lifetime).as_secs_f64() * 10.0;
                 prop_assert!((-1e-6..1.0 + 1e-6).contains(&tenths), "{tenths}");
@@ -205,7 +205,7 @@ mod tests {
         let expires = issued + SignedDuration::from_secs(1_000);
         let all: Vec<i64> = (0..1_000)
             .map(|i| {
-                Schedule::new(issued, expires, Renewal::Default, &i.to_string())
+                Schedule::new(issued, expires, RefreshAt::Default, &i.to_string())
                     .renew
                     .as_second()
             })
@@ -218,28 +218,28 @@ mod tests {
     #[test]
     fn margin_that_does_not_fit_the_lifetime_is_clamped() {
         let issued = Timestamp::UNIX_EPOCH;
-        let renew = |lifetime, renewal| {
+        let renew = |lifetime, refresh_at| {
             // This seed's jitter is small.
-            let s = Schedule::new(issued, issued + SignedDuration::from_secs(lifetime), renewal, "26");
+            let s = Schedule::new(issued, issued + SignedDuration::from_secs(lifetime), refresh_at, "26");
             (s.renew.as_second(), s.clamped)
         };
-        let before = |seconds| Renewal::Before(SignedDuration::from_secs(seconds));
-        let jitter = 1_000 - 333 - renew(1_000, Renewal::Default).0;
+        let before = |seconds| RefreshAt::Before(SignedDuration::from_secs(seconds));
+        let jitter = 1_000 - 333 - renew(1_000, RefreshAt::Default).0;
         assert!(jitter <= 100, "{jitter}");
-        for (lifetime, renewal, latest, clamped) in [
-            (1_000, Renewal::Default, 667, false),
+        for (lifetime, refresh_at, latest, clamped) in [
+            (1_000, RefreshAt::Default, 667, false),
             (1_000, before(100), 900, false),
             (1_000, before(0), 950, true),
             (1_000, before(1_000), 667, true),
             (1_000, before(900), 200, true),
-            (1_000, Renewal::Percentage(1), 950, true),
-            (1_000, Renewal::Percentage(99), 200, true),
+            (1_000, RefreshAt::Percentage(1), 950, true),
+            (1_000, RefreshAt::Percentage(99), 200, true),
             (6, before(1), 4, true),
         ] {
-            let got = renew(lifetime, renewal);
+            let got = renew(lifetime, refresh_at);
             assert!(
                 got.0 <= latest && got.0 >= latest - 101 && got.1 == clamped,
-                "{renewal:?} of {lifetime}: {got:?}"
+                "{refresh_at:?} of {lifetime}: {got:?}"
             );
         }
     }

@@ -146,7 +146,7 @@ impl Hosts {
     /// Registers that `instance` dials `host` with this budget and with the connection settings whose hash is `way`.
     /// Returns the limits that apply.
     pub fn dial(&self, instance: &str, host: &str, way: &str, budget: RequestBudget) -> Arc<Limits> {
-        self.hang_up(instance);
+        self.unregister(instance);
         let mut hosts = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let host = hosts.entry(host.to_owned()).or_insert_with(|| Host {
             budget: Arc::new(Budget::new(budget)),
@@ -165,7 +165,7 @@ impl Hosts {
 
     /// Unregisters `instance`. The used budget of a host stays until the process ends, so that deleting and recreating
     /// an instance does not reset it.
-    pub fn hang_up(&self, instance: &str) {
+    pub fn unregister(&self, instance: &str) {
         let mut hosts = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         for host in hosts.values_mut() {
             if host.wanted.remove(instance).is_some()
@@ -193,7 +193,7 @@ mod tests {
         let now = || limits.budget.lock().budget.per_second;
         hosts.dial("b", "h", "by a proxy", budget(1));
         assert_eq!(now(), 1);
-        hosts.hang_up("b");
+        hosts.unregister("b");
         assert_eq!(now(), 5);
         hosts.dial("a", "h", "", budget(50));
         assert_eq!(now(), 50, "a raised rate takes effect");

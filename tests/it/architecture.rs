@@ -12,8 +12,6 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("zitadel", &["domain"]),
     ("controller", &["zitadel", "domain", "api", "ops"]),
     ("cli", &["controller", "zitadel", "domain", "api", "ops"]),
-    // Unit tests that need fixtures of several modules.
-    ("tests", &["cli", "controller", "zitadel", "domain", "api", "ops"]),
 ];
 
 /// Documents that are not in the repository.

@@ -128,7 +128,7 @@ impl Connections {
 
     /// The instances that share this circuit breaker.
     #[must_use]
-    pub fn that_share(&self, breaker: &Arc<Breaker>) -> Vec<String> {
+    pub fn instances_sharing(&self, breaker: &Arc<Breaker>) -> Vec<String> {
         let open = lock(&self.open);
         let those = open
             .iter()
@@ -150,7 +150,7 @@ impl Connections {
     }
 
     /// Makes the next reconcile read the certificates again. TLS failed, and they may have been renewed.
-    pub fn doubt_certificates(&self, name: &str) {
+    pub fn reload_certificates(&self, name: &str) {
         if let Some(open) = lock(&self.open).get_mut(name) {
             open.spec = None;
         }
@@ -160,7 +160,7 @@ impl Connections {
     pub fn close(&self, name: &str) {
         lock(&self.open).remove(name);
         lock(&self.reconciled).remove(name);
-        self.hosts.hang_up(name);
+        self.hosts.unregister(name);
     }
 }
 

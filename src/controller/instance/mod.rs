@@ -47,7 +47,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         .map(|d| d.token_path)
         .map_err(|failure| classify(failure, false));
     if discovered == Err(Reason::TLSFailure) {
-        ctx.connections.doubt_certificates(&id.name);
+        ctx.connections.reload_certificates(&id.name);
     }
     let project_id = ctx.connections.known_project_id(&instance);
     let mut wanted = (*instance).clone();
@@ -81,7 +81,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
             Ok(version) => done.written.push(version),
             Err(error) => {
                 error.log(&id, "the status");
-                done.wake.failed.push(Failed::now("", error.reason_besides_secrets()));
+                done.wake.failed.push(Failed::now("", error.reason_for_status()));
             }
         }
     }
@@ -105,7 +105,7 @@ async fn unreadable(ctx: &Context, id: &ObjectRef) -> Done {
         },
         Err(error) => {
             error.log(id, "the status");
-            Done::broken_off(Some(error.reason_besides_secrets()))
+            Done::aborted(Some(error.reason_for_status()))
         }
     }
 }

@@ -46,7 +46,7 @@ metrics! {
         "1 if the condition Ready of the service user is True, otherwise 0; reason is the reason of the condition";
     TOKEN_EXPIRATION: Gauge "zitadel_tokens_token_expiration_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
         "Expiry of the token, by the clock of the ZITADEL server";
-    TOKEN_RENEWAL: Gauge "zitadel_tokens_token_refresh_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
+    TOKEN_REFRESH: Gauge "zitadel_tokens_token_refresh_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
         "Scheduled refresh of the token, by the clock of the ZITADEL server; absent while the service user is suspended";
     TOKEN_FAILING_SINCE: Gauge "zitadel_tokens_token_failing_since_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance" "reason"]
         "Time since which attempts to issue or refresh the token fail, and the reason; absent while they succeed";

@@ -37,8 +37,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Creates and registers the metrics. The panic hook increments `panics`. `leads` tells whether this process is the
-    /// leader.
+    /// Creates and registers the metrics. The panic hook increments `panics`. `leads` returns whether this process is
+    /// the leader.
     pub fn register(registry: &mut Registry, panics: Counter, leads: Probe) -> Self {
         let histogram = || Histogram::new(BUCKETS);
         let metrics = Self {
@@ -55,7 +55,7 @@ impl Metrics {
         metrics
     }
 
-    /// Counts an attempt to get a token from `instance`.
+    /// Counts an attempt to request a token from `instance`, with its result.
     pub fn minted(&self, instance: &str, reason: Reason) {
         let labels = described::MINTS.labels([instance, result(reason == Reason::Issued), reason.name()]);
         self.mints.get_or_create(&labels).inc();
@@ -67,7 +67,8 @@ impl Metrics {
         self.mint_duration.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
-    /// Starts to measure a reconcile. It ends when the returned value is dropped, including after a panic or a timeout.
+    /// Starts to measure a reconcile. The measurement ends when the returned value is dropped, including after a panic
+    /// or a timeout.
     #[must_use]
     pub fn reconcile(&self, kind: &str) -> ReconcileTimer {
         let labels = described::RECONCILE_DURATION.labels([kind]);

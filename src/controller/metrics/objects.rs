@@ -153,7 +153,7 @@ fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[(ObjectRef, Arc<UserS
     let renewals = tokens()
         .filter(|(_, user, _)| !user.suspended)
         .filter_map(|(whose, _, times)| Some((whose, seconds(times.renew_at?))));
-    described::TOKEN_RENEWAL.encode(encoder, renewals)?;
+    described::TOKEN_REFRESH.encode(encoder, renewals)?;
     let failing = tokens().filter_map(|([namespace, name, of, instance], _, times)| {
         let reason = times.reason.map_or(UNKNOWN, Reason::name);
         Some(([namespace, name, of, instance, reason], seconds(times.failing_since?)))

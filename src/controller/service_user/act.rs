@@ -79,7 +79,7 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
     // The answers may have changed what is known of the server's clock.
     let clock = ctx.connections.skew(&facts.user.spec.instance_ref.name);
     let now = clock.certain(ctx.clock.now());
-    for leftover in plan::may_go(facts, &plan.deletes, &acted.outcomes, now) {
+    for leftover in plan::deletable(facts, &plan.deletes, &acted.outcomes, now) {
         if let Err(error) = ctx.writer.delete_secret(&id.namespace, leftover).await {
             error.log(id, &format!("Secret {}", leftover.name));
             acted.failed.push(Failed::now("", error.reason()));
@@ -169,7 +169,7 @@ impl Job<'_> {
     pub(super) fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> Outcome {
         let name = instance.metadata.name.as_deref().unwrap_or_default();
         if reason == Reason::TLSFailure {
-            self.ctx.connections.doubt_certificates(name);
+            self.ctx.connections.reload_certificates(name);
         }
         if reason.subject() == Subject::Instance && self.ctx.connections.is_ready(name) {
             self.ctx.instances.wake(&ObjectRef::new("", name));

@@ -77,7 +77,7 @@ impl Job<'_> {
         let client = connect(ctx, instance).await;
         let client = client.map_err(|failure| self.refused(instance, classify(failure, false)))?;
         self.may_begin().map_err(|reason| self.outcome(reason, None))?;
-        if request.try_write_first || !ctx.writer.takes_secrets(&self.id.namespace) {
+        if request.try_write_first || !ctx.writer.accepts_secrets(&self.id.namespace) {
             let draft = secret_draft::placeholder(facts, self.token, &request.request_hash, &request.template_hash);
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| self.write_failed(error, None))?;

@@ -31,7 +31,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
     let _timer = ctx.metrics.reconcile("ZitadelServiceUser");
     if gather::awaits_instance(&ctx, &id) {
         // The first reconcile of the instance wakes this service user.
-        return Done::broken_off(None);
+        return Done::aborted(None);
     }
     let facts = match gather::gather(&ctx, &id, pending_retries).await {
         Ok(Gathered::Facts(facts)) => *facts,
@@ -47,7 +47,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
         }
         Err(error) => {
             tracing::warn!(object = %id, %error, "could not read the state of the service user");
-            return Done::broken_off(Some(Reason::APIServerUnavailable));
+            return Done::aborted(Some(Reason::APIServerUnavailable));
         }
     };
     let plan = plan(&facts, facts.clock.theirs(ctx.clock.now()));
@@ -62,8 +62,8 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
     let mut written = acted.written;
     // If leadership was lost or the reconcile is outdated, the present leader, the next process or the next reconcile
     // writes the status.
-    let ours = !acted.outdated && acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
-    let published = if ours {
+    let may_publish = !acted.outdated && acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
+    let published = if may_publish {
         publish(&ctx, &facts, &mut report).await
     } else {
         Ok(None)
@@ -72,7 +72,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
         Ok(version) => written.extend(version),
         Err(error) => {
             error.log(&id, "the status");
-            report.wake.failed.push(Failed::now("", error.reason_besides_secrets()));
+            report.wake.failed.push(Failed::now("", error.reason_for_status()));
         }
     }
     Done {
@@ -80,7 +80,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
         wake: report.wake.shifted(-skew.usable()),
         written,
         mints: acted.mints,
-        broken_off: acted.outdated,
+        aborted: acted.outdated,
         ..Done::default()
     }
 }
@@ -98,7 +98,7 @@ async fn refuse(ctx: &Context, id: &ObjectRef, reason: Reason, generation: Optio
         }
         Err(error) => {
             error.log(id, "the status");
-            Done::broken_off(Some(error.reason_besides_secrets()))
+            Done::aborted(Some(error.reason_for_status()))
         }
     }
 }

@@ -11,8 +11,8 @@ use super::*;
 use crate::api::metadata::{ANNOTATION_ADOPT, ANNOTATION_RECORD, LABEL_SERVICE_USER};
 use crate::api::service_user::DeletionPolicy;
 use crate::domain::fixtures::{
-    DUE, FRESH, LIFETIME, TEN_YEARS, allowed, apply, ask, at, claims, clock, edit, facts, fill, filled, instance, jwt,
-    keep_unwritten, observed, service_key, token, user,
+    DUE, FRESH, LIFETIME, TEN_YEARS, allowed, apply, at, claims, clock, edit, facts, fill, filled, instance, jwt,
+    keep_unwritten, observed, service_key, set_renew_request, token, user,
 };
 use crate::domain::observed_secret::{Controller, OWNER_KIND, WritePrecondition};
 use crate::domain::retry::PendingRetry;
@@ -245,20 +245,20 @@ fn mint_request_has_scope_and_fallback() {
 fn a_renew_request_is_served_once() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
-        ("new", |f| ask(f, Some("a")), 1, "mint, fallback"),
-        ("new and empty", |f| ask(f, Some("")), 1, "mint, fallback"),
-        ("new, token expired", |f| ask(f, Some("a")), LIFETIME, "mint"),
-        ("served", |f| { ask(f, Some("a")); put_opaque(f); }, FRESH, "keep"),
-        ("another", |f| { ask(f, Some("a")); put_opaque(f); ask(f, Some("b")); }, 1, "mint, fallback"),
-        ("withdrawn", |f| { ask(f, Some("a")); put_opaque(f); ask(f, None); }, 1, "keep"),
-        ("long and new", |f| ask(f, Some(&"\0".repeat(200 << 10))), 1, "mint, fallback"),
-        ("long and served", |f| { ask(f, Some(&"\0".repeat(200 << 10))); put_opaque(f); }, FRESH, "keep"),
-        ("served, label removed", |f| { ask(f, Some("a")); put_opaque(f); observed(f, 0).labels.clear(); }, 1, "write"),
+        ("new", |f| set_renew_request(f, Some("a")), 1, "mint, fallback"),
+        ("new and empty", |f| set_renew_request(f, Some("")), 1, "mint, fallback"),
+        ("new, token expired", |f| set_renew_request(f, Some("a")), LIFETIME, "mint"),
+        ("served", |f| { set_renew_request(f, Some("a")); put_opaque(f); }, FRESH, "keep"),
+        ("another", |f| { set_renew_request(f, Some("a")); put_opaque(f); set_renew_request(f, Some("b")); }, 1, "mint, fallback"),
+        ("withdrawn", |f| { set_renew_request(f, Some("a")); put_opaque(f); set_renew_request(f, None); }, 1, "keep"),
+        ("long and new", |f| set_renew_request(f, Some(&"\0".repeat(200 << 10))), 1, "mint, fallback"),
+        ("long and served", |f| { set_renew_request(f, Some(&"\0".repeat(200 << 10))); put_opaque(f); }, FRESH, "keep"),
+        ("served, label removed", |f| { set_renew_request(f, Some("a")); put_opaque(f); observed(f, 0).labels.clear(); }, 1, "write"),
     ];
     check(one, cases);
     // Kubernetes accepts 256 KiB of annotations on a Secret. The record stays small however long the renew request is.
     let mut facts = one();
-    ask(&mut facts, Some(&"\0".repeat(200 << 10)));
+    set_renew_request(&mut facts, Some(&"\0".repeat(200 << 10)));
     put_opaque(&mut facts);
     assert!(
         observed(&mut facts, 0).annotations[ANNOTATION_RECORD]
@@ -396,7 +396,7 @@ fn expired_key_is_reported_only_when_a_token_is_due() {
     let cases: &[Case] = &[
         ("fresh", expire, FRESH, "keep"),
         ("fresh, changed", |f| { expire(f); observed(f, 0).labels.clear(); }, 1, "write"),
-        ("fresh, renew request", |f| { expire(f); ask(f, Some("a")); }, 1, "KeyExpired, fallback"),
+        ("fresh, renew request", |f| { expire(f); set_renew_request(f, Some("a")); }, 1, "KeyExpired, fallback"),
         ("due", expire, DUE, "KeyExpired, fallback"),
         ("expired", expire, LIFETIME, "KeyExpired"),
         ("missing", |f| { expire(f); f.secrets.clear(); }, 1, "KeyExpired"),
@@ -424,7 +424,7 @@ fn unusable_clock_is_reported_before_expiry_of_the_key() {
         ("missing", |f| f.secrets.clear(), 1, "ClockSkew"),
         ("missing, unwritten", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(0)); }, 1, "write"),
         ("missing, unwritten, issued in the future", |f| { f.secrets.clear(); keep_unwritten(f, 0, "x", at(602)); }, 1, "ClockSkew"),
-        ("renew request", |f| ask(f, Some("a")), 1, "ClockSkew, fallback"),
+        ("renew request", |f| set_renew_request(f, Some("a")), 1, "ClockSkew, fallback"),
         ("contested", |f| { f.secrets.clear(); f.unscheduled.insert("invoices".into(), 9); }, 1, "ClockSkew"),
         ("no key", |f| f.key = Err(Reason::KeySecretMissing), DUE, "KeySecretMissing"),
     ];
@@ -463,17 +463,17 @@ fn unwritten_token_is_written_without_a_new_request() {
         ("due", keep, DUE, "mint"),
         ("another key", |f| { keep(f); service_key(f).key_id = "k2".into(); }, 1, "mint"),
         ("other scopes", |f| { keep(f); token(f, 0).scopes = Some(vec![]); }, 1, "mint"),
-        ("issued for a renew request", |f| { ask(f, Some("a")); keep(f); }, 1, "write"),
-        ("later renew request", |f| { keep(f); ask(f, Some("a")); }, 1, "mint"),
-        ("another later renew request", |f| { ask(f, Some("a")); keep(f); ask(f, Some("b")); }, 1, "mint"),
-        ("renew request withdrawn", |f| { ask(f, Some("a")); keep(f); ask(f, None); }, 1, "write"),
+        ("issued for a renew request", |f| { set_renew_request(f, Some("a")); keep(f); }, 1, "write"),
+        ("later renew request", |f| { keep(f); set_renew_request(f, Some("a")); }, 1, "mint"),
+        ("another later renew request", |f| { set_renew_request(f, Some("a")); keep(f); set_renew_request(f, Some("b")); }, 1, "mint"),
+        ("renew request withdrawn", |f| { set_renew_request(f, Some("a")); keep(f); set_renew_request(f, None); }, 1, "write"),
         ("another token's", |f| { keep(f); token(f, 0).name = "bills".into(); }, 1, "mint"),
     ];
     check(empty, cases);
     #[rustfmt::skip]
     let beside: &[Case] = &[
         ("instead of a due token", |f| keep_unwritten(f, 0, "x", at(DUE)), DUE, "write"),
-        ("instead of a token with a renew request", |f| { ask(f, Some("a")); keep_unwritten(f, 0, "x", at(1)); }, 1, "write"),
+        ("instead of a token with a renew request", |f| { set_renew_request(f, Some("a")); keep_unwritten(f, 0, "x", at(1)); }, 1, "write"),
         ("beside a fresh token", keep, 1, "keep"),
     ];
     check(one, beside);
@@ -518,7 +518,7 @@ fn renamed_secret_gets_the_existing_token() {
         ("due", |_| {}, DUE, "mint"),
         ("another key", |f| service_key(f).key_id = "k2".into(), 1, "mint"),
         ("other scopes", |f| token(f, 0).scopes = Some(vec![]), 1, "mint"),
-        ("renew request", |f| ask(f, Some("a")), 1, "mint"),
+        ("renew request", |f| set_renew_request(f, Some("a")), 1, "mint"),
         ("edited", |f| edit(observed(f, 0), |d| drop(d.insert("token".into(), b"x".into()))), 1, "mint"),
         ("foreign", |f| foreign(f, OWNER_KIND, "other", "u9"), 1, "mint"),
     ];
@@ -553,7 +553,7 @@ fn old_secret_stays_until_all_tokens_exist_or_its_token_has_expired() {
     user(&mut facts).spec.tokens.truncate(1);
     let left = |facts: &Facts, current: Option<CurrentToken>, seconds| {
         let outcomes = [Outcome::new(0, Reason::AccessDenied, current)];
-        may_go(facts, &facts.leftovers, &outcomes, Some(at(seconds))).len()
+        deletable(facts, &facts.leftovers, &outcomes, Some(at(seconds))).len()
     };
     let current = facts.recorded(&facts.user.spec.tokens[0]);
     assert_eq!(left(&facts, current, 1), 1);
@@ -574,13 +574,13 @@ fn old_secret_stays_until_all_tokens_exist_or_its_token_has_expired() {
     );
     let outcomes = [Outcome::new(0, Reason::ClockSkew, None)];
     assert_eq!(
-        may_go(&facts, &facts.leftovers, &outcomes, None).len(),
+        deletable(&facts, &facts.leftovers, &outcomes, None).len(),
         0,
         "no trusted time"
     );
     let outcomes = [Outcome::new(0, Reason::Issued, current)];
     assert_eq!(
-        may_go(&facts, &facts.leftovers, &outcomes, None).len(),
+        deletable(&facts, &facts.leftovers, &outcomes, None).len(),
         1,
         "the new Secret has a token"
     );
@@ -811,9 +811,9 @@ fn unscheduled_refreshes_are_limited_and_scheduled_ones_are_not() {
     let rows: &[Row] = &[
         ("missing", |f| f.secrets.clear(), 1, true),
         ("token edited", |f| edit(observed(f, 0), BTreeMap::clear), 1, true),
-        ("renew request", |f| ask(f, Some("a")), 1, true),
+        ("renew request", |f| set_renew_request(f, Some("a")), 1, true),
         ("due", |_| {}, DUE, false),
-        ("due, renew request", |f| ask(f, Some("a")), DUE, false),
+        ("due, renew request", |f| set_renew_request(f, Some("a")), DUE, false),
         ("expired", |_| {}, LIFETIME, false),
         ("another request hash", |f| token(f, 0).project_roles = Some(true), 1, false),
         ("older Secret restored", |f| issued_by_this_process(f, LIFETIME + 9), LIFETIME, true),

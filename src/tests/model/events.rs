@@ -1,4 +1,4 @@
-//! What happens in a model, and how often.
+//! The random events of the model test: edits, faults, clock steps and restarts.
 
 use std::time::Duration;
 
@@ -11,93 +11,93 @@ use super::zitadel::Fault;
 use super::{KEY_SECRET, NAMES, World, key_data, lock};
 use crate::api::metadata::{ANNOTATION_RECORD, ANNOTATION_RENEW_REQUEST};
 
-/// Something that happens; a number picks the token, the value, or the variant.
+/// One event. A `usize` selects the token or an older version of its Secret; a `u8` selects the new value.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
-    /// Projects of a token: 1, 2 or both; 3 is not allowed.
+    /// Sets the projects of a token: 1, 2, or both, or one set with project 3, which the policy never allows.
     Audience(usize, u8),
-    Rename(usize, u8),
-    Label(usize, u8),
+    RenameSecret(usize, u8),
+    Labels(usize, u8),
     Template(usize, u8),
     RenewBefore(usize, u8),
-    /// How many entries the spec has.
-    Entries(usize),
+    /// Sets the number of tokens in the spec.
+    TokenCount(usize),
     Suspend(bool),
-    Ask(u8),
+    RenewRequest(u8),
     TokenEdited(usize, u8),
     RecordEdited(usize),
     MetadataEdited(usize, u8),
     SecretDeleted(usize),
-    /// An earlier version of a Secret comes back, as from a backup.
-    PutBack(usize, usize),
+    /// An earlier version of a Secret is restored, as from a backup.
+    SecretRestored(usize, usize),
     KeyReplaced(u8),
-    KeyThere(bool),
-    Allowed(bool),
-    /// ZITADEL fails in this way.
-    Server(Option<Fault>),
-    /// The API server fails in this way.
-    Cluster(Option<Outage>),
-    /// The server's clock is set so many seconds ahead of the true time.
-    Clock(i64),
-    /// The server's `Date` is so many years ahead of its clock.
-    Date(i64),
-    /// Our own clock is set so many years ahead.
-    OurClock(i64),
-    /// Percent of a lifetime pass.
-    Time(u32),
-    /// The process ends and begins anew.
+    KeyExists(bool),
+    PolicyAllows(bool),
+    /// Starts a fault of ZITADEL, or ends it with `None`.
+    ZitadelFault(Option<Fault>),
+    /// Starts an outage of the API server, or ends it with `None`.
+    ApiServerOutage(Option<Outage>),
+    /// Sets ZITADEL's clock this many seconds ahead of the true time.
+    ServerClock(i64),
+    /// Sets ZITADEL's `Date` header this many years ahead of its clock.
+    ServerDate(i64),
+    /// Sets the operator's clock this many years ahead of the true time.
+    LocalClock(i64),
+    /// Advances the time by this percentage of a token lifetime.
+    TimePasses(u32),
+    /// Restarts the operator.
     Restart,
 }
 
-/// Events, how often each comes in a row, and for how many milliseconds nothing happens after each; without a number
-/// until all has settled.
+/// Random events. Each has a number of repetitions and a pause in milliseconds after each repetition; without a pause,
+/// the test waits until the operator has settled.
 pub fn events() -> impl Strategy<Value = Vec<(Event, usize, Option<u64>)>> {
     use Event::{
-        Allowed, Ask, Audience, Clock, Cluster, Date, Entries, KeyReplaced, KeyThere, Label, MetadataEdited, OurClock,
-        PutBack, RecordEdited, Rename, RenewBefore, Restart, SecretDeleted, Server, Suspend, Template, Time,
-        TokenEdited,
+        ApiServerOutage, Audience, KeyExists, KeyReplaced, Labels, LocalClock, MetadataEdited, PolicyAllows,
+        RecordEdited, RenameSecret, RenewBefore, RenewRequest, Restart, SecretDeleted, SecretRestored, ServerClock,
+        ServerDate, Suspend, Template, TimePasses, TokenCount, TokenEdited, ZitadelFault,
     };
-    let of = 0..2_usize;
+    let index = 0..2_usize;
     let fault = prop_oneof![
-        Just(Fault::Away),
+        Just(Fault::Unreachable),
         Just(Fault::Hangs),
-        Just(Fault::Errors),
-        (1..1_200_u32).prop_map(Fault::Throttles),
-        Just(Fault::Refuses),
-        Just(Fault::RefusesAsBefore),
-        Just(Fault::Babbles),
-        Just(Fault::LosesAnswers),
+        Just(Fault::Unavailable),
+        (1..1_200_u32).prop_map(Fault::Throttled),
+        Just(Fault::RejectsKey),
+        Just(Fault::RejectsKeyLegacy),
+        Just(Fault::MalformedResponse),
+        Just(Fault::ResponseLost),
     ];
     let outage = prop_oneof![
-        Just(Outage::SecretsRefused),
-        Just(Outage::AnswersLost),
-        Just(Outage::SecretsHang),
+        Just(Outage::QuotaExceeded),
+        Just(Outage::SecretResponseLost),
+        Just(Outage::SecretWritesHang),
         Just(Outage::Down),
     ];
     let event = prop_oneof![
-        2 => (of.clone(), 0..4_u8).prop_map(|(t, n)| Audience(t, n)),
-        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| Rename(t, n)),
-        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| Label(t, n)),
-        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| Template(t, n)),
-        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| RenewBefore(t, n)),
-        1 => (1..3_usize).prop_map(Entries),
+        2 => (index.clone(), 0..4_u8).prop_map(|(t, n)| Audience(t, n)),
+        1 => (index.clone(), 0..3_u8).prop_map(|(t, n)| RenameSecret(t, n)),
+        1 => (index.clone(), 0..3_u8).prop_map(|(t, n)| Labels(t, n)),
+        1 => (index.clone(), 0..3_u8).prop_map(|(t, n)| Template(t, n)),
+        1 => (index.clone(), 0..3_u8).prop_map(|(t, n)| RenewBefore(t, n)),
+        1 => (1..3_usize).prop_map(TokenCount),
         1 => any::<bool>().prop_map(Suspend),
-        1 => (0..3_u8).prop_map(Ask),
-        1 => (of.clone(), 0..3_u8).prop_map(|(t, n)| TokenEdited(t, n)),
-        1 => of.clone().prop_map(RecordEdited),
-        2 => (of.clone(), 0..3_u8).prop_map(|(t, n)| MetadataEdited(t, n)),
-        2 => of.clone().prop_map(SecretDeleted),
-        2 => (of, 0..9_usize).prop_map(|(t, n)| PutBack(t, n)),
+        1 => (0..3_u8).prop_map(RenewRequest),
+        1 => (index.clone(), 0..3_u8).prop_map(|(t, n)| TokenEdited(t, n)),
+        1 => index.clone().prop_map(RecordEdited),
+        2 => (index.clone(), 0..3_u8).prop_map(|(t, n)| MetadataEdited(t, n)),
+        2 => index.clone().prop_map(SecretDeleted),
+        2 => (index, 0..9_usize).prop_map(|(t, n)| SecretRestored(t, n)),
         1 => (0..3_u8).prop_map(KeyReplaced),
-        1 => any::<bool>().prop_map(KeyThere),
-        1 => any::<bool>().prop_map(Allowed),
-        3 => proptest::option::of(fault).prop_map(Server),
-        3 => proptest::option::of(outage).prop_map(Cluster),
-        1 => (-120..120_i64).prop_map(Clock),
-        2 => (-1..2_i64).prop_map(|n| Date(10 * n)),
-        1 => (-1..2_i64).prop_map(|n| OurClock(10 * n)),
-        6 => (0..30_u32).prop_map(Time),
-        4 => (0..150_u32).prop_map(Time),
+        1 => any::<bool>().prop_map(KeyExists),
+        1 => any::<bool>().prop_map(PolicyAllows),
+        3 => proptest::option::of(fault).prop_map(ZitadelFault),
+        3 => proptest::option::of(outage).prop_map(ApiServerOutage),
+        1 => (-120..120_i64).prop_map(ServerClock),
+        2 => (-1..2_i64).prop_map(|n| ServerDate(10 * n)),
+        1 => (-1..2_i64).prop_map(|n| LocalClock(10 * n)),
+        6 => (0..30_u32).prop_map(TimePasses),
+        4 => (0..150_u32).prop_map(TimePasses),
         2 => Just(Restart),
     ];
     let times = prop_oneof![4 => Just(1_usize), 1 => 2..8_usize];
@@ -108,8 +108,8 @@ pub fn events() -> impl Strategy<Value = Vec<(Event, usize, Option<u64>)>> {
 const YEAR: i64 = 365 * 24 * 3_600;
 
 impl World {
-    /// Changes a token of the spec, if the spec has so many.
-    fn spec(&mut self, index: usize, change: impl FnOnce(&mut Value)) {
+    /// Changes a token of the spec, if the spec has that token.
+    fn change_token(&mut self, index: usize, change: impl FnOnce(&mut Value)) {
         lock(&self.shared).store.change_user(|user| {
             if let Some(token) = user["spec"]["tokens"].get_mut(index) {
                 change(token);
@@ -117,47 +117,48 @@ impl World {
         });
     }
 
-    /// Name of a token's Secret, if the spec has so many.
-    fn secret(&self, index: usize) -> Option<String> {
+    /// Returns the name of a token's Secret, if the spec has that token.
+    fn secret_name(&self, index: usize) -> Option<String> {
         let tokens = lock(&self.shared).tokens();
         tokens.get(index).map(|token| token.secret.name.clone())
     }
 
-    fn excuse(&mut self, index: usize) {
-        lock(&self.shared).is_attacked(NAMES[index], true);
+    /// Records that an event may require a new token for this entry.
+    fn expect_new_token(&mut self, index: usize) {
+        lock(&self.shared).entry_edited(NAMES[index], true);
     }
 
-    fn excuse_all(&mut self) {
-        (0..NAMES.len()).for_each(|index| self.excuse(index));
+    fn expect_new_tokens(&mut self) {
+        (0..NAMES.len()).for_each(|index| self.expect_new_token(index));
     }
 
-    pub fn happens(&mut self, event: Event) {
-        lock(&self.shared).something_happens();
+    pub fn apply(&mut self, event: Event) {
+        lock(&self.shared).record_event();
         match event {
-            Event::Time(_) => {}
+            Event::TimePasses(_) => {}
             Event::Restart => self.restart(),
-            Event::Server(fault) => {
+            Event::ZitadelFault(fault) => {
                 let mut state = lock(&self.shared);
                 state.zitadel.fault = fault;
-                state.health_changes();
+                state.health_changed();
             }
-            Event::Cluster(outage) => {
+            Event::ApiServerOutage(outage) => {
                 let mut state = lock(&self.shared);
                 state.store.outage = outage;
-                state.health_changes();
+                state.health_changed();
             }
-            Event::Clock(seconds) => {
+            Event::ServerClock(seconds) => {
                 lock(&self.shared).set_server_clock(seconds);
-                self.excuse_all();
+                self.expect_new_tokens();
             }
-            // One at a time: two that are wrong alike agree.
-            Event::Date(years) => {
+            // Only one of `Date` and the local clock is wrong at a time: two equal errors would cancel out.
+            Event::ServerDate(years) => {
                 lock(&self.shared).date_ahead = SignedDuration::from_secs(years * YEAR);
-                self.set_our_clock(0);
+                self.step_local_clock(0);
             }
-            Event::OurClock(years) => {
+            Event::LocalClock(years) => {
                 lock(&self.shared).date_ahead = SignedDuration::ZERO;
-                self.set_our_clock(years * YEAR);
+                self.step_local_clock(years * YEAR);
             }
             Event::KeyReplaced(n) => {
                 let key_id = format!("k{n}");
@@ -168,19 +169,19 @@ impl World {
                     .store
                     .change_secret(KEY_SECRET, None, |secret| secret.object["data"] = data);
                 drop(state);
-                self.excuse_all();
+                self.expect_new_tokens();
             }
-            Event::KeyThere(there) => {
+            Event::KeyExists(exists) => {
                 let mut state = lock(&self.shared);
                 let key_id = state.key_id.clone();
-                if there && !state.key_is_there {
+                if exists && !state.key_exists {
                     state.store.put_new(KEY_SECRET, &key_data(&key_id));
-                } else if !there {
+                } else if !exists {
                     state.store.delete(KEY_SECRET);
                 }
-                state.key_is_there = there;
+                state.key_exists = exists;
             }
-            Event::Allowed(on) => {
+            Event::PolicyAllows(on) => {
                 let mut state = lock(&self.shared);
                 state.allowed = on;
                 let ids: &[&str] = if on { &["1", "2"] } else { &["7"] };
@@ -189,84 +190,84 @@ impl World {
                     .change_policy(|policy| policy["spec"]["audiences"]["projectIDs"] = json!(ids));
             }
             _ => {
-                self.spec_changes(event);
-                self.secret_changes(event);
+                self.apply_spec_event(event);
+                self.apply_secret_event(event);
             }
         }
     }
 
-    fn spec_changes(&mut self, event: Event) {
+    fn apply_spec_event(&mut self, event: Event) {
         match event {
             Event::Audience(index, ids) => {
                 let ids: &[&str] = [&["1"][..], &["2"], &["1", "2"], &["1", "3"]][usize::from(ids)];
-                self.spec(index, |token| token["projectIDs"] = json!(ids));
-                self.excuse(index);
+                self.change_token(index, |token| token["projectIDs"] = json!(ids));
+                self.expect_new_token(index);
             }
-            Event::Rename(index, n) => {
-                self.spec(index, |token| {
-                    let name = format!("{}-{n}", token["name"].as_str().expect("a name"));
+            Event::RenameSecret(index, n) => {
+                self.change_token(index, |token| {
+                    let name = format!("{}-{n}", token["name"].as_str().expect("name is a string"));
                     token["secret"]["name"] = name.into();
                 });
-                self.excuse(index);
+                self.expect_new_token(index);
             }
-            Event::Label(index, n) => {
+            Event::Labels(index, n) => {
                 let labels: Value = (0..n)
                     .map(|i| (format!("example.com/l{i}"), json!(n.to_string())))
                     .collect();
-                self.spec(index, |token| token["secret"]["labels"] = labels);
+                self.change_token(index, |token| token["secret"]["labels"] = labels);
             }
             Event::Template(index, n) => {
                 let text = format!("{n} {{{{ token }}}}");
                 let template: Value = (0..n).map(|i| (format!("t{i}"), json!(text))).collect();
-                self.spec(index, |token| token["secret"]["template"] = template);
+                self.change_token(index, |token| token["secret"]["template"] = template);
             }
             Event::RenewBefore(index, n) => {
                 let seconds = lock(&self.shared).zitadel.lifetime.as_secs();
                 let before = [None, Some(seconds / 2), Some(seconds * 2)][usize::from(n)];
-                self.spec(index, |token| {
+                self.change_token(index, |token| {
                     token["renewBefore"] = json!(before.map(|s| format!("{s}s")));
                 });
             }
-            Event::Entries(count) => {
-                let whole = self.whole.clone();
-                let mut had = 0;
+            Event::TokenCount(count) => {
+                let all_tokens = self.all_tokens.clone();
+                let mut old_count = 0;
                 lock(&self.shared).store.change_user(|user| {
-                    let tokens = user["spec"]["tokens"].as_array_mut().expect("tokens");
-                    had = tokens.len();
+                    let tokens = user["spec"]["tokens"].as_array_mut().expect("tokens is an array");
+                    old_count = tokens.len();
                     tokens.truncate(count);
-                    tokens.extend(whole[tokens.len()..count].iter().cloned());
+                    tokens.extend(all_tokens[tokens.len()..count].iter().cloned());
                 });
-                (had..count).for_each(|index| self.excuse(index));
+                (old_count..count).for_each(|index| self.expect_new_token(index));
             }
             Event::Suspend(on) => {
                 lock(&self.shared)
                     .store
                     .change_user(|user| user["spec"]["suspend"] = on.into());
             }
-            Event::Ask(n) => {
-                let ask = [None, Some("a"), Some("b")][usize::from(n)];
+            Event::RenewRequest(n) => {
+                let request = [None, Some("a"), Some("b")][usize::from(n)];
                 lock(&self.shared).store.change_user(|user| {
                     user["metadata"]["annotations"] =
-                        ask.map_or(json!({}), |ask| json!({ANNOTATION_RENEW_REQUEST: ask}));
+                        request.map_or(json!({}), |request| json!({ANNOTATION_RENEW_REQUEST: request}));
                 });
-                self.excuse_all();
+                self.expect_new_tokens();
             }
             _ => {}
         }
     }
 
-    fn secret_changes(&mut self, event: Event) {
+    fn apply_secret_event(&mut self, event: Event) {
         let (Event::TokenEdited(index, _)
         | Event::RecordEdited(index)
         | Event::MetadataEdited(index, _)
         | Event::SecretDeleted(index)
-        | Event::PutBack(index, _)) = event
+        | Event::SecretRestored(index, _)) = event
         else {
             return;
         };
-        lock(&self.shared).is_attacked(NAMES[index], !matches!(event, Event::MetadataEdited(..)));
-        let Some(name) = self.secret(index) else { return };
-        let other = self.secret(1 - index);
+        lock(&self.shared).entry_edited(NAMES[index], !matches!(event, Event::MetadataEdited(..)));
+        let Some(name) = self.secret_name(index) else { return };
+        let other = self.secret_name(1 - index);
         let mut state = lock(&self.shared);
         match event {
             Event::TokenEdited(_, n) => {
@@ -295,25 +296,25 @@ impl World {
                     .change_secret(&name, Some(Edit::Metadata), |secret| match n {
                         0 => secret.object["metadata"]["labels"] = json!({}),
                         1 => {
-                            let data = secret.object["data"].as_object_mut().expect("a map");
+                            let data = secret.object["data"].as_object_mut().expect("data is an object");
                             data.retain(|key, _| key == "token");
                         }
                         _ => secret.object["metadata"]["annotations"]["note"] = "x".into(),
                     });
             }
-            Event::SecretDeleted(_) => drop(state.store.delete(&name)),
-            Event::PutBack(_, n) => state.store.put_back(&name, n),
+            Event::SecretDeleted(_) => state.store.delete(&name),
+            Event::SecretRestored(_, n) => state.store.restore(&name, n),
             _ => {}
         }
     }
 
-    /// The process notices within a second that our clock was set.
-    fn set_our_clock(&mut self, seconds: i64) {
+    /// Sets the operator's clock. The operator detects the jump within a second.
+    fn step_local_clock(&mut self, seconds: i64) {
         let changed = {
             let mut state = lock(&self.shared);
-            state.health_changes();
-            state.clocks_change();
-            state.set_ours(seconds)
+            state.health_changed();
+            state.clear_retry_after();
+            state.set_local_clock(seconds)
         };
         if changed {
             self.process.clock_jumped(Duration::from_millis(700));

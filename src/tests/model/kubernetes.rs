@@ -1,6 +1,6 @@
-//! An API server in memory: what it answers to the few requests that the operator makes, and its watches. Measured
-//! rules: `resourceVersion` "1" in an apply lets a create pass only; another version or UID than stored is a conflict; an
-//! apply removes what the same manager applied before and names no longer.
+//! A fake API server in memory. It serves the operator's requests and watches. It follows measured behavior of the API
+//! server: an apply with `resourceVersion` "1" can only create; an apply whose version or UID differs from the stored
+//! one is a conflict; an apply removes the fields that the same manager applied before and now omits.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -18,23 +18,23 @@ use tokio::time::{Instant, sleep};
 use super::{NAMESPACE, Shared, State, lock};
 use crate::domain::fixtures::NAME;
 
-/// A write that hangs ends when the operator gives up.
-const HANGS: Duration = Duration::from_mins(1);
+/// Duration of a hanging write, if the operator does not cancel it earlier.
+const HANG: Duration = Duration::from_mins(1);
 
-/// What goes wrong at the API server.
+/// A failure of the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outage {
-    /// A quota refuses Secrets.
-    SecretsRefused,
-    /// Secrets are written, and the answer is lost.
-    AnswersLost,
-    /// Writes of Secrets hang.
-    SecretsHang,
-    /// Nothing can be read or written.
+    /// A quota rejects writes of Secrets.
+    QuotaExceeded,
+    /// The API server writes the Secret, and the response is lost.
+    SecretResponseLost,
+    /// Writes of Secrets hang until they time out.
+    SecretWritesHang,
+    /// All requests fail.
     Down,
 }
 
-/// Something that a watch tells.
+/// A change that a watch reports.
 #[derive(Clone, Debug)]
 pub enum Change {
     User(Value),
@@ -42,31 +42,32 @@ pub enum Change {
     Policy(Value),
     Namespace(Value),
     Secret(Value),
-    SecretGone(String),
+    SecretDeleted(String),
 }
 
-/// Who changed a Secret since the operator wrote it.
+/// Which part of a Secret another client edited since the operator's last write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edit {
-    /// What is around the token.
+    /// Labels, annotations or data other than the token and the record.
     Metadata,
-    /// Token or record.
+    /// The token or the record.
     Token,
 }
 
-/// A Secret, and which of its fields the operator owns.
+/// A Secret and the fields that the operator owns.
 #[derive(Clone, Debug)]
-pub struct Stored {
+pub struct StoredSecret {
     pub object: Value,
-    ours: BTreeSet<(&'static str, String)>,
+    /// Section and key.
+    owned_fields: BTreeSet<(&'static str, String)>,
     pub edit: Option<Edit>,
 }
 
-/// Where an applied Secret has fields of several owners.
+/// The maps of a Secret whose keys may have different owners.
 const SECTIONS: [&str; 3] = ["/metadata/labels", "/metadata/annotations", "/data"];
 
-impl Stored {
-    /// The decoded value of an entry.
+impl StoredSecret {
+    /// Returns the decoded value of a key.
     pub fn data(&self, key: &str) -> Option<String> {
         let encoded = self.object["data"][key].as_str()?;
         String::from_utf8(STANDARD.decode(encoded).ok()?).ok()
@@ -81,39 +82,37 @@ impl Stored {
     }
 }
 
-/// All that is stored.
+/// The stored objects, the watches, and the configured failures.
 pub struct Store {
     version: u64,
     pub user: Value,
     pub instance: Value,
     pub policy: Value,
-    pub namespace: Value,
-    pub secrets: BTreeMap<String, Stored>,
-    /// Each version of each token Secret.
-    pub backups: Vec<(String, Stored)>,
-    /// The watch of Secrets, and all others.
+    pub secrets: BTreeMap<String, StoredSecret>,
+    /// All versions of all token Secrets that the operator wrote, with the Secret's name.
+    pub backups: Vec<(String, StoredSecret)>,
+    /// The watch of all other kinds, and the watch of Secrets.
     pub watches: Option<[UnboundedSender<(Instant, Change)>; 2]>,
-    /// How late their events come.
+    /// How late each watch delivers its events.
     pub delays: [Duration; 2],
-    /// Events that have not come.
+    /// Number of watch events not yet delivered.
     pub undelivered: usize,
+    /// Delay of a request, and again of its response.
     pub latency: Duration,
     pub outage: Option<Outage>,
-    /// Writes of token Secrets.
+    /// Number of writes to token Secrets.
     pub writes: usize,
-    /// Changes and Events of any kind that the operator made.
+    /// Number of writes of any kind by the operator, Events included.
     pub mutations: usize,
 }
 
 impl Store {
     pub fn new(user: Value, instance: Value, policy: Value) -> Self {
-        let namespace = json!({"metadata": {"name": NAMESPACE, "uid": "ns", "resourceVersion": "1"}});
         Self {
             version: 100,
             user,
             instance,
             policy,
-            namespace,
             secrets: BTreeMap::new(),
             backups: Vec::new(),
             watches: None,
@@ -126,16 +125,17 @@ impl Store {
         }
     }
 
-    pub fn is_late(&self) -> bool {
-        self.delays.iter().any(|delay| !delay.is_zero())
+    pub fn longest_delay(&self) -> Duration {
+        self.delays[0].max(self.delays[1])
     }
 
-    /// Everything, as a first list tells it.
+    /// Returns all objects, like the first list of a watch.
     pub fn all(&self) -> Vec<Change> {
+        let namespace = json!({"metadata": {"name": NAMESPACE, "uid": "ns", "resourceVersion": "1"}});
         let mut all = vec![
             Change::Instance(self.instance.clone()),
             Change::Policy(self.policy.clone()),
-            Change::Namespace(self.namespace.clone()),
+            Change::Namespace(namespace),
             Change::User(self.user.clone()),
         ];
         all.extend(
@@ -146,11 +146,11 @@ impl Store {
         all
     }
 
-    fn tell(&mut self, change: Change) {
-        let which = usize::from(matches!(change, Change::Secret(_) | Change::SecretGone(_)));
+    fn notify(&mut self, change: Change) {
+        let index = usize::from(matches!(change, Change::Secret(_) | Change::SecretDeleted(_)));
         if let Some(watches) = &self.watches
-            && watches[which]
-                .send((Instant::now() + self.delays[which], change))
+            && watches[index]
+                .send((Instant::now() + self.delays[index], change))
                 .is_ok()
         {
             self.undelivered += 1;
@@ -162,7 +162,7 @@ impl Store {
         self.version.to_string().into()
     }
 
-    /// Somebody changes the spec of the service user.
+    /// Changes the service user as another client does.
     pub fn change_user(&mut self, change: impl FnOnce(&mut Value)) {
         let before = self.user.clone();
         change(&mut self.user);
@@ -170,21 +170,23 @@ impl Store {
             return;
         }
         if self.user["spec"] != before["spec"] {
-            let generation = before["metadata"]["generation"].as_i64().expect("a number");
+            let generation = before["metadata"]["generation"]
+                .as_i64()
+                .expect("generation is a number");
             self.user["metadata"]["generation"] = (generation + 1).into();
         }
         self.user["metadata"]["resourceVersion"] = self.next_version();
-        self.tell(Change::User(self.user.clone()));
+        self.notify(Change::User(self.user.clone()));
     }
 
     pub fn change_policy(&mut self, change: impl FnOnce(&mut Value)) {
         change(&mut self.policy);
         self.policy["metadata"]["resourceVersion"] = self.next_version();
-        self.tell(Change::Policy(self.policy.clone()));
+        self.notify(Change::Policy(self.policy.clone()));
     }
 
-    /// Somebody changes a Secret, whose changed fields are no longer the operator's.
-    pub fn change_secret(&mut self, name: &str, edit: Option<Edit>, change: impl FnOnce(&mut Stored)) {
+    /// Changes a Secret as another client does. The operator loses ownership of the changed fields.
+    pub fn change_secret(&mut self, name: &str, edit: Option<Edit>, change: impl FnOnce(&mut StoredSecret)) {
         let Some(mut secret) = self.secrets.get(name).cloned() else {
             return;
         };
@@ -194,18 +196,18 @@ impl Store {
         if object == before {
             return;
         }
-        secret.ours.retain(|(section, key)| {
+        secret.owned_fields.retain(|(section, key)| {
             let field = |object: &Value| object.pointer(section).and_then(|section| section.get(key)).cloned();
             field(&object) == field(&before)
         });
-        // An edited token stays one until the operator writes.
+        // `Edit::Token` remains until the operator writes the Secret; `Edit::Metadata` does not replace it.
         secret.edit = secret.edit.filter(|edit| *edit == Edit::Token).or(edit);
         self.put(name, secret);
     }
 
-    pub fn put(&mut self, name: &str, mut secret: Stored) {
+    pub fn put(&mut self, name: &str, mut secret: StoredSecret) {
         secret.object["metadata"]["resourceVersion"] = self.next_version();
-        self.tell(Change::Secret(secret.object.clone()));
+        self.notify(Change::Secret(secret.object.clone()));
         self.secrets.insert(name.to_owned(), secret);
     }
 
@@ -213,28 +215,28 @@ impl Store {
         let uid = self.next_version();
         let metadata = json!({"name": name, "namespace": NAMESPACE, "uid": uid});
         let object = json!({"metadata": metadata, "type": "Opaque", "data": data});
-        let secret = Stored {
+        let secret = StoredSecret {
             object,
-            ours: BTreeSet::new(),
+            owned_fields: BTreeSet::new(),
             edit: None,
         };
         self.put(name, secret);
     }
 
-    pub fn delete(&mut self, name: &str) -> Option<Stored> {
-        let gone = self.secrets.remove(name)?;
-        self.tell(Change::SecretGone(name.to_owned()));
-        Some(gone)
+    pub fn delete(&mut self, name: &str) {
+        if self.secrets.remove(name).is_some() {
+            self.notify(Change::SecretDeleted(name.to_owned()));
+        }
     }
 
-    /// A Secret of an earlier version comes back, as from a backup.
-    pub fn put_back(&mut self, name: &str, n: usize) {
-        let earlier = self.backups.iter().filter(|(of, _)| of == name).take(n + 1);
-        let Some(mut secret) = earlier.last().map(|(_, secret)| secret.clone()) else {
+    /// Restores version `n`, counted from the oldest, or the newest if there are fewer.
+    pub fn restore(&mut self, name: &str, n: usize) {
+        let versions = self.backups.iter().filter(|(of, _)| of == name).take(n + 1);
+        let Some(mut secret) = versions.last().map(|(_, secret)| secret.clone()) else {
             return;
         };
         match self.secrets.get(name) {
-            Some(there) => secret.object["metadata"]["uid"] = there.object["metadata"]["uid"].clone(),
+            Some(stored) => secret.object["metadata"]["uid"] = stored.object["metadata"]["uid"].clone(),
             None => secret.object["metadata"]["uid"] = self.next_version(),
         }
         secret.edit = Some(Edit::Token);
@@ -256,7 +258,7 @@ fn failure(code: u16, name: &str, message: &str) -> Answer {
     (code, status)
 }
 
-/// A client of this server.
+/// Returns a client whose requests go to this fake API server.
 pub fn client(shared: &Shared) -> Client {
     let shared = shared.clone();
     let service = tower::service_fn(move |request| serve(shared.clone(), request));
@@ -265,7 +267,7 @@ pub fn client(shared: &Shared) -> Client {
 
 async fn serve(shared: Shared, request: Request<Body>) -> Result<Response<Body>, Infallible> {
     let (parts, body) = request.into_parts();
-    let body = body.collect_bytes().await.expect("in memory");
+    let body = body.collect_bytes().await.expect("the body is in memory");
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     let latency = lock(&shared).store.latency;
     sleep(latency).await;
@@ -274,22 +276,25 @@ async fn serve(shared: Shared, request: Request<Body>) -> Result<Response<Body>,
     let writes_secret = method == "PATCH" && path.contains("/secrets/");
     let outage = lock(&shared).store.outage;
     let (code, answer) = match outage {
-        Some(Outage::Down) => failure(503, "", "down"),
-        Some(Outage::SecretsRefused) if writes_secret => failure(403, "", "exceeded quota: tokens"),
-        Some(Outage::SecretsHang) if writes_secret => {
-            sleep(HANGS).await;
-            failure(504, "", "late")
+        Some(Outage::Down) => failure(503, "", "unavailable"),
+        Some(Outage::QuotaExceeded) if writes_secret => failure(403, "", "exceeded quota: tokens"),
+        Some(Outage::SecretWritesHang) if writes_secret => {
+            sleep(HANG).await;
+            failure(504, "", "timeout")
         }
-        Some(Outage::AnswersLost) if writes_secret => {
+        Some(Outage::SecretResponseLost) if writes_secret => {
             let _ = lock(&shared).answer(method, path, query, &body);
-            failure(500, "", "lost")
+            failure(500, "", "response lost")
         }
         _ => lock(&shared).answer(method, path, query, &body),
     };
-    // The answer is on its way while the watch may tell already.
+    // The watch may report a change before the response arrives.
     sleep(latency).await;
     let body = Body::from(answer.to_string().into_bytes());
-    Ok(Response::builder().status(code).body(body).expect("an answer"))
+    Ok(Response::builder()
+        .status(code)
+        .body(body)
+        .expect("the response is valid"))
 }
 
 impl State {
@@ -313,7 +318,7 @@ impl State {
                 self.store.mutations += 1;
                 (201, body.clone())
             }
-            _ => panic!("unexpected: {method} {path}"),
+            _ => panic!("unexpected request: {method} {path}"),
         }
     }
 
@@ -324,7 +329,7 @@ impl State {
             return failure(409, NAME, "the object has been modified");
         }
         if stored["status"] == body["status"] {
-            self.violated(format!("a status is written without a change: {}", body["status"]));
+            self.violation(format!("the operator wrote an unchanged status: {}", body["status"]));
         }
         self.store.mutations += 1;
         let next = self.store.next_version();
@@ -332,22 +337,22 @@ impl State {
         object["status"] = body["status"].clone();
         object["metadata"]["resourceVersion"] = next;
         let object = object.clone();
-        self.store.tell(change(object.clone()));
+        self.store.notify(change(object.clone()));
         (200, object)
     }
 
-    fn apply(&mut self, name: &str, draft: &Value, dry: bool) -> Answer {
-        let asked = &draft["metadata"];
+    fn apply(&mut self, name: &str, draft: &Value, dry_run: bool) -> Answer {
+        let metadata = &draft["metadata"];
         let mut secret = match self.store.secrets.get(name) {
-            None if asked["resourceVersion"] == "1" && asked["uid"].is_null() => Stored {
+            None if metadata["resourceVersion"] == "1" && metadata["uid"].is_null() => StoredSecret {
                 object: json!({"metadata": {"name": name, "namespace": NAMESPACE, "labels": {}, "annotations": {}},
                     "type": draft["type"], "data": {}}),
-                ours: BTreeSet::new(),
+                owned_fields: BTreeSet::new(),
                 edit: None,
             },
             Some(secret)
-                if asked["resourceVersion"] == secret.object["metadata"]["resourceVersion"]
-                    && asked["uid"] == secret.object["metadata"]["uid"] =>
+                if metadata["resourceVersion"] == secret.object["metadata"]["resourceVersion"]
+                    && metadata["uid"] == secret.object["metadata"]["uid"] =>
             {
                 secret.clone()
             }
@@ -355,13 +360,13 @@ impl State {
         };
         let before = secret.object.clone();
         for section in SECTIONS {
-            let wanted = draft.pointer(section).and_then(Value::as_object).expect("a map");
-            let pointer = secret.object.pointer_mut(section).expect("a map");
+            let wanted = draft.pointer(section).and_then(Value::as_object).expect("an object");
+            let pointer = secret.object.pointer_mut(section).expect("an object");
             if pointer.is_null() {
                 *pointer = json!({});
             }
-            let fields = pointer.as_object_mut().expect("a map");
-            secret.ours.retain(|(of, key)| {
+            let fields = pointer.as_object_mut().expect("an object");
+            secret.owned_fields.retain(|(of, key)| {
                 let stays = *of != section || wanted.contains_key(key);
                 if !stays {
                     fields.remove(key);
@@ -370,15 +375,15 @@ impl State {
             });
             for (key, value) in wanted {
                 fields.insert(key.clone(), value.clone());
-                secret.ours.insert((section, key.clone()));
+                secret.owned_fields.insert((section, key.clone()));
             }
         }
-        secret.object["metadata"]["ownerReferences"] = asked["ownerReferences"].clone();
-        if dry {
+        secret.object["metadata"]["ownerReferences"] = metadata["ownerReferences"].clone();
+        if dry_run {
             return (200, secret.object);
         }
         if secret.object == before {
-            self.violated(format!("Secret {name} is written without a change"));
+            self.violation(format!("the operator wrote Secret {name} without a change"));
         }
         if secret.object["metadata"]["uid"].is_null() {
             secret.object["metadata"]["uid"] = self.store.next_version();
@@ -390,7 +395,7 @@ impl State {
         self.store.put(name, secret);
         let stored = self.store.secrets[name].clone();
         self.store.backups.push((name.to_owned(), stored.clone()));
-        self.secret_was_written(name, repairs);
+        self.on_secret_written(name, repairs);
         (200, stored.object)
     }
 
@@ -404,7 +409,7 @@ impl State {
         }
         self.store.delete(name);
         self.store.mutations += 1;
-        self.secret_was_deleted(&secret);
+        self.on_secret_deleted(&secret);
         (
             200,
             json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),

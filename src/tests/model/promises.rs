@@ -1,5 +1,5 @@
-//! What the product promises, judged by what ZITADEL and the API server see: their own books, and no record of the
-//! operator's.
+//! The invariants of the operator. The checks use only the history of the fake ZITADEL and the objects of the fake API
+//! server. They do not use the record that the operator keeps in a Secret.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -7,38 +7,39 @@ use std::time::Duration;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
-use super::kubernetes::{Edit, Outage, Stored};
-use super::zitadel::Given;
+use super::kubernetes::{Edit, Outage, StoredSecret};
+use super::zitadel::IssuedToken;
 use super::{ISSUER, State};
 use crate::api::service_user::Token;
 use crate::domain::schedule::duration;
 
-/// A server or an API server that works again is noticed within this: the longest `Retry-After`, and its request.
+/// The operator detects within this time that ZITADEL or the API server works again: the longest `Retry-After` plus the
+/// request itself.
 const RECOVERY: Duration = Duration::from_mins(16);
 
-/// A token that is forced again and again waits so long at most.
-const CONTEST: Duration = Duration::from_mins(25);
+/// The longest wait after repeated unscheduled refreshes of one token.
+const CONFLICT_BACKOFF: Duration = Duration::from_mins(25);
 
-/// Requests and writes take less, and clocks are known more exactly.
+/// Upper bound of the duration of a request or write, and of the error of the estimated clock.
 const SLACK: Duration = Duration::from_secs(4);
 
-/// What is known of an entry of the spec, by its name.
+/// The history of a token of the spec.
 #[derive(Clone, Default)]
 pub struct Entry {
-    /// The last token that was issued for it.
-    last: Option<Given>,
-    /// Another token may be requested before that one is due, since somebody did something.
-    excused: bool,
-    /// When somebody did something to it or its Secret.
-    attacks: Vec<Duration>,
-    /// Tokens before their time that no change of the inputs explains.
-    quarrels: Vec<Duration>,
-    /// Writes without a new token that undo an edit.
+    /// The last token issued for it.
+    last: Option<IssuedToken>,
+    /// An event may require a new token before `last` is due.
+    expected: bool,
+    /// Times of the edits of this entry or its Secret.
+    edits: Vec<Duration>,
+    /// Times of early token requests with unchanged audience and key.
+    conflicts: Vec<Duration>,
+    /// Times of the writes that revert an edit without a new token.
     repairs: Vec<Duration>,
-    /// The server asked to wait.
+    /// End of the `Retry-After` that ZITADEL sent.
     retry_after: Option<Duration>,
-    /// As it was before the last token was issued.
-    before: Option<Box<Entry>>,
+    /// This entry before the last token was issued.
+    previous: Option<Box<Entry>>,
 }
 
 fn within(times: &[Duration], now: Duration, window: Duration) -> usize {
@@ -51,63 +52,74 @@ fn audience(token: &Token) -> BTreeSet<String> {
 
 impl State {
     pub fn tokens(&self) -> Vec<Token> {
-        serde_json::from_value(self.store.user["spec"]["tokens"].clone()).expect("tokens")
+        serde_json::from_value(self.store.user["spec"]["tokens"].clone()).expect("valid tokens")
+    }
+
+    fn tokens_with_audience(&self, projects: &BTreeSet<String>) -> Vec<Token> {
+        let tokens = self.tokens().into_iter();
+        tokens.filter(|token| audience(token) == *projects).collect()
     }
 
     fn is_suspended(&self) -> bool {
         self.store.user["spec"]["suspend"] == true
     }
 
-    fn is_refused(&self, token: &Token) -> bool {
+    fn is_denied(&self, token: &Token) -> bool {
         let allowed = |id: &String| self.allowed && (id == "1" || id == "2");
-        self.is_suspended() || !self.key_is_there || !token.project_ids.iter().all(allowed)
+        self.is_suspended() || !self.key_exists || !token.project_ids.iter().all(allowed)
     }
 
     pub fn is_faulty(&self) -> bool {
         self.zitadel.fault.is_some() || self.store.outage.is_some() || self.is_clock_off()
     }
 
-    fn is_clock_off(&self) -> bool {
-        !self.date_ahead.is_zero() || self.ours_ahead() != 0
+    /// Whether ZITADEL's `Date` header or the operator's clock is wrong.
+    pub fn is_clock_off(&self) -> bool {
+        !self.date_ahead.is_zero() || self.local_ahead() != 0
     }
 
-    /// The present pass has begun after all that happened, and knows of it.
+    /// Whether the current reconcile started after the watches delivered all events.
     fn is_undisturbed(&self) -> bool {
-        let delay = self.store.delays[0].max(self.store.delays[1]);
-        self.pass_saw == self.events && self.pass_began >= self.last_event + delay
+        self.events_at_reconcile == self.events && self.reconcile_began >= self.last_event + self.store.longest_delay()
     }
 
-    /// When a moment of the server's clock is or was, by the one that never steps.
+    /// Converts a time of ZITADEL's clock to the monotonic clock of the test.
     fn elapsed_at(&self, server: Timestamp) -> Duration {
         let ago = self.now().duration_since(server);
-        let elapsed = SignedDuration::try_from(self.elapsed()).expect("short");
+        let elapsed = SignedDuration::try_from(self.elapsed()).expect("the test is short");
         Duration::try_from(elapsed - ago).unwrap_or_default()
     }
 
-    /// When a refresh may come at the earliest, and when it must have come (docs/architecture.md, "The schedule").
-    fn due(&self, token: &Token, given: &Given) -> (Duration, Duration) {
-        let life = given.expires.duration_since(given.issued);
+    /// Returns the earliest and the latest time of a refresh (docs/architecture.md, "The schedule").
+    fn due(&self, token: &Token, issued: &IssuedToken) -> (Duration, Duration) {
+        let life = issued.expires_at.duration_since(issued.issued_at);
         let wanted = token.renew_before.as_deref().and_then(duration);
         let wanted = wanted.filter(|wanted| *wanted < life).unwrap_or(life / 3);
         let margin = wanted.max(life / 20).max(SignedDuration::from_secs(2));
-        let earliest = given.issued + life / 5;
-        let latest = (given.expires - margin).max(earliest);
+        let earliest = issued.issued_at + life / 5;
+        let latest = (issued.expires_at - margin).max(earliest);
         (
             self.elapsed_at((latest - life / 10).max(earliest))
-                .saturating_sub(given.doubt),
-            self.elapsed_at(latest) + given.doubt,
+                .saturating_sub(issued.clock_uncertainty),
+            self.elapsed_at(latest) + issued.clock_uncertainty,
         )
     }
 
-    /// The Secret of a token, and what was given of what is in it, if that is of the present inputs.
-    fn present(&self, token: &Token) -> Option<(&Stored, &Given)> {
+    /// Returns the issued token in the Secret of a token.
+    fn stored_token(&self, token: &Token) -> Option<&IssuedToken> {
         let secret = self.store.secrets.get(&token.secret.name)?;
-        let given = self.zitadel.given(&secret.token()?)?;
-        (given.audience == audience(token) && given.key_id == self.key_id).then_some((secret, given))
+        self.zitadel.find(&secret.token()?)
     }
 
-    /// Whether the token's Secret has what the spec wants around the token.
-    fn is_complete(&self, token: &Token, secret: &Stored) -> bool {
+    /// Returns the Secret of a token and the issued token in it, if that has the audience and key of the spec.
+    fn current_token(&self, token: &Token) -> Option<(&StoredSecret, &IssuedToken)> {
+        let secret = self.store.secrets.get(&token.secret.name)?;
+        let issued = self.stored_token(token)?;
+        (issued.audience == audience(token) && issued.key_id == self.key_id).then_some((secret, issued))
+    }
+
+    /// Whether the Secret has the metadata, template and owner that the spec requires.
+    fn is_complete(&self, token: &Token, secret: &StoredSecret) -> bool {
         let value = secret.token().expect("a token");
         let metadata = &secret.object["metadata"];
         let has = |section: &str, (key, text): (&String, &String)| metadata[section][key] == **text;
@@ -121,316 +133,342 @@ impl State {
             && secret.data("issuer").as_deref() == Some(ISSUER)
     }
 
-    fn is_valid(&self, given: &Given, slack: Duration) -> bool {
-        self.elapsed_at(given.expires) + slack + self.unseen.max(given.doubt) > self.elapsed()
+    /// Whether a token is valid. Tolerates `slack`, and the operator's error about ZITADEL's clock, after the expiry.
+    fn is_valid(&self, issued: &IssuedToken, slack: Duration) -> bool {
+        self.elapsed_at(issued.expires_at) + slack + self.undetected_clock_step.max(issued.clock_uncertainty)
+            > self.elapsed()
     }
 
     fn entry(&mut self, name: &str) -> &mut Entry {
         self.entries.entry(name.to_owned()).or_default()
     }
 
-    /// Somebody does something to an entry or its Secret, which may make another token necessary.
-    pub fn is_attacked(&mut self, name: &str, excused: bool) {
+    /// Records an edit of an entry or its Secret. `expected`: the edit may require a new token.
+    pub fn entry_edited(&mut self, name: &str, expected: bool) {
         let now = self.elapsed();
         let entry = self.entry(name);
-        entry.excused |= excused;
-        entry.attacks.push(now);
+        entry.expected |= expected;
+        entry.edits.push(now);
     }
 
-    /// A token is requested.
-    pub fn token_is_asked_for(&mut self, asked: &BTreeSet<String>) {
-        if asked.contains("zitadel") || !self.is_undisturbed() {
+    /// Checks a token request.
+    pub fn on_token_requested(&mut self, requested: &BTreeSet<String>) {
+        if requested.contains("zitadel") || !self.is_undisturbed() {
             return;
         }
-        let tokens = self.tokens().into_iter();
-        let meant: Vec<Token> = tokens
-            .filter(|token| audience(token) == *asked && !self.is_refused(token))
-            .collect();
-        let Some(first) = meant.first() else {
-            let text = format!("{asked:?} is requested, and the spec asks for no such token, or may not have it");
-            return self.violated(text);
+        let mut candidates = self.tokens_with_audience(requested);
+        candidates.retain(|token| !self.is_denied(token));
+        let Some(first) = candidates.first() else {
+            let text = format!(
+                "a token for {requested:?} is requested, but the spec does not contain it or it is not allowed"
+            );
+            return self.violation(text);
         };
         let until = self.entry(&first.name).retry_after;
-        if meant.len() == 1 && until.is_some_and(|until| self.elapsed() + Duration::from_secs(1) < until) {
-            self.violated(format!("{} is requested before its Retry-After", first.name));
+        if candidates.len() == 1 && until.is_some_and(|until| self.elapsed() + Duration::from_secs(1) < until) {
+            self.violation(format!("{} is requested before the end of its Retry-After", first.name));
         }
     }
 
-    /// The server asks for patience.
-    pub fn is_to_wait(&mut self, asked: &BTreeSet<String>, seconds: u32) {
+    /// Records a `Retry-After`.
+    pub fn on_throttled(&mut self, requested: &BTreeSet<String>, seconds: u32) {
         let until = self.elapsed() + Duration::from_secs(seconds.min(900).into());
-        let meant: Vec<Token> = self.tokens().into_iter().filter(|t| audience(t) == *asked).collect();
-        if let [one] = &meant[..] {
+        if let [one] = &self.tokens_with_audience(requested)[..] {
             self.entry(&one.name).retry_after = Some(until);
         }
     }
 
-    /// One token for each lifetime, and one more when somebody made it necessary.
-    pub fn token_is_given(&mut self, given: Given) {
+    /// Records an issued token. Checks that the operator requests one token per lifetime, and more only if an event
+    /// requires it.
+    pub fn on_token_issued(&mut self, issued: IssuedToken) {
         let (now, undisturbed) = (self.elapsed(), self.is_undisturbed());
-        let tokens = self.tokens().into_iter();
-        let meant: Vec<Token> = tokens.filter(|token| audience(token) == given.audience).collect();
-        if undisturbed && given.key_id != self.key_id {
-            self.violated(format!("a token is requested with key {}", given.key_id));
+        let candidates = self.tokens_with_audience(&issued.audience);
+        if undisturbed && issued.key_id != self.key_id {
+            self.violation(format!("a token is requested with the old key {}", issued.key_id));
         }
+        // The operator goes by its estimate of the server's clock, which is wrong while a step is undetected.
+        let latest = now + SLACK.min(Duration::from_secs(2)) + self.undetected_clock_step;
         let is_due = |state: &Self, token: &Token| {
             let last = state.entries.get(&token.name).and_then(|entry| entry.last.as_ref());
-            let there = state.store.secrets.get(&token.secret.name).and_then(Stored::token);
-            let there = there.and_then(|value| state.zitadel.given(&value));
             last.into_iter()
-                .chain(there)
-                .any(|given| state.due(token, given).0 <= now + SLACK.min(Duration::from_secs(2)))
+                .chain(state.stored_token(token))
+                .any(|issued| state.due(token, issued).0 <= latest)
         };
+        // Lower is more certain. This matters if two entries have the same audience.
         let reason = |state: &Self, token: &Token| {
             let entry = state.entries.get(&token.name);
             let first = entry.is_none_or(|entry| entry.last.is_none());
-            // What is certain goes first, should two entries have the same audience.
-            match (is_due(state, token), first, entry.is_some_and(|entry| entry.excused)) {
+            match (is_due(state, token), first, entry.is_some_and(|entry| entry.expected)) {
                 (true, _, _) => Some(0),
                 (_, true, _) => Some(1),
                 (_, _, true) => Some(2),
                 _ => None,
             }
         };
-        let justified = meant.iter().filter_map(|token| Some((reason(self, token)?, token)));
+        let justified = candidates
+            .iter()
+            .filter_map(|token| Some((reason(self, token)?, token)));
         let best = justified.min_by_key(|(reason, _)| *reason).map(|(_, token)| token);
         if undisturbed && best.is_none() {
-            let last = meant
+            let last = candidates
                 .first()
                 .and_then(|token| self.entries.get(&token.name)?.last.clone());
-            self.violated(format!(
-                "{given:?} is requested although nothing asks for it; the last is {last:?}"
+            self.violation(format!(
+                "{issued:?} is requested without a reason; the last token is {last:?}"
             ));
         }
-        let token = best.or(meant.first()).cloned();
-        self.zitadel.given.push(given.clone());
+        let token = best.or(candidates.first()).cloned();
+        self.zitadel.issued.push(issued.clone());
         let Some(token) = token else { return };
         let due = is_due(self, &token);
         if due && undisturbed {
-            self.check_not_late(&token);
+            self.check_refreshed_in_time(&token);
         }
         let entry = self.entry(&token.name);
-        entry.before = None;
-        entry.before = Some(Box::new(entry.clone()));
-        let same = |last: &Given| last.audience == given.audience && last.key_id == given.key_id;
+        // Keeps one previous state only.
+        entry.previous = None;
+        entry.previous = Some(Box::new(entry.clone()));
+        let same = |last: &IssuedToken| last.audience == issued.audience && last.key_id == issued.key_id;
         if !due && entry.last.as_ref().is_some_and(same) {
-            entry.quarrels.push(now);
+            entry.conflicts.push(now);
         }
-        entry.last = Some(given);
-        entry.excused &= !undisturbed;
+        entry.last = Some(issued);
+        entry.expected &= !undisturbed;
         entry.retry_after = None;
-        // The product does not know of the first quarrel after a restart that it is one.
-        if within(&entry.quarrels, now, Duration::from_mins(10)) > 5 {
-            let text = format!("{} is requested too often: {:?}", token.name, entry.quarrels);
-            self.violated(text);
+        // After a restart the operator cannot recognize the first conflict.
+        if within(&entry.conflicts, now, Duration::from_mins(10)) > 5 {
+            let text = format!(
+                "{} is requested too often in a conflict: {:?}",
+                token.name, entry.conflicts
+            );
+            self.violation(text);
         }
     }
 
-    /// A token that is good and in the Secret is refreshed when it is due, if nothing has happened for long.
-    fn check_not_late(&mut self, token: &Token) {
-        let Some((_, given)) = self.present(token) else { return };
-        let (_, latest) = self.due(token, given);
-        let calm = latest > self.last_event + self.grace() && latest > self.healthy_since + RECOVERY;
-        if calm && !self.is_faulty() && !self.is_contested(token) && self.elapsed() > latest + SLACK {
-            self.violated(format!("{} is refreshed late: it was due at {latest:?}", token.name));
+    /// Checks that the operator refreshes a current token in time, if the last event is long enough ago.
+    fn check_refreshed_in_time(&mut self, token: &Token) {
+        let Some((_, issued)) = self.current_token(token) else {
+            return;
+        };
+        let (_, latest) = self.due(token, issued);
+        let stable = latest > self.last_event + self.grace() && latest > self.healthy_since + RECOVERY;
+        if stable && !self.is_faulty() && !self.is_contested(token) && self.elapsed() > latest + SLACK {
+            self.violation(format!("{} is refreshed late; it was due at {latest:?}", token.name));
         }
     }
 
-    /// A token was issued, and nobody will know it.
-    pub fn answer_is_lost(&mut self, asked: &BTreeSet<String>) {
+    /// Undoes the record of an issued token that the operator never received.
+    pub fn on_response_lost(&mut self, requested: &BTreeSet<String>) {
         for token in self.tokens() {
             let entry = self.entry(&token.name);
-            let lost = entry.last.as_ref().is_some_and(|last| last.audience == *asked);
-            if lost && let Some(before) = entry.before.take() {
-                *entry = *before;
+            let lost = entry.last.as_ref().is_some_and(|last| last.audience == *requested);
+            if lost && let Some(previous) = entry.previous.take() {
+                *entry = *previous;
             }
         }
     }
 
-    pub fn secret_was_written(&mut self, name: &str, repairs: bool) {
+    /// Checks a write of a token Secret. `repairs`: the write reverts an edit and keeps the token.
+    pub fn on_secret_written(&mut self, name: &str, repairs: bool) {
         let now = self.elapsed();
         let value = self.store.secrets[name].token().unwrap_or_default();
-        let Some(given) = self.zitadel.given(&value).cloned() else {
-            return self.violated(format!("Secret {name} gets a token that was never issued"));
+        let Some(issued) = self.zitadel.find(&value).cloned() else {
+            return self.violation(format!(
+                "the operator wrote a token to Secret {name} that ZITADEL never issued"
+            ));
         };
         let Some(token) = self.tokens().into_iter().find(|token| token.secret.name == name) else {
             return;
         };
-        if self.is_undisturbed() && given.audience != audience(&token) {
-            self.violated(format!("Secret {name} gets a token for {:?}", given.audience));
+        if self.is_undisturbed() && issued.audience != audience(&token) {
+            self.violation(format!(
+                "the operator wrote a token with the wrong audience {:?} to Secret {name}",
+                issued.audience
+            ));
         }
         let entry = self.entry(&token.name);
         let is_last = |entry: &Entry| entry.last.as_ref().is_some_and(|last| last.value == value);
         if repairs {
             entry.repairs.push(now);
-            let fights = [&entry.quarrels[..], &entry.repairs].concat();
-            if within(&fights, now, Duration::from_mins(10)) > 5 {
-                self.violated(format!("{name} is fought over: {fights:?}"));
+            let conflicts = [&entry.conflicts[..], &entry.repairs].concat();
+            if within(&conflicts, now, Duration::from_mins(10)) > 5 {
+                self.violation(format!(
+                    "the operator writes Secret {name} too often in a conflict: {conflicts:?}"
+                ));
             }
         }
-        // Of two entries with one audience the other was taken for the one that asked.
+        // If two entries have the same audience, `on_token_issued` may have recorded the token for the other one.
         for (other, entry) in &mut self.entries {
             if *other != token.name
                 && is_last(entry)
-                && let Some(before) = entry.before.take()
+                && let Some(previous) = entry.previous.take()
             {
-                *entry = *before;
+                *entry = *previous;
             }
         }
         let entry = self.entry(&token.name);
         if !is_last(entry) {
-            entry.last = Some(given);
+            entry.last = Some(issued);
         }
     }
 
-    /// A Secret that is of use to an entry of the spec goes only when the entry has something as good.
-    pub fn secret_was_deleted(&mut self, gone: &Stored) {
+    /// Checks that the operator deletes a usable token only after each entry of the spec has a valid one.
+    pub fn on_secret_deleted(&mut self, deleted: &StoredSecret) {
         if !self.is_undisturbed() {
             return;
         }
-        let name = gone.object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        let name = deleted.object["metadata"]["name"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
         let tokens = self.tokens();
         if tokens.iter().any(|token| token.secret.name == name) {
-            self.violated(format!("Secret {name} is deleted, and the spec names it"));
+            self.violation(format!("the operator deleted Secret {name}, which the spec names"));
         }
-        let given = gone.token().filter(|_| gone.edit != Some(Edit::Token));
-        let given = given.and_then(|value| self.zitadel.given(&value).cloned());
-        let Some(given) = given.filter(|given| self.elapsed_at(given.expires) > self.elapsed() + SLACK) else {
+        let issued = deleted.token().filter(|_| deleted.edit != Some(Edit::Token));
+        let issued = issued.and_then(|value| self.zitadel.find(&value).cloned());
+        let Some(issued) = issued.filter(|issued| self.elapsed_at(issued.expires_at) > self.elapsed() + SLACK) else {
             return;
         };
         for token in tokens {
             if !self.store.secrets.contains_key(&token.secret.name) {
-                self.violated(format!("a valid token goes before {} has a Secret", token.name));
+                self.violation(format!(
+                    "the operator deleted a valid token before {} has a Secret",
+                    token.name
+                ));
             }
-            let wanted = given.audience == audience(&token) && given.key_id == self.key_id && !self.is_refused(&token);
-            let alive = self
-                .present(&token)
-                .is_some_and(|(_, given)| self.is_valid(given, SLACK));
-            if wanted && !alive {
-                self.violated(format!("the last valid token of {} goes", token.name));
+            let wanted = issued.audience == audience(&token) && issued.key_id == self.key_id && !self.is_denied(&token);
+            let valid = self
+                .current_token(&token)
+                .is_some_and(|(_, issued)| self.is_valid(issued, SLACK));
+            if wanted && !valid {
+                self.violation(format!("the operator deleted the last valid token of {}", token.name));
             }
         }
     }
 
-    /// The process ends, and with it what it remembers.
-    pub fn process_ends(&mut self) {
+    /// Clears the history that the operator loses at a restart. A token that it did not write is lost, so the checks
+    /// expect another one.
+    pub fn on_process_stopped(&mut self) {
         let tokens = self.tokens();
         for (name, entry) in &mut self.entries {
             let secret = tokens.iter().find(|token| token.name == *name);
             let secret = secret.and_then(|token| self.store.secrets.get(&token.secret.name));
-            let written = entry.last.as_ref().map(|last| &last.value) == secret.and_then(Stored::token).as_ref();
-            entry.excused |= !written;
-            entry.quarrels.clear();
+            let written = entry.last.as_ref().map(|last| &last.value) == secret.and_then(StoredSecret::token).as_ref();
+            entry.expected |= !written;
+            entry.conflicts.clear();
             entry.repairs.clear();
             entry.retry_after = None;
         }
     }
 
-    pub fn clocks_change(&mut self) {
+    /// Discards the `Retry-After` deadlines at a clock step.
+    pub fn clear_retry_after(&mut self) {
         for entry in self.entries.values_mut() {
             entry.retry_after = None;
         }
     }
 
     fn is_contested(&self, token: &Token) -> bool {
-        let told = self.told(token) == "SecretContested";
+        let reported = self.reported_reason(token) == "SecretContested";
         let entry = self.entries.get(&token.name);
-        let attacks = entry.map_or(0, |entry| within(&entry.attacks, self.elapsed(), CONTEST));
-        told && attacks >= 3
+        let edits = entry.map_or(0, |entry| within(&entry.edits, self.elapsed(), CONFLICT_BACKOFF));
+        reported && edits >= 3
     }
 
-    /// The reason that the status gives for a token.
-    fn told(&self, token: &Token) -> &str {
-        let told = self.store.user["status"]["tokens"].as_array();
-        let told = told.and_then(|all| all.iter().find(|told| told["name"] == *token.name));
-        told.and_then(|told| told["reason"].as_str()).unwrap_or_default()
+    /// Returns the reason of a token in the status.
+    fn reported_reason(&self, token: &Token) -> &str {
+        let all = self.store.user["status"]["tokens"].as_array();
+        let status = all.and_then(|all| all.iter().find(|status| status["name"] == *token.name));
+        status.and_then(|status| status["reason"].as_str()).unwrap_or_default()
     }
 
-    pub fn condition(&self, kind: &str) -> Value {
+    fn ready_condition(&self) -> Value {
         let all = self.store.user["status"]["conditions"].as_array();
-        let condition = all.and_then(|all| all.iter().find(|condition| condition["type"] == kind));
+        let condition = all.and_then(|all| all.iter().find(|condition| condition["type"] == "Ready"));
         condition.cloned().unwrap_or_default()
     }
 
-    /// Whether every token is fresh and said to be so.
-    pub fn is_all_good(&self) -> bool {
+    /// Whether every token is valid and reported as issued, and the service user is ready.
+    pub fn all_recovered(&self) -> bool {
         let good = |token: &Token| {
-            self.told(token) == "Issued"
+            self.reported_reason(token) == "Issued"
                 && self
-                    .present(token)
-                    .is_some_and(|(_, given)| self.is_valid(given, Duration::ZERO))
+                    .current_token(token)
+                    .is_some_and(|(_, issued)| self.is_valid(issued, Duration::ZERO))
         };
-        let ready = self.condition("Ready");
+        let ready = self.ready_condition();
         ready["status"] == "True" && ready["reason"] == "Issued" && self.tokens().iter().all(good)
     }
 
-    /// How long after an event everything has settled: changes in a loop are limited to one a second.
+    /// How long after an event the operator has settled. The operator limits repeated changes to one per second.
     pub fn grace(&self) -> Duration {
-        let many = within(&self.lately, self.elapsed(), Duration::from_mins(1)).saturating_sub(10);
-        let delay = self.store.delays[0].max(self.store.delays[1]);
-        Duration::from_secs(15 + 2 * many as u64) + delay
+        let excess = within(&self.recent_events, self.elapsed(), Duration::from_mins(1)).saturating_sub(10);
+        Duration::from_secs(15 + 2 * excess as u64) + self.store.longest_delay()
     }
 
-    pub fn is_calm(&self) -> bool {
+    pub fn is_settled(&self) -> bool {
         self.elapsed() >= self.last_event + self.grace()
     }
 
-    /// What holds while nothing happens.
+    /// Checks the invariants that hold once the operator has settled.
     pub fn check(&mut self) {
         let faulty = self.is_faulty();
         let recovering = faulty || self.elapsed() < self.healthy_since + RECOVERY;
         let (mut all_valid, mut all_good) = (true, true);
         for token in self.tokens() {
-            let present = self.present(&token);
-            let complete = present.is_some_and(|(secret, _)| self.is_complete(&token, secret));
-            let given = present.map(|(_, given)| given.clone());
-            let valid = given.as_ref().is_some_and(|given| self.is_valid(given, SLACK));
-            let (told, name) = (self.told(&token).to_owned(), &token.name);
-            let refused = self.is_refused(&token);
+            let current = self.current_token(&token);
+            let complete = current.is_some_and(|(secret, _)| self.is_complete(&token, secret));
+            let issued = current.map(|(_, issued)| issued.clone());
+            let valid = issued.as_ref().is_some_and(|issued| self.is_valid(issued, SLACK));
+            let (reported, name) = (self.reported_reason(&token).to_owned(), &token.name);
+            let denied = self.is_denied(&token);
             let good = valid && complete;
-            all_valid &= valid && !refused;
-            // A record that was edited vouches for nothing, though the token may be good.
+            all_valid &= valid && !denied;
+            // The operator does not trust an edited record, even if the token is valid.
             let unedited = self
                 .store
                 .secrets
                 .get(&token.secret.name)
                 .is_some_and(|secret| secret.edit != Some(Edit::Token));
-            all_good &= good && unedited && !refused;
-            let is_told = self.store.outage != Some(Outage::Down) && !self.is_clock_off();
-            if told == "Issued" && is_told && (!good || refused) {
-                self.violated(format!("{name} is told as issued, and is not"));
+            all_good &= good && unedited && !denied;
+            let status_is_written = self.store.outage != Some(Outage::Down) && !self.is_clock_off();
+            if reported == "Issued" && status_is_written && (!good || denied) {
+                self.violation(format!("{name} is reported as issued, but is not"));
             }
-            if told == "KeyExpired" && self.ours_ahead() == 0 {
-                self.violated("a wrong `Date` ends a key");
+            if reported == "KeyExpired" && self.local_ahead() == 0 {
+                self.violation("the key is reported as expired because of a wrong `Date`");
             }
-            let throttled = told == "RequestsThrottled" && self.zitadel.given.len() > 40;
-            if refused || faulty || throttled || self.is_contested(&token) {
+            let throttled = reported == "RequestsThrottled" && self.zitadel.issued.len() > 40;
+            if denied || faulty || throttled || self.is_contested(&token) {
                 continue;
             }
             if !good && !recovering {
-                self.violated(format!("{name} is not good while nothing fails: {told}"));
+                self.violation(format!(
+                    "{name} is invalid or incomplete although nothing fails: {reported}"
+                ));
             }
-            if let Some(given) = given {
-                let ends = self.elapsed_at(given.expires);
-                if !valid && ends > self.healthy_since + SLACK + self.clock_patience {
-                    self.violated(format!(
-                        "{name} expired at {ends:?} though nothing fails since {:?}",
+            if let Some(issued) = issued {
+                let ends = self.elapsed_at(issued.expires_at);
+                if !valid && ends > self.healthy_since + SLACK + self.clock_recovery {
+                    self.violation(format!(
+                        "{name} expired at {ends:?} although nothing fails since {:?}",
                         self.healthy_since
                     ));
                 }
                 if valid {
-                    self.check_not_late(&token);
+                    self.check_refreshed_in_time(&token);
                 }
             }
             if good {
-                self.entry(&token.name).excused = false;
+                self.entry(&token.name).expected = false;
             }
         }
         self.check_ready(all_valid, all_good);
-        let most = 100 + self.elapsed().saturating_sub(self.last_event).as_secs() / 30;
-        if faulty && self.requests_since_event as u64 > most {
-            self.violated(format!(
-                "{} token requests while all of them fail",
+        let limit = 100 + self.elapsed().saturating_sub(self.last_event).as_secs() / 30;
+        if faulty && self.requests_since_event as u64 > limit {
+            self.violation(format!(
+                "{} token requests since the last event, although all of them fail",
                 self.requests_since_event
             ));
         }
@@ -440,25 +478,24 @@ impl State {
         if self.store.outage == Some(Outage::Down) || self.is_clock_off() {
             return;
         }
-        let ready = self.condition("Ready");
+        let ready = self.ready_condition();
         let is_ready = ready["status"] == "True";
         if self.is_suspended() {
-            // Nothing is judged anew: what is there is told as it was.
-            let alive = |token: &Token| {
-                let value = self.store.secrets.get(&token.secret.name).and_then(Stored::token);
-                let given = value.and_then(|value| self.zitadel.given(&value));
-                given.is_some_and(|given| self.is_valid(given, SLACK))
+            // While suspended, the operator only reports whether the existing tokens are valid.
+            let valid = |token: &Token| {
+                self.stored_token(token)
+                    .is_some_and(|issued| self.is_valid(issued, SLACK))
             };
-            if is_ready && !self.tokens().iter().all(alive) {
-                self.violated("suspended and Ready, but expired");
+            if is_ready && !self.tokens().iter().all(valid) {
+                self.violation("Ready is True while suspended, but a token is expired");
             }
             return;
         }
         if is_ready && !all_valid {
-            self.violated(format!("Ready, but {}", self.store.user["status"]["tokens"]));
+            self.violation(format!("Ready is True, but {}", self.store.user["status"]["tokens"]));
         }
         if !is_ready && all_good && !self.is_faulty() {
-            self.violated(format!("all is good, and Ready is {ready}"));
+            self.violation(format!("all tokens are valid, but Ready is {ready}"));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A ZITADEL that knows which tokens it issued, and what it thinks of the requests.
+//! A fake ZITADEL in memory. It remembers the tokens that it issued and validates each request.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,72 +17,74 @@ use crate::domain::failure::Failure;
 use crate::domain::fixtures::jwt;
 use crate::zitadel::{Request, Settings, Transport};
 
-/// Id of the instance's own project.
+/// Id of ZITADEL's own project.
 const OWN_PROJECT: &str = "900";
 
-/// Longest lead of an assertion's `iat` that ZITADEL takes.
-const LEAD: SignedDuration = SignedDuration::from_secs(1);
+/// ZITADEL accepts an assertion whose `iat` is at most this far ahead of its clock.
+const MAX_IAT_LEAD: SignedDuration = SignedDuration::from_secs(1);
 
-/// What goes wrong at the server.
+/// A failure of ZITADEL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// No connection.
-    Away,
-    /// No answer.
+    /// Connections fail.
+    Unreachable,
+    /// Requests time out.
     Hangs,
-    /// Token requests get a 503.
-    Errors,
-    /// Token requests get a 429 and are to come back after so many seconds.
-    Throttles(u32),
-    /// Token requests are refused as by a key that was deleted.
-    Refuses,
-    /// The same, as up to v4.13.
-    RefusesAsBefore,
-    /// Answers that are none.
-    Babbles,
-    /// A token is issued, and the answer is lost.
-    LosesAnswers,
+    /// Token requests fail with 503.
+    Unavailable,
+    /// Token requests fail with 429 and a `Retry-After` of this many seconds.
+    Throttled(u32),
+    /// Token requests fail with 400, as for a deleted key.
+    RejectsKey,
+    /// Token requests fail with 500, as for a deleted key in ZITADEL up to v4.13.
+    RejectsKeyLegacy,
+    /// The response to a token request is valid JSON but no token response.
+    MalformedResponse,
+    /// ZITADEL issues the token, and the response is lost.
+    ResponseLost,
 }
 
-/// A token, as the server knows it.
+/// A token that ZITADEL issued.
 #[derive(Clone, Debug)]
-pub struct Given {
+pub struct IssuedToken {
     pub value: String,
     pub audience: BTreeSet<String>,
     pub key_id: String,
-    /// By the server's clock.
-    pub issued: Timestamp,
-    pub expires: Timestamp,
-    /// By how much the operator may have been wrong about that clock when it asked.
-    pub doubt: Duration,
+    /// By ZITADEL's clock.
+    pub issued_at: Timestamp,
+    /// By ZITADEL's clock.
+    pub expires_at: Timestamp,
+    /// How far the operator's estimate of ZITADEL's clock may have been off when it requested the token.
+    pub clock_uncertainty: Duration,
 }
 
-/// The server.
+/// The state of ZITADEL.
 pub struct Zitadel {
     pub lifetime: SignedDuration,
     pub opaque: bool,
+    /// Delay of a request, and again of its response.
     pub latency: Duration,
     pub fault: Option<Fault>,
-    pub given: Vec<Given>,
-    /// Requests of any kind.
+    pub issued: Vec<IssuedToken>,
+    /// Number of requests of any kind.
     pub requests: usize,
-    /// Tokens that showed the id of the server's own project.
-    pub learned: usize,
+    /// Number of tokens issued to look up the id of ZITADEL's own project.
+    pub lookup_tokens: usize,
 }
 
 impl Zitadel {
-    pub fn given(&self, value: &str) -> Option<&Given> {
-        self.given.iter().find(|given| given.value == value)
+    pub fn find(&self, value: &str) -> Option<&IssuedToken> {
+        self.issued.iter().find(|issued| issued.value == value)
     }
 }
 
-/// The way to this server.
-pub struct Way {
+/// A transport whose requests go to this fake ZITADEL.
+pub struct FakeTransport {
     shared: Shared,
     timeout: Duration,
 }
 
-impl Way {
+impl FakeTransport {
     pub fn new(shared: &Shared, settings: &Settings) -> Self {
         Self {
             shared: shared.clone(),
@@ -91,20 +93,20 @@ impl Way {
     }
 }
 
-impl Transport for Way {
+impl Transport for FakeTransport {
     fn send<'a>(&'a self, request: Request<'a>) -> BoxFuture<'a, Result<Response, Failure>> {
-        let asked = match request.form {
-            Some(form) => Asked::Token {
+        let call = match request.form {
+            Some(form) => ServerCall::Token {
                 assertion: field(form, "assertion"),
                 scope: field(form, "scope"),
             },
-            None if request.path.starts_with("/.well-known") => Asked::Discovery,
-            None => Asked::OwnProject(request.bearer.expect("a token").expose_secret().to_owned()),
+            None if request.path.starts_with("/.well-known") => ServerCall::Discovery,
+            None => ServerCall::OwnProject(request.bearer.expect("a bearer token").expose_secret().to_owned()),
         };
         Box::pin(async move {
             let latency = lock(&self.shared).zitadel.latency;
             sleep(latency).await;
-            let answer = lock(&self.shared).serve(&asked);
+            let answer = lock(&self.shared).serve(&call);
             match answer {
                 Err(Failure::Timeout) => sleep(self.timeout.saturating_sub(latency)).await,
                 _ => sleep(latency).await,
@@ -115,12 +117,12 @@ impl Transport for Way {
             if let Some(seconds) = retry {
                 response = response.header("retry-after", seconds.to_string());
             }
-            Ok(response.body(body).expect("an answer").into())
+            Ok(response.body(body).expect("the response is valid").into())
         })
     }
 }
 
-enum Asked {
+enum ServerCall {
     Discovery,
     Token { assertion: String, scope: String },
     OwnProject(String),
@@ -141,11 +143,14 @@ fn answer(code: u16, body: &Value) -> Answer {
 }
 
 fn field(form: &[(&str, &str)], name: &str) -> String {
-    let (_, value) = form.iter().find(|(key, _)| *key == name).expect("a field");
+    let (_, value) = form
+        .iter()
+        .find(|(key, _)| *key == name)
+        .expect("the form has the field");
     (*value).to_owned()
 }
 
-/// The projects in a scope.
+/// Returns the project ids in a scope.
 fn projects(scope: &str) -> BTreeSet<String> {
     let id = |scope: &str| {
         let id = scope.strip_prefix("urn:zitadel:iam:org:project:id:")?;
@@ -156,98 +161,90 @@ fn projects(scope: &str) -> BTreeSet<String> {
 
 impl State {
     fn date(&mut self) -> String {
-        self.date_was_told();
+        self.on_date_sent();
         let date = self.now() + self.date_ahead;
         rfc2822::DateTimePrinter::new()
             .timestamp_to_rfc9110_string(&date)
-            .expect("a date")
+            .expect("a valid date")
     }
 
-    fn serve(&mut self, asked: &Asked) -> Result<Answer, Failure> {
+    fn serve(&mut self, call: &ServerCall) -> Result<Answer, Failure> {
         self.zitadel.requests += 1;
         match self.zitadel.fault {
-            Some(Fault::Away) => return Err(Failure::Connect),
+            Some(Fault::Unreachable) => return Err(Failure::Connect),
             Some(Fault::Hangs) => return Err(Failure::Timeout),
             _ => {}
         }
-        match asked {
-            Asked::Discovery => {
+        match call {
+            ServerCall::Discovery => {
                 let token = format!("{ISSUER}/oauth/v2/token");
                 Ok(answer(200, &json!({"issuer": ISSUER, "token_endpoint": token})))
             }
-            Asked::OwnProject(token) => {
-                if self.zitadel.given(token).is_none() && !token.starts_with("learn") {
-                    self.violated("a token is shown that the server did not issue");
+            ServerCall::OwnProject(token) => {
+                if self.zitadel.find(token).is_none() && !token.starts_with("lookup") {
+                    self.violation("the operator sent a token that ZITADEL did not issue");
                 }
                 Ok(answer(200, &json!({"iamProjectId": OWN_PROJECT})))
             }
-            Asked::Token { assertion, scope } => self.serve_token(assertion, &projects(scope)),
+            ServerCall::Token { assertion, scope } => self.serve_token(assertion, &projects(scope)),
         }
     }
 
-    fn serve_token(&mut self, assertion: &str, asked: &BTreeSet<String>) -> Result<Answer, Failure> {
+    fn serve_token(&mut self, assertion: &str, requested: &BTreeSet<String>) -> Result<Answer, Failure> {
         let part = |n: usize| -> Value {
             let part = assertion.split('.').nth(n).expect("a JWT");
             serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part).expect("base64")).expect("JSON")
         };
         let (header, claims) = (part(0), part(1));
         self.requests_since_event += 1;
-        self.token_is_asked_for(asked);
-        let refusal = json!({"error": "invalid_grant"});
-        let as_before = json!({"error": "server_error", "error_description": "Errors.Internal"});
+        self.on_token_requested(requested);
+        let rejection = json!({"error": "invalid_grant"});
+        let legacy_rejection = json!({"error": "server_error", "error_description": "Errors.Internal"});
         match self.zitadel.fault {
-            Some(Fault::Errors) => return Ok(answer(503, &json!({}))),
-            Some(Fault::Throttles(seconds)) => {
-                self.is_to_wait(asked, seconds);
+            Some(Fault::Unavailable) => return Ok(answer(503, &json!({}))),
+            Some(Fault::Throttled(seconds)) => {
+                self.on_throttled(requested, seconds);
                 return Ok(Answer {
                     retry: Some(seconds),
                     ..answer(429, &json!({}))
                 });
             }
-            Some(Fault::Refuses) => return Ok(answer(400, &refusal)),
-            Some(Fault::RefusesAsBefore) => return Ok(answer(500, &as_before)),
-            Some(Fault::Babbles) => return Ok(answer(200, &json!("hello"))),
+            Some(Fault::RejectsKey) => return Ok(answer(400, &rejection)),
+            Some(Fault::RejectsKeyLegacy) => return Ok(answer(500, &legacy_rejection)),
+            Some(Fault::MalformedResponse) => return Ok(answer(200, &json!("hello"))),
             _ => {}
         }
-        let time = |claim: &str| Timestamp::from_second(claims[claim].as_i64().expect("a time")).expect("in range");
+        let claim_time =
+            |claim: &str| Timestamp::from_second(claims[claim].as_i64().expect("a time")).expect("in range");
         let good = claims["sub"] == USER_ID && claims["aud"] == ISSUER;
-        if !good || time("iat") > self.now() + LEAD || time("exp") <= self.now() {
-            return Ok(answer(400, &refusal));
+        if !good || claim_time("iat") > self.now() + MAX_IAT_LEAD || claim_time("exp") <= self.now() {
+            return Ok(answer(400, &rejection));
         }
         let lifetime = self.zitadel.lifetime;
-        let key_id = header["kid"].as_str().expect("a key").to_owned();
-        let expires = self.now() + lifetime;
-        let own = asked.contains("zitadel");
-        let audience: BTreeSet<String> = asked
-            .iter()
-            .map(|id| {
-                if id == "zitadel" {
-                    OWN_PROJECT.to_owned()
-                } else {
-                    id.clone()
-                }
-            })
-            .collect();
-        let number = self.zitadel.given.len() + self.zitadel.learned;
+        let key_id = header["kid"].as_str().expect("a key id").to_owned();
+        let expires_at = self.now() + lifetime;
+        let for_own_project = requested.contains("zitadel");
+        let audience: BTreeSet<String> = requested.iter().map(|id| id.replace("zitadel", OWN_PROJECT)).collect();
+        let number = self.zitadel.issued.len() + self.zitadel.lookup_tokens;
         let value = if self.zitadel.opaque {
-            format!("{}-{number}", if own { "learn" } else { "opaque" })
+            format!("{}-{number}", if for_own_project { "lookup" } else { "opaque" })
         } else {
-            jwt(&json!({"iss": ISSUER, "sub": USER_ID, "aud": audience, "exp": expires.as_second(), "jti": number}))
+            jwt(&json!({"iss": ISSUER, "sub": USER_ID, "aud": audience, "exp": expires_at.as_second(), "jti": number}))
         };
-        if own {
-            self.zitadel.learned += 1;
+        if for_own_project {
+            self.zitadel.lookup_tokens += 1;
         } else {
-            self.token_is_given(Given {
+            self.on_token_issued(IssuedToken {
                 value: value.clone(),
                 audience,
                 key_id,
-                issued: self.now(),
-                expires,
-                doubt: self.unseen,
+                issued_at: self.now(),
+                expires_at,
+                clock_uncertainty: self.undetected_clock_step,
             });
         }
-        if self.zitadel.fault == Some(Fault::LosesAnswers) {
-            self.answer_is_lost(asked);
+        if self.zitadel.fault == Some(Fault::ResponseLost) {
+            self.on_response_lost(requested);
             return Err(Failure::Broken);
         }
         let body = json!({"access_token": value, "token_type": "Bearer", "expires_in": lifetime.as_secs()});
