@@ -1,5 +1,6 @@
-//! The work queue: which object is reconciled next, and when again. It owns timers and backoffs, runs one reconcile per
-//! object at a time, and drops the watch events of the operator's own writes (docs/adr/0006-own-priority-queue.md).
+//! The work queue: when an object is due, by events, timers and backoffs. `FairQueue` picks the due object that goes first.
+//! The queue runs one reconcile per object at a time, and drops the watch events of the operator's own writes
+//! (docs/adr/0006-own-priority-queue.md).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
@@ -28,7 +29,7 @@ use crate::zitadel::Clock;
 /// (docs/adr/0006-own-priority-queue.md).
 const MAX_SLEEP: Duration = Duration::from_secs(30);
 
-/// Rate limit of reconciles that changes of one object start. People and controllers stay below it; a loop does not.
+/// Rate limit of the reconciles that changes of one object cause. People and controllers stay below it; a loop does not.
 const CHANGES_OF_OBJECT: Rate = Rate {
     burst: 30.0,
     per_second: 1.0,
@@ -111,6 +112,7 @@ impl Entry {
         if self.changes.len() < MAX_CHANGES {
             self.changes.push(version.map(str::to_owned));
         } else {
+            // One change without a version stands for all: it never equals an own write.
             self.changes.truncate(1);
             self.changes[0] = None;
         }
@@ -238,7 +240,7 @@ impl Queue {
         self.ready.notify_one();
     }
 
-    /// Handles a deleted object. A standby drops its entry at once, because it runs no reconcile that would.
+    /// Handles a deleted object. A standby drops its entry at once, because no reconcile runs there to drop it.
     pub fn gone(&self, id: &ObjectRef) {
         {
             let mut state = self.lock();
@@ -527,7 +529,7 @@ impl RunningReconcile {
         }
         let recovered = entry.recovery.take();
         let recovered = recovered.is_some_and(|recovery| entry.recover(recovery, now));
-        // A backoff that has ended, of a token that an aborted reconcile did not reach, waits for what aborted it.
+        // After an abort, expired backoffs are skipped: their tokens were not reached, and the abort's own backoff counts.
         let holds = entry.backoffs.values().map(|b| b.hold.until);
         let retry = holds.filter(|at| !done.aborted || *at > now).min();
         entry.retrying = retry.is_some_and(|retry| done.wake.at.is_none_or(|at| retry < at));

@@ -1,4 +1,5 @@
-//! The response of the token endpoint, and the check that its token matches the request.
+//! A 200 response of the token endpoint: what it must be, and whether its token is what was requested. `failure.rs` classifies
+//! all other responses, and `backoff.rs` decides how long the operator waits after them.
 
 use std::collections::BTreeSet;
 

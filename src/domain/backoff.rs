@@ -1,4 +1,5 @@
-//! The backoff after a failure, computed from the failure and the previous backoff.
+//! The backoff after a failure, such as a 429 with its `Retry-After`, computed from the failure and the previous backoff.
+//! `failure.rs` finds the reason of a failure, and `circuit_breaker.rs` decides what it means for other users of the host.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 

@@ -3,7 +3,8 @@
 //!
 //! The server's clock decides whether an assertion is valid and whether a token or a key has expired. All times in the
 //! domain, in records and in the status of a service user are therefore by the server's clock, as far as it is known.
-//! The controller converts times at the beginning and at the end of a reconcile.
+//! `zitadel/http.rs` takes the samples. The controller converts times at the beginning and at the end of a reconcile
+//! (`gather.rs`, `act.rs`, `mint.rs` and `mod.rs` of `controller/service_user`).
 
 use std::time::Instant;
 

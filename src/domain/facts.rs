@@ -170,7 +170,7 @@ impl Facts {
     #[must_use]
     pub fn recorded(&self, token: &Token) -> Option<CurrentToken> {
         let observed = self.secrets.get(&token.secret.name)?;
-        observed.owned_by(self.name(), self.uid()).ok()?;
+        observed.may_be_written_by(self.name(), self.uid()).ok()?;
         let (record, value) = (observed.record()?, observed.token()?);
         record.vouches_for(value).then(|| CurrentToken {
             schedule: self.schedule(token, record.issued_at, record.expires_at),

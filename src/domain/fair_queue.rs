@@ -3,15 +3,17 @@
 //! 1. Objects wait in four priority classes ([`Class`]). Within a class the namespace with the smallest usage goes first,
 //!    and within a namespace the object with the earliest critical time, then the one that waits longest.
 //! 2. A reconcile adds one to the usage of its namespace, and one more for each token request after the first. A namespace
-//!    that begins to wait starts at the smallest usage among those that wait, so that it can save nothing up (start-time
+//!    that begins to wait starts at the smallest usage among those that wait, so that an idle namespace gathers no credit (start-time
 //!    fair queueing, Goyal et al. 1996).
-//! 3. A group that runs nothing may take any free slot of its pool. Another group may run three reconciles for each slot
-//!    that it leaves free. So a group takes at most three quarters of a pool, and the next group finds a slot.
+//! 3. A group that runs nothing may take any free slot of its pool. A group that runs something may run at most three times
+//!    as many reconciles as it leaves slots free. So it takes at most three quarters of a pool, and the next group finds a
+//!    slot.
 //! 4. In the pool of all slots, the groups are the instances and the namespaces.
-//! 5. A quarter of the slots form the pool of each instance. Its groups are the namespaces, and all retries together.
+//! 5. Each instance has a pool of its own, a quarter of the slots in size (at least two). Its groups are the namespaces, and
+//!    all retries of that instance together.
 //!
 //! With the default of 32 slots, the pool of an instance is as large as the default of `maxConcurrentRequests`. With more
-//! reconciles, a request would wait for requests that hang, in an order that is not fair.
+//! reconciles, requests would queue in the client behind hanging ones, outside this order.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -26,8 +28,9 @@ use crate::domain::priority::{Class, Priority};
 pub struct FairQueue {
     slots: usize,
     waiting: HashMap<Origin, BTreeSet<Waiting>>,
+    /// Origin, priority and arrival of each object: its key in `waiting`.
     places: HashMap<ObjectRef, (Origin, Priority, u64)>,
-    /// Whether each is a retry.
+    /// Origin of each reconcile, and whether it is a retry.
     running: HashMap<ObjectRef, (Origin, bool)>,
     usage: Usage,
     arrivals: u64,

@@ -1,5 +1,6 @@
 //! ZITADEL's machine key file, which an entry of the key Secret contains
-//! (`docs/reference/zitadel-protocol.md#key-file`).
+//! (`docs/reference/zitadel-protocol.md#key-file`): what makes it unusable before a request. `plan.rs` refuses a key that has
+//! expired, and `failure.rs` recognises that ZITADEL rejected one.
 
 use std::collections::BTreeMap;
 

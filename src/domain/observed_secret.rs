@@ -1,4 +1,5 @@
-//! A token Secret as the operator read it: its owner, its content, and the precondition of a write.
+//! A token Secret as the operator read it: whether an object owns it or may take it over, its content, and the precondition
+//! of a write.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -126,7 +127,7 @@ pub enum WritePrecondition {
 
 impl ObservedSecret {
     /// Checks that the object with this name and UID may write this Secret.
-    pub fn owned_by(&self, name: &str, uid: &str) -> Result<(), Reason> {
+    pub fn may_be_written_by(&self, name: &str, uid: &str) -> Result<(), Reason> {
         match &self.controller {
             Some(c) if c.uid == uid && self.opaque && !self.immutable => Ok(()),
             // The object was deleted and recreated, and garbage collection has not run yet
@@ -261,7 +262,7 @@ mod tests {
                 opaque,
                 immutable,
             };
-            assert_eq!(observed.owned_by("billing", "u1"), expected, "{name}");
+            assert_eq!(observed.may_be_written_by("billing", "u1"), expected, "{name}");
         }
     }
 }

@@ -123,7 +123,7 @@ pub fn deletable<'a>(
     }
     let is_ours = |token: &Token| {
         let secret = facts.secrets.get(&token.secret.name);
-        secret.is_some_and(|s| s.owned_by(facts.name(), facts.uid()).is_ok())
+        secret.is_some_and(|s| s.may_be_written_by(facts.name(), facts.uid()).is_ok())
     };
     let mut tokens = facts.user.spec.tokens.iter().zip(outcomes);
     let all_there = tokens.all(|(token, outcome)| outcome.current.is_some() || is_ours(token));
@@ -180,7 +180,7 @@ fn admit<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<Admitted<'
     }
     let observed = facts.secrets.get(&token.secret.name);
     if let Some(observed) = observed {
-        observed.owned_by(facts.name(), facts.uid())?;
+        observed.may_be_written_by(facts.name(), facts.uid())?;
     }
     let key = facts.key.as_ref().map_err(|reason| *reason)?;
     Ok(Admitted {
@@ -329,7 +329,7 @@ fn moved_token<'a>(
     request_hash: &str,
 ) -> Option<(Record, &'a str, CurrentToken)> {
     let those = facts.leftovers.iter().filter_map(|l| facts.secrets.get(&l.name));
-    let mut ours = those.filter(|observed| observed.owned_by(facts.name(), facts.uid()).is_ok());
+    let mut ours = those.filter(|observed| observed.may_be_written_by(facts.name(), facts.uid()).is_ok());
     ours.find_map(|observed| current_token(facts, token, observed, admitted, request_hash))
 }
 

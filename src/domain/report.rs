@@ -1,4 +1,5 @@
-//! The report: status, Events and the next reconcile, computed from the facts and the outcomes.
+//! The report on a service user: its status, its Events and the next reconcile, computed from facts and outcomes.
+//! `instance_status.rs` has the status of an instance.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};

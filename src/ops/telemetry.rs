@@ -1,4 +1,5 @@
-//! Logging.
+//! Logging. It caps library logs and drops panic messages, because neither knows which values are secret. The operator's own
+//! types redact themselves (`src/tests/redaction.rs`).
 
 use clap::ValueEnum;
 use prometheus_client::metrics::counter::Counter;

@@ -1,5 +1,5 @@
-//! The `Debug` output of types that hold a key or a token contains no secret value. No code prints these types today;
-//! this test guards against code that will.
+//! Types that hold a key or a token show none of it in `Debug` output. `ops/telemetry.rs` caps what libraries log, and
+//! `tests/it/secrecy.rs` searches all output of a running operator.
 
 use std::fmt::Debug;
 use std::time::Duration;

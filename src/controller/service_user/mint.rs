@@ -34,7 +34,7 @@ enum SendError {
     NotLeading,
     /// Discovery failed, so that no token was requested.
     Discovery(Failure),
-    /// The token request failed, or what it needs.
+    /// The token request failed, or a prerequisite: the key, the project id, a policy.
     Request(Failure),
 }
 
@@ -87,7 +87,7 @@ impl Job<'_> {
             deferred: true,
             ..self.outcome(reason, None)
         };
-        // Retries are free: after an outage a new object would wait again.
+        // Retries are not counted. Otherwise an object whose first request failed in an outage would wait a second time.
         let is_retry = facts.pending_retries.get(name).is_some_and(|retry| retry.is_retry);
         let is_free = is_retry || request.scheduled && ctx.memory.try_scheduled(self.id, name);
         if !is_free {
@@ -127,7 +127,7 @@ impl Job<'_> {
         // Learning the project id may have taken requests of its own. A shutdown waits for one request and its write.
         client.discovery().await?;
         self.may_begin()?;
-        // The object or its policies may have changed since the plan: the token is left to the next reconcile.
+        // The object or its policies may have changed since the plan: the next reconcile, within seconds, decides anew.
         if !self.is_current() {
             return Err(Reason::APIServerUnavailable.into());
         }
@@ -135,7 +135,7 @@ impl Job<'_> {
     }
 
     /// Judges the response. Up to v4.13 ZITADEL answers a refused assertion with the same 500 as an outage, so the
-    /// operator asks discovery (`docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint`).
+    /// operator requests discovery to tell them apart (`docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint`).
     async fn classify(&self, client: &ZitadelClient, sent: Result<(Exchanged, Expected), SendError>) -> Classified {
         let failed = |reason, evidence, failure: Option<Failure>| Classified {
             result: Err(reason),
