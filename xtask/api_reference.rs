@@ -39,6 +39,8 @@ fn kind(crd: &CustomResourceDefinition) -> String {
         crd.spec.scope,
         short.join(", ")
     );
+    // The rules of spec and status follow their fields.
+    write_rules("Rules of the object", &own_rules(schema), &mut text);
     for (part, schema) in schema
         .properties
         .iter()
@@ -48,15 +50,19 @@ fn kind(crd: &CustomResourceDefinition) -> String {
         write!(text, "\n### {}: {part}\n\n", names.kind).expect("written");
         text.push_str("| field | type | description |\n|---|---|---|\n");
         fields("", schema, &mut text);
-        let rules = rules(schema);
-        if !rules.is_empty() {
-            text.push_str("\nRules across fields:\n\n");
-            for rule in rules {
-                writeln!(text, "* {rule}").expect("written");
-            }
-        }
+        write_rules("Rules across fields", &rules(schema), &mut text);
     }
     text
+}
+
+fn write_rules(heading: &str, rules: &[String], text: &mut String) {
+    if rules.is_empty() {
+        return;
+    }
+    write!(text, "\n{heading}:\n\n").expect("written");
+    for rule in rules {
+        writeln!(text, "* {rule}").expect("written");
+    }
 }
 
 /// Writes a row for each field of `schema`; `at` is the path of `schema`.
@@ -116,9 +122,11 @@ fn type_of(field: &JSONSchemaProps) -> String {
 /// The bounds and the allowed values of a field.
 fn limits(field: &JSONSchemaProps) -> String {
     let mut all = Vec::new();
-    let item = match &field.items {
-        Some(JSONSchemaPropsOrArray::Schema(item)) => Some(&**item),
-        _ => None,
+    // The entries of a list, or the values of a map.
+    let (entry, of_entry) = match (&field.items, &field.additional_properties) {
+        (Some(JSONSchemaPropsOrArray::Schema(item)), _) => (Some(&**item), " characters each"),
+        (_, Some(JSONSchemaPropsOrBool::Schema(value))) => (Some(&**value), " characters in each value"),
+        _ => (None, ""),
     };
     if let Some(values) = &field.enum_ {
         let values: Vec<_> = values
@@ -132,9 +140,9 @@ fn limits(field: &JSONSchemaProps) -> String {
         (field.min_items, field.max_items, " entries"),
         (None, field.max_properties, " entries"),
         (
-            item.and_then(|i| i.min_length),
-            item.and_then(|i| i.max_length),
-            " characters each",
+            entry.and_then(|e| e.min_length),
+            entry.and_then(|e| e.max_length),
+            of_entry,
         ),
     ] {
         match (least, most) {
@@ -146,20 +154,21 @@ fn limits(field: &JSONSchemaProps) -> String {
     if let (Some(least), Some(most)) = (field.minimum, field.maximum) {
         all.push(format!("{least} to {most}."));
     }
-    if let Some(pattern) = field.pattern.as_ref().or(item.and_then(|i| i.pattern.as_ref())) {
+    if let Some(pattern) = field.pattern.as_ref().or(entry.and_then(|e| e.pattern.as_ref())) {
         all.push(format!("Pattern `{}`.", pattern.replace('|', "\\|")));
     }
     all.join(" ")
 }
 
+/// The messages of the CEL rules of `schema` itself.
+fn own_rules(schema: &JSONSchemaProps) -> Vec<String> {
+    let rules = schema.x_kubernetes_validations.iter().flatten();
+    rules.filter_map(|rule| rule.message.clone()).collect()
+}
+
 /// The messages of the CEL rules of `schema` and its descendants, without duplicates.
 fn rules(schema: &JSONSchemaProps) -> Vec<String> {
-    let own = schema
-        .x_kubernetes_validations
-        .iter()
-        .flatten()
-        .filter_map(|rule| rule.message.clone());
-    let mut all: Vec<String> = own.collect();
+    let mut all = own_rules(schema);
     let item = match &schema.items {
         Some(JSONSchemaPropsOrArray::Schema(item)) => Some(&**item),
         _ => None,

@@ -103,8 +103,8 @@ pub struct Connection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_secret_ref: Option<EntryRef>,
 
-    /// Proxy for this instance, such as `http://proxy.example.com:3128`. The operator ignores proxy environment
-    /// variables.
+    /// Proxy for this instance, such as `http://proxy.example.com:3128`. The URL that the operator connects to must
+    /// then be https://. The operator ignores proxy environment variables.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253), regex(pattern = ORIGIN_PATTERN))]
     pub proxy: Option<String>,

@@ -201,13 +201,13 @@ pub struct TokenSecret {
     )]
     pub template: BTreeMap<String, String>,
 
-    /// What happens to the Secret when its token is removed from the spec or the object is deleted. `Delete` (the
-    /// default) deletes it. `Retain` keeps it, without an owner reference.
+    /// See [`DeletionPolicy`], whose text the schema shows here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion_policy: Option<DeletionPolicy>,
 }
 
-/// What happens to a token Secret that the spec no longer contains.
+/// What happens to the Secret when its token is removed from the spec or the object is deleted. `Delete` (the default)
+/// deletes it. `Retain` keeps it, without an owner reference.
 #[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeletionPolicy {
     /// The Secret is deleted.
@@ -299,9 +299,10 @@ pub struct ZitadelServiceUserStatus {
     #[schemars(length(max = 256))]
     pub last_handled_renew_request: Option<String>,
 
-    /// `Ready`: every Secret holds a valid token for the spec, and no token lacks its key Secret, instance or
-    /// access policy. `UpToDate`: the latest attempt to refresh every token
-    /// succeeded. `KeyValid`: the key is usable. `Reconciling` and `Stalled` follow kstatus.
+    /// `Ready`: every Secret holds a valid token for the spec, and the operator refuses no token because of, for
+    /// example, its spec, instance, access policies or key file; docs/tokens.md lists all causes. `UpToDate`:
+    /// the latest attempt to refresh every token succeeded. `KeyValid`: the key is usable. `Reconciling` and `Stalled`
+    /// follow kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
