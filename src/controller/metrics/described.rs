@@ -27,6 +27,7 @@ macro_rules! metrics {
     ($($id:ident: $kind:ident $name:literal [$($label:literal)*] $help:literal;)*) => {
         $(
             #[doc = $help]
+            #[allow(clippy::doc_markdown, reason = "users read these texts as plain text, not as Markdown")]
             pub const $id: Described = Described {
                 name: $name,
                 kind: MetricType::$kind,
@@ -43,7 +44,7 @@ macro_rules! metrics {
 // The label is `zitadel_instance` because Prometheus uses `instance` for the scrape target.
 metrics! {
     SERVICE_USER_READY: Gauge "zitadel_tokens_service_user_ready" ["namespace" "name" "zitadel_instance" "reason"]
-        "1 if the condition Ready of the service user is True, otherwise 0; reason is the reason of the condition";
+        "1 if the condition Ready of the service user is True, otherwise 0; reason is the reason of the condition UpToDate";
     TOKEN_EXPIRATION: Gauge "zitadel_tokens_token_expiration_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
         "Expiry of the token, by the clock of the ZITADEL server";
     TOKEN_REFRESH: Gauge "zitadel_tokens_token_refresh_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance"]
@@ -53,7 +54,7 @@ metrics! {
     KEY_EXPIRATION: Gauge "zitadel_tokens_key_expiration_timestamp_seconds" ["namespace" "name" "zitadel_instance"]
         "Expiry of the key; absent if the key file does not state it";
     SERVICE_USERS: Gauge "zitadel_tokens_service_users" ["zitadel_instance" "ready" "reason"]
-        "Number of service users, by status and reason of the condition Ready; both are Unknown before the first reconcile";
+        "Number of service users, by status of the condition Ready and reason of the condition UpToDate; both are Unknown before the first reconcile";
     TOKENS: Gauge "zitadel_tokens_tokens" ["zitadel_instance" "state"]
         "Number of tokens by state: fresh; due (a refresh is due); stale (half of the time between the scheduled refresh and the expiry has passed); expired; missing; suspended";
     EARLIEST_KEY_EXPIRATION: Gauge "zitadel_tokens_earliest_key_expiration_timestamp_seconds" ["zitadel_instance"]

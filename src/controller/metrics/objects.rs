@@ -166,8 +166,8 @@ fn each_user(encoder: &mut DescriptorEncoder<'_>, users: &[(ObjectRef, Arc<UserS
     described::KEY_EXPIRATION.encode(encoder, keys)
 }
 
-/// Status and reason of the condition `Ready`. Unknown values are mapped to [`UNKNOWN`], because others may write the
-/// status and label values must be bounded.
+/// Status of the condition `Ready` and reason of the condition `UpToDate`. Unknown values are mapped to [`UNKNOWN`],
+/// because others may write the status and label values must be bounded.
 fn ready(user: &UserSummary) -> (&'static str, &'static str) {
     let Some((ready, reason)) = user.ready else {
         return (UNKNOWN, UNKNOWN);
