@@ -68,7 +68,7 @@ impl Failure {
 /// (`docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OAuthError {
-    /// `invalid_grant`: the assertion is refused (v4.14 and newer).
+    /// `invalid_grant`: the assertion is refused (newer than v4.13).
     InvalidGrant,
     /// `server_error` with `Errors.Internal`: the assertion is refused (up to v4.13), or a real failure.
     InternalError,
