@@ -59,7 +59,7 @@ pub const ZITADEL_ALIAS: &str = "zitadel";
 /// operator holds an object in memory during a reconcile, and 16 tokens with 32 templates each could otherwise have 8 MiB.
 pub const MAX_TEXT: usize = 64 * 1024;
 
-/// Placeholders of a template. Each becomes a token of up to 64 KiB.
+/// Placeholders of a template. Each becomes a token of up to 32 KiB (`domain/answer.rs`).
 pub const MAX_PLACEHOLDERS: usize = 16;
 
 /// Message: a token without audience.

@@ -3,8 +3,10 @@
 //!
 //! The server's clock decides whether an assertion is valid and whether a token or a key has expired. All times in the
 //! domain, in records and in the status of a service user are therefore by the server's clock, as far as it is known.
-//! `zitadel/http.rs` takes the samples. The controller converts times at the beginning and at the end of a reconcile
-//! (`gather.rs`, `act.rs`, `mint.rs` and `mod.rs` of `controller/service_user`).
+//! `zitadel/http.rs` takes the samples, and `zitadel/client.rs` signs by the server's clock. The controller converts
+//! times at the beginning and at the end of a reconcile (`gather.rs`, `act.rs`, `mint.rs` and `mod.rs` of
+//! `controller/service_user`, and `controller/instance/mod.rs`). `controller/metrics/objects.rs` and the order of the
+//! queue (`cli/run.rs`) also use the skew.
 
 use std::time::Instant;
 

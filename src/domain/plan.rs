@@ -88,8 +88,8 @@ pub struct MintRequest {
     pub try_write_first: bool,
 }
 
-/// Unscheduled refreshes and repairs of one token that are allowed within `facts::CONTEST_WINDOW`, not counting the
-/// first token. More of them mean that there is a conflicting writer.
+/// More unscheduled refreshes and repairs of one token than this within `facts::CONTEST_WINDOW` mean that there is a
+/// conflicting writer: the operator refuses the next one. The first token counts as one of them.
 const UNSCHEDULED: usize = 3;
 
 /// Computes the plan. It is level-based: the same facts and time give the same plan, whatever happened before.

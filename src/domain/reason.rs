@@ -182,8 +182,8 @@ reasons! {
         "The ID of the server's ZITADEL project differs from spec.zitadelProjectID of the ZitadelInstance.",
         "Correct spec.zitadelProjectID, or check that spec.connection leads to the right server.";
     InsecureHTTP: Permanent, Object,
-        "The ZitadelInstance uses plain HTTP without spec.connection.allowInsecureHTTP, or for a host that is neither a loopback address nor *.svc.",
-        "Use https://. For localhost or an in-cluster Service, set spec.connection.allowInsecureHTTP to true.";
+        "The ZitadelInstance uses plain HTTP without spec.connection.allowInsecureHTTP, for a host that is neither a loopback address nor *.svc, or through spec.connection.proxy.",
+        "Use https:// in spec.issuer and spec.connection.endpoint. For localhost or an in-cluster Service without a proxy, set spec.connection.allowInsecureHTTP to true.";
     MalformedResponse: Transient, Instance,
         "The server's response violates the protocol.",
         "Check spec.connection of the ZitadelInstance and any proxy between the operator and the server.";

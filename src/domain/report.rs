@@ -72,8 +72,8 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
     }
 }
 
-/// The part of a status that says why an object is not served at all, as a JSON merge patch: its conditions `failed` are
-/// false.
+/// The part of a status that says why an object is not served at all, as a JSON merge patch: its conditions `failed`
+/// are false, and `Stalled` is true at once.
 #[must_use]
 pub fn refusal(reason: Reason, failed: &[&str], generation: Option<i64>, now: Timestamp) -> serde_json::Value {
     let condition = |(kind, value): (&str, &str)| Condition {

@@ -1,5 +1,9 @@
-//! Logging. It caps library logs and drops panic messages, because neither knows which values are secret. The operator's own
-//! types redact themselves (`src/tests/redaction.rs`).
+//! Logging. It caps library logs and drops panic messages, because neither knows which values are secret. The
+//! operator's own types redact themselves (`src/tests/redaction.rs`).
+//!
+//! Texts of servers and libraries are dropped where they arrive, for example in `zitadel/token.rs`,
+//! `zitadel/transport.rs` and `controller/write.rs`. Values of closed sets take their place (`domain/failure.rs`,
+//! `domain/reason.rs`).
 
 use clap::ValueEnum;
 use prometheus_client::metrics::counter::Counter;

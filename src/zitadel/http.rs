@@ -16,7 +16,7 @@ use crate::zitadel::clock::Clock;
 use crate::zitadel::limits::Limits;
 use crate::zitadel::transport::{Request, Transport, failure};
 
-/// Longest accepted body. A token has at most 64 KiB, a discovery document about 3 KiB.
+/// Longest accepted body. A token has at most 32 KiB (`domain/answer.rs`), a discovery document about 3 KiB.
 const MAX_BODY: usize = 256 * 1024;
 
 /// Initial capacity without a `Content-Length`. A token with many roles has about 4 KiB.

@@ -1,5 +1,5 @@
-//! The request budget, concurrency limit and circuit breakers of each dialled host, shared by all instances that dial
-//! it.
+//! What the operator may send to each dialled host: its request budget, concurrency limit and circuit breakers, shared
+//! by all instances that dial it. `domain/backoff.rs` has the wait after the server's own limit, a 429.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

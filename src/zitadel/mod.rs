@@ -1,5 +1,5 @@
-//! HTTP to ZITADEL: discovery, the token request, and the limits that protect the server. This module does not use the
-//! Kubernetes API, and its errors never contain text from a response.
+//! HTTP to ZITADEL: discovery, the token request, and the limits on what the operator sends. This module does not use
+//! the Kubernetes API, and its errors never contain text from a response.
 
 mod circuit_breaker;
 mod client;
