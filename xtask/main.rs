@@ -42,6 +42,7 @@ fn reasons() -> String {
         let retry = match reason.retry() {
             Retry::No => "none",
             Retry::Permanent => "on a change, otherwise about every 10 min",
+            Retry::Rare => "on a change, otherwise about every 6 h",
             Retry::Eventual => "on a change, otherwise after 1 s, 2 s and 4 s, then about every 10 min",
             Retry::Transient => "backoff from 1 s to 5 min",
             Retry::Soon => "backoff from 1 s to 10 s",

@@ -19,6 +19,22 @@ pub const ANNOTATION_RECORD: &str = "zitadel-tokens.dev/record";
 /// Annotation of a `ZitadelServiceUser`: an opaque value. A new value requests a refresh of every token.
 pub const ANNOTATION_RENEW_REQUEST: &str = "zitadel-tokens.dev/renew-request";
 
+/// Annotation of a `ZitadelServiceUser`: an opaque value. A new value requests a rotation of the key.
+pub const ANNOTATION_ROTATE_REQUEST: &str = "zitadel-tokens.dev/rotate-request";
+
+/// Annotation of a `ZitadelServiceUser`: its UID. The operator then gives up the keys that it made for the object, and
+/// leaves them at ZITADEL.
+pub const ANNOTATION_ABANDON: &str = "zitadel-tokens.dev/abandon";
+
+/// Finalizer of a `ZitadelServiceUser` for which the operator has made keys at ZITADEL.
+pub const FINALIZER: &str = "zitadel-tokens.dev/keys";
+
+/// Label of a key ledger. The value is the UID of its `ZitadelServiceUser`.
+pub const LABEL_KEY_LEDGER: &str = "zitadel-tokens.dev/key-ledger";
+
+/// Prefix of the name of a key ledger, before the UID of its `ZitadelServiceUser`.
+pub const KEY_LEDGER_PREFIX: &str = "service-user-key-";
+
 /// Annotation of an existing Secret: the name of the `ZitadelServiceUser` that may adopt it.
 pub const ANNOTATION_ADOPT: &str = "zitadel-tokens.dev/adopt";
 

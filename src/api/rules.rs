@@ -40,6 +40,15 @@ pub const MAX_TOKEN_NAME: usize = 63;
 /// Most project ids of a token.
 pub const MAX_PROJECTS: usize = 32;
 
+/// Message: an interval outside its bounds.
+pub const ROTATION_INTERVAL: &str = "must be at least 1h and at most 8760h";
+
+/// Message: an overlap outside its bounds.
+pub const ROTATION_OVERLAP: &str = "must be at least 10s and shorter than interval";
+
+/// Message: a key that would expire before the next one replaces it.
+pub const ROTATION_LIFETIME: &str = "must be longer than interval and overlap together, and at most 26280h";
+
 /// Most further scopes of a token.
 pub const MAX_SCOPES: usize = 16;
 

@@ -21,6 +21,14 @@ pub const UP_TO_DATE: &str = "UpToDate";
 /// Condition: the key is usable.
 pub const KEY_VALID: &str = "KeyValid";
 
+/// Condition: the operator rotates the key on schedule. Absent if the object does not rotate its key and the operator
+/// holds none for it.
+pub const KEY_ROTATED: &str = "KeyRotated";
+
+/// Condition: between the last two counts, the number of keys and personal access tokens of the user that the operator
+/// did not make has grown.
+pub const FOREIGN_CREDENTIALS: &str = "ForeignCredentials";
+
 /// A ZITADEL service user, the Secret with its key, and the tokens that the operator keeps fresh for it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
@@ -66,7 +74,18 @@ pub struct ZitadelServiceUserSpec {
     /// The Secret with ZITADEL's key file (JSON), in the namespace of this object.
     pub key_secret_ref: KeySecretRef,
 
-    /// If true, the operator changes no Secret of this object and requests no tokens. Default false.
+    /// Has the operator replace the key on a schedule. The key in `keySecretRef` begins the first rotation, and is used
+    /// again if the operator's keys are lost or the rotation stops. The operator's keys stay in its own namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_rotation: Option<KeyRotation>,
+
+    /// What happens at ZITADEL to the keys that the operator made when this object is deleted. `Delete` (the default)
+    /// removes them. `Orphan` leaves them until they expire.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion_policy: Option<KeyDeletionPolicy>,
+
+    /// If true, the operator changes no Secret of this object, requests no tokens and rotates no key. A deletion still
+    /// removes the operator's keys. Default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,
 
@@ -96,6 +115,51 @@ pub struct KeySecretRef {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
     pub key: Option<String>,
+}
+
+/// The schedule of key rotations.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.overlap) || duration(self.overlap) < duration(self.interval)")
+        .message(at("spec.keyRotation.overlap", rules::ROTATION_OVERLAP).as_str()),
+    validation = Rule::new("!has(self.keyLifetime) || duration(self.keyLifetime) > duration(self.interval) + (has(self.overlap) ? duration(self.overlap) : duration('1h'))")
+        .message(at("spec.keyRotation.keyLifetime", rules::ROTATION_LIFETIME).as_str())
+)]
+pub struct KeyRotation {
+    /// Time between two rotations, such as `720h`. A rotation is up to a tenth earlier, so that rotations spread.
+    #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('1h') && duration(self) <= duration('8760h')")
+        .message(at("spec.keyRotation.interval", rules::ROTATION_INTERVAL).as_str()))]
+    pub interval: String,
+
+    /// How long a replaced key stays at ZITADEL. Default `1h`, or half of a shorter interval.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('10s')")
+        .message(at("spec.keyRotation.overlap", rules::ROTATION_OVERLAP).as_str()))]
+    pub overlap: Option<String>,
+
+    /// Lifetime of a key at ZITADEL. Default: three times the interval.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
+    #[x_kube(validation = Rule::new("duration(self) <= duration('26280h')")
+        .message(at("spec.keyRotation.keyLifetime", rules::ROTATION_LIFETIME).as_str()))]
+    pub key_lifetime: Option<String>,
+
+    /// If true, the operator removes at ZITADEL the key that the rotation began with, after the overlap and if no other
+    /// object that this operator serves uses it. Default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delete_bootstrap_key: Option<bool>,
+}
+
+/// What happens at ZITADEL to the keys that the operator made when their object is deleted.
+#[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyDeletionPolicy {
+    /// The operator removes the keys before the object disappears.
+    Delete,
+    /// The keys stay until they expire.
+    Orphan,
 }
 
 /// One token: its audiences, and the Secret that holds it.
@@ -281,6 +345,10 @@ pub struct ZitadelServiceUserStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_expires_at: Option<Time>,
 
+    /// State of the key rotation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_rotation: Option<KeyRotationStatus>,
+
     /// Earliest expiry of the tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Time>,
@@ -301,8 +369,9 @@ pub struct ZitadelServiceUserStatus {
 
     /// `Ready`: every Secret holds a valid token for the spec, and the operator refuses no token because of, for
     /// example, its spec, instance, access policies or key file; docs/tokens.md lists all causes. `UpToDate`:
-    /// the latest attempt to refresh every token succeeded. `KeyValid`: the key is usable. `Reconciling` and `Stalled`
-    /// follow kstatus.
+    /// the latest attempt to refresh every token succeeded. `KeyValid`: the key is usable. `KeyRotated`: the operator
+    /// rotates the key on schedule. `ForeignCredentials`: the user got keys or personal access tokens from elsewhere.
+    /// `Reconciling` and `Stalled` follow kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -313,6 +382,30 @@ pub struct ZitadelServiceUserStatus {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub tokens: Vec<TokenStatus>,
+}
+
+/// State of the key rotation.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyRotationStatus {
+    /// When the key in use replaced another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotated_at: Option<Time>,
+
+    /// When the next rotation is due.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotate_at: Option<Time>,
+
+    /// Last value of the annotation `zitadel-tokens.dev/rotate-request` for which the operator has rotated the key. A
+    /// value of more than 256 bytes is shown as its hash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub last_handled_rotate_request: Option<String>,
+
+    /// Number of keys and personal access tokens of the user at ZITADEL that this operator did not make, counted at each
+    /// rotation. The key in `keySecretRef` is not among them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign_credentials: Option<i32>,
 }
 
 /// Status of one token.

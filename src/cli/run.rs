@@ -14,15 +14,18 @@ use crate::cli::cluster;
 use crate::controller::cache::Cache;
 use crate::controller::crd_version;
 use crate::controller::instance::Connections;
+use crate::controller::key_generator::KeyGenerator;
 use crate::controller::metrics::objects::Objects;
 use crate::controller::metrics::{Metrics, Queues};
 use crate::controller::queue::Queue;
 use crate::controller::read::Reader;
-use crate::controller::service_user::{Memory, TIME_TO_WRITE};
+use crate::controller::service_user::{KeyMemory, Memory, TIME_TO_WRITE};
 use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests, instance, service_user};
 use crate::domain::allow_list::AllowList;
+use crate::domain::backoff::Recovery;
+use crate::domain::key;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::priority::{Priority, priority};
 use crate::ops::election::Election;
@@ -128,7 +131,10 @@ pub fn run(arguments: Arguments) -> Result<(), String> {
         .install_default()
         .map_err(|_| "a signing backend is already installed")?;
     let runtime = tokio::runtime::Runtime::new().map_err(|e| format!("cannot start the async runtime: {e}"))?;
-    runtime.block_on(serve(arguments, allowed, panics))
+    let served = runtime.block_on(serve(arguments, allowed, panics));
+    // The thread that generates keys would delay the end of the process.
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Result<(), String> {
@@ -175,6 +181,8 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         instances: instances.clone(),
         users: users.clone(),
         memory: Memory::default(),
+        keys: KeyMemory::default(),
+        key_generator: key_generator(&users),
         requests: Requests::default(),
         metrics,
         allowed_metadata: Arc::new(allowed),
@@ -284,10 +292,20 @@ async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown
     );
 }
 
+/// Generates keys and wakes the object that waits for one.
+fn key_generator(users: &Arc<Queue>) -> Arc<KeyGenerator> {
+    let users = users.clone();
+    let wake = move |id: &ObjectRef| users.wake_failing(vec![id.clone()], Recovery::Key);
+    Arc::new(KeyGenerator::new(key::generate, Box::new(wake)))
+}
+
 /// Runs when this process becomes the leader. The previous leader may have stopped at any point, so everything is
 /// reconciled. Unwritten tokens of this process are kept (docs/adr/0009-unwritten-tokens-are-kept.md).
 fn take_over(ctx: &Context) {
     ctx.memory.retain(|id| ctx.cache.user(id).is_some());
+    // The former leader may have changed every key.
+    ctx.keys.clear();
+    ctx.key_generator.clear();
     ctx.connections.forget_reconciles();
     reconcile_all(ctx);
 }

@@ -4,6 +4,7 @@ pub mod cache;
 pub mod crd_version;
 pub mod guarded;
 pub mod instance;
+pub mod key_generator;
 pub mod metrics;
 pub mod queue;
 pub mod read;
@@ -21,10 +22,11 @@ use tokio::time::Instant;
 
 use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
+use crate::controller::key_generator::KeyGenerator;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
 use crate::controller::read::Reader;
-use crate::controller::service_user::Memory;
+use crate::controller::service_user::{KeyMemory, Memory};
 use crate::controller::write::Writer;
 use crate::domain::allow_list::AllowList;
 use crate::domain::allowance::Allowances;
@@ -55,6 +57,10 @@ pub struct Context {
     pub users: Arc<Queue>,
     /// What this process remembers about service users.
     pub memory: Memory,
+    /// What this process remembers about keys.
+    pub keys: KeyMemory,
+    /// Generates keys for rotations.
+    pub key_generator: Arc<KeyGenerator>,
     /// The limit for token requests other than scheduled refreshes.
     pub requests: Requests,
     /// The metrics.

@@ -20,10 +20,11 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 
 use crate::api::ZitadelServiceUser;
-use crate::api::metadata::{GROUP, is_ours};
+use crate::api::metadata::{FINALIZER, GROUP, is_ours};
 use crate::api::service_user::KeySecretRef;
 use crate::controller::guarded::Guarded;
 use crate::domain::key::{self, ServiceKey};
+use crate::domain::key_ledger::{Ledger, StoredLedger};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::{Controller, MAX_BYTES, ObservedSecret, Wanted};
 use crate::domain::reason::Reason;
@@ -114,6 +115,19 @@ impl Reader {
         }
     }
 
+    /// Reads the key ledger with this name.
+    pub async fn key_ledger(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Result<Option<StoredLedger>, Reason>, ReadError> {
+        match self.get::<Secret, _>(namespace, name, stored_ledger).await? {
+            Some(Some(stored)) => Ok(stored.map(Some)),
+            Some(None) => Err(ReadError::Unavailable),
+            None => Ok(Ok(None)),
+        }
+    }
+
     /// Reads the certificates in an entry of a Secret. `None` if the entry does not exist or is too large.
     pub async fn certificates(
         &self,
@@ -185,6 +199,12 @@ fn needed(metadata: ObjectMeta) -> ObjectMeta {
         annotations.retain(|key, _| is_ours(key));
         annotations
     });
+    // Only the place of the operator's finalizer matters.
+    let finalizers = metadata.finalizers.map(|mut finalizers| {
+        let others = finalizers.iter_mut().filter(|finalizer| *finalizer != FINALIZER);
+        others.for_each(|other| *other = String::new());
+        finalizers
+    });
     ObjectMeta {
         name: metadata.name,
         namespace: metadata.namespace,
@@ -193,6 +213,7 @@ fn needed(metadata: ObjectMeta) -> ObjectMeta {
         generation: metadata.generation,
         deletion_timestamp: metadata.deletion_timestamp,
         annotations,
+        finalizers,
         ..ObjectMeta::default()
     }
 }
@@ -289,6 +310,22 @@ pub fn service_key(text: &str, entry: Option<&str>) -> Option<Result<ServiceKey,
         .into_iter()
         .map(|(key, raw)| (key, decoded(raw, key::MAX_BYTES).unwrap_or_default()));
     Some(key::from_secret(Some(&labels), &data.collect(), entry))
+}
+
+/// Reads a key ledger from the JSON of a Secret. `None` if the text is not a Secret.
+fn stored_ledger(text: &str) -> Option<Result<StoredLedger, Reason>> {
+    let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
+    let data = pick(secret.data, usize::MAX, Ledger::has_entry);
+    let data = data
+        .into_iter()
+        .filter_map(|(entry, raw)| Some((entry, decoded(raw, key::MAX_BYTES)?)));
+    let (uid, resource_version) = (secret.metadata.uid?, secret.metadata.resource_version?);
+    let ledger = Ledger::parse(&data.collect());
+    Some(ledger.map(|ledger| StoredLedger {
+        ledger,
+        uid,
+        resource_version,
+    }))
 }
 
 /// Decodes the value of an entry. Returns an empty value if it is not base64, and `None` if it is longer than

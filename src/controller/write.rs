@@ -8,22 +8,25 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
+use k8s_openapi::api::core::v1::Secret;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::{NamespaceResourceScope, Request};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource, ResourceExt};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use serde::ser::{SerializeMap, Serializer};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use crate::api::metadata::{GROUP, MANAGER};
+use crate::api::metadata::{FINALIZER, GROUP, LABEL_KEY_LEDGER, LABEL_MANAGED_BY, MANAGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::triggers::reference;
 use crate::controller::watched::WatchedSecret;
 use crate::domain::allowance::Allowances;
+use crate::domain::key_ledger::{Ledger, StoredLedger};
 use crate::domain::limits::Rate;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::{OWNER_KIND, SecretRef, WritePrecondition};
@@ -32,6 +35,10 @@ use crate::domain::refuser::Refuser;
 use crate::domain::report::EventDraft;
 use crate::domain::secret_draft::SecretDraft;
 use crate::ops::lease::{LeadershipGuard, NotLeading};
+
+/// Asks for the metadata of an object instead of the object.
+const METADATA_ONLY: HeaderValue =
+    HeaderValue::from_static("application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1");
 
 /// Longest time of one write; the API server's own limit is a minute.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -180,7 +187,82 @@ impl Writer {
         lock(&self.accepts_secrets).remove(namespace);
     }
 
-    /// Deletes a token Secret, if it still has the observed UID and resource version.
+    /// Writes a key ledger: creates its Secret, or replaces the one that was read. A replacement also drops entries that
+    /// another writer added. Returns the ledger as it is stored now.
+    pub async fn write_ledger(&self, at: &LedgerRef<'_>, ledger: Ledger) -> Result<StoredLedger, WriteError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Metadata {
+            uid: String,
+            resource_version: String,
+        }
+        #[derive(Deserialize)]
+        struct Written {
+            metadata: Metadata,
+        }
+        let mut secret = json!({
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": at.name, "labels": {LABEL_MANAGED_BY: MANAGER, LABEL_KEY_LEDGER: at.owner}},
+            "type": "Opaque",
+        });
+        let request = Request::new(Secret::url_path(&(), Some(at.namespace)));
+        if let Some(SecretRef {
+            uid, resource_version, ..
+        }) = &at.stored
+        {
+            secret["metadata"]["uid"] = uid.as_str().into();
+            secret["metadata"]["resourceVersion"] = resource_version.as_str().into();
+        }
+        let body = WithData {
+            secret: &secret,
+            data: ledger.data(),
+        };
+        let body = serde_json::to_vec(&body).map_err(|_| WriteError::Unavailable)?;
+        let params = PostParams {
+            field_manager: Some(MANAGER.into()),
+            ..PostParams::default()
+        };
+        let request = match &at.stored {
+            Some(_) => request.replace(at.name, &params, body),
+            None => request.create(&params, body),
+        };
+        let mut request = request.map_err(|_| WriteError::Unavailable)?;
+        // Request only the metadata, so that the response does not contain the keys.
+        request.headers_mut().insert(ACCEPT, METADATA_ONLY);
+        let written = self.bounded(self.client.request::<Written>(request)).await?.metadata;
+        Ok(StoredLedger {
+            ledger,
+            uid: written.uid,
+            resource_version: written.resource_version,
+        })
+    }
+
+    /// Adds the operator's finalizer to a service user, or removes it. Returns the new resource version.
+    pub async fn set_finalizer(&self, user: &ZitadelServiceUser, present: bool) -> Result<String, WriteError> {
+        let finalizers = user.finalizers();
+        let place = finalizers.iter().position(|finalizer| finalizer == FINALIZER);
+        let change = match (place, present) {
+            (Some(place), false) => json!({"op": "remove", "path": format!("/metadata/finalizers/{place}")}),
+            (None, true) if finalizers.is_empty() => {
+                json!({"op": "add", "path": "/metadata/finalizers", "value": [FINALIZER]})
+            }
+            (None, true) => json!({"op": "add", "path": "/metadata/finalizers/-", "value": FINALIZER}),
+            _ => return Ok(user.resource_version().unwrap_or_default()),
+        };
+        // Another writer must not have moved the finalizers meanwhile.
+        let version = json!({"op": "replace", "path": "/metadata/resourceVersion", "value": user.resource_version()});
+        let body = serde_json::to_vec(&json!([version, change])).map_err(|_| WriteError::Unavailable)?;
+        let path = ZitadelServiceUser::url_path(&(), user.metadata.namespace.as_deref());
+        let request = hyper::Request::patch(format!("{path}/{}?fieldManager={MANAGER}", user.name_any()))
+            .header(ACCEPT, METADATA_ONLY)
+            .header(CONTENT_TYPE, "application/json-patch+json")
+            .body(body)
+            .map_err(|_| WriteError::Unavailable)?;
+        self.write_object(request).await
+    }
+
+    /// Deletes a token Secret or a key ledger, if it still has the observed UID and resource version.
     pub async fn delete_secret(&self, namespace: &str, secret: &SecretRef) -> Result<(), WriteError> {
         let api: Api<WatchedSecret> = Api::namespaced(self.client.clone(), namespace);
         let params = DeleteParams {
@@ -222,11 +304,16 @@ impl Writer {
             .await
     }
 
-    /// Sends a status write. The response is the whole object; only its resource version is decoded.
     async fn write_status(
         &self,
         request: Result<hyper::Request<Vec<u8>>, kube::core::request::Error>,
     ) -> Result<String, WriteError> {
+        self.write_object(request.map_err(|_| WriteError::Unavailable)?).await
+    }
+
+    /// Sends the write of a service user or instance. Only the resource version of the response is decoded, which may be
+    /// the whole object.
+    async fn write_object(&self, request: hyper::Request<Vec<u8>>) -> Result<String, WriteError> {
         #[derive(Deserialize)]
         struct Object {
             metadata: Metadata,
@@ -236,7 +323,6 @@ impl Writer {
         struct Metadata {
             resource_version: String,
         }
-        let request = request.map_err(|_| WriteError::Unavailable)?;
         // The semaphore is never closed.
         let _place = self.at_once.acquire().await;
         let written = self.bounded(self.client.request_text(request)).await?;
@@ -346,6 +432,16 @@ impl WriteError {
         }
     }
 
+    /// The reason that users see if a key ledger or the finalizer could not be written.
+    #[must_use]
+    pub fn reason_for_keys(&self) -> Reason {
+        match self {
+            // The operator's namespace does not exist.
+            Self::Refused { .. } | Self::Missing => Reason::KeyLedgerWriteFailed,
+            _ => self.reason_for_status(),
+        }
+    }
+
     /// The quota, webhook or policy that refused the write, if known.
     #[must_use]
     pub fn refused_by(self) -> Option<Refuser> {
@@ -426,6 +522,39 @@ impl<'a> Applied<'a> {
             data: &draft.data,
         }
     }
+}
+
+/// Where a key ledger is stored.
+pub struct LedgerRef<'a> {
+    /// The operator's namespace.
+    pub namespace: &'a str,
+    /// Name of the Secret.
+    pub name: &'a str,
+    /// UID of the service user.
+    pub owner: &'a str,
+    /// The Secret that the write replaces. `None` to create it.
+    pub stored: Option<SecretRef>,
+}
+
+/// A Secret whose data are exposed only during serialization.
+#[derive(Serialize)]
+struct WithData<'a> {
+    #[serde(flatten)]
+    secret: &'a Value,
+    #[serde(serialize_with = "encoded_bytes")]
+    data: BTreeMap<&'static str, SecretSlice<u8>>,
+}
+
+fn encoded_bytes<S: Serializer>(
+    data: &BTreeMap<&'static str, SecretSlice<u8>>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let mut map = serializer.serialize_map(Some(data.len()))?;
+    for (key, value) in data {
+        let encoded = SecretString::from(STANDARD.encode(value.expose_secret()));
+        map.serialize_entry(key, encoded.expose_secret())?;
+    }
+    map.end()
 }
 
 fn encoded<S: Serializer>(data: &BTreeMap<String, SecretString>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -29,6 +29,8 @@ pub struct Backoff {
 /// The dependency that recovered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Recovery {
+    /// The key that the object waits for was generated.
+    Key,
     /// The circuit breaker closed.
     Breaker,
     /// The instance became Ready.
@@ -118,12 +120,13 @@ impl Backoff {
 const EARLY_RETRIES: u32 = 3;
 
 /// The backoff after `failures` consecutive failures: it starts at one second and doubles up to the limit of `retry`,
-/// or is about ten minutes for failures that only a change can fix. `seed` spreads objects that failed together.
+/// or is about ten minutes, or six hours, for failures that only a change can fix. `seed` spreads objects that failed together.
 fn delay(retry: Retry, failures: u32, seed: &str) -> SignedDuration {
     let base = match retry {
         Retry::No => return SignedDuration::ZERO,
         Retry::Eventual if failures <= EARLY_RETRIES => growing(failures),
         Retry::Permanent | Retry::Eventual => SignedDuration::from_mins(10),
+        Retry::Rare => SignedDuration::from_hours(6),
         Retry::Transient => growing(failures).min(SignedDuration::from_mins(5)),
         Retry::Soon => growing(failures).min(SignedDuration::from_secs(10)),
     };
@@ -147,7 +150,7 @@ mod tests {
             let got = wait(Retry::Transient, failures);
             assert!(got >= 0.8 * base && got <= 1.2 * base, "{failures}: {got}");
         }
-        assert!(wait(Retry::Permanent, 1) >= 480.0);
+        assert!(wait(Retry::Permanent, 1) >= 480.0 && wait(Retry::Rare, 1) >= 17_280.0);
         for (failures, most) in [(1, 1.2), (2, 2.4), (3, 4.8)] {
             assert!(wait(Retry::Eventual, failures) <= most, "{failures}");
         }

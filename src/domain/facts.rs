@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 
+use crate::api::metadata::{ANNOTATION_RENEW_REQUEST, ANNOTATION_ROTATE_REQUEST};
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::domain::access::AllowedAudiences;
@@ -15,6 +16,7 @@ use crate::domain::answer::{Format, Minted};
 use crate::domain::clock_skew::Skew;
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;
+use crate::domain::key_rotation::KeyState;
 use crate::domain::observed_secret::{ObservedSecret, SecretRef};
 use crate::domain::reason::Reason;
 use crate::domain::record::Record;
@@ -47,8 +49,11 @@ pub struct Facts {
     pub zitadel_project_id: Option<String>,
     /// The skew of the instance's clock at the time of gathering.
     pub clock: Skew,
-    /// The key, or why it is unavailable. The operator reads it only if at least one token of the spec is admitted.
+    /// The key that signs, or why there is none. The operator reads keys only if at least one token of the spec is
+    /// admitted.
     pub key: Result<ServiceKey, Reason>,
+    /// All keys of the object.
+    pub keys: KeyState,
     /// The existing Secrets that the spec names, and the leftovers, by name.
     pub secrets: BTreeMap<String, ObservedSecret>,
     /// Tokens that were issued and not yet written, by token name.
@@ -157,8 +162,18 @@ impl Facts {
     /// annotations of a Secret together are limited to 256 KiB, as on the object, and the record is only one of them.
     #[must_use]
     pub fn renew_request(&self) -> Option<String> {
+        self.request(ANNOTATION_RENEW_REQUEST)
+    }
+
+    /// The rotate request of the object, in the form of [`Self::renew_request`].
+    #[must_use]
+    pub fn rotate_request(&self) -> Option<String> {
+        self.request(ANNOTATION_ROTATE_REQUEST)
+    }
+
+    fn request(&self, annotation: &str) -> Option<String> {
         let annotations = self.user.metadata.annotations.as_ref()?;
-        let request = annotations.get(crate::api::metadata::ANNOTATION_RENEW_REQUEST)?;
+        let request = annotations.get(annotation)?;
         if request.len() <= LONGEST_REQUEST {
             return Some(request.clone());
         }

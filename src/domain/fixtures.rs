@@ -21,6 +21,7 @@ use crate::domain::answer::Minted;
 use crate::domain::clock_skew::{Sample, Skew};
 use crate::domain::facts::{Facts, UnwrittenToken};
 use crate::domain::key::{self, ServiceKey};
+use crate::domain::key_rotation::KeyState;
 use crate::domain::observed_secret::{Controller, OWNER_KIND, ObservedSecret};
 use crate::domain::plan::{self, MintRequest, Step, plan};
 use crate::domain::secret_draft::{self, SecretDraft};
@@ -104,6 +105,10 @@ pub fn facts(tokens: &[&str]) -> Facts {
         zitadel_project_id: None,
         clock: clock(0),
         key: Ok(KEY.clone()),
+        keys: KeyState {
+            bootstrap: Ok(KEY.clone()),
+            ledger: Ok(None),
+        },
         secrets: BTreeMap::new(),
         unwritten: BTreeMap::new(),
         write_failed: BTreeSet::new(),

@@ -4,8 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der};
-use aws_lc_rs::rsa::KeyPair;
+use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der, PublicKeyX509Der};
+use aws_lc_rs::rsa::{KeyPair, KeySize};
+use aws_lc_rs::signature::KeyPair as _;
 use jsonwebtoken::EncodingKey;
 use k8s_openapi::jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
@@ -13,6 +14,7 @@ use serde::Deserialize;
 use serde_json::error::Category;
 
 use crate::api::metadata::{LABEL_MANAGED_BY, MANAGER, is_ours};
+use crate::domain::hash;
 use crate::domain::reason::Reason;
 
 /// A service user's key, ready to sign with. `Debug` redacts the private key, and `EncodingKey` zeroizes it on drop.
@@ -26,6 +28,19 @@ pub struct ServiceKey {
     pub expires: Option<Timestamp>,
     /// The RSA private key.
     pub signing: EncodingKey,
+    /// A hash of the public half. Anyone can write an id into a key file, but only who has the private key has this.
+    pub public_hash: String,
+    /// For a key that the operator made: the id of the bootstrap key that it descends from. Tokens belong to this id, so
+    /// that a rotation requests no tokens.
+    pub bootstrap_id: Option<String>,
+}
+
+impl ServiceKey {
+    /// The key id that a change of which requests new tokens: that of the key which a person put in.
+    #[must_use]
+    pub fn lineage(&self) -> &str {
+        self.bootstrap_id.as_deref().unwrap_or(&self.key_id)
+    }
 }
 
 #[derive(Deserialize)]
@@ -92,11 +107,14 @@ pub fn parse(file: &[u8]) -> Result<ServiceKey, Reason> {
     if !is_id(&key_id) || !is_id(&user_id) {
         return Err(Reason::KeyFieldInvalid);
     }
+    let (signing, public_hash) = signing_key(&key)?;
     Ok(ServiceKey {
         user_id,
         key_id,
         expires: file.expiration_date.as_deref().map(expiry).transpose()?.flatten(),
-        signing: signing_key(&key)?,
+        signing,
+        public_hash,
+        bootstrap_id: None,
     })
 }
 
@@ -106,7 +124,7 @@ const PKCS8_HEADER: usize = 26;
 
 /// The RSA key in a PEM block. Only aws-lc parses the DER, here and for each signature. A parser that recurses for each
 /// level of nesting would overflow its stack on a crafted key, which ends the process for all tenants.
-fn signing_key(text: &SecretString) -> Result<EncodingKey, Reason> {
+fn signing_key(text: &SecretString) -> Result<(EncodingKey, String), Reason> {
     let pem = pem::parse(text.expose_secret()).map_err(|_| Reason::KeyPEMInvalid)?;
     let tag = pem.tag().to_owned();
     let der = SecretSlice::from(pem.into_contents());
@@ -120,11 +138,17 @@ fn signing_key(text: &SecretString) -> Result<EncodingKey, Reason> {
         "TooSmall" => Reason::KeyTooShort,
         _ => Reason::KeyPEMInvalid,
     })?;
+    encoding_key(&pair)
+}
+
+/// What signs with the key, and the hash of its public half.
+fn encoding_key(pair: &KeyPair) -> Result<(EncodingKey, String), Reason> {
     let pkcs8: Pkcs8V1Der<'_> = pair.as_der().map_err(|_| Reason::KeyPEMInvalid)?;
     // `jsonwebtoken` signs with the PKCS#1 key, which follows the header.
     let pkcs1 = pkcs8.as_ref().get(PKCS8_HEADER..).unwrap_or_default();
     KeyPair::from_der(pkcs1).map_err(|_| Reason::KeyPEMInvalid)?;
-    Ok(EncodingKey::from_rsa_der(pkcs1))
+    let public: PublicKeyX509Der<'_> = pair.public_key().as_der().map_err(|_| Reason::KeyPEMInvalid)?;
+    Ok((EncodingKey::from_rsa_der(pkcs1), hash::of([public.as_ref()])))
 }
 
 /// Parses a key's expiration date. For a key without expiry ZITADEL writes `9999-12-31T23:59:59Z`
@@ -135,6 +159,40 @@ fn expiry(date: &str) -> Result<Option<Timestamp>, Reason> {
         return Ok(None);
     }
     date.parse().map(Some).map_err(|_| Reason::KeyFieldInvalid)
+}
+
+/// A private key that the operator made, in PKCS#8 DER.
+pub type PrivateKey = SecretSlice<u8>;
+
+/// Generates an RSA key of 2048 bits, the only kind that every ZITADEL version accepts
+/// (`docs/reference/zitadel-protocol.md#key-sizes-and-algorithms`). Takes up to a second of CPU time.
+#[must_use]
+pub fn generate() -> Option<PrivateKey> {
+    let pair = KeyPair::generate(KeySize::Rsa2048).ok()?;
+    let der: Pkcs8V1Der<'_> = pair.as_der().ok()?;
+    Some(der.as_ref().to_vec().into())
+}
+
+/// The public half of a private key, in the form that ZITADEL accepts: PEM of the `SubjectPublicKeyInfo`
+/// (`docs/reference/zitadel-protocol.md#public-keys-supplied-by-the-caller`). `None` if the private key is unreadable.
+#[must_use]
+pub fn public_pem(private: &PrivateKey) -> Option<String> {
+    let pair = KeyPair::from_pkcs8(private.expose_secret()).ok()?;
+    let der: PublicKeyX509Der<'_> = pair.public_key().as_der().ok()?;
+    Some(pem::encode(&pem::Pem::new("PUBLIC KEY", der.as_ref())))
+}
+
+/// What signs with a private key that the operator made, and the hash of its public half. `None` if it is unreadable.
+#[must_use]
+pub fn signing(private: &PrivateKey) -> Option<(EncodingKey, String)> {
+    encoding_key(&KeyPair::from_pkcs8(private.expose_secret()).ok()?).ok()
+}
+
+/// Whether an id can be part of a URL as it is. Every id that ZITADEL makes can.
+#[must_use]
+pub fn is_plain_id(id: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_".contains(&b);
+    (1..=64).contains(&id.len()) && id.bytes().all(plain)
 }
 
 /// Ids become part of JWT claims, hashes and status, so length and characters are restricted.

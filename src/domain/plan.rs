@@ -401,7 +401,7 @@ fn request_hash(facts: &Facts, admitted: &Admitted<'_>) -> String {
         admitted.instance.spec.issuer.as_bytes(),
         admitted.scope.as_bytes(),
         admitted.key.user_id.as_bytes(),
-        admitted.key.key_id.as_bytes(),
+        admitted.key.lineage().as_bytes(),
     ])
 }
 

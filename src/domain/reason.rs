@@ -103,6 +103,12 @@ reasons! {
     KeyUsable: No, Object,
         "The key is readable and unexpired, and ZITADEL has not rejected it.",
         "No action needed.";
+    KeyExpiresWithin30Days: No, Key,
+        "The key is usable. It expires within 30 days, and the operator does not rotate it.",
+        "With spec.keyRotation, fix what the condition KeyRotated reports. Otherwise create a new key in ZITADEL and replace the content of the Secret, or set spec.keyRotation.";
+    KeyExpiresWithin7Days: No, Key,
+        "The key is usable. It expires within seven days, and the operator does not rotate it. After that, no token is refreshed.",
+        "With spec.keyRotation, fix what the condition KeyRotated reports. Otherwise create a new key in ZITADEL and replace the content of the Secret, or set spec.keyRotation.";
     OperatorNamespace: Permanent, Object,
         "The operator does not serve service users in its own namespace, because that namespace holds other keys.",
         "Move the object to the namespace of its workload.";
@@ -151,6 +157,60 @@ reasons! {
     KeyRejected: Eventual, Key,
         "ZITADEL rejected the assertion signed with this key, or failed to process it: up to v4.13 ZITADEL returns the same error when an Action throws.",
         "Check that the key still exists in ZITADEL for this user and belongs to this instance. If not, create a new key. If it does, check ZITADEL's log and its Actions.";
+    KeyRotationOnSchedule: No, Object,
+        "The operator rotates the key on schedule.",
+        "No action needed.";
+    KeyRotationInProgress: Transient, Object,
+        "A rotation of the key has begun and is not finished. Tokens are requested with the key before it.",
+        "No action needed.";
+    KeyRotationInvalid: Permanent, Object,
+        "spec.keyRotation violates a rule: overlap must be shorter than interval, and keyLifetime longer than both together.",
+        "Correct spec.keyRotation.";
+    KeyManagementUnavailable: Rare, Object,
+        "The server has no API for keys of the user itself, which ZITADEL has since version 4. The operator does not rotate the key.",
+        "Upgrade ZITADEL, or remove spec.keyRotation and rotate the key yourself.";
+    KeyManagementForbidden: Rare, Object,
+        "ZITADEL refuses to let the service user manage its own keys. The operator does not rotate the key.",
+        "Allow it in ZITADEL, or remove spec.keyRotation and rotate the key yourself.";
+    NewKeyRejected: Eventual, Object,
+        "ZITADEL rejects token requests with the new key. The operator keeps the key before it, and replaces the new key after ten minutes.",
+        "If this persists, check ZITADEL's log and its Actions.";
+    KeyListIncomplete: Rare, Object,
+        "ZITADEL's list of the user's keys or personal access tokens has 1000 entries or more, or lacks the key that the operator signs with. The operator removes no key.",
+        "Remove unused keys and personal access tokens of the user in ZITADEL.";
+    BootstrapKeyInUse: Permanent, Object,
+        "The operator does not remove the bootstrap key at ZITADEL, because another ZitadelServiceUser uses it, or because the operator cannot tell.",
+        "Create a key for each ZitadelServiceUser, or set spec.keyRotation.deleteBootstrapKey to false.";
+    BootstrapKeyNeeded: Permanent, Object,
+        "spec.keyRotation was removed, and spec.keySecretRef names no key that can take over. The operator keeps using its last key until that key expires.",
+        "Create a key in ZITADEL and store its file in the Secret, or set spec.keyRotation again.";
+    OldKeysRemain: Permanent, Object,
+        "The key now belongs to another user or issuer, and the operator could not remove the keys that it made for the former one.",
+        "Make the former user and ZitadelInstance available, or annotate the object with zitadel-tokens.dev/abandon: <its UID>, which leaves the keys at ZITADEL.";
+    KeyLedgerInvalid: Permanent, Object,
+        "The Secret service-user-key-<UID of the object> in the operator's namespace was edited or damaged. The operator does not rotate the key, and uses the key in spec.keySecretRef.",
+        "Restore the Secret from a backup. If there is none, delete it: the operator then starts again with the key in spec.keySecretRef, and the keys that it made before stay at ZITADEL until they expire.";
+    KeyLedgerWriteFailed: Transient, Object,
+        "The Kubernetes API server refuses to write the Secret with the operator's keys, or the finalizer of the object.",
+        "Check that the operator's namespace exists, and check quotas, admission policies and the operator's permissions there and on service users.";
+    KeyLedgerUnavailable: Permanent, Object,
+        "The operator does not know its own namespace, or is not allowed to read the Secret with its keys there.",
+        "Start the operator with --namespace, and grant it the permissions that docs/install.md lists.";
+    KeyLost: No, Object,
+        "ZITADEL no longer accepts the key that the operator made. The operator signs with an older key and replaces the lost one.",
+        "If the key was removed, find out in ZITADEL who removed it.";
+    BootstrapKeyRemoved: No, Object,
+        "The operator removed the bootstrap key at ZITADEL, as spec.keyRotation.deleteBootstrapKey asks.",
+        "No action needed. The Secret in spec.keySecretRef may be deleted.";
+    KeysLeftBehind: No, Object,
+        "Keys that the operator made stay at ZITADEL: the object was deleted, or the annotation zitadel-tokens.dev/abandon asks for it, or ZITADEL accepts none of them.",
+        "Remove them in ZITADEL, or wait until they expire.";
+    ForeignCredentials: No, Object,
+        "Between the last two counts, the number of the user's keys and personal access tokens that the operator did not make has grown. The holder of such a credential can act as the user, and can add more.",
+        "Check the keys and personal access tokens of the user in ZITADEL, and remove those that nobody needs.";
+    NoForeignCredentials: No, Object,
+        "Between the last two counts, the number of the user's keys and personal access tokens that the operator did not make has not grown.",
+        "No action needed.";
     UserInactive: Eventual, Key,
         "The service user is deactivated or locked in ZITADEL.",
         "Reactivate the service user in ZITADEL.";
@@ -226,7 +286,7 @@ impl Reason {
     /// Whether the failure persists until an input changes.
     #[must_use]
     pub fn is_permanent(self) -> bool {
-        matches!(self.retry(), Retry::Permanent | Retry::Eventual)
+        matches!(self.retry(), Retry::Permanent | Retry::Eventual | Retry::Rare)
     }
 
     /// Meaning and remedy, as conditions and Events show them.

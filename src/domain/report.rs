@@ -4,8 +4,12 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::api::service_user::{KEY_VALID, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus};
+use crate::api::service_user::{
+    KEY_ROTATED, KEY_VALID, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus,
+};
 use crate::domain::facts::{CurrentToken, Facts, Outcome};
+use crate::domain::key_rotation::{self, Outcome as Rotation};
+use crate::domain::key_rotation_report;
 use crate::domain::reason::{Reason, Subject};
 use crate::domain::retry::{Failed, Retry, Wake};
 use crate::domain::time::{shifted, whole_seconds};
@@ -40,9 +44,9 @@ pub struct EventDraft {
     pub text: String,
 }
 
-/// Computes the report for these outcomes.
+/// Computes the report for these outcomes of tokens and of the key rotation.
 #[must_use]
-pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
+pub fn report(facts: &Facts, outcomes: &[Outcome], rotation: Option<&Rotation>, now: Timestamp) -> Report {
     let before = facts.user.status.clone().unwrap_or_default();
     let tokens: Vec<TokenStatus> = outcomes
         .iter()
@@ -57,6 +61,7 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
         user_id: key.map(|k| k.user_id.clone()),
         key_id: key.map(|k| k.key_id.clone()),
         key_expires_at: key.and_then(|k| k.expires).map(time),
+        key_rotation: rotation.and_then(|_| key_rotation_report::status(facts)),
         expires_at: tokens.iter().filter_map(|t| t.expires_at.clone()).min(),
         renew_at: tokens.iter().filter_map(|t| t.renew_at.clone()).min(),
         tokens_ready: Some(format!("{ready}/{}", outcomes.len())),
@@ -64,10 +69,15 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Report {
         conditions: Vec::new(),
         tokens,
     };
-    let stalls_at = conditions(facts, outcomes, &mut status, &before, now);
+    let stalls_at = conditions(facts, outcomes, rotation, &mut status, &before, now);
+    let mut events = events(facts, outcomes, &status, &before);
+    events.extend(key_warning(&status, &before));
+    if let Some(rotation) = rotation {
+        events.extend(key_rotation_report::events(rotation, &status, &before));
+    }
     Report {
-        events: events(facts, outcomes, &status, &before),
-        wake: wake(facts, outcomes, stalls_at, now),
+        events,
+        wake: wake(facts, outcomes, rotation, stalls_at, now),
         status,
     }
 }
@@ -148,9 +158,11 @@ fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
 /// | `UpToDate` | whether the latest refresh of every token succeeded; `Unknown` while suspended | `Issued`, `Suspended`, or the reason of the first failure |
 /// | `Reconciling` or `Stalled` | `True` while not ready and not suspended, never both | same as `Ready` |
 /// | `KeyValid` | whether the key is usable; `Unknown` if it was not read | `KeyUsable`, or what is wrong with the key |
+/// | `KeyRotated`, `ForeignCredentials` | with key rotation only: see `key_rotation_report.rs` | |
 fn conditions(
     facts: &Facts,
     outcomes: &[Outcome],
+    rotation: Option<&Rotation>,
     status: &mut ZitadelServiceUserStatus,
     before: &ZitadelServiceUserStatus,
     now: Timestamp,
@@ -206,9 +218,13 @@ fn conditions(
         ),
         Some(failed) => set(UP_TO_DATE, "False", failed.reason, &sentence(facts, failed)),
     }
-    let key = key_state(facts, outcomes, now);
-    let usable = key == Reason::KeyUsable;
-    let message = if usable { key.meaning().to_owned() } else { key.advice() };
+    let key = key_state(facts, outcomes, rotation, now);
+    let usable = key.retry() == Retry::No;
+    let message = if key == Reason::KeyUsable {
+        key.meaning().to_owned()
+    } else {
+        key.advice()
+    };
     // The operator does not read the key if no token is allowed.
     let unread = facts.key.is_err() && key.subject() != Subject::Key && key != Reason::SecretsForbidden;
     let value = match (unread, usable) {
@@ -217,7 +233,47 @@ fn conditions(
         (false, false) => "False",
     };
     set(KEY_VALID, value, key, &message);
-    (waits && stalls_at > now).then_some(stalls_at)
+    let rotation_stalls = rotation_stalls(before, rotation, now);
+    if missing.is_none() && rotation_stalls.is_some_and(|at| at <= now) {
+        set(
+            "Stalled",
+            "True",
+            Reason::OldKeysRemain,
+            &Reason::OldKeysRemain.advice(),
+        );
+    }
+    for (kind, value, reason) in rotation
+        .into_iter()
+        .flat_map(|r| key_rotation_report::conditions(facts, r))
+    {
+        let message = if reason.retry() == Retry::No {
+            reason.meaning().to_owned()
+        } else {
+            reason.advice()
+        };
+        set(kind, value, reason, &message);
+    }
+    let tokens_stall = waits.then_some(stalls_at);
+    tokens_stall
+        .into_iter()
+        .chain(rotation_stalls)
+        .filter(|at| *at > now)
+        .min()
+}
+
+/// When keys of a former user that cannot be removed become `Stalled`: only a person can help.
+fn rotation_stalls(
+    before: &ZitadelServiceUserStatus,
+    rotation: Option<&Rotation>,
+    now: Timestamp,
+) -> Option<Timestamp> {
+    rotation.filter(|rotation| rotation.reason == Reason::OldKeysRemain)?;
+    let since = before
+        .conditions
+        .iter()
+        .find(|c| c.type_ == KEY_ROTATED && c.status == "False");
+    let since = since.map_or(now, |c| c.last_transition_time.0.min(now));
+    Some(shifted(since, PATIENCE))
 }
 
 /// What is wrong with a token of the spec, and the remedy.
@@ -263,7 +319,7 @@ fn denied(facts: &Facts, outcome: &Outcome) -> String {
 }
 
 /// The state of the key: from its own expiration date, and from ZITADEL's responses to token requests.
-fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
+fn key_state(facts: &Facts, outcomes: &[Outcome], rotation: Option<&Rotation>, now: Timestamp) -> Reason {
     match &facts.key {
         Err(reason) => *reason,
         Ok(key) if key.expires.is_some_and(|expires| expires <= now) => {
@@ -273,8 +329,30 @@ fn key_state(facts: &Facts, outcomes: &[Outcome], now: Timestamp) -> Reason {
             .iter()
             .map(|o| o.reason)
             .find(|r| r.subject() == Subject::Key)
-            .unwrap_or(Reason::KeyUsable),
+            .unwrap_or_else(|| ends_soon(facts, rotation, now).unwrap_or(Reason::KeyUsable)),
     }
+}
+
+/// How long before the expiry of the key its owner is warned, and by which reason: the last one that applies counts.
+const WARNINGS: [(SignedDuration, Reason); 2] = [
+    (SignedDuration::from_hours(30 * 24), Reason::KeyExpiresWithin30Days),
+    (SignedDuration::from_hours(7 * 24), Reason::KeyExpiresWithin7Days),
+];
+
+/// When the key expires, if the operator does not replace it before.
+fn key_ends(facts: &Facts, rotation: Option<&Rotation>) -> Option<Timestamp> {
+    let replaced = rotation.is_some_and(|rotation| key_rotation::replaces_in_time(rotation.reason));
+    let expires = facts.key.as_ref().ok().and_then(|key| key.expires);
+    expires.filter(|_| !replaced)
+}
+
+fn ends_soon(facts: &Facts, rotation: Option<&Rotation>, now: Timestamp) -> Option<Reason> {
+    let expires = key_ends(facts, rotation)?;
+    // A clock that is not trusted warns of nothing.
+    facts.clock.check().ok()?;
+    let warnings = WARNINGS.into_iter().rev();
+    let mut due = warnings.filter(|(before, _)| shifted(expires, -*before) <= now);
+    due.next().map(|(_, reason)| reason)
 }
 
 /// An Event for each token whose outcome changed. Failures that are retried within seconds (`Retry::Soon`) get none.
@@ -308,6 +386,23 @@ fn events(
     .collect()
 }
 
+/// A Warning Event when the key begins to expire soon.
+fn key_warning(status: &ZitadelServiceUserStatus, before: &ZitadelServiceUserStatus) -> Option<EventDraft> {
+    let reason = |status: &ZitadelServiceUserStatus| {
+        let condition = status
+            .conditions
+            .iter()
+            .find(|condition| condition.type_ == KEY_VALID)?;
+        Reason::named(&condition.reason)
+    };
+    let now = reason(status).filter(|now| WARNINGS.iter().any(|(_, reason)| reason == now))?;
+    (reason(before) != Some(now)).then(|| EventDraft {
+        warning: true,
+        reason: now,
+        text: now.advice(),
+    })
+}
+
 /// The latest time of the next attempt after a failure: the token's refresh time, or, for a due token, after a third of
 /// its remaining lifetime. The attempts become more frequent as the expiry approaches.
 fn latest_try(current: CurrentToken, now: Timestamp) -> Timestamp {
@@ -318,7 +413,13 @@ fn latest_try(current: CurrentToken, now: Timestamp) -> Timestamp {
     shifted(now, third.max(SignedDuration::from_secs(1)))
 }
 
-fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: Timestamp) -> Wake {
+fn wake(
+    facts: &Facts,
+    outcomes: &[Outcome],
+    rotation: Option<&Rotation>,
+    stalls_at: Option<Timestamp>,
+    now: Timestamp,
+) -> Wake {
     let next = outcomes.iter().filter_map(|o| {
         let schedule = o.current?.schedule;
         if o.reason == Reason::Issued {
@@ -339,11 +440,15 @@ fn wake(facts: &Facts, outcomes: &[Outcome], stalls_at: Option<Timestamp>, now: 
                 deferred: o.deferred,
             })
         });
-    // `KeyValid` changes when the key expires, whatever the state of the tokens.
-    let key_ends = facts.key.as_ref().ok().and_then(|k| k.expires).filter(|at| *at > now);
+    // `KeyValid` changes when the key expires and at the warnings before, whatever the state of the tokens.
+    let key_ends = key_ends(facts, rotation).into_iter().flat_map(|expires| {
+        let warnings = WARNINGS.map(|(before, _)| shifted(expires, -before));
+        warnings.into_iter().chain([expires]).filter(|at| *at > now)
+    });
+    let rotates = rotation.and_then(|rotation| rotation.next);
     Wake {
-        at: next.chain(stalls_at).chain(key_ends).min(),
-        failed: failing.collect(),
+        at: next.chain(stalls_at).chain(key_ends).chain(rotates).min(),
+        failed: failing.chain(rotation.and_then(Rotation::failed)).collect(),
     }
 }
 

@@ -14,6 +14,8 @@ pub enum Retry {
     No,
     /// Waits for a change of any input, plus a slow retry.
     Permanent,
+    /// Like `Permanent`, but the retry comes after six hours, because it costs the server requests that rarely succeed.
+    Rare,
     /// Like `Permanent`, after a few early retries: a new key or a reactivated user takes effect in ZITADEL with a
     /// delay.
     Eventual,

@@ -8,7 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-use crate::api::service_user::{READY, UP_TO_DATE};
+use crate::api::metadata::FINALIZER;
+use crate::api::service_user::{KEY_ROTATED, READY, UP_TO_DATE};
+use crate::domain::key_rotation;
 use crate::domain::reason::Reason;
 
 /// Maximum number of tokens, as in the schema. An outdated CRD may allow more.
@@ -34,6 +36,8 @@ pub struct UserSummary {
     pub generation: Option<i64>,
     /// Whether the object is being deleted.
     pub deleting: bool,
+    /// Whether the operator has made keys for the object: it has the operator's finalizer.
+    pub holds_keys: bool,
     /// Name of the instance. Empty if the spec is unreadable.
     pub instance: Box<str>,
     /// Name of the Secret with the key.
@@ -45,7 +49,7 @@ pub struct UserSummary {
     /// Whether the condition `Ready` is true, and the reason of `UpToDate`. `None` before the first reconcile. The
     /// reason is `None` if it is not a known [`Reason`].
     pub ready: Option<(bool, Option<Reason>)>,
-    /// When the key expires.
+    /// When the key expires. `None` while the operator rotates it on schedule: then nobody has to act.
     pub key_expires_at: Option<Timestamp>,
     /// Generation that the status describes.
     pub observed_generation: Option<i64>,
@@ -115,6 +119,8 @@ struct Metadata {
     resource_version: String,
     generation: Option<i64>,
     deletion_timestamp: Option<serde::de::IgnoredAny>,
+    #[serde(default)]
+    finalizers: Option<Vec<String>>,
 }
 
 /// Each field is parsed separately, so that an unreadable field does not affect the others.
@@ -172,8 +178,12 @@ impl<'de> Deserialize<'de> for UserSummary {
             resource_version: meta.resource_version.into(),
             generation: meta.generation,
             deleting: meta.deletion_timestamp.is_some(),
+            holds_keys: meta.finalizers.into_iter().flatten().any(|name| name == FINALIZER),
             ready: condition(READY).map(|ready| (ready.status == "True", reason)),
-            key_expires_at: status.key_expires_at.as_ref().map(|time| time.0),
+            key_expires_at: status.key_expires_at.as_ref().map(|time| time.0).filter(|_| {
+                !condition(KEY_ROTATED)
+                    .is_some_and(|rotated| Reason::named(&rotated.reason).is_some_and(key_rotation::replaces_in_time))
+            }),
             observed_generation: status.observed_generation,
             ..Self::default()
         };

@@ -83,10 +83,15 @@ fn check(holds: bool, field: impl FnOnce() -> String, rule: impl Into<Cow<'stati
     })
 }
 
-/// The name of the key Secret becomes part of a URL. The texts are held in memory.
-fn shared(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
+/// Checks the name of the key Secret, which becomes part of a URL.
+pub fn key_secret(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
     let is_name = NAME.matches(&spec.key_secret_ref.name, rules::MAX_NAME);
-    check(is_name, || "spec.keySecretRef.name".to_owned(), NAME_FORM)?;
+    check(is_name, || "spec.keySecretRef.name".to_owned(), NAME_FORM)
+}
+
+/// The texts are held in memory.
+fn shared(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
+    key_secret(spec)?;
     let size = |map: fn(&TokenSecret) -> &BTreeMap<String, String>| {
         let entries = spec.tokens.iter().flat_map(|token| map(&token.secret));
         entries.map(|(key, value)| key.len() + value.len()).sum::<usize>()

@@ -116,6 +116,11 @@ impl ZitadelClient {
         &self.limits
     }
 
+    /// For requests to ZITADEL's API.
+    pub(super) fn http(&self) -> &Http {
+        &self.http
+    }
+
     /// How far the server's clock is ahead of the local clock, according to all responses so far.
     #[must_use]
     pub fn skew(&self) -> Skew {

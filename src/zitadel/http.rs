@@ -14,7 +14,7 @@ use crate::domain::failure::Failure;
 use crate::domain::time::shifted;
 use crate::zitadel::clock::Clock;
 use crate::zitadel::limits::Limits;
-use crate::zitadel::transport::{Request, Transport, failure};
+use crate::zitadel::transport::{Call, Request, Transport, failure};
 
 /// Longest accepted body. A token has at most 32 KiB (`domain/answer.rs`), a discovery document about 3 KiB.
 const MAX_BODY: usize = 256 * 1024;
@@ -93,14 +93,20 @@ impl Http {
 
     /// Sends a GET request, with a bearer token if given.
     pub async fn get(&self, path: &str, bearer: Option<&SecretString>) -> Result<Answer, Failure> {
-        let form = None;
-        self.send(Request { path, bearer, form }).await
+        let call = Call::Get;
+        self.send(Request { call, path, bearer }).await
     }
 
     /// Sends a form in a POST request.
     pub async fn post(&self, path: &str, form: &[(&str, &str)]) -> Result<Answer, Failure> {
-        let (bearer, form) = (None, Some(form));
-        self.send(Request { path, bearer, form }).await
+        let (call, bearer) = (Call::PostForm(form), None);
+        self.send(Request { call, path, bearer }).await
+    }
+
+    /// Sends a request to ZITADEL's API.
+    pub async fn call_api(&self, call: Call<'_>, path: &str, token: &SecretString) -> Result<Answer, Failure> {
+        let bearer = Some(token);
+        self.send(Request { call, path, bearer }).await
     }
 
     async fn send(&self, request: Request<'_>) -> Result<Answer, Failure> {

@@ -10,6 +10,7 @@ use reqwest::header::HeaderName;
 use reqwest::redirect::Policy;
 use reqwest::{Certificate, Client, Proxy, Response};
 use secrecy::{ExposeSecret, SecretString};
+use serde_json::Value;
 
 use crate::domain::failure::Failure;
 use crate::domain::reason::Reason;
@@ -19,15 +20,28 @@ use crate::zitadel::settings::Settings;
 /// (docs/reference/zitadel-protocol.md#instance-selection).
 const INSTANCE_HOST: HeaderName = HeaderName::from_static("x-zitadel-instance-host");
 
-/// A request: POST if it has a form, otherwise GET.
+/// A request.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
+    /// Method and body.
+    pub call: Call<'a>,
     /// Path of the URL.
     pub path: &'a str,
     /// Bearer token of the header `Authorization`.
     pub bearer: Option<&'a SecretString>,
-    /// Form fields of the body.
-    pub form: Option<&'a [(&'a str, &'a str)]>,
+}
+
+/// Method and body of a request.
+#[derive(Clone, Copy)]
+pub enum Call<'a> {
+    /// GET.
+    Get,
+    /// POST with a form.
+    PostForm(&'a [(&'a str, &'a str)]),
+    /// POST with JSON.
+    PostJSON(&'a Value),
+    /// DELETE.
+    Delete,
 }
 
 /// Sends requests to one host. It follows no redirects. A response is returned when its headers have arrived.
@@ -99,9 +113,11 @@ impl Network {
 impl Transport for Network {
     fn send<'a>(&'a self, request: Request<'a>) -> BoxFuture<'a, Result<Response, Failure>> {
         let url = format!("{}{}", self.origin, request.path);
-        let mut builder = match request.form {
-            Some(form) => self.client.post(url).form(form),
-            None => self.client.get(url),
+        let mut builder = match request.call {
+            Call::Get => self.client.get(url),
+            Call::PostForm(form) => self.client.post(url).form(form),
+            Call::PostJSON(body) => self.client.post(url).json(body),
+            Call::Delete => self.client.delete(url),
         };
         if let Some(token) = request.bearer {
             builder = builder.bearer_auth(token.expose_secret());

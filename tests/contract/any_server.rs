@@ -1,5 +1,7 @@
 //! Cases that hold on the stand-in and on a real ZITADEL server.
 
+mod own_keys;
+
 use std::collections::BTreeSet;
 
 use k8s_openapi::jiff::Timestamp;

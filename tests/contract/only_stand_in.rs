@@ -115,6 +115,46 @@ impl Elsewhere {
     }
 }
 
+/// The stand-in refuses self-management where a server's policy would, and shows a test whose keys exist and who called
+/// (docs/reference/zitadel-protocol.md#self-management-of-keys).
+#[tokio::test]
+async fn self_management_of_keys_can_be_refused() {
+    let world = World::new().await;
+    let user = world.key.user_id.as_str();
+    let scope = scope(&json!({"zitadelAPI": true, "scopes": []}));
+    let token = exchange(&world.instance, &world.key, &scope).await.expect("a token");
+    let path = format!("/v2/users/{user}/keys");
+    let add = async || {
+        let request = reqwest::Client::new().post(format!("{}{path}", world.issuer.url));
+        let request = request.bearer_auth(token.answer.access_token.expose_secret());
+        let answer = request.json(&json!({"expirationDate": "2100-01-01T00:00:00.123456Z"}));
+        let answer = answer.send().await.expect("an answer");
+        (answer.status().as_u16(), answer.json::<Value>().await.expect("JSON"))
+    };
+    for (refused, status) in [(false, 200), (true, 403), (false, 200)] {
+        world.issuer.refuse_self_management(user, refused).await;
+        let (got, body) = add().await;
+        assert_eq!(got, status, "{body}");
+        if refused {
+            assert_eq!(body["details"][0]["id"], "AUTH-AWfge");
+        }
+    }
+    let keys = world.issuer.keys(user).await;
+    let dates: Vec<_> = keys.iter().map(|key| key.expiration_date.as_str()).collect();
+    let added = "2100-01-01T00:00:00.123456Z";
+    assert_eq!(dates, ["9999-12-31T23:59:59Z", added, added]);
+    assert_eq!(keys[0].id, world.key.key_id);
+    assert_ne!(keys[1].spki_sha256, keys[2].spki_sha256);
+
+    let requests = world.issuer.requests().await;
+    let callers: Vec<_> = requests
+        .iter()
+        .filter(|r| r.path == path)
+        .map(|r| r.user_id.as_str())
+        .collect();
+    assert_eq!(callers, [user; 3]);
+}
+
 /// Up to v4.13.1, ZITADEL answers a refused assertion with 500. Only discovery distinguishes it from an outage
 /// (docs/reference/zitadel-protocol.md#errors-of-the-token-endpoint).
 #[tokio::test]

@@ -158,6 +158,11 @@ impl Server {
         text(&made, "userId")
     }
 
+    /// Whether the server has user v2, known after the first user was created. ZITADEL 3 has not.
+    pub fn has_user_v2(&self) -> bool {
+        matches!(self.api.get().expect("a user was created"), Api::UserV2)
+    }
+
     /// The API that created the users, and the path of a user in it.
     fn place(&self, user: &str) -> (Api, String) {
         match self.api.get() {
@@ -234,10 +239,31 @@ impl Server {
     }
 
     async fn send(&self, method: Method, path: &str, body: Option<Value>) -> reqwest::Result<reqwest::Response> {
-        let request = self
-            .http
-            .request(method, format!("{}{path}", self.issuer))
-            .bearer_auth(self.token.expose_secret());
+        self.send_as(Some(&self.token), method, path, body).await
+    }
+
+    /// Sends a request with a user's access token, or without one, and returns the answer with any status.
+    pub async fn ask(&self, token: Option<&SecretString>, method: Method, path: &str, body: Option<Value>) -> Answer {
+        let answer = self.send_as(token, method, path, body).await;
+        let answer = answer.expect("the server answers");
+        Answer {
+            status: answer.status(),
+            // An absent path may be answered without JSON.
+            body: serde_json::from_str(&answer.text().await.expect("a body")).unwrap_or_default(),
+        }
+    }
+
+    async fn send_as(
+        &self,
+        token: Option<&SecretString>,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> reqwest::Result<reqwest::Response> {
+        let mut request = self.http.request(method, format!("{}{path}", self.issuer));
+        if let Some(token) = token {
+            request = request.bearer_auth(token.expose_secret());
+        }
         match body {
             Some(body) => request.json(&body).send().await,
             None => request.send().await,
@@ -257,6 +283,22 @@ impl Server {
                 eprintln!("user {user} could not be deleted: {e}");
             }
         }
+    }
+}
+
+/// An answer of ZITADEL's API.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub body: Value,
+}
+
+impl Answer {
+    /// Status and error id, such as `404 COMMAND-4m77G`. The texts can be localized
+    /// (docs/reference/zitadel-protocol.md#api-errors).
+    pub fn outcome(&self) -> String {
+        let id = self.body["details"][0]["id"].as_str().unwrap_or_default();
+        format!("{} {id}", self.status.as_u16()).trim_end().to_owned()
     }
 }
 

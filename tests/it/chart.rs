@@ -11,7 +11,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Secret};
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client};
 use serde_json::{Value, json};
@@ -21,8 +21,8 @@ use crate::support::cluster::{Cluster, established};
 use crate::support::helm::{NAME, Release, chart, refused, template};
 use crate::support::issuer::Issuer;
 use crate::support::operator::binary;
-use crate::support::world::{World, everything, one_token, until};
-use crate::support::{EVENTUALLY, SOON};
+use crate::support::world::{World, condition, everything, one_token, until};
+use crate::support::{EVENTUALLY, SOON, eventually};
 
 /// Values of a release that serves this world only, on the cluster that all tests share.
 fn values(world: &World, more: &Value) -> Value {
@@ -373,4 +373,44 @@ fn published_chart_pins_the_image_digest_unless_a_tag_is_set() {
     std::fs::remove_dir_all(&copy).expect("removed");
     assert!(published.contains(&format!("{image}@sha256:abc\n")), "{published}");
     assert!(tagged.contains(&format!("{image}:9\n")), "{tagged}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_survive_an_uninstall_and_a_deletion_waits_for_the_next_installation() {
+    let world = World::new("keys-stay").await;
+    let home = format!("{}-home", world.name);
+    let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
+    let operator = release.operator().await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    let mut spec = one_token("billing-token");
+    spec["keyRotation"] = json!({"interval": "1h"});
+    world.service_user("billing", spec).await.expect("accepted");
+    world
+        .user_until("billing", |user| {
+            condition(user, "KeyRotated").is_some_and(|(status, _, _)| status == "True")
+        })
+        .await;
+    operator.terminate().await;
+    release.uninstall();
+    let ledgers: Api<Secret> = Api::namespaced(world.client.clone(), &home);
+    let labelled = ListParams::default().labels("zitadel-tokens.dev/key-ledger");
+    let count = async || ledgers.list(&labelled).await.expect("listed").items.len();
+    assert_eq!(count().await, 1);
+
+    let delete = DeleteParams::default();
+    world.users().delete("billing", &delete).await.expect("accepted");
+    let waiting = world.users().get("billing").await.expect("still there");
+    assert!(waiting.metadata.deletion_timestamp.is_some());
+    let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
+    let _operator = release.operator().await;
+    eventually("the object is gone", async || {
+        world.users().get_opt("billing").await.expect("readable").is_none()
+    })
+    .await;
+    assert_eq!(count().await, 0);
+    let keys = world.issuer.keys(&user.id).await;
+    let ids: Vec<String> = keys.into_iter().map(|key| key.id).collect();
+    assert_eq!(ids, [user.key_id]);
 }

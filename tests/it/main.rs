@@ -19,6 +19,7 @@ mod keys;
 mod leadership;
 mod main_job;
 mod monitoring;
+mod rotation;
 mod schema;
 mod secrecy;
 mod secrets;

@@ -146,12 +146,33 @@ fn families(exposed: &str) -> BTreeMap<String, BTreeSet<String>> {
     families
 }
 
+/// The metrics in the operator's table, each with its labels.
+fn table(per_object: bool) -> BTreeMap<String, BTreeSet<String>> {
+    let those = described::ALL.iter().filter(|m| per_object || !m.is_per_object());
+    let named = |m: &described::Described| m.labels.iter().map(|l| (*l).to_owned()).collect();
+    those.map(|m| (m.name.to_owned(), named(m))).collect()
+}
+
+/// A service user whose key the operator has replaced.
+async fn rotate_a_key(world: &World, operator: &Operator) {
+    world.simple("rotated", json!({"tokenType": "JWT"})).await;
+    let mut spec = one_token("rotated-token");
+    spec["keyRotation"] = json!({"interval": "1h"});
+    world.service_user("rotated", spec).await.expect("accepted");
+    eventually("a rotation is counted", async || {
+        let (_, exposed) = operator.get("/metrics").await;
+        exposed.contains("key_rotations_total{")
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn served_metrics_match_the_metrics_table() {
     let world = world_with_all_series("metrics").await;
-    let operator = world.operator().await;
+    let operator = world.rotating_operator().await;
     world.ready("billing", "True", "Issued").await;
     world.ready("keyless", "False", "KeySecretMissing").await;
+    rotate_a_key(&world, &operator).await;
     eventually("the circuit opens", async || {
         let (_, exposed) = operator.get("/metrics").await;
         exposed.contains(&format!("circuit_open{{zitadel_instance=\"{}-down\"}} 1", world.name))
@@ -161,13 +182,6 @@ async fn served_metrics_match_the_metrics_table() {
     assert_eq!(status, 200);
     let (succeeded, output) = promtool(&["check", "metrics"], &exposed);
     assert!(succeeded && output.is_empty(), "{output}");
-    let table = |per_object: bool| {
-        let those = described::ALL.iter().filter(|m| per_object || !m.is_per_object());
-        let named = |m: &described::Described| m.labels.iter().map(|l| (*l).to_owned()).collect();
-        those
-            .map(|m| (m.name.to_owned(), named(m)))
-            .collect::<BTreeMap<String, BTreeSet<String>>>()
-    };
     assert_eq!(families(&exposed), table(true));
 
     // The metrics agree with the status.
@@ -207,7 +221,8 @@ async fn served_metrics_match_the_metrics_table() {
         format!("instance_up{{zitadel_instance=\"{up}\",reason=\"InstanceReady\"}} 1"),
         format!("instance_up{{zitadel_instance=\"{down}\",reason=\"InstanceUnreachable\"}} 0"),
         format!("instance_circuit_open{{zitadel_instance=\"{up}\"}} 0"),
-        format!("token_requests_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 1"),
+        format!("token_requests_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 2"),
+        format!("key_rotations_total{{zitadel_instance=\"{up}\"}} 1"),
         format!(
             "token_requests_total{{zitadel_instance=\"{down}\",result=\"failure\",reason=\"InstanceUnreachable\"}} "
         ),
@@ -220,26 +235,22 @@ async fn served_metrics_match_the_metrics_table() {
     let skew = exposed.split_once(&format!("clock_skew_seconds{{zitadel_instance=\"{up}\"}} "));
     let skew = skew.and_then(|(_, rest)| rest.lines().next()?.parse::<f64>().ok());
     assert!(skew.is_some_and(|skew| skew.abs() < 2.0), "{skew:?}");
-    operator.terminate().await;
+}
 
-    // Without series per object, totals report the same.
-    let flags = ["--metrics-per-object", "false"];
-    let operator = Operator::start_with(&world.cluster.kubeconfig, &world.selector(), &flags).await;
-    world.renew("billing").await;
-    eventually("the operator requests a token", async || {
-        operator
-            .get("/metrics")
-            .await
-            .1
-            .contains("zitadel_tokens_token_request_duration_seconds_count")
-    })
-    .await;
+#[tokio::test(flavor = "multi_thread")]
+async fn totals_report_the_same_without_series_per_object() {
+    let world = world_with_all_series("totals").await;
+    let operator = world.rotating_operator_with(&["--metrics-per-object", "false"]).await;
+    world.ready("billing", "True", "Issued").await;
+    world.ready("keyless", "False", "KeySecretMissing").await;
+    world.ready("lost", "False", "InstanceUnreachable").await;
+    rotate_a_key(&world, &operator).await;
     let (_, exposed) = operator.get("/metrics").await;
     assert_eq!(families(&exposed), table(false));
     for line in [
-        "ready=\"True\",reason=\"Issued\"} 1",
+        "ready=\"True\",reason=\"Issued\"} 2",
         "ready=\"False\",reason=\"KeySecretMissing\"} 1",
-        "state=\"fresh\"} 1",
+        "state=\"fresh\"} 2",
         "state=\"missing\"} 1",
     ] {
         assert!(exposed.contains(line), "{line}: {exposed}");

@@ -131,6 +131,18 @@ const USERS: &[Case] = &[
     ("an empty entry name", |o| spec(o)["keySecretRef"]["key"] = json!(""), Some("spec.keySecretRef.key")),
     ("an entry of null", |o| spec(o)["keySecretRef"]["key"] = Value::Null, None),
 
+    ("a rotation", |o| spec(o)["keyRotation"] = json!({"interval": "1h"}), None),
+    ("a rotation with everything", |o| spec(o)["keyRotation"] = json!({"interval": "720h", "overlap": "24h", "keyLifetime": "745h", "deleteBootstrapKey": true}), None),
+    ("an interval below an hour", |o| spec(o)["keyRotation"] = json!({"interval": "59m"}), Some("spec.keyRotation.interval: must be at least 1h")),
+    ("an interval above a year", |o| spec(o)["keyRotation"] = json!({"interval": "8761h"}), Some("spec.keyRotation.interval: must be at least 1h")),
+    ("an interval in days", |o| spec(o)["keyRotation"] = json!({"interval": "30d"}), Some("spec.keyRotation.interval")),
+    ("an overlap below ten seconds", |o| spec(o)["keyRotation"] = json!({"interval": "1h", "overlap": "9s"}), Some("spec.keyRotation.overlap: must be at least 10s")),
+    ("an overlap as long as the interval", |o| spec(o)["keyRotation"] = json!({"interval": "1h", "overlap": "1h"}), Some("spec.keyRotation.overlap: must be at least 10s")),
+    ("a lifetime of interval and overlap", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "overlap": "2h", "keyLifetime": "26h"}), Some("spec.keyRotation.keyLifetime: must be longer")),
+    ("a lifetime of interval and default overlap", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "keyLifetime": "25h"}), Some("spec.keyRotation.keyLifetime: must be longer")),
+    ("a lifetime above three years", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "keyLifetime": "26281h"}), Some("spec.keyRotation.keyLifetime: must be longer")),
+    ("keys that stay", |o| spec(o)["deletionPolicy"] = json!("Orphan"), None),
+
     ("no audience", |o| token(o)["projectIDs"] = json!([]), Some("name at least one audience")),
     ("only the ZITADEL API", |o| *token(o) = json!({"name": "t", "zitadelAPI": true, "secret": {"name": "s"}}), None),
     ("zitadelAPI: false and no project", |o| *token(o) = json!({"name": "t", "zitadelAPI": false, "secret": {"name": "s"}}), Some("name at least one audience")),
@@ -391,7 +403,7 @@ fn operator_refuses_by_itself_what_guards_a_key_an_access_or_its_memory() {
 }
 
 /// Hash of the schema of version 1, without descriptions.
-const SCHEMA: (u32, &str) = (1, "67ae3e6d724f2433c43d1d00fcb5b021");
+const SCHEMA: (u32, &str) = (1, "e7d150b646a4ab373e350b73e292efb7");
 
 /// An operator must be able to tell that the installed CRDs are older than it.
 #[test]

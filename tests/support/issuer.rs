@@ -33,6 +33,7 @@ pub struct Recorded {
     pub query: String,
     pub form: Value,
     pub assertion: Value,
+    /// The user of the assertion, or else of the valid access token in the request.
     pub user_id: String,
     pub scopes: Vec<String>,
     pub status: u16,
@@ -46,6 +47,18 @@ pub struct User {
     /// The machine key file, as ZITADEL writes it.
     pub key: String,
     pub key_id: String,
+}
+
+/// A key in the stand-in, without projection lag.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StoredKey {
+    pub id: String,
+    /// In RFC 3339, like the expiration date.
+    pub creation_date: String,
+    pub expiration_date: String,
+    /// SHA-256 of the public key in SPKI DER, in hexadecimal.
+    pub spki_sha256: String,
 }
 
 /// The token endpoint of a real server sees a change of a user after some milliseconds, or after some hundred
@@ -86,7 +99,7 @@ impl Issuer {
     }
 
     /// Creates a user with one key, and waits until the token endpoint knows both. `fields` are those of the control
-    /// port: tokenType, lifetimeSeconds, roles.
+    /// port, for example tokenType, lifetimeSeconds, roles, selfManagementRefused.
     pub async fn user(&self, fields: Value) -> User {
         let user = self.call(reqwest::Method::POST, "/users", Some(fields)).await;
         let id = user["id"].as_str().expect("an id").to_owned();
@@ -104,8 +117,21 @@ impl Issuer {
         (key["keyId"].as_str().expect("an id").to_owned(), key.to_string())
     }
 
-    /// Waits until the token endpoint sees every change so far.
-    async fn settled(&self) {
+    /// The user's keys, the oldest first.
+    pub async fn keys(&self, user: &str) -> Vec<StoredKey> {
+        let answer = self
+            .call(reqwest::Method::GET, &format!("/users/{user}/keys"), None)
+            .await;
+        serde_json::from_value(answer["keys"].clone()).expect("keys")
+    }
+
+    /// Refuses a user the management of its own keys, or allows it again.
+    pub async fn refuse_self_management(&self, user: &str, refused: bool) {
+        self.change_user(user, json!({"selfManagementRefused": refused})).await;
+    }
+
+    /// Waits until the token endpoint and the lists of keys see every change so far.
+    pub async fn settled(&self) {
         self.call(reqwest::Method::GET, "/settled", None).await;
     }
 

@@ -105,6 +105,34 @@ impl World {
         Operator::start(self.cluster, &self.selector()).await
     }
 
+    /// Starts an operator for this world that keeps the keys it makes in the namespace [`World::home`].
+    pub async fn rotating_operator(&self) -> Operator {
+        self.rotating_operator_with(&[]).await
+    }
+
+    pub async fn rotating_operator_with(&self, flags: &[&str]) -> Operator {
+        let home = self.home();
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
+        if namespaces.get_opt(&home).await.expect("readable").is_none() {
+            self.namespace(&home).await;
+        }
+        let flags = [&["--namespace", &home], flags].concat();
+        Operator::start_with(&self.cluster.kubeconfig, &self.selector(), &flags).await
+    }
+
+    /// The operator's own namespace.
+    pub fn home(&self) -> String {
+        format!("{}-home", self.instance)
+    }
+
+    /// The key ledger of a service user, if there is one.
+    pub async fn ledger(&self, user: &ZitadelServiceUser) -> Option<BTreeMap<String, String>> {
+        let uid = user.metadata.uid.as_deref().expect("a UID");
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.home());
+        let secret = secrets.get_opt(&format!("service-user-key-{uid}")).await;
+        secret.expect("readable").as_ref().map(data)
+    }
+
     pub fn selector(&self) -> String {
         format!("test={}", self.instance)
     }

@@ -52,13 +52,13 @@ metrics! {
     TOKEN_FAILING_SINCE: Gauge "zitadel_tokens_token_failing_since_timestamp_seconds" ["namespace" "name" "token" "zitadel_instance" "reason"]
         "Time since which attempts to issue or refresh the token fail, and the reason; absent while they succeed";
     KEY_EXPIRATION: Gauge "zitadel_tokens_key_expiration_timestamp_seconds" ["namespace" "name" "zitadel_instance"]
-        "Expiry of the key; absent if the key file does not state it";
+        "Expiry of the key; absent if it is unknown, or while the operator rotates the key on schedule";
     SERVICE_USERS: Gauge "zitadel_tokens_service_users" ["zitadel_instance" "ready" "reason"]
         "Number of service users, by status of the condition Ready and reason of the condition UpToDate; both are Unknown before the first reconcile";
     TOKENS: Gauge "zitadel_tokens_tokens" ["zitadel_instance" "state"]
         "Number of tokens by state: fresh; due (a refresh is due); stale (half of the time between the scheduled refresh and the expiry has passed); expired; missing; suspended";
     EARLIEST_KEY_EXPIRATION: Gauge "zitadel_tokens_earliest_key_expiration_timestamp_seconds" ["zitadel_instance"]
-        "Earliest expiry of the keys that are used with the instance; absent if no key file states one";
+        "Earliest expiry of the keys that are used with the instance; absent if none is known; keys that the operator rotates on schedule do not count";
     NAMESPACES_OVER_LIMIT: Gauge "zitadel_tokens_namespaces_over_limit" []
         "Number of namespaces with service users that the operator does not serve because the namespace has reached its memory limit";
     INSTANCE_UP: Gauge "zitadel_tokens_instance_up" ["zitadel_instance" "reason"]
@@ -71,6 +71,8 @@ metrics! {
         "Number of attempts to request a token, by result (success or failure) and reason";
     MINT_DURATION: Histogram "zitadel_tokens_token_request_duration_seconds" ["zitadel_instance" "result"]
         "Duration of a token request, including the wait for the request budget of the instance";
+    KEY_ROTATIONS: Counter "zitadel_tokens_key_rotations_total" ["zitadel_instance"]
+        "Number of keys that the operator has replaced";
     RECONCILE_DURATION: Histogram "zitadel_tokens_reconcile_duration_seconds" ["kind"]
         "Duration of a reconcile";
     QUEUE_WAITING: Gauge "zitadel_tokens_queue_waiting" ["kind"]

@@ -33,6 +33,7 @@ const RESULTS: [&str; 2] = ["success", "failure"];
 pub struct Metrics {
     mints: Family<Labels, Counter>,
     mint_duration: Family<Labels, Histogram>,
+    key_rotations: Family<Labels, Counter>,
     reconcile_duration: Family<Labels, Histogram>,
 }
 
@@ -44,10 +45,12 @@ impl Metrics {
         let metrics = Self {
             mints: Family::default(),
             mint_duration: Family::new_with_constructor(histogram),
+            key_rotations: Family::default(),
             reconcile_duration: Family::new_with_constructor(histogram),
         };
         described::MINTS.register(registry, metrics.mints.clone());
         described::MINT_DURATION.register(registry, metrics.mint_duration.clone());
+        described::KEY_ROTATIONS.register(registry, metrics.key_rotations.clone());
         described::RECONCILE_DURATION.register(registry, metrics.reconcile_duration.clone());
         described::PANICS.register(registry, panics);
         described::BUILD.register(registry, Info::new([("version", env!("CARGO_PKG_VERSION"))]));
@@ -67,6 +70,12 @@ impl Metrics {
         self.mint_duration.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
+    /// Counts a key of `instance` that the operator replaced.
+    pub fn rotated(&self, instance: &str) {
+        let labels = described::KEY_ROTATIONS.labels([instance]);
+        self.key_rotations.get_or_create(&labels).inc();
+    }
+
     /// Starts to measure a reconcile. The measurement ends when the returned value is dropped, including after a panic
     /// or a timeout.
     #[must_use]
@@ -80,6 +89,7 @@ impl Metrics {
 
     /// Removes the series of an instance that no longer exists.
     pub fn forget(&self, instance: &str) {
+        self.key_rotations.remove(&described::KEY_ROTATIONS.labels([instance]));
         for result in RESULTS {
             self.mint_duration
                 .remove(&described::MINT_DURATION.labels([instance, result]));

@@ -88,24 +88,29 @@ pub async fn act(ctx: &Context, id: &ObjectRef, facts: &Facts, plan: Plan) -> Ac
     acted
 }
 
+/// Whether object, policies and instance are still those of the facts. A reconcile may take minutes, and no token may be
+/// requested after a policy was withdrawn, or the object was suspended or deleted.
+pub(super) fn is_current(ctx: &Context, id: &ObjectRef, facts: &Facts) -> bool {
+    let cache = &ctx.cache;
+    let (then, now) = (&facts.user.metadata, cache.user(id));
+    let same_user = now.is_some_and(|now| {
+        // The read of the object may be ahead of the watch.
+        let same = Some(&*now.uid) == then.uid.as_deref() && now.generation <= then.generation;
+        same && !now.deleting
+    });
+    let namespace = &id.namespace;
+    let name = &facts.user.spec.instance_ref.name;
+    let same_access =
+        !cache.is_terminating(namespace) && cache.allowed_audiences(name, namespace) == facts.allowed_audiences;
+    let instance = cache.instance(name);
+    let spec = |instance: &Result<Arc<ZitadelInstance>, Reason>| instance.as_ref().ok().map(|i| i.spec.clone());
+    same_user && same_access && spec(&instance) == spec(&facts.instance)
+}
+
 impl Job<'_> {
-    /// Whether object, policies and instance are still those of the facts. A reconcile may take minutes, and no token may
-    /// be requested after a policy was withdrawn, or the object was suspended or deleted.
+    /// Whether the facts still hold.
     pub(super) fn is_current(&self) -> bool {
-        let (cache, facts) = (&self.ctx.cache, self.facts);
-        let (then, now) = (&facts.user.metadata, cache.user(self.id));
-        let same_user = now.is_some_and(|now| {
-            // The read of the object may be ahead of the watch.
-            let same = Some(&*now.uid) == then.uid.as_deref() && now.generation <= then.generation;
-            same && !now.deleting
-        });
-        let namespace = &self.id.namespace;
-        let name = &facts.user.spec.instance_ref.name;
-        let same_access =
-            !cache.is_terminating(namespace) && cache.allowed_audiences(name, namespace) == facts.allowed_audiences;
-        let instance = cache.instance(name);
-        let spec = |instance: &Result<Arc<ZitadelInstance>, Reason>| instance.as_ref().ok().map(|i| i.spec.clone());
-        same_user && same_access && spec(&instance) == spec(&facts.instance)
+        is_current(self.ctx, self.id, self.facts)
     }
 
     /// Leaves the token to the next reconcile, which may follow at once.

@@ -1,11 +1,19 @@
 //! Gathers the facts about one service user. The key is read for each reconcile and not kept afterwards.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
+use kube::ResourceExt;
+
+use crate::api::ZitadelServiceUser;
+use crate::api::metadata::{FINALIZER, KEY_LEDGER_PREFIX};
 use crate::api::service_user::Token;
 use crate::controller::Context;
 use crate::controller::read::{ReadError, ReadUser};
 use crate::domain::facts::Facts;
+use crate::domain::key::ServiceKey;
+use crate::domain::key_ledger::StoredLedger;
+use crate::domain::key_rotation::{self, KeyState};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::Wanted;
 use crate::domain::plan;
@@ -28,6 +36,8 @@ pub enum Gathered {
         /// Whether the status already reports the reason for this generation.
         reported: bool,
     },
+    /// The object is being deleted, and the operator has made keys for it.
+    Deleted(Arc<ZitadelServiceUser>),
     /// The object or its namespace is deleted or being deleted, or this operator does not serve it.
     Gone,
 }
@@ -41,10 +51,15 @@ pub fn awaits_instance(ctx: &Context, id: &ObjectRef) -> bool {
 
 /// Reads everything that the plan for `id` depends on.
 pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetries) -> Result<Gathered, ReadError> {
+    let known = ctx.cache.user(id);
+    if known.as_ref().is_some_and(|user| user.deleting && user.holds_keys) {
+        return deleted(ctx, id).await;
+    }
     // In a terminating namespace no Secret can be created, so a token would be lost.
-    let known = ctx.cache.user(id).filter(|user| !user.deleting);
+    let known = known.filter(|user| !user.deleting);
     let refused = known.is_none() && ctx.cache.is_over_limit(&id.namespace);
-    if known.is_none() && !refused || ctx.cache.is_terminating(&id.namespace) {
+    let terminating = ctx.cache.is_terminating(&id.namespace);
+    if !refused && (known.is_none() || terminating) {
         return Ok(Gathered::Gone);
     }
     if let Some(known) = &known
@@ -66,6 +81,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
                 reported,
             });
         }
+        Some(ReadUser::Readable(user)) if holds_keys(&user) => return Ok(Gathered::Deleted(user)),
         Some(ReadUser::Readable(_)) => return Ok(Gathered::Gone),
         None => {
             tracing::info!(object = %id, "the service user no longer exists");
@@ -76,21 +92,11 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         }
     };
     let instance_name = user.spec.instance_ref.name.clone();
-    if !ctx.serves(&instance_name) {
+    if terminating || !ctx.serves(&instance_name) {
         return Ok(Gathered::Gone);
     }
     if refused {
-        let (reason, generation) = (Reason::NamespaceLimit, user.metadata.generation);
-        let status = user
-            .status
-            .as_ref()
-            .filter(|status| status.observed_generation == generation);
-        let mut conditions = status.into_iter().flat_map(|status| &status.conditions);
-        return Ok(Gathered::Refused {
-            reason,
-            generation,
-            reported: conditions.any(|condition| condition.reason == reason.name()),
-        });
+        return Ok(over_limit(&user));
     }
     let clock = ctx.connections.skew(&instance_name);
     let instance = ctx.cache.instance(&instance_name);
@@ -112,6 +118,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         instance,
         clock,
         key: Err(Reason::KeySecretMissing),
+        keys: KeyState::none(Reason::KeySecretMissing),
         secrets: BTreeMap::new(),
         unwritten: of_memory
             .clone()
@@ -137,6 +144,37 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
     Ok(Gathered::Facts(Box::new(facts)))
 }
 
+/// Refuses an object whose namespace has reached its memory limit.
+fn over_limit(user: &ZitadelServiceUser) -> Gathered {
+    let (reason, generation) = (Reason::NamespaceLimit, user.metadata.generation);
+    let status = user.status.as_ref();
+    let status = status.filter(|status| status.observed_generation == generation);
+    let mut conditions = status.into_iter().flat_map(|status| &status.conditions);
+    Gathered::Refused {
+        reason,
+        generation,
+        reported: conditions.any(|condition| condition.reason == reason.name()),
+    }
+}
+
+/// Reads an object that is being deleted and for which the operator has made keys.
+async fn deleted(ctx: &Context, id: &ObjectRef) -> Result<Gathered, ReadError> {
+    match ctx.reader.user(id).await? {
+        Some(ReadUser::Readable(user)) if user.metadata.deletion_timestamp.is_some() && holds_keys(&user) => {
+            // The keys belong to the operator that has the ledger, also if the instance no longer exists.
+            let served = ctx.serves(&user.spec.instance_ref.name);
+            let ours = served || !matches!(key_ledger(ctx, &user).await?, Ok(None));
+            Ok(if ours { Gathered::Deleted(user) } else { Gathered::Gone })
+        }
+        Some(ReadUser::Unreadable { generation, .. }) => Ok(Gathered::Refused {
+            reason: Reason::ObjectUnreadable,
+            generation,
+            reported: false,
+        }),
+        _ => Ok(Gathered::Gone),
+    }
+}
+
 /// Reads the Secrets of allowed tokens, and those that the operator wrote before, which the status reports.
 async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Result<(), ReadError> {
     let tokens = &facts.user.spec.tokens;
@@ -157,26 +195,78 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
     }
     // Read sequentially, so that each object uses at most one slot for reads.
     let read = async {
-        let key = match refused.iter().min_by_key(|reason| reason.is_some()) {
+        let keys = match refused.iter().min_by_key(|reason| reason.is_some()) {
             // No token is allowed, so the key is not needed.
-            Some(Some(reason)) => Err(*reason),
-            _ => ctx.reader.key(&id.namespace, &facts.user.spec.key_secret_ref).await?,
+            Some(Some(reason)) => KeyState::none(*reason),
+            _ => KeyState {
+                bootstrap: ctx.reader.key(&id.namespace, &facts.user.spec.key_secret_ref).await?,
+                ledger: key_ledger(ctx, &facts.user).await?,
+            },
         };
         let mut found = BTreeMap::new();
         for (name, token) in secrets {
             let secret = ctx.reader.token_secret(&id.namespace, name, &Wanted::of(token)).await?;
             found.extend(secret.map(|secret| (name.to_owned(), secret)));
         }
-        Ok((key, found))
+        Ok((keys, found))
     };
-    let (key, secrets) = match read.await {
+    let (keys, secrets) = match read.await {
         Ok(read) => read,
         // The status reports this, because only an administrator can grant the permission.
-        Err(ReadError::Forbidden) => (Err(Reason::SecretsForbidden), BTreeMap::new()),
+        Err(ReadError::Forbidden) => (KeyState::none(Reason::SecretsForbidden), BTreeMap::new()),
         Err(error) => return Err(error),
     };
-    facts.key = key;
+    if keys.are_read() {
+        ctx.keys.uses(id, &keys);
+    } else {
+        ctx.keys.unread(id);
+    }
+    facts.keys = keys;
+    facts.key = signer(ctx, id, facts);
     facts.secrets = secrets;
     facts.leftovers = leftovers;
     Ok(())
+}
+
+/// The key ledger of an object. An object without key rotation has one only as long as it has the operator's finalizer.
+pub async fn key_ledger(
+    ctx: &Context,
+    user: &ZitadelServiceUser,
+) -> Result<Result<Option<StoredLedger>, Reason>, ReadError> {
+    // A replacement of the object by a manifest drops the finalizer, but not the keys.
+    let has_made = || {
+        let (namespace, name) = (user.namespace().unwrap_or_default(), user.name_any());
+        ctx.keys.has_made(&ObjectRef::new(&namespace, &name))
+    };
+    if user.spec.key_rotation.is_none() && !holds_keys(user) && !has_made() {
+        return Ok(Ok(None));
+    }
+    let (Some(namespace), Some(uid)) = (&ctx.operator_namespace, &user.metadata.uid) else {
+        return Ok(Err(Reason::KeyLedgerUnavailable));
+    };
+    let name = ledger_name(uid);
+    match ctx.reader.key_ledger(namespace, &name).await {
+        Err(ReadError::Forbidden) => Ok(Err(Reason::KeyLedgerUnavailable)),
+        read => read,
+    }
+}
+
+/// Name of the Secret that holds the ledger of the object with this UID.
+pub fn ledger_name(uid: &str) -> String {
+    format!("{KEY_LEDGER_PREFIX}{uid}")
+}
+
+/// The key that signs for the object.
+pub fn signer(ctx: &Context, id: &ObjectRef, facts: &Facts) -> Result<ServiceKey, Reason> {
+    // By a clock that is not trusted, nothing has expired.
+    let now = facts.clock.certain(ctx.clock.now());
+    key_rotation::signer(&facts.keys, facts.issuer(), |key| {
+        let expired = key.expires.zip(now).is_some_and(|(expires, now)| expires <= now);
+        expired || ctx.keys.is_rejected_for_long(id, &key.key_id)
+    })
+}
+
+/// Whether the operator has made keys for the object, so that its deletion waits for their removal.
+pub fn holds_keys(user: &ZitadelServiceUser) -> bool {
+    user.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
 }

@@ -7,8 +7,10 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
 use crate::api::ZitadelInstance;
+use crate::controller::Context;
 use crate::controller::instance::connect;
 use crate::controller::service_user::act::Job;
+use crate::controller::service_user::key_session::note_rejection;
 use crate::domain::answer::{Expected, Minted, accept};
 use crate::domain::clock_skew::is_news;
 use crate::domain::facts::Outcome;
@@ -40,7 +42,7 @@ enum SendError {
 
 /// What a request says about the host.
 #[derive(Clone, Copy)]
-enum Evidence {
+pub(super) enum Evidence {
     Healthy,
     Failure(Failure),
     DiscoveryFailure(Failure),
@@ -63,6 +65,7 @@ impl Job<'_> {
         let admitted = self.admit(instance, request).await?;
         let sent = self.send(&admitted.client, &request.scope).await;
         let classified = self.classify(&admitted.client, sent).await;
+        self.note_key(&admitted.client, &classified).await;
         self.record(admitted, classified.evidence);
         classified.result.map_err(|reason| Outcome {
             not_before: classified.not_before,
@@ -157,19 +160,8 @@ impl Job<'_> {
             }
             Err(SendError::Request(failure)) => failure,
         };
-        let mut discovery_works = false;
-        if failure.is_ambiguous() {
-            let discovered = client.discover().await.map(drop);
-            discovery_works = discovered.is_ok();
-            self.ctx.record_discovery(client, discovered);
-        }
-        let evidence = match failure {
-            _ if discovery_works => Evidence::Nothing,
-            Failure::Known(_) => Evidence::Nothing,
-            _ if failure.is_refusal() => Evidence::Healthy,
-            _ => Evidence::Failure(failure),
-        };
-        failed(classify(failure, discovery_works), evidence, Some(failure))
+        let (reason, evidence) = judge(self.ctx, client, failure).await;
+        failed(reason, evidence, Some(failure))
     }
 
     /// Tells the circuit breaker what the response says about the host, and has the instance reconciled if its status
@@ -177,26 +169,22 @@ impl Job<'_> {
     fn record(&self, admitted: Admitted, evidence: Evidence) {
         let (ctx, client, permit) = (self.ctx, &admitted.client, admitted.permit);
         let name = &client.settings().name;
-        let mut outdated = false;
-        match evidence {
-            Evidence::Healthy => {
-                // Service users may wait for an instance that is not Ready.
-                outdated = !ctx.connections.is_ready(name);
-                if permit.record_success() {
-                    ctx.breaker_closed(client.limits().breaker());
-                }
-            }
-            Evidence::Failure(failure) => permit.record_failure(failure, client.retry_in(failure)),
-            Evidence::DiscoveryFailure(failure) => {
-                permit.record_discovery_failure(name, failure, client.retry_in(failure));
-            }
-            Evidence::Nothing => drop(permit),
-        }
+        let mut outdated = record_evidence(ctx, client, permit, evidence);
         // The status of the instance shows the project id. All its service users depend on the clock skew.
         outdated |= client.known_project_id().is_some() != admitted.project_id_known;
         outdated |= is_news(self.facts.clock.usable(), client.skew().usable());
         if outdated {
             ctx.instances.wake(&ObjectRef::new("", name));
+        }
+    }
+
+    /// With a key ledger, the operator may have another key to sign with.
+    async fn note_key(&self, client: &ZitadelClient, classified: &Classified) {
+        if let (Ok(key), Ok(Some(_))) = (&self.facts.key, &self.facts.keys.ledger) {
+            match classified.result.as_ref().map(drop) {
+                Ok(()) => self.ctx.keys.accepted(self.id, &key.key_id),
+                Err(reason) => note_rejection(self.ctx, client, self.id, &key.key_id, *reason).await,
+            }
         }
     }
 
@@ -207,7 +195,45 @@ impl Job<'_> {
     }
 }
 
+/// The reason of a failed token request, and what it says about the host. Discovery tells a refused key from an outage.
+pub(super) async fn judge(ctx: &Context, client: &ZitadelClient, failure: Failure) -> (Reason, Evidence) {
+    let mut discovery_works = false;
+    if failure.is_ambiguous() {
+        let discovered = client.discover().await.map(drop);
+        discovery_works = discovered.is_ok();
+        ctx.record_discovery(client, discovered);
+    }
+    let evidence = match failure {
+        _ if discovery_works => Evidence::Nothing,
+        Failure::Known(_) => Evidence::Nothing,
+        _ if failure.is_refusal() => Evidence::Healthy,
+        _ => Evidence::Failure(failure),
+    };
+    (classify(failure, discovery_works), evidence)
+}
+
+/// Tells the circuit breaker what a token request says about the host. Returns whether the status of the instance may be
+/// outdated.
+pub(super) fn record_evidence(ctx: &Context, client: &ZitadelClient, permit: Permit, evidence: Evidence) -> bool {
+    let name = &client.settings().name;
+    match evidence {
+        Evidence::Healthy => {
+            if permit.record_success() {
+                ctx.breaker_closed(client.limits().breaker());
+            }
+            // Service users may wait for an instance that is not Ready.
+            return !ctx.connections.is_ready(name);
+        }
+        Evidence::Failure(failure) => permit.record_failure(failure, client.retry_in(failure)),
+        Evidence::DiscoveryFailure(failure) => {
+            permit.record_discovery_failure(name, failure, client.retry_in(failure));
+        }
+        Evidence::Nothing => drop(permit),
+    }
+    false
+}
+
 /// `time` plus `by`.
-fn later(time: Timestamp, by: Duration) -> Timestamp {
+pub(super) fn later(time: Timestamp, by: Duration) -> Timestamp {
     shifted(time, SignedDuration::try_from(by).unwrap_or(SignedDuration::MAX))
 }

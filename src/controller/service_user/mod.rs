@@ -1,14 +1,21 @@
 //! Reconciles service users in four steps: gather, plan, act, report.
 
 mod act;
+mod clean_up;
 mod gather;
+mod key_memory;
+mod key_session;
 mod memory;
 mod mint;
+mod other_keys;
+mod remove_keys;
+mod rotate;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use act::TIME_TO_WRITE;
+pub use key_memory::KeyMemory;
 pub use memory::Memory;
 
 use crate::api::service_user::{READY, UP_TO_DATE, ZitadelServiceUserStatus};
@@ -22,24 +29,40 @@ use crate::domain::reason::Reason;
 use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
 use gather::Gathered;
+use rotate::Rotated;
 
 /// Longest time for the Events of one reconcile.
 const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);
 
 /// Reconciles one service user.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: PendingRetries) -> Done {
+    let mut wants_key = false;
+    let done = reconcile_once(&ctx, &id, pending_retries, &mut wants_key).await;
+    if !wants_key {
+        ctx.key_generator.forget(&id);
+    }
+    done
+}
+
+/// Sets `wants_key` if the key generator has a key to make for the object, or made one.
+async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetries, wants_key: &mut bool) -> Done {
     let _timer = ctx.metrics.reconcile("ZitadelServiceUser");
-    if gather::awaits_instance(&ctx, &id) {
+    if gather::awaits_instance(ctx, id) {
         // The first reconcile of the instance wakes this service user.
         return Done::aborted(None);
     }
-    let facts = match gather::gather(&ctx, &id, pending_retries).await {
+    let mut facts = match gather::gather(ctx, id, pending_retries.clone()).await {
         Ok(Gathered::Facts(facts)) => *facts,
         // The status already says so. Nothing to do until the object changes.
         Ok(Gathered::Refused { reported: true, .. }) => return Done::forget(),
-        Ok(Gathered::Refused { reason, generation, .. }) => return refuse(&ctx, &id, reason, generation).await,
+        Ok(Gathered::Refused { reason, generation, .. }) => return refuse(ctx, id, reason, generation).await,
+        Ok(Gathered::Deleted(user)) => {
+            ctx.memory.forget(id);
+            return clean_up::clean_up(ctx, id, user, &pending_retries).await;
+        }
         Ok(Gathered::Gone) => {
-            ctx.memory.forget(&id);
+            ctx.memory.forget(id);
+            ctx.keys.forget(id);
             if ctx.cache.is_terminating(&id.namespace) {
                 ctx.writer.forget_namespace(&id.namespace);
             }
@@ -51,27 +74,38 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
         }
     };
     let plan = plan(&facts, facts.clock.theirs(ctx.clock.now()));
-    let acted = act::act(&ctx, &id, &facts, plan).await;
+    let acted = act::act(ctx, id, &facts, plan).await;
     for outcome in &acted.outcomes {
         tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "token reconciled");
     }
+    let mut written = acted.written;
+    let mut rotated = Rotated::default();
+    let leads = acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
+    if leads && !acted.outdated {
+        // Boxed, because most objects do not rotate a key and need no room for this.
+        rotated = Box::pin(rotate::rotate(ctx, id, &mut facts, &acted.outcomes)).await;
+        written.append(&mut rotated.written);
+        *wants_key = rotated.wants_key;
+    }
     // The responses of the server may have changed the clock skew.
     let skew = ctx.connections.skew(&facts.user.spec.instance_ref.name);
-    let mut report = report(&facts, &acted.outcomes, skew.theirs(ctx.clock.now()));
+    let now = skew.theirs(ctx.clock.now());
+    let mut report = report(&facts, &acted.outcomes, rotated.outcome.as_ref(), now);
     report.wake.failed.extend(acted.failed);
-    let mut written = acted.written;
     // If leadership was lost or the reconcile is outdated, the present leader, the next process or the next reconcile
     // writes the status.
-    let may_publish = !acted.outdated && acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
+    let reasons = acted.outcomes.iter().map(|o| o.reason);
+    let mut reasons = reasons.chain(rotated.outcome.iter().map(|o| o.reason));
+    let may_publish = !acted.outdated && reasons.all(|reason| reason != Reason::NotLeading);
     let published = if may_publish {
-        publish(&ctx, &facts, &mut report).await
+        publish(ctx, &facts, &mut report).await
     } else {
         Ok(None)
     };
     match published {
         Ok(version) => written.extend(version),
         Err(error) => {
-            error.log(&id, "the status");
+            error.log(id, "the status");
             report.wake.failed.push(Failed::now("", error.reason_for_status()));
         }
     }
@@ -79,7 +113,7 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef, pending_retries: Pendin
         // The queue uses the local clock.
         wake: report.wake.shifted(-skew.usable()),
         written,
-        mints: acted.mints,
+        mints: acted.mints + rotated.requests,
         aborted: acted.outdated,
         ..Done::default()
     }
@@ -124,6 +158,8 @@ async fn publish(ctx: &Context, facts: &Facts, report: &mut Report) -> Result<Op
     }
     let mut user = (*facts.user).clone();
     user.status = Some(report.status.clone());
+    // A status write changes no metadata, and the operator does not know the names of other finalizers.
+    user.metadata.finalizers = None;
     let version = ctx.writer.replace_user_status(&user).await?;
     log_changes(facts, &report.status);
     let tell = async {

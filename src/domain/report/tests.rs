@@ -39,11 +39,11 @@ fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome
 /// Computes the report and feeds its status back through JSON. The time is never a whole second.
 fn reconcile(facts: &mut Facts, seconds: i64, outcomes: &[Outcome]) -> Report {
     let now = at(seconds) + SignedDuration::from_millis(700);
-    let first = report(facts, outcomes, now);
+    let first = report(facts, outcomes, None, now);
     let json = serde_json::to_value(&first.status).expect("JSON");
     assert!(!json.to_string().contains(".7"), "times are whole seconds: {json}");
     user(facts).status = serde_json::from_value(json).expect("a status");
-    let again = report(facts, outcomes, now);
+    let again = report(facts, outcomes, None, now);
     assert_eq!(
         Some(&again.status),
         facts.user.status.as_ref(),
@@ -358,7 +358,7 @@ fn key_valid_condition() {
         (Ok(None), [Issued, ServerError], "True/KeyUsable"),
         (Ok(None), [Issued, KeyRejected], "False/KeyRejected"),
         (Ok(None), [UserInactive, KeyRejected], "False/UserInactive"),
-        (Ok(Some(2)), [Issued, Issued], "True/KeyUsable"),
+        (Ok(Some(2)), [Issued, Issued], "True/KeyExpiresWithin7Days"),
         (Ok(Some(1)), [Issued, Issued], "False/KeyExpired"),
         (Ok(Some(1)), [Issued, KeyExpired], "False/KeyExpired"),
         (Ok(None), [Suspended, Suspended], "True/KeyUsable"),
@@ -376,6 +376,79 @@ fn key_valid_condition() {
         let key = condition(&status, "KeyValid").expect("KeyValid");
         assert_eq!(format!("{}/{}", key.status, key.reason), *expected);
     }
+}
+
+#[test]
+fn owner_is_warned_before_the_key_expires() {
+    const DAY: i64 = 24 * 3_600;
+    let mut facts = filled(&["a"]);
+    service_key(&mut facts).expires = Some(at(31 * DAY));
+    let issued = [outcome(&facts, 0, Issued, 9)];
+    let warnings = |report: &Report| {
+        let warnings = report.events.iter().filter(|event| event.warning);
+        warnings.map(|event| event.reason).collect::<Vec<_>>()
+    };
+    for (day, expected, warning) in [
+        (0, "True/KeyUsable", None),
+        (1, "True/KeyExpiresWithin30Days", Some(Reason::KeyExpiresWithin30Days)),
+        (2, "True/KeyExpiresWithin30Days", None),
+        (24, "True/KeyExpiresWithin7Days", Some(Reason::KeyExpiresWithin7Days)),
+        (30, "True/KeyExpiresWithin7Days", None),
+        (31, "False/KeyExpired", None),
+    ] {
+        let report = reconcile(&mut facts, day * DAY, &issued);
+        let key = condition(&report.status, "KeyValid").expect("KeyValid");
+        assert_eq!(format!("{}/{}", key.status, key.reason), expected, "{day}");
+        assert_eq!(warnings(&report), Vec::from_iter(warning), "{day}");
+    }
+    // The operator replaces a key that it rotates on schedule.
+    let rotation = Rotation::new(Reason::KeyRotationOnSchedule);
+    let report = report(&facts, &issued, Some(&rotation), at(30 * DAY));
+    assert_eq!(
+        condition(&report.status, "KeyValid").map(|key| &*key.reason),
+        Some("KeyUsable")
+    );
+}
+
+#[test]
+fn rotation_has_conditions_events_and_a_retry_of_its_own() {
+    let mut facts = filled(&["a"]);
+    let issued = [outcome(&facts, 0, Issued, 9)];
+    let mut shown = |reason, next| {
+        let rotation = Rotation {
+            next,
+            ..Rotation::new(reason)
+        };
+        let report = report(&facts, &issued, Some(&rotation), at(9));
+        let user = user(&mut facts);
+        user.status = Some(report.status.clone());
+        let rotated = condition(&report.status, "KeyRotated").expect("KeyRotated");
+        let ready = condition(&report.status, "Ready").expect("Ready");
+        let events: Vec<Reason> = report.events.iter().map(|event| event.reason).collect();
+        let failed: Vec<String> = report.wake.failed.iter().map(|failed| failed.what.clone()).collect();
+        assert_eq!(ready.status, "True", "a rotation does not concern the tokens");
+        (
+            format!("{}/{}", rotated.status, rotated.reason),
+            events,
+            report.wake.at,
+            failed,
+        )
+    };
+    let (condition, _, at_next, failed) = shown(Reason::KeyRotationOnSchedule, Some(at(1)));
+    assert_eq!(
+        (&*condition, at_next, failed.len()),
+        ("True/KeyRotationOnSchedule", Some(at(1)), 0)
+    );
+    let (condition, events, _, failed) = shown(Reason::KeyManagementForbidden, None);
+    assert_eq!(condition, "False/KeyManagementForbidden");
+    assert_eq!(
+        (events, failed),
+        (vec![Reason::KeyManagementForbidden], vec!["keyRotation".to_owned()])
+    );
+    // Once for each reason, and not for what ends by itself.
+    assert_eq!(shown(Reason::KeyManagementForbidden, None).1, []);
+    assert_eq!(shown(Reason::KeyRotationInProgress, None).1, []);
+    assert_eq!(shown(Reason::Suspended, None).0, "Unknown/Suspended");
 }
 
 #[test]
@@ -571,10 +644,10 @@ fn extreme_times_in_clock_and_status_do_not_panic() {
             for reason in Reason::ALL {
                 let mut facts = filled(&["a"]);
                 let outcomes = [outcome(&facts, 0, *reason, LIFETIME)];
-                let mut status = report(&facts, &outcomes, written).status;
+                let mut status = report(&facts, &outcomes, None, written).status;
                 status.tokens[0].failing_since = Some(time(written));
                 user(&mut facts).status = Some(status);
-                let status = report(&facts, &outcomes, now).status;
+                let status = report(&facts, &outcomes, None, now).status;
                 let since = status.tokens[0].failing_since.iter();
                 let transitions = status.conditions.iter().map(|c| &c.last_transition_time);
                 assert!(transitions.chain(since).all(|at| at.0 <= now), "{reason}: {status:?}");
@@ -619,8 +692,9 @@ fn kept_token_is_reported_as_recorded_in_the_secret() {
 prop_compose! {
     fn any_outcome()(reason in 0..Reason::ALL.len(), expires in proptest::option::of(1_i64..2_000), not_before in proptest::option::of(1_i64..2_000))
         -> (Reason, Option<i64>, Option<i64>) {
-        // These two reasons describe an instance and a key. They are no outcomes of a token.
-        let outcome = Some(Reason::ALL[reason]).filter(|reason| ![Reason::InstanceReady, Reason::KeyUsable].contains(reason));
+        // Of the reasons that are no failure, only these are outcomes of a token.
+        let of_token = |reason: &Reason| reason.retry() != Retry::No || [Issued, Suspended].contains(reason);
+        let outcome = Some(Reason::ALL[reason]).filter(of_token);
         (outcome.unwrap_or(Issued), expires, not_before)
     }
 }

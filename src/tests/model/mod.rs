@@ -30,10 +30,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::cli::run::{RECONCILE_TIMEOUT, after_clock_jump, queue_of_instances, queue_of_users};
 use crate::controller::cache::Cache;
 use crate::controller::instance::{self, Connections};
+use crate::controller::key_generator::KeyGenerator;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Load;
 use crate::controller::read::Reader;
-use crate::controller::service_user::{self, Memory};
+use crate::controller::service_user::{self, KeyMemory, Memory};
 use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests};
@@ -239,6 +240,8 @@ impl Process {
             instances: instances.clone(),
             users: users.clone(),
             memory: Memory::default(),
+            keys: KeyMemory::default(),
+            key_generator: Arc::new(KeyGenerator::new(|| None, Box::new(|_| {}))),
             requests: Requests::default(),
             metrics: Metrics::register(&mut Registry::default(), Counter::default(), Arc::new(|| true)),
             allowed_metadata: fixtures::facts(&NAMES).allowed_metadata,
@@ -585,7 +588,7 @@ proptest! {
         runtime.expect("the runtime starts").block_on(async {
             let mut world = World::new(parameters);
             world.apply_all(&events).await;
-            world.check_recovery().await;
+            Box::pin(world.check_recovery()).await;
         });
     }
 }

@@ -15,7 +15,7 @@ use tokio::time::sleep;
 use super::{ISSUER, Shared, State, USER_ID, lock};
 use crate::domain::failure::Failure;
 use crate::domain::fixtures::jwt;
-use crate::zitadel::{Request, Settings, Transport};
+use crate::zitadel::{Call, Request, Settings, Transport};
 
 /// Id of ZITADEL's own project.
 const OWN_PROJECT: &str = "900";
@@ -95,13 +95,13 @@ impl FakeTransport {
 
 impl Transport for FakeTransport {
     fn send<'a>(&'a self, request: Request<'a>) -> BoxFuture<'a, Result<Response, Failure>> {
-        let call = match request.form {
-            Some(form) => ServerCall::Token {
+        let call = match request.call {
+            Call::PostForm(form) => ServerCall::Token {
                 assertion: field(form, "assertion"),
                 scope: field(form, "scope"),
             },
-            None if request.path.starts_with("/.well-known") => ServerCall::Discovery,
-            None => ServerCall::OwnProject(request.bearer.expect("a bearer token").expose_secret().to_owned()),
+            _ if request.path.starts_with("/.well-known") => ServerCall::Discovery,
+            _ => ServerCall::OwnProject(request.bearer.expect("a bearer token").expose_secret().to_owned()),
         };
         Box::pin(async move {
             let latency = lock(&self.shared).zitadel.latency;

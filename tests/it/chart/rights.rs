@@ -9,12 +9,13 @@ use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, PolicyRule, Ro
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
+use zitadel_tokens::api::ZitadelServiceUser;
 
 use super::values;
 use crate::support::audit::Request;
 use crate::support::helm::{NAME, Release};
 use crate::support::issuer::Issuer;
-use crate::support::world::{World, one_token, until};
+use crate::support::world::{World, condition, one_token, until};
 use crate::support::{SOON, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -139,6 +140,27 @@ async fn exercise_all_permissions(world: &World, home: &str) {
     world.edit_secret("adopted-token", hand_over).await;
     world.simple("adopted", json!({"tokenType": "JWT"})).await;
     world.ready("adopted", "True", "Issued").await;
+
+    // The operator makes a key, and removes it when the object is deleted.
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("rotated-key", &user).await;
+    let mut spec = one_token("rotated-token");
+    spec["keyRotation"] = json!({"interval": "1h"});
+    world.service_user("rotated", spec).await.expect("accepted");
+    world
+        .user_until("rotated", |user| {
+            condition(user, "KeyRotated").is_some_and(|(status, _, _)| status == "True")
+        })
+        .await;
+    world
+        .users()
+        .delete("rotated", &DeleteParams::default())
+        .await
+        .expect("accepted");
+    eventually("the object is gone", async || {
+        world.users().get_opt("rotated").await.expect("readable").is_none()
+    })
+    .await;
 }
 
 // Places, as docs/install.md names them. All other permissions are cluster-wide.
@@ -255,6 +277,15 @@ fn assert_documented(granted: &BTreeSet<Grant>) {
     );
 }
 
+/// An object with further fields.
+fn merged(object: &Value, more: &Value) -> Value {
+    let mut object = object.clone();
+    for (key, value) in more.as_object().expect("an object") {
+        object[key] = value.clone();
+    }
+    object
+}
+
 /// Waits until the chart's policy is in force. The API server enforces a new policy only after a moment.
 async fn policy_is_in_force(release: &Release, namespace: &str) {
     let secrets: Api<Secret> = Api::namespaced(release.client().await, namespace);
@@ -276,17 +307,36 @@ async fn create(secrets: &Api<Secret>, secret: Value) -> Result<(), String> {
     created.map(drop).map_err(|e| e.to_string())
 }
 
+/// A UID that no object has.
+const UID: &str = "6d0c5b1e-0000-4000-8000-000000000000";
+
+fn owners() -> Value {
+    json!([{"apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "name": "billing", "uid": UID,
+        "controller": true}])
+}
+
+/// An object with another value at a place that exists.
+fn with(object: &Value, pointer: &str, value: Value) -> Value {
+    let mut object = object.clone();
+    *object.pointer_mut(pointer).expect("there") = value;
+    object
+}
+
+/// A release whose policy is in force, and a client with its service account token.
+async fn stolen(world: &World) -> kube::Client {
+    let home = format!("{}-home", world.name);
+    let release = Release::install(world.cluster, &home, &values(world, &json!({})));
+    policy_is_in_force(&release, &world.name).await;
+    release.client().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn stolen_service_account_token_can_write_only_token_secrets() {
     let world = World::new("stolen").await;
-    let home = format!("{}-home", world.name);
-    let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
-    policy_is_in_force(&release, &world.name).await;
-    let stolen = release.client().await;
+    let stolen = stolen(&world).await;
     let theirs: Api<Secret> = Api::namespaced(stolen.clone(), &world.name);
 
-    let owners = json!([{"apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelServiceUser", "name": "billing",
-        "uid": "6d0c5b1e-0000-4000-8000-000000000000", "controller": true}]);
+    let owners = owners();
     let record = json!({"zitadel-tokens.dev/record": "{}"});
     let label = json!({"zitadel-tokens.dev/service-user": "billing"});
     let owned = json!({"metadata": {"name": "s", "ownerReferences": owners}, "type": "Opaque"});
@@ -294,11 +344,6 @@ async fn stolen_service_account_token_can_write_only_token_secrets() {
     assert_eq!(create(&theirs, owned.clone()).await, Ok(()));
     assert_eq!(create(&theirs, retained.clone()).await, Ok(()));
 
-    let with = |object: &Value, pointer: &str, value: Value| {
-        let mut object = object.clone();
-        *object.pointer_mut(pointer).expect("there") = value;
-        object
-    };
     let account = json!({"kubernetes.io/service-account.name": "default", "zitadel-tokens.dev/record": "{}"});
     let token = with(&retained, "/metadata/annotations", account);
     let token = with(&token, "/type", json!("kubernetes.io/service-account-token"));
@@ -338,11 +383,9 @@ async fn stolen_service_account_token_can_write_only_token_secrets() {
         let refused = create(&theirs, secret).await.expect_err(what);
         assert!(refused.contains(message), "{what}: {refused}");
     }
-    for namespace in ["kube-system", &home] {
-        let secrets: Api<Secret> = Api::namespaced(stolen.clone(), namespace);
-        let refused = create(&secrets, owned.clone()).await.expect_err(namespace);
-        assert!(refused.contains("kube-system or in its own namespace"), "{refused}");
-    }
+    let system: Api<Secret> = Api::namespaced(stolen.clone(), "kube-system");
+    let refused = create(&system, owned.clone()).await.expect_err("kube-system");
+    assert!(refused.contains("must not write Secrets in kube-system"), "{refused}");
 
     // The policy refuses to change, take over or delete a foreign Secret.
     world.secret("foreign", json!({"password": "theirs"})).await;
@@ -364,4 +407,67 @@ async fn stolen_service_account_token_can_write_only_token_secrets() {
     assert!(refused.contains("cannot deletecollection"), "{refused}");
     // The policy does not apply to other accounts.
     world.secret("foreign", json!({"password": "changed"})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stolen_service_account_token_can_write_only_key_ledgers_in_its_own_namespace() {
+    let world = World::new("stolen-home").await;
+    let home = format!("{}-home", world.name);
+    let stolen = stolen(&world).await;
+    let theirs: Api<Secret> = Api::namespaced(stolen.clone(), &world.name);
+    let owned = json!({"metadata": {"name": "s", "ownerReferences": owners()}, "type": "Opaque"});
+    let own: Api<Secret> = Api::namespaced(stolen.clone(), &home);
+    let ledger = json!({"metadata": {"name": format!("service-user-key-{UID}"), "labels": {"zitadel-tokens.dev/key-ledger": UID}}});
+    assert_eq!(create(&own, ledger.clone()).await, Ok(()));
+    let another = with(&ledger, "/metadata/name", json!("zitadel-admin"));
+    let unlabelled = with(&ledger, "/metadata/labels", json!({}));
+    let typed = merged(&ledger, &json!({"type": "example.com/other"}));
+    for (secret, message) in [
+        (owned, "only Secrets with its own keys"),
+        (another, "only Secrets with its own keys"),
+        (unlabelled, "only Secrets with its own keys"),
+        (typed, "only Secrets of type Opaque"),
+    ] {
+        let refused = create(&own, secret).await.expect_err(message);
+        assert!(refused.contains(message), "{refused}");
+    }
+    let refused = create(&theirs, ledger).await.expect_err("a ledger elsewhere");
+    assert!(refused.contains("write only Secrets that belong"), "{refused}");
+    let admins: Api<Secret> = Api::namespaced(world.client.clone(), &home);
+    let secret = serde_json::from_value(json!({"metadata": {"name": "zitadel-admin"}})).expect("a Secret");
+    admins.create(&PostParams::default(), &secret).await.expect("created");
+    let refused = own.delete("zitadel-admin", &DeleteParams::default()).await;
+    let refused = refused.expect_err("refused").to_string();
+    assert!(refused.contains("only Secrets with its own keys"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stolen_service_account_token_can_change_only_the_finalizer_of_a_service_user() {
+    let world = World::new("stolen-user").await;
+    let stolen = stolen(&world).await;
+    world
+        .service_user("billing", one_token("billing-token"))
+        .await
+        .expect("accepted");
+    let users: Api<ZitadelServiceUser> = Api::namespaced(stolen.clone(), &world.name);
+    let change = async |change: Value| {
+        let patched = users
+            .patch("billing", &PatchParams::default(), &Patch::Merge(&change))
+            .await;
+        patched.map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(
+        change(json!({"metadata": {"finalizers": ["zitadel-tokens.dev/keys"]}})).await,
+        Ok(())
+    );
+    for other in [
+        json!({"spec": {"suspend": true}}),
+        json!({"metadata": {"annotations": {"zitadel-tokens.dev/renew-request": "1"}}}),
+        json!({"metadata": {"labels": {"a": "b"}}}),
+        json!({"metadata": {"finalizers": ["example.com/other"]}}),
+    ] {
+        let refused = change(other).await.expect_err("refused");
+        assert!(refused.contains("must change only its finalizer"), "{refused}");
+    }
+    assert_eq!(change(json!({"metadata": {"finalizers": null}})).await, Ok(()));
 }

@@ -437,10 +437,12 @@ func TestHosts(t *testing.T) {
 		})
 	}
 	t.Run("REST", func(t *testing.T) {
-		got := s.must("GET", s.Issuer+"/management/v1/iam", http.Header{"Host": {"something-else"}}, "")
-		var said apiError
-		if err := json.Unmarshal([]byte(got.body), &said); err != nil || got.status != 404 || said.Code != 5 || "404 "+said.Message != unknown("something-else") {
-			t.Errorf("%s", got)
+		for _, path := range []string{"/management/v1/iam", "/v2/users/1"} {
+			got := s.must("GET", s.Issuer+path, http.Header{"Host": {"something-else"}}, "")
+			var said apiError
+			if err := json.Unmarshal([]byte(got.body), &said); err != nil || got.status != 404 || said.Code != 5 || "404 "+said.Message != unknown("something-else") {
+				t.Errorf("%s: %s", path, got)
+			}
 		}
 	})
 	t.Run("public host", func(t *testing.T) {

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"crypto"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -36,6 +37,7 @@ func newControl(users *directory, keys keyMaker, front *front) http.Handler {
 		"PATCH /users/{id}":             c.changeUser,
 		"DELETE /users/{id}":            c.deleteUser,
 		"POST /users/{id}/keys":         c.addKey,
+		"GET /users/{id}/keys":          c.listKeys,
 		"DELETE /users/{id}/keys/{key}": c.deleteKey,
 		"GET /settled":                  c.settled,
 		"POST /apps":                    c.addApp,
@@ -133,7 +135,7 @@ func (d *directory) createUser(u user) (user, error) {
 	u.State = cmp.Or(u.State, stateActive)
 	u.TokenType = cmp.Or(u.TokenType, tokenTypeBearer)
 	u.organizationID = cmp.Or(u.organizationID, defaultOrganizationID)
-	u.keys = map[string]userKey{}
+	u.keys, u.pats = map[string]userKey{}, map[string]dates{}
 	if err := u.check(); err != nil {
 		return user{}, err
 	}
@@ -176,6 +178,20 @@ type keyFile struct {
 	Key            string    `json:"key,omitempty"`
 	ExpirationDate time.Time `json:"expirationDate"`
 	UserID         string    `json:"userId"`
+
+	created time.Time // not in the file
+}
+
+// content is the text of the file, or nothing if the caller has the private key.
+func (f keyFile) content() []byte {
+	if f.Key == "" {
+		return nil
+	}
+	text, err := json.Marshal(f)
+	if err != nil {
+		panic(err) // only for a type that JSON cannot represent: a bug in this program
+	}
+	return text
 }
 
 func (c *control) addKey(r *http.Request) (any, error) {
@@ -204,28 +220,23 @@ func (d *directory) createKey(keys keyMaker, userID string, in newKey) (keyFile,
 	if err != nil {
 		return keyFile{}, err
 	}
+	kept := newDates(d.settings().now(), in.ExpirationDate)
 	file := keyFile{
 		Type:           "serviceaccount",
 		KeyID:          d.newID(),
 		Key:            private,
 		ExpirationDate: in.ExpirationDate.UTC(),
 		UserID:         userID,
+		created:        kept.created,
 	}
-	return file, d.addKey(file.UserID, file.KeyID, userKey{public: public, expires: file.ExpirationDate})
+	return file, d.addKey(file.UserID, file.KeyID, userKey{kept, public})
 }
 
 // pair parses the given public key, or generates a key pair and returns its private key as PEM.
 func (k keyMaker) pair(publicPEM string, pkcs8 bool) (crypto.PublicKey, string, error) {
 	if publicPEM != "" {
-		block, _ := pem.Decode([]byte(publicPEM))
-		if block == nil {
-			return nil, "", errors.New("publicKey is not PEM")
-		}
-		public, err := x509.ParsePKIXPublicKey(block.Bytes)
-		if err != nil {
-			return nil, "", fmt.Errorf("publicKey is not in PKIX format: %w", err)
-		}
-		return public, "", nil
+		public, err := parsePublicKey(publicPEM)
+		return public, "", err
 	}
 	private := k.take()
 	block := &pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)}
@@ -237,6 +248,47 @@ func (k keyMaker) pair(publicPEM string, pkcs8 bool) (crypto.PublicKey, string, 
 		block = &pem.Block{Type: "PRIVATE KEY", Bytes: der}
 	}
 	return private.Public(), string(pem.EncodeToMemory(block)), nil
+}
+
+func parsePublicKey(text string) (crypto.PublicKey, error) {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		return nil, errors.New("publicKey is not PEM")
+	}
+	public, err := x509.ParsePKIXPublicKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("publicKey is not in PKIX format: %w", err)
+	}
+	return public, nil
+}
+
+// storedKey is a key in a list of the control port.
+type storedKey struct {
+	ID             string `json:"id"`
+	CreationDate   string `json:"creationDate"`
+	ExpirationDate string `json:"expirationDate"`
+	// SHA-256 of the public key in PKIX (SPKI) DER, in hexadecimal. ZITADEL's lists have no public key, so
+	// a test that must know whose key an id stands for reads it here.
+	SPKISHA256 string `json:"spkiSha256"`
+}
+
+// listKeys returns a user's keys without projection lag, the oldest first.
+func (c *control) listKeys(r *http.Request) (any, error) {
+	u, err := c.users.user(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	keys := []storedKey{}
+	for id, key := range u.keys {
+		der, err := x509.MarshalPKIXPublicKey(key.public)
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, storedKey{id, timestamp(key.created), timestamp(key.expires), fmt.Sprintf("%x", sha256.Sum256(der))})
+	}
+	// Ids increase with time.
+	slices.SortFunc(keys, func(a, b storedKey) int { return cmp.Compare(a.ID, b.ID) })
+	return map[string]any{"keys": keys}, nil
 }
 
 func (c *control) deleteKey(r *http.Request) (any, error) {

@@ -150,7 +150,7 @@ func TestRecorderKeepsTheLastRequests(t *testing.T) {
 	const surplus = 7
 	request, _ := http.NewRequest("GET", "/", http.NoBody)
 	for range 2*recordsKept + surplus {
-		l.arrived(request)
+		l.arrived(request, "")
 	}
 	kept, next := l.since(0)
 	if len(kept) != recordsKept || kept[0].Seq != recordsKept+surplus+1 || next != 2*recordsKept+surplus+1 {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -18,7 +19,7 @@ type front struct {
 }
 
 func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	request, err := f.log.arrived(r)
+	request, err := f.log.arrived(r, f.caller(r))
 	if err != nil {
 		return // the client closed the connection while sending
 	}
@@ -55,6 +56,21 @@ func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		body = repeated(answer.body.Bytes(), fault.RepeatBodyBytes)
 	}
 	answer.send(r.Context(), w, body, fault.DripMillisPerByte)
+}
+
+// caller returns the id of the user whose valid access token is in the request, or an empty string. The token
+// itself is not recorded.
+func (f *front) caller(r *http.Request) string {
+	session, err := f.users.session(bearer(r))
+	if err != nil {
+		return ""
+	}
+	return session.userID
+}
+
+// bearer returns the access token in a request.
+func bearer(r *http.Request) string {
+	return strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
 }
 
 // answer is a buffered response.

@@ -44,7 +44,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) 
 	flags := flag.NewFlagSet("issuer", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:0", "address of the issuer port")
 	secure := flags.Bool("tls", false, "serve https on the issuer port")
-	lag := flags.Duration("projection-lag", 0, "delay until the token endpoint sees a change of a user")
+	lag := flags.Duration("projection-lag", 0, "delay until the token endpoint and the lists of keys see a change of a user")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}

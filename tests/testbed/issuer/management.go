@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -16,6 +17,7 @@ const (
 	codeInvalidArgument = 3
 	codeNotFound        = 5
 	codeAlreadyExists   = 6
+	codeNoPermission    = 7
 	codeFailed          = 9
 	codeUnimplemented   = 12
 	codeUnauthenticated = 16
@@ -25,6 +27,7 @@ var statusOfCode = map[int]int{
 	codeInvalidArgument: http.StatusBadRequest,
 	codeNotFound:        http.StatusNotFound,
 	codeAlreadyExists:   http.StatusConflict,
+	codeNoPermission:    http.StatusForbidden,
 	codeFailed:          http.StatusBadRequest,
 	codeUnimplemented:   http.StatusMethodNotAllowed,
 	codeUnauthenticated: http.StatusUnauthorized,
@@ -75,12 +78,10 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 // caller returns the user of the token in a request to ZITADEL's own API. The token needs the ZITADEL API's
 // audience.
 func (i *issuer) caller(r *http.Request) (user, error) {
-	header := r.Header.Get("Authorization")
-	if header == "" {
+	if r.Header.Get("Authorization") == "" {
 		return user{}, errNoAuthHeader
 	}
-	token, _ := strings.CutPrefix(header, "Bearer ")
-	session, err := i.users.session(token)
+	session, err := i.users.session(bearer(r))
 	if err != nil || !session.isFor(i.users.settings().ZitadelProjectID) || !session.isFrom(op.IssuerFromContext(r.Context())) {
 		return user{}, errTokenInvalid
 	}
@@ -113,6 +114,8 @@ func writeError(w http.ResponseWriter, err error) {
 		known = withID(codeAlreadyExists, "V3-DKcYh", "User already exists")
 	case errors.Is(err, errNoKey):
 		known = withID(codeNotFound, "COMMAND-4m77G", "Machine key not found")
+	case errors.Is(err, errNoPAT):
+		known = withID(codeNotFound, "COMMAND-4m77G", "Personal Access Token not found")
 	case errors.Is(err, errNoUser):
 		known = withID(codeFailed, "COMMAND-bnipwm1", "User could not be found")
 	default:
@@ -140,19 +143,16 @@ func (m machine) tokenType() string {
 
 func addManagement(mux *http.ServeMux, i *issuer, keys keyMaker) {
 	m := management{i, keys}
-	handle := func(pattern string, absent error, handle func(*http.Request) (any, error)) {
+	handleFor := func(pattern string, absent error, handle func(user, *http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if absent != nil && !i.users.settings().UserV2 {
 				writeError(w, absent)
 				return
 			}
 			caller, err := i.caller(r)
-			if err == nil && !caller.Administrator {
-				err = errNoMembership
-			}
 			var body any
 			if err == nil {
-				body, err = handle(r)
+				body, err = handle(caller, r)
 			}
 			if err != nil {
 				writeError(w, err)
@@ -161,30 +161,56 @@ func addManagement(mux *http.ServeMux, i *issuer, keys keyMaker) {
 			writeJSON(w, http.StatusOK, body)
 		})
 	}
+	handle := func(pattern string, absent error, handle func(*http.Request) (any, error)) {
+		handleFor(pattern, absent, func(caller user, r *http.Request) (any, error) {
+			if !caller.Administrator {
+				return nil, errNoMembership
+			}
+			return handle(r)
+		})
+	}
 	v2, v1 := "/v2/users", "/management/v1/users"
 	handle("GET /admin/v1/instances/me", nil, m.instance)
 	// Since v4.0.0.
 	handle("POST "+v2+"/new", errNoMethod, m.createUser)
 	handle("PATCH "+v2+"/{id}", errNoMethod, m.updateUser)
-	handle("POST "+v2+"/{id}/keys", errAbsent, m.addKey("keyContent", keyRequest.checkV2))
-	handle("DELETE "+v2+"/{id}/keys/{key}", errAbsent, m.removeKey)
+	handleFor("POST "+v2+"/{id}/keys", errAbsent, m.addKey)
+	handleFor("POST "+v2+"/keys/search", errAbsent, m.listKeys)
+	handleFor("DELETE "+v2+"/{id}/keys/{key}", errAbsent, m.removeOwnKey)
+	handleFor("POST "+v2+"/{id}/pats", errAbsent, m.addPAT)
+	handleFor("POST "+v2+"/pats/search", errAbsent, m.listPATs)
+	handleFor("DELETE "+v2+"/{id}/pats/{pat}", errAbsent, m.removePAT)
 	handle("POST "+v2+"/{id}/deactivate", nil, m.setState("inactive"))
 	handle("POST "+v2+"/{id}/reactivate", nil, m.setState(stateActive))
 	handle("DELETE "+v2+"/{id}", nil, m.deleteUser)
 
 	handle("POST "+v1+"/machine", nil, m.createUserV1)
 	handle("PUT "+v1+"/{id}/machine", nil, m.updateUserV1)
-	handle("POST "+v1+"/{id}/keys", nil, m.addKey("keyDetails", keyRequest.checkV1))
+	handle("POST "+v1+"/{id}/keys", nil, m.addKeyV1)
 	handle("DELETE "+v1+"/{id}/keys/{key}", nil, m.removeKey)
 	handle("POST "+v1+"/{id}/_deactivate", nil, m.setState("inactive"))
 	handle("POST "+v1+"/{id}/_reactivate", nil, m.setState(stateActive))
 	handle("DELETE "+v1+"/{id}", nil, m.deleteUser)
 }
 
-// fields decodes a body. Like ZITADEL's API, it ignores unknown fields.
-func fields(r *http.Request, into any) error { return json.NewDecoder(r.Body).Decode(into) }
+// fields decodes a body. Like ZITADEL's API, it ignores unknown fields and accepts an empty body.
+func fields(r *http.Request, into any) error {
+	if err := json.NewDecoder(r.Body).Decode(into); err != io.EOF {
+		return err
+	}
+	return nil
+}
 
-func now() string { return time.Now().UTC().Format(time.RFC3339Nano) }
+// now is the time of a change by the server's clock.
+func (m management) now() string { return timestamp(m.users.settings().now()) }
+
+// timestamp formats a time as ZITADEL's API does: in microseconds, the resolution of its database, with 0, 3 or 6
+// digits of the fraction (https://protobuf.dev/programming-guides/json/).
+func timestamp(t time.Time) string {
+	text := t.UTC().Format("2006-01-02T15:04:05.000000")
+	text = strings.TrimSuffix(text, "000")
+	return strings.TrimSuffix(text, ".000") + "Z"
+}
 
 func (m management) instance(*http.Request) (any, error) {
 	version := "v4-stand-in"
@@ -206,7 +232,7 @@ func (m management) createUser(r *http.Request) (any, error) {
 	}
 	settings := userSettings{Username: in.Username, TokenType: in.Machine.tokenType()}
 	made, err := m.users.createUser(user{userSettings: settings, id: in.UserID, organizationID: in.OrganizationID})
-	return map[string]string{"id": made.id, "creationDate": now()}, err
+	return map[string]string{"id": made.id, "creationDate": m.now()}, err
 }
 
 func (m management) createUserV1(r *http.Request) (any, error) {
@@ -233,7 +259,7 @@ func (m management) updateUser(r *http.Request) (any, error) {
 		return nil, err
 	}
 	_, err := m.change(r, func(s *userSettings) { s.TokenType = cmp.Or(in.Machine.tokenType(), s.TokenType) })
-	return map[string]string{"changeDate": now()}, err
+	return map[string]string{"changeDate": m.now()}, err
 }
 
 // updateUserV1 replaces the fields of a service user. A call that changes nothing fails.
@@ -252,7 +278,7 @@ func (m management) updateUserV1(r *http.Request) (any, error) {
 func (m management) setState(state string) func(*http.Request) (any, error) {
 	return func(r *http.Request) (any, error) {
 		_, err := m.change(r, func(s *userSettings) { s.State = state })
-		return map[string]string{"changeDate": now()}, err
+		return map[string]string{"changeDate": m.now()}, err
 	}
 }
 
@@ -271,47 +297,34 @@ func (m management) change(r *http.Request, change func(*userSettings)) (bool, e
 }
 
 func (m management) deleteUser(r *http.Request) (any, error) {
-	return map[string]string{"deletionDate": now()}, m.users.deleteUser(r.PathValue("id"))
+	return map[string]string{"deletionDate": m.now()}, m.users.deleteUser(r.PathValue("id"))
 }
 
-// addKey returns a handler that answers with the key file in the field content, whose name depends on the API.
-func (m management) addKey(content string, check func(keyRequest) error) func(*http.Request) (any, error) {
-	return func(r *http.Request) (any, error) {
-		var in keyRequest
-		if err := fields(r, &in); err != nil {
-			return nil, err
-		}
-		if err := check(in); err != nil {
-			return nil, err
-		}
-		made, err := m.users.createKey(m.keys, r.PathValue("id"), newKey{ExpirationDate: in.ExpirationDate})
-		if err != nil {
-			return nil, err
-		}
-		file, err := json.Marshal(made)
-		return map[string]any{"keyId": made.KeyID, content: file}, err
+// addKeyV1 is AddMachineKey. Its expiration date is optional.
+func (m management) addKeyV1(r *http.Request) (any, error) {
+	var in struct {
+		keyRequest
+		Type string `json:"type"`
 	}
-}
-
-type keyRequest struct {
-	Type           string    `json:"type"` // v1 only
-	ExpirationDate time.Time `json:"expirationDate"`
-}
-
-func (k keyRequest) checkV2() error {
-	if k.ExpirationDate.IsZero() {
-		return errors.New("invalid AddKeyRequest.ExpirationDate: value is required")
+	if err := fields(r, &in); err != nil {
+		return nil, err
 	}
-	return nil
-}
-
-func (k keyRequest) checkV1() error {
-	if k.Type != "KEY_TYPE_JSON" {
-		return errors.New("invalid AddMachineKeyRequest.Type: value must not be in list [0]")
+	if in.Type != "KEY_TYPE_JSON" {
+		return nil, errors.New("invalid AddMachineKeyRequest.Type: value must not be in list [0]")
 	}
-	return nil
+	if err := in.check(m.users.settings().now()); err != nil {
+		return nil, err
+	}
+	made, err := m.createKey(r.PathValue("id"), in.keyRequest)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		KeyID      string `json:"keyId"`
+		KeyDetails []byte `json:"keyDetails,omitempty"`
+	}{made.KeyID, made.content()}, nil
 }
 
 func (m management) removeKey(r *http.Request) (any, error) {
-	return map[string]string{"deletionDate": now()}, m.users.deleteKey(r.PathValue("id"), r.PathValue("key"))
+	return map[string]string{"deletionDate": m.now()}, m.users.deleteKey(r.PathValue("id"), r.PathValue("key"))
 }

@@ -31,7 +31,7 @@ type record struct {
 	Query        string     `json:"query"`
 	Form         url.Values `json:"form"`
 	Assertion    *assertion `json:"assertion,omitempty"`
-	UserID       string     `json:"userId"`
+	UserID       string     `json:"userId"` // of the assertion, or else of the access token
 	Scopes       []string   `json:"scopes"`
 	Status       int        `json:"status"`
 	Error        string     `json:"error"`
@@ -59,8 +59,8 @@ type recorder struct {
 	mints    map[mint]int
 }
 
-// arrived records a request. Its body can still be read afterwards.
-func (l *recorder) arrived(r *http.Request) (*record, error) {
+// arrived records a request of a user, or of nobody. Its body can still be read afterwards.
+func (l *recorder) arrived(r *http.Request, caller string) (*record, error) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
 		return nil, err
@@ -82,6 +82,7 @@ func (l *recorder) arrived(r *http.Request) (*record, error) {
 		Scopes:       strings.Fields(copied.Form.Get("scope")),
 	}
 	now.Assertion, now.UserID = readAssertion(copied.Form.Get("assertion"))
+	now.UserID = cmp.Or(now.UserID, caller)
 
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -28,7 +28,7 @@ type settings struct {
 	ClockOffsetMillis int64  `json:"clockOffsetMillis"`
 	ExternalDomain    string `json:"externalDomain"`
 	ExternalSecure    bool   `json:"externalSecure"`
-	// Delay until the token endpoint sees a change of a user.
+	// Delay until the token endpoint and the lists of keys and tokens see a change of a user.
 	ProjectionLagMillis int64 `json:"projectionLagMillis"`
 	// ZITADEL 3 has no user v2.
 	UserV2 bool `json:"userV2"`
@@ -59,6 +59,8 @@ type userSettings struct {
 	TokenType       string `json:"tokenType"`
 	LifetimeSeconds int64  `json:"lifetimeSeconds"` // 0: the value in settings
 	Administrator   bool   `json:"administrator"`   // can manage other users
+	// Refuses the user what it may do with its own keys and tokens, as a policy of the server would.
+	SelfManagementRefused bool `json:"selfManagementRefused"`
 }
 
 type user struct {
@@ -67,6 +69,7 @@ type user struct {
 	organizationID string
 	roles          map[string][]string // granted role keys by project id
 	keys           map[string]userKey
+	pats           map[string]dates // personal access tokens
 }
 
 // version is the state of a user after a change. user is nil if the user was removed.
@@ -75,9 +78,21 @@ type version struct {
 	user  *user
 }
 
-type userKey struct {
-	public  crypto.PublicKey
+// dates are those of a key or a personal access token.
+type dates struct {
+	created time.Time
 	expires time.Time
+}
+
+// newDates rounds down to the resolution of ZITADEL's database
+// (docs/reference/zitadel-protocol.md#self-management-of-keys).
+func newDates(created, expires time.Time) dates {
+	return dates{created.Truncate(time.Microsecond), expires.UTC().Truncate(time.Microsecond)}
+}
+
+type userKey struct {
+	dates
+	public crypto.PublicKey
 }
 
 // app is an API application: a resource server that introspects tokens.
@@ -126,6 +141,7 @@ func newDirectory(s settings) *directory {
 var (
 	errNoUser  = errors.New("user not found")
 	errNoKey   = errors.New("the user has no such key")
+	errNoPAT   = errors.New("the user has no such personal access token")
 	errTaken   = errors.New("a user with this id or username already exists")
 	errNotLive = errors.New("the access token is unknown, expired or revoked")
 )
@@ -198,6 +214,19 @@ func (d *directory) findProjected(id string) (user, error) {
 	return *versions[0].user, nil
 }
 
+// projectedUsers returns all users as the lists of keys and tokens see them, with the same lag.
+func (d *directory) projectedUsers() []user {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var all []user
+	for id := range d.versions {
+		if u, err := d.findProjected(id); err == nil {
+			all = append(all, u)
+		}
+	}
+	return all
+}
+
 // settlesIn returns the time until the token endpoint sees all changes made so far.
 func (d *directory) settlesIn() time.Duration {
 	d.mu.Lock()
@@ -261,33 +290,50 @@ func (d *directory) endSessions(userID string) {
 }
 
 func (d *directory) addKey(userID, keyID string, key userKey) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	u, err := d.find(userID)
-	if err != nil {
-		return err
-	}
-	u.keys = maps.Clone(u.keys)
-	u.keys[keyID] = key
-	d.put(userID, &u)
-	return nil
+	return d.edit(userID, func(u *user) error {
+		u.keys[keyID] = key
+		return nil
+	})
 }
 
 // deleteKey removes a key. Tokens that were issued with it stay valid
 // (docs/reference/zitadel-protocol.md#revocation).
 func (d *directory) deleteKey(userID, keyID string) error {
+	return d.edit(userID, func(u *user) error { return remove(u.keys, keyID, errNoKey) })
+}
+
+func (d *directory) addPAT(userID, id string, pat dates) error {
+	return d.edit(userID, func(u *user) error {
+		u.pats[id] = pat
+		return nil
+	})
+}
+
+func (d *directory) deletePAT(userID, id string) error {
+	return d.edit(userID, func(u *user) error { return remove(u.pats, id, errNoPAT) })
+}
+
+// edit changes the keys and tokens of a copy of a user, and keeps the copy unless the change fails.
+func (d *directory) edit(userID string, change func(*user) error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	u, err := d.find(userID)
 	if err != nil {
 		return err
 	}
-	if _, found := u.keys[keyID]; !found {
-		return errNoKey
+	u.keys, u.pats = maps.Clone(u.keys), maps.Clone(u.pats)
+	if err := change(&u); err != nil {
+		return err
 	}
-	u.keys = maps.Clone(u.keys)
-	delete(u.keys, keyID)
 	d.put(userID, &u)
+	return nil
+}
+
+func remove[V any](from map[string]V, id string, absent error) error {
+	if _, found := from[id]; !found {
+		return absent
+	}
+	delete(from, id)
 	return nil
 }
 

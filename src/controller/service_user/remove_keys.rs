@@ -1,0 +1,133 @@
+//! Removes the operator's keys at ZITADEL: those of a deleted object, of a former user or issuer, and of an object that no
+//! longer rotates its key.
+
+use std::sync::Arc;
+
+use kube::ResourceExt;
+
+use crate::api::ZitadelInstance;
+use crate::api::metadata::ANNOTATION_ABANDON;
+use crate::controller::service_user::key_session::Stop;
+use crate::controller::service_user::rotate::Rotation;
+use crate::domain::facts::Facts;
+use crate::domain::key::ServiceKey;
+use crate::domain::key_ledger::Ledger;
+use crate::domain::reason::Reason;
+
+impl Rotation<'_> {
+    /// Removes the keys of the former user or issuer with one of them.
+    pub(super) async fn remove_former(&mut self, facts: &Facts, present: &Arc<ZitadelInstance>) -> Result<(), Stop> {
+        let ledger = self.ledger()?;
+        if self.is_abandoned() {
+            self.report_left_keys(&ledger).await;
+            return self.drop_ledger().await;
+        }
+        // A key that was put in by mistake must not cost the keys that work.
+        let bootstrap = facts.keys.bootstrap.clone()?;
+        self.session.open(present, &bootstrap).await?;
+        let instance = self.instance_of(&ledger, Some(present));
+        let instance = instance.ok_or(Reason::OldKeysRemain)?;
+        let removed = self.remove_all(&instance, &ledger, None).await;
+        removed.map_err(|Stop(outcome)| match outcome.reason {
+            Reason::KeyRejected | Reason::UserInactive => Stop::from(Reason::OldKeysRemain),
+            _ => Stop(outcome),
+        })?;
+        self.drop_ledger().await
+    }
+
+    /// Has the bootstrap key take over, and removes the operator's keys with it.
+    pub(super) async fn hand_back(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        bootstrap: &ServiceKey,
+    ) -> Result<(), Stop> {
+        let ledger = self.ledger()?;
+        let opened = self.session.open(instance, bootstrap).await;
+        opened.map_err(|Stop(outcome)| match outcome.reason {
+            Reason::KeyRejected => Stop::from(Reason::BootstrapKeyNeeded),
+            _ => Stop(outcome),
+        })?;
+        self.remove_own(&ledger).await?;
+        self.drop_ledger().await
+    }
+
+    /// The instance that the keys of the ledger belong to.
+    pub(super) fn instance_of(
+        &self,
+        ledger: &Ledger,
+        present: Option<&Arc<ZitadelInstance>>,
+    ) -> Option<Arc<ZitadelInstance>> {
+        let named = self.ctx.cache.instance(&ledger.instance).ok();
+        let mut candidates = named.iter().chain(present);
+        candidates
+            .find(|instance| instance.spec.issuer == ledger.issuer)
+            .cloned()
+    }
+
+    /// Removes all keys of the ledger at ZITADEL, with the first of them that still works, or with the bootstrap key.
+    pub(super) async fn remove_all(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        ledger: &Ledger,
+        bootstrap: Option<ServiceKey>,
+    ) -> Result<(), Stop> {
+        let bootstrap = bootstrap.filter(|key| key.user_id == ledger.user_id);
+        let own = ledger.own().filter_map(|own| ledger.service_key(own));
+        let keys: Vec<ServiceKey> = own.chain(bootstrap).collect();
+        let mut last = None;
+        for key in &keys {
+            match self.session.open(instance, key).await {
+                Ok(()) => return self.remove_own(ledger).await,
+                Err(Stop(outcome)) if outcome.reason == Reason::KeyRejected => last = Some(Stop(outcome)),
+                Err(stop) => return Err(stop),
+            }
+        }
+        // ZITADEL has rejected the keys for long: for all that the operator knows, they or their user no longer exist.
+        let mut keys = keys.iter();
+        let for_long = keys.all(|key| self.ctx.keys.is_rejected_for_long(self.id, &key.key_id));
+        match last {
+            Some(stop) if !for_long => Err(stop),
+            _ => {
+                self.report_left_keys(ledger).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Removes all keys of the ledger with the present token: that of the token last. If ZITADEL's list is incomplete,
+    /// removes those whose ids are known.
+    async fn remove_own(&mut self, ledger: &Ledger) -> Result<(), Stop> {
+        let listed = match self.session.list().await {
+            Ok(listed) => Some(listed),
+            Err(Stop(outcome)) if outcome.reason == Reason::KeyListIncomplete => None,
+            Err(stop) => return Err(stop),
+        };
+        let own: Vec<&str> = match &listed {
+            Some(listed) => {
+                let own = listed.iter().filter(|key| ledger.is_own(key));
+                own.map(|key| &*key.key_id).collect()
+            }
+            None => ledger.made_key_ids().collect(),
+        };
+        let signer = self.session.key_id().map(str::to_owned);
+        let (signers, others): (Vec<_>, Vec<_>) = own.into_iter().partition(|id| Some(*id) == signer.as_deref());
+        for key_id in others.into_iter().chain(signers) {
+            self.session.remove(key_id).await?;
+        }
+        Ok(())
+    }
+
+    /// Names the keys that stay at ZITADEL.
+    pub(super) async fn report_left_keys(&self, ledger: &Ledger) {
+        let (keys, user_id) = (ledger.left_keys().join(", "), &ledger.user_id);
+        let reason = Reason::KeysLeftBehind;
+        let text = format!("{} User {user_id}, keys: {keys}.", reason.advice());
+        self.tell(true, reason, text).await;
+    }
+
+    /// Whether the object asks the operator to leave its keys at ZITADEL.
+    pub(super) fn is_abandoned(&self) -> bool {
+        let request = self.user.annotations().get(ANNOTATION_ABANDON);
+        request.is_some() && request == self.user.metadata.uid.as_ref()
+    }
+}
