@@ -11,6 +11,7 @@ mod kills;
 mod memory;
 mod neighbours;
 mod port;
+mod rotation;
 mod sampler;
 mod watches;
 
