@@ -170,7 +170,14 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         serves_some_instances_only,
     }));
     let within = within(arguments.watch_namespaces);
-    let triggers = Arc::new(Triggers::new(cache.clone(), users.clone(), instances.clone(), within));
+    let keys = Arc::new(KeyMemory::default());
+    let triggers = Arc::new(Triggers::new(
+        cache.clone(),
+        users.clone(),
+        instances.clone(),
+        keys.clone(),
+        within,
+    ));
     let context = Arc::new(Context {
         clock,
         writer: Writer::new(client.clone(), leadership.clone()),
@@ -181,7 +188,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         instances: instances.clone(),
         users: users.clone(),
         memory: Memory::default(),
-        keys: KeyMemory::default(),
+        keys,
         key_generator: key_generator(&users),
         requests: Requests::default(),
         metrics,
@@ -191,11 +198,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         writes_instance_status: arguments.write_instance_status,
     });
 
-    let ready = Arc::new(AtomicBool::new(false));
-    let probe: Probe = {
-        let ready = ready.clone();
-        Arc::new(move || ready.load(Ordering::Relaxed))
-    };
+    let (ready, probe) = flag();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), %address, "started");
     let watches = {
         let triggers = triggers.clone();
@@ -290,6 +293,13 @@ async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown
             instance::reconcile(ctx.clone(), id)
         }),
     );
+}
+
+/// A flag, and the probe that reads it.
+fn flag() -> (Arc<AtomicBool>, Probe) {
+    let flag = Arc::new(AtomicBool::new(false));
+    let read = flag.clone();
+    (flag, Arc::new(move || read.load(Ordering::Relaxed)))
 }
 
 /// Generates keys and wakes the object that waits for one.

@@ -141,6 +141,7 @@ impl KeyGenerator {
     }
 
     fn generate(&self) {
+        let _guard = Ended(self);
         loop {
             let mut state = self.lock();
             while let Some(wait) = state.make_room() {
@@ -167,6 +168,18 @@ impl KeyGenerator {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets the next object start the thread again if it ended by a panic.
+struct Ended<'a>(&'a KeyGenerator);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut state = self.0.lock();
+            (state.running, state.working) = (false, None);
+        }
     }
 }
 

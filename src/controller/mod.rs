@@ -58,7 +58,7 @@ pub struct Context {
     /// What this process remembers about service users.
     pub memory: Memory,
     /// What this process remembers about keys.
-    pub keys: KeyMemory,
+    pub keys: Arc<KeyMemory>,
     /// Generates keys for rotations.
     pub key_generator: Arc<KeyGenerator>,
     /// The limit for token requests other than scheduled refreshes.

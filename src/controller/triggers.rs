@@ -14,6 +14,7 @@ use crate::api::{ZitadelAccessPolicy, ZitadelInstance};
 use crate::controller::cache::{Applied, Cache, Kind, KnownNamespace, SecretSummary};
 use crate::controller::guarded::Guarded;
 use crate::controller::queue::Queue;
+use crate::controller::service_user::KeyMemory;
 use crate::controller::watch::{List, WatchError, endless};
 use crate::controller::watched::{WatchedNamespace, WatchedSecret, WatchedUser};
 use crate::domain::object_ref::ObjectRef;
@@ -26,6 +27,7 @@ pub struct Triggers {
     cache: Arc<Cache>,
     users: Arc<Queue>,
     instances: Arc<Queue>,
+    keys: Arc<KeyMemory>,
     within: Vec<Option<String>>,
     /// The number of watches that are current: none of them has failed since its last list.
     current: watch::Sender<usize>,
@@ -36,11 +38,18 @@ impl Triggers {
     /// entry of `within`: a namespace, because a Role grants rights in one namespace only, or `None` for the whole
     /// cluster.
     #[must_use]
-    pub fn new(cache: Arc<Cache>, users: Arc<Queue>, instances: Arc<Queue>, within: Vec<Option<String>>) -> Self {
+    pub fn new(
+        cache: Arc<Cache>,
+        users: Arc<Queue>,
+        instances: Arc<Queue>,
+        keys: Arc<KeyMemory>,
+        within: Vec<Option<String>>,
+    ) -> Self {
         Self {
             cache,
             users,
             instances,
+            keys,
             within,
             current: watch::Sender::new(0),
         }
@@ -181,6 +190,10 @@ impl Triggers {
         let id = reference(&user);
         let version = user.summary.resource_version.clone();
         let names_none = user.summary.instance.is_empty();
+        let before = self.cache.user(&id).and_then(|before| before.generation);
+        if before != user.summary.generation {
+            self.keys.unread(&id);
+        }
         match self.cache.user_applied(&id, user.summary) {
             Applied::Known | Applied::Refused { report: false } => {}
             Applied::Changed => {
@@ -273,12 +286,21 @@ impl Triggers {
             terminating: secret.terminating,
         };
         for user in self.cache.secret_applied(&id, observed) {
+            self.key_may_have_changed(&user, &id);
             self.users.changed(&user, Some(&version));
+        }
+    }
+
+    fn key_may_have_changed(&self, user: &ObjectRef, secret: &ObjectRef) {
+        let known = self.cache.user(user);
+        if known.is_some_and(|known| *known.key_secret == *secret.name) {
+            self.keys.unread(user);
         }
     }
 
     pub(crate) fn secret_gone(&self, id: &ObjectRef) {
         for user in self.cache.secret_gone(id) {
+            self.key_may_have_changed(&user, id);
             self.users.changed(&user, None);
         }
     }

@@ -2,7 +2,7 @@
 //! content of a Secret in the operator's namespace, and all that a rotation needs to continue after a crash
 //! (`docs/adr/0020-keys-rotate-by-a-ledger.md`). `key_rotation.rs` decides the next step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
@@ -196,12 +196,20 @@ impl Ledger {
         let mut ledger: Self = ledger?;
         let mut lost = Vec::new();
         let ids = ledger.key_ids().chain([&*ledger.user_id]).all(key::is_plain_id);
+        // Two keys with one id, or a replaced bootstrap key without a current key, would be settled without end.
+        let named = ledger
+            .own()
+            .filter_map(|key| key.key_id.as_deref())
+            .chain([&*ledger.bootstrap.key_id]);
+        let named: Vec<&str> = named.collect();
+        let distinct = named.iter().collect::<BTreeSet<_>>().len() == named.len();
+        let consistent = distinct && (ledger.current.is_some() || ledger.bootstrap.replaced_at.is_none());
         let mut requests = ledger.request.iter().chain(&ledger.pending_request);
         let requests = requests.all(|request| request.len() <= MAX_REQUEST);
         // Only a pending key may be unknown to ZITADEL.
         let known = [&ledger.current, &ledger.previous];
         let known = known.into_iter().flatten().all(|key| key.key_id.is_some());
-        if ledger.v != VERSION || !ids || !requests || !known || ledger.past.len() > MOST_PAST {
+        if ledger.v != VERSION || !ids || !requests || !known || !consistent || ledger.past.len() > MOST_PAST {
             return Err(Reason::KeyLedgerInvalid);
         }
         let readable = |entry: &str| data.get(entry).filter(|private| key::signing(private).is_some());
@@ -335,20 +343,29 @@ impl Ledger {
             .map(|key| &*key.key_id)
     }
 
-    /// The keys to remove at ZITADEL after a rotation: every listed key that the operator made, except the current and
-    /// the pending one. The key proven last is the current one, so it always stays.
-    pub fn replaced<'a>(&'a self, listed: &'a [ListedKey]) -> impl Iterator<Item = &'a str> {
+    /// The ids of the keys to remove at ZITADEL after a rotation: of every key that the operator made, except the current
+    /// one, the pending one and the one that signs (`keep`). The key proven last is one of these, so it always stays.
+    #[must_use]
+    pub fn replaced(&self, listed: &[ListedKey], keep: &str) -> BTreeSet<String> {
         let kept = [&self.current, &self.pending];
         let kept = kept.map(|key| key.as_ref().and_then(|key| key.key_id.as_deref()));
         // While the id of the pending key is unknown, a key with its date may be it.
         let unknown = self.pending.as_ref().filter(|key| key.key_id.is_none());
         let unknown = unknown.map(|key| key.expires_at);
-        listed
-            .iter()
-            .filter(|key| self.is_own(key))
-            .filter(move |key| unknown.is_none() || key.expires_at != unknown)
-            .map(|key| &*key.key_id)
-            .filter(move |id| !kept.contains(&Some(*id)))
+        let listed = listed.iter().filter(|key| self.is_own(key));
+        let listed = listed.filter(|key| unknown.is_none() || key.expires_at != unknown);
+        let all = listed.map(|key| &*key.key_id).chain(self.unremoved_key_ids());
+        all.filter(|id| *id != keep && !kept.contains(&Some(*id)))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// The ids of the operator's keys that ZITADEL may still have. A list may lack one that was added a moment ago.
+    pub fn unremoved_key_ids(&self) -> impl Iterator<Item = &str> {
+        let own = self.own().filter_map(|key| key.key_id.as_deref());
+        let past = self.past.iter().filter(|key| !key.removed);
+        let all = own.chain(past.filter_map(|key| key.key_id.as_deref()));
+        all.filter(|id| *id != self.bootstrap.key_id)
     }
 
     /// Has another key of a person take the place of the bootstrap key.
@@ -396,9 +413,15 @@ impl Ledger {
         }
     }
 
-    /// Records that the previous and all past keys are gone at ZITADEL.
-    pub fn settle(&mut self) {
-        self.forget_previous(true);
+    /// Records that the previous and all past keys are gone at ZITADEL, except the one that signs (`keep`).
+    pub fn settle(&mut self, keep: &str) {
+        if self
+            .previous
+            .as_ref()
+            .is_some_and(|key| key.key_id.as_deref() != Some(keep))
+        {
+            self.forget_previous(true);
+        }
         for key in &mut self.past {
             key.removed = true;
         }
@@ -534,7 +557,7 @@ mod tests {
     #[test]
     fn damaged_old_key_is_removed_and_the_current_one_still_signs() {
         let mut ledger = rotated(2);
-        ledger.settle();
+        ledger.settle("");
         ledger.begin(PRIVATE.clone(), expiry(3), None, at(3));
         ledger.register("own-3", at(3));
         let mut data = stored(&ledger);
@@ -543,7 +566,7 @@ mod tests {
         assert_eq!(read.current_key().map(|key| key.key_id), Some("own-2".to_owned()));
         assert!(read.pending.is_none() && !read.settled);
         let list = [listed("own-2", Some(expiry(2))), listed("own-3", Some(expiry(3)))];
-        assert_eq!(read.replaced(&list).collect::<Vec<_>>(), ["own-3"]);
+        assert_eq!(Vec::from_iter(read.replaced(&list, "")), ["own-3"]);
     }
 
     #[test]
@@ -555,7 +578,7 @@ mod tests {
         );
         ledger.bootstrap.removed = true;
         assert!(ledger.is_retired("k1"));
-        ledger.settle();
+        ledger.settle("");
         assert_eq!(
             ["own-1", "own-2", "own-3"].map(|id| ledger.is_retired(id)),
             [true, true, false]
@@ -574,11 +597,11 @@ mod tests {
             listed("b", Some(expiry(2))),
         ];
         // Before its id is known, no key with the mark is removed.
-        assert_eq!(ledger.replaced(&list).count(), 0);
+        assert!(ledger.replaced(&list, "").is_empty());
         assert_eq!(ledger.find_pending(&list), Some("a"));
         ledger.register("a", at(2));
         ledger.promote(at(2));
-        assert_eq!(ledger.replaced(&list).collect::<Vec<_>>(), ["own-1", "b"]);
+        assert_eq!(Vec::from_iter(ledger.replaced(&list, "")), ["b", "own-1"]);
     }
 
     #[test]
@@ -586,7 +609,22 @@ mod tests {
         let ledger = rotated(2);
         let listed = [listed("k1", Some(expiry(1)))];
         assert!(!ledger.is_own(&listed[0]));
-        assert_eq!(ledger.replaced(&listed).count(), 0);
+        assert!(!ledger.replaced(&listed, "").contains("k1"));
+    }
+
+    #[test]
+    fn key_that_the_list_lacks_is_removed_by_its_id_and_the_signer_stays() {
+        let mut ledger = rotated(3);
+        assert_eq!(Vec::from_iter(ledger.replaced(&[], "")), ["own-1", "own-2"]);
+        // ZITADEL rejects the current key, and the one before it signs.
+        assert_eq!(Vec::from_iter(ledger.replaced(&[], "own-2")), ["own-1"]);
+        ledger.settle("own-2");
+        assert_eq!(
+            ledger.previous.as_ref().and_then(|key| key.key_id.as_deref()),
+            Some("own-2")
+        );
+        assert!(ledger.replaced(&[], "own-2").is_empty());
+        assert_eq!(ledger.replaced_keys(at(9)), 1);
     }
 
     #[test]
@@ -612,7 +650,7 @@ mod tests {
     fn ledger_stays_small() {
         let mut ledger = rotated(200);
         assert_eq!(ledger.past.len(), MOST_PAST);
-        ledger.settle();
+        ledger.settle("");
         assert!(Ledger::parse(&stored(&ledger)).is_ok());
         // Keys that ZITADEL may still have outlive those that are gone.
         for n in 0..20 {
@@ -633,7 +671,7 @@ mod tests {
         ) {
             let mut ledger = rotated(rotations);
             if settled {
-                ledger.settle();
+                ledger.settle("");
             }
             if pending > 0 {
                 ledger.begin(PRIVATE.clone(), expiry(99), None, at(99));
@@ -651,13 +689,13 @@ mod tests {
             }
             let place = usize::try_from(order % 7).expect("small") % list.len();
             list.rotate_left(place);
-            let removed: Vec<&str> = ledger.replaced(&list).collect();
+            let removed = ledger.replaced(&list, "");
             prop_assert!(removed.iter().all(|id| id.starts_with("own-")));
             let current = format!("own-{rotations}");
-            prop_assert!(!removed.contains(&&*current));
-            prop_assert!(pending == 0 || !removed.contains(&"own-99"));
+            prop_assert!(!removed.contains(&current));
+            prop_assert!(pending == 0 || !removed.contains("own-99"));
             for n in 1..rotations {
-                prop_assert!(removed.contains(&&*format!("own-{n}")), "{n}");
+                prop_assert!(removed.contains(&format!("own-{n}")), "{n}");
             }
         }
     }

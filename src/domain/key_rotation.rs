@@ -161,17 +161,16 @@ impl Schedule {
     #[must_use]
     fn settles(&self, ledger: &Ledger) -> Option<Timestamp> {
         let overlapped = |since| shifted(since, self.overlap);
-        let replaced = (!ledger.settled).then(|| {
-            ledger
-                .current
-                .as_ref()
-                .map_or(Timestamp::MIN, |key| overlapped(key.since))
-        });
+        if !ledger.settled {
+            // An overdue bootstrap key waits too: it must not cut the overlap of the others short.
+            let current = ledger.current.as_ref();
+            return Some(current.map_or(Timestamp::MIN, |key| overlapped(key.since)));
+        }
         let bootstrap = &ledger.bootstrap;
-        let bootstrap = bootstrap
-            .replaced_at
-            .filter(|_| self.delete_bootstrap_key && !bootstrap.removed);
-        replaced.into_iter().chain(bootstrap.map(overlapped)).min()
+        let replaced = bootstrap.replaced_at;
+        replaced
+            .filter(|_| self.delete_bootstrap_key && !bootstrap.removed)
+            .map(overlapped)
     }
 
     /// Whether the bootstrap key is to be removed at ZITADEL.
@@ -221,9 +220,7 @@ pub fn next(
     }
     let settles = schedule.settles(ledger);
     let current = ledger.current.as_ref();
-    // A key that signs instead of the current one must not be removed before a new key is proven.
-    let may_settle = current.is_none_or(|current| current.key_id.as_deref() == Some(signer));
-    if may_settle && ledger.replaced_keys(now) >= MOST_REPLACED {
+    if ledger.replaced_keys(now) >= MOST_REPLACED {
         return Step::Settle;
     }
     let Some(current) = current else {
@@ -233,7 +230,7 @@ pub fn next(
     let requested = request.is_some() && request != ledger.request.as_deref();
     // A key that ZITADEL rejects for long, or that has expired, is replaced with the help of another one. So is a key
     // from the future: the clock was wrong when it was made.
-    let replaced = !may_settle || current.since > shifted(now, CLOCK_ERROR);
+    let replaced = current.key_id.as_deref() != Some(signer) || current.since > shifted(now, CLOCK_ERROR);
     let due = if requested || replaced {
         now
     } else {
@@ -491,7 +488,7 @@ mod tests {
         // What the rotation replaced is removed after the overlap, then the next rotation is due.
         assert_eq!(step(rotates, &keys(|_| ()), 9), Step::Wait(Some(at(600))));
         assert_eq!(step(rotates, &keys(|_| ()), 600), Step::Settle);
-        let settled = keys(Ledger::settle);
+        let settled = keys(|l| l.settle(""));
         let Step::Wait(Some(due)) = step(rotates, &settled, 600) else {
             panic!("waits")
         };
@@ -513,7 +510,7 @@ mod tests {
             step(
                 Some(&deletes),
                 &keys(|l| {
-                    l.settle();
+                    l.settle("");
                     l.bootstrap.removed = true;
                 }),
                 600
@@ -528,22 +525,24 @@ mod tests {
     }
 
     #[test]
-    fn key_that_signs_instead_of_the_current_one_is_not_removed() {
-        // Four replaced keys remain, and ZITADEL rejects the current one.
-        let many = keys(|l| {
-            for n in 2..=6 {
-                add(l, &format!("own-{n}"), n);
-                l.promote(at(n));
-            }
+    fn overdue_bootstrap_key_does_not_shorten_the_overlap() {
+        let deletes = Schedule {
+            delete_bootstrap_key: true,
+            ..hourly()
+        };
+        // The bootstrap key was replaced at 0, and is still in use elsewhere.
+        let rotated = keys(|l| {
+            l.settle("");
+            add(l, "own-2", HOUR);
+            l.promote(at(HOUR));
         });
-        let next = |signer| next(Some(&hourly()), &many, ISSUER, signer, (None, "uid"), at(9));
-        assert_eq!(next("own-6"), Step::Settle);
-        assert_eq!(next("own-5"), Step::Begin);
+        assert_eq!(step(Some(&deletes), &rotated, HOUR), Step::Wait(Some(at(HOUR + 600))));
+        assert_eq!(step(Some(&deletes), &rotated, HOUR + 600), Step::Settle);
     }
 
     #[test]
     fn own_key_in_the_secret_cannot_take_over() {
-        let mut copied = keys(Ledger::settle);
+        let mut copied = keys(|l| l.settle(""));
         copied.bootstrap = Ok(ServiceKey {
             key_id: "own-1".into(),
             ..bootstrap()
@@ -560,7 +559,7 @@ mod tests {
             l.register("own-2", at(1));
             // The request comes while the key is pending.
             l.promote(at(2));
-            l.settle();
+            l.settle("");
         });
         let next = next(Some(&rotation), &keys, ISSUER, "own-2", (Some("1"), "uid"), at(9));
         assert_eq!(next, Step::Begin);
@@ -570,7 +569,7 @@ mod tests {
     fn request_rotates_once() {
         let rotation = hourly();
         let keys = keys(|l| {
-            l.settle();
+            l.settle("");
             l.request = Some("1".into());
         });
         let asked = |request| next(Some(&rotation), &keys, ISSUER, "own-1", (request, "uid"), at(9));
@@ -655,7 +654,7 @@ mod tests {
         let ledger = new.ledger.as_mut().expect("a ledger").as_mut().expect("one");
         add(&mut ledger.ledger, "own-2", 9);
         ledger.ledger.promote(at(9));
-        ledger.ledger.settle();
+        ledger.ledger.settle("");
         assert_eq!(signs(&new, &["own-2"]), Ok("own-2".to_owned()));
     }
 

@@ -16,7 +16,6 @@ use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::retry::{Failed, PendingRetries, Wake};
-use crate::domain::validate;
 
 /// Reconciles a service user that is being deleted and has the operator's finalizer.
 pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUser>, pending: &PendingRetries) -> Done {
@@ -58,7 +57,7 @@ pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUse
 }
 
 async fn remove(rotation: &mut Rotation<'_>) -> Result<(), Stop> {
-    let (ctx, id) = (rotation.ctx, rotation.id);
+    let ctx = rotation.ctx;
     let spec = rotation.user.spec.clone();
     let stored = gather::key_ledger(ctx, &rotation.user).await;
     let stored = stored.map_err(|_| Reason::APIServerUnavailable)?;
@@ -76,12 +75,7 @@ async fn remove(rotation: &mut Rotation<'_>) -> Result<(), Stop> {
             let present = ctx.cache.instance(&spec.instance_ref.name).ok();
             let instance = rotation.instance_of(&ledger, present.as_ref());
             let instance = instance.ok_or(Reason::InstanceMissing)?;
-            let bootstrap = match validate::key_secret(&spec) {
-                Ok(()) => ctx.reader.key(&id.namespace, &spec.key_secret_ref).await,
-                Err(_) => Ok(Err(Reason::KeySecretMissing)),
-            };
-            let bootstrap = bootstrap.map_err(|_| Reason::APIServerUnavailable)?;
-            rotation.remove_all(&instance, &ledger, bootstrap.ok()).await?;
+            rotation.remove_all(&instance, &ledger, Some(&spec)).await?;
         }
     }
     rotation.drop_ledger().await?;

@@ -161,9 +161,10 @@ fn over_limit(user: &ZitadelServiceUser) -> Gathered {
 async fn deleted(ctx: &Context, id: &ObjectRef) -> Result<Gathered, ReadError> {
     match ctx.reader.user(id).await? {
         Some(ReadUser::Readable(user)) if user.metadata.deletion_timestamp.is_some() && holds_keys(&user) => {
-            // The keys belong to the operator that has the ledger, also if the instance no longer exists.
+            // The keys belong to the operator that has the ledger, also if the instance no longer exists. Whoever cannot
+            // read a ledger may be another operator.
             let served = ctx.serves(&user.spec.instance_ref.name);
-            let ours = served || !matches!(key_ledger(ctx, &user).await?, Ok(None));
+            let ours = served || matches!(key_ledger(ctx, &user).await?, Ok(Some(_)));
             Ok(if ours { Gathered::Deleted(user) } else { Gathered::Gone })
         }
         Some(ReadUser::Unreadable { generation, .. }) => Ok(Gathered::Refused {
@@ -218,8 +219,6 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
     };
     if keys.are_read() {
         ctx.keys.uses(id, &keys);
-    } else {
-        ctx.keys.unread(id);
     }
     facts.keys = keys;
     facts.key = signer(ctx, id, facts);

@@ -42,10 +42,10 @@ impl KeyMemory {
         keys.rejected.retain(|key_id, _| in_use.contains(&**key_id));
     }
 
-    /// Records that the keys of `id` could not be read: they may have changed.
+    /// Records that the bootstrap key of `id` may have changed.
     pub fn unread(&self, id: &ObjectRef) {
         if let Some(keys) = self.lock().get_mut(id) {
-            (keys.bootstrap, keys.made) = (None, None);
+            keys.bootstrap = None;
         }
     }
 
@@ -211,10 +211,8 @@ mod tests {
             "the bootstrap key is not the operator's"
         );
         memory.unread(&id);
-        assert_eq!(
-            (memory.uses_bootstrap(&id, &key), memory.knows_made(&id)),
-            (None, false)
-        );
+        // Only the operator changes which keys it made.
+        assert_eq!((memory.uses_bootstrap(&id, &key), memory.knows_made(&id)), (None, true));
         memory.learn_bootstrap(&id, Some(key.clone()));
         memory.learn_made(&id, ["own-1"].into_iter());
         assert_eq!(memory.uses_bootstrap(&id, &key), Some(true));

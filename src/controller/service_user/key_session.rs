@@ -67,6 +67,11 @@ impl<'a> Session<'a> {
         self.open.as_ref().map(|(_, token)| &*token.key_id)
     }
 
+    /// Drops the token.
+    pub(super) fn close(&mut self) {
+        self.open = None;
+    }
+
     /// Requests a token with `key`, unless the session has one.
     pub(super) async fn open(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey) -> Result<(), Stop> {
         let ctx = self.ctx;

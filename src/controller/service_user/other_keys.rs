@@ -13,14 +13,17 @@ use crate::domain::summary::UserSummary;
 use crate::domain::validate;
 
 /// Most objects that are read for one answer. What was read is remembered, so that the next attempt continues there.
-const MOST_READ: usize = 64;
+const MOST_READ: usize = 256;
 
 impl Rotation<'_> {
     /// Whether another object uses the bootstrap key, or may use it.
     pub(super) async fn is_used_by_others(&self, bootstrap: &BootstrapKey) -> bool {
         let memory = &self.ctx.keys;
         let mut unread = Vec::new();
-        for (other, _) in self.others() {
+        for (other, user) in self.others() {
+            if user.deleting {
+                continue;
+            }
             match memory.uses_bootstrap(&other, bootstrap) {
                 Some(true) => return true,
                 Some(false) => {}
@@ -59,7 +62,7 @@ impl Rotation<'_> {
     fn others(&self) -> impl Iterator<Item = (ObjectRef, Arc<UserSummary>)> {
         let all = self.ctx.cache.all_users().into_iter();
         // Another operator serves the other instances.
-        all.filter(|(other, user)| other != self.id && !user.deleting && self.ctx.serves(&user.instance))
+        all.filter(|(other, user)| other != self.id && self.ctx.serves(&user.instance))
     }
 
     /// Reads the bootstrap key of an object. Returns whether it could be read.

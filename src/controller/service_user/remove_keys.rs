@@ -1,18 +1,24 @@
 //! Removes the operator's keys at ZITADEL: those of a deleted object, of a former user or issuer, and of an object that no
 //! longer rotates its key.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
 use crate::api::metadata::ANNOTATION_ABANDON;
+use crate::api::service_user::ZitadelServiceUserSpec;
+use crate::controller::read::ReadError;
 use crate::controller::service_user::key_session::Stop;
 use crate::controller::service_user::rotate::Rotation;
 use crate::domain::facts::Facts;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::Ledger;
+use crate::domain::key_rotation;
 use crate::domain::reason::Reason;
+use crate::domain::validate;
 
 impl Rotation<'_> {
     /// Removes the keys of the former user or issuer with one of them.
@@ -47,7 +53,7 @@ impl Rotation<'_> {
             Reason::KeyRejected => Stop::from(Reason::BootstrapKeyNeeded),
             _ => Stop(outcome),
         })?;
-        self.remove_own(&ledger).await?;
+        self.remove_own(instance, &ledger).await?;
         self.drop_ledger().await
     }
 
@@ -64,28 +70,35 @@ impl Rotation<'_> {
             .cloned()
     }
 
-    /// Removes all keys of the ledger at ZITADEL, with the first of them that still works, or with the bootstrap key.
+    /// Removes all keys of the ledger at ZITADEL, with the first of them that still works, or else with the bootstrap key.
     pub(super) async fn remove_all(
         &mut self,
         instance: &Arc<ZitadelInstance>,
         ledger: &Ledger,
-        bootstrap: Option<ServiceKey>,
+        bootstrap: Option<&ZitadelServiceUserSpec>,
     ) -> Result<(), Stop> {
-        let bootstrap = bootstrap.filter(|key| key.user_id == ledger.user_id);
-        let own = ledger.own().filter_map(|own| ledger.service_key(own));
-        let keys: Vec<ServiceKey> = own.chain(bootstrap).collect();
-        let mut last = None;
-        for key in &keys {
-            match self.session.open(instance, key).await {
-                Ok(()) => return self.remove_own(ledger).await,
-                Err(Stop(outcome)) if outcome.reason == Reason::KeyRejected => last = Some(Stop(outcome)),
-                Err(stop) => return Err(stop),
-            }
+        // It may be open for another user.
+        self.session.close();
+        let mut keys: Vec<ServiceKey> = ledger.own().filter_map(|own| ledger.service_key(own)).collect();
+        let mut rejected = self.open_first(instance, &keys).await?;
+        if self.session.key_id().is_none()
+            && let Some(spec) = bootstrap
+        {
+            let bootstrap = self.bootstrap_key(spec).await?;
+            let bootstrap: Vec<_> = bootstrap
+                .into_iter()
+                .filter(|key| key.user_id == ledger.user_id)
+                .collect();
+            rejected = self.open_first(instance, &bootstrap).await?.or(rejected);
+            keys.extend(bootstrap);
+        }
+        if self.session.key_id().is_some() {
+            return self.remove_own(instance, ledger).await;
         }
         // ZITADEL has rejected the keys for long: for all that the operator knows, they or their user no longer exist.
         let mut keys = keys.iter();
         let for_long = keys.all(|key| self.ctx.keys.is_rejected_for_long(self.id, &key.key_id));
-        match last {
+        match rejected {
             Some(stop) if !for_long => Err(stop),
             _ => {
                 self.report_left_keys(ledger).await;
@@ -94,21 +107,50 @@ impl Rotation<'_> {
         }
     }
 
-    /// Removes all keys of the ledger with the present token: that of the token last. If ZITADEL's list is incomplete,
-    /// removes those whose ids are known.
-    async fn remove_own(&mut self, ledger: &Ledger) -> Result<(), Stop> {
+    /// Opens the session with the first of these keys that ZITADEL accepts. Returns the rejection of the last one if it
+    /// rejects all.
+    async fn open_first(&mut self, instance: &Arc<ZitadelInstance>, keys: &[ServiceKey]) -> Result<Option<Stop>, Stop> {
+        let mut rejected = None;
+        for key in keys {
+            match self.session.open(instance, key).await {
+                Ok(()) => return Ok(None),
+                Err(Stop(outcome)) if outcome.reason == Reason::KeyRejected => rejected = Some(Stop(outcome)),
+                Err(stop) => return Err(stop),
+            }
+        }
+        Ok(rejected)
+    }
+
+    /// The key in the Secret of the spec, if there is a usable one.
+    async fn bootstrap_key(&self, spec: &ZitadelServiceUserSpec) -> Result<Option<ServiceKey>, Stop> {
+        if validate::key_secret(spec).is_err() {
+            return Ok(None);
+        }
+        match self.ctx.reader.key(&self.id.namespace, &spec.key_secret_ref).await {
+            Ok(key) => Ok(key.ok()),
+            Err(ReadError::Forbidden) => Err(Reason::SecretsForbidden.into()),
+            Err(ReadError::Unavailable) => Err(Reason::APIServerUnavailable.into()),
+        }
+    }
+
+    /// Removes all keys of the ledger with the present token: that of the token last.
+    async fn remove_own(&mut self, instance: &Arc<ZitadelInstance>, ledger: &Ledger) -> Result<(), Stop> {
         let listed = match self.session.list().await {
-            Ok(listed) => Some(listed),
-            Err(Stop(outcome)) if outcome.reason == Reason::KeyListIncomplete => None,
+            Ok(listed) => listed,
+            // Those whose ids are known can be removed nevertheless.
+            Err(Stop(outcome)) if outcome.reason == Reason::KeyListIncomplete => Vec::new(),
             Err(stop) => return Err(stop),
         };
-        let own: Vec<&str> = match &listed {
-            Some(listed) => {
-                let own = listed.iter().filter(|key| ledger.is_own(key));
-                own.map(|key| &*key.key_id).collect()
-            }
-            None => ledger.made_key_ids().collect(),
-        };
+        let now = self.now(instance);
+        let pending = ledger.pending.as_ref().filter(|pending| pending.key_id.is_none());
+        if let Some(at) = pending.and_then(|pending| key_rotation::lags_until(pending, now))
+            && ledger.find_pending(&listed).is_none()
+        {
+            let wait = Duration::try_from(at.duration_since(now)).unwrap_or_default();
+            return Err(self.deferred(instance, wait));
+        }
+        let mut own: BTreeSet<&str> = ledger.unremoved_key_ids().collect();
+        own.extend(listed.iter().filter(|key| ledger.is_own(key)).map(|key| &*key.key_id));
         let signer = self.session.key_id().map(str::to_owned);
         let (signers, others): (Vec<_>, Vec<_>) = own.into_iter().partition(|id| Some(*id) == signer.as_deref());
         for key_id in others.into_iter().chain(signers) {

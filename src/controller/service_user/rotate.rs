@@ -77,7 +77,10 @@ pub async fn rotate(ctx: &Context, id: &ObjectRef, facts: &mut Facts, tokens: &[
     let outcome = match (obstacle(facts, tokens), schedule, waits) {
         (Some(reason), ..) => Some(Outcome::waiting(reason)),
         (None, Some(None), _) => Some(Outcome::new(Reason::KeyRotationInvalid)),
-        (None, _, Some(reason)) => Some(Outcome::deferred(reason)),
+        (None, _, Some(reason)) => {
+            rotation.wants_key = ctx.key_generator.serves(id);
+            Some(Outcome::deferred(reason))
+        }
         (None, schedule, None) => {
             let schedule = schedule.flatten();
             let advance = rotation.advance(facts, schedule.as_ref());
@@ -243,7 +246,8 @@ impl<'a> Rotation<'a> {
             Some(stored) => stored.ledger.clone(),
             None => Ledger::new(id.to_string(), &instance.name_any(), &instance.spec.issuer, signer),
         };
-        if signer.bootstrap_id.is_none() && ledger.bootstrap.key_id != signer.key_id {
+        if signer.bootstrap_id.is_none() {
+            // Another key of a person, or the same one again: what it began is replaced only from now on.
             ledger.adopt(signer);
         }
         let microseconds = random_microseconds().ok_or(Reason::Internal)?;
@@ -327,7 +331,8 @@ impl<'a> Rotation<'a> {
         }
     }
 
-    /// Removes at ZITADEL what the last rotation replaced, and counts what is not of the operator.
+    /// Removes at ZITADEL what the last rotation replaced, and counts what is not of the operator. Only then is it stored,
+    /// so that a count that fails is made again.
     async fn settle(
         &mut self,
         instance: &Arc<ZitadelInstance>,
@@ -337,57 +342,53 @@ impl<'a> Rotation<'a> {
     ) -> Result<(), Stop> {
         let mut ledger = self.ledger()?;
         let bootstrap = ledger.bootstrap.key_id.clone();
-        let removes_bootstrap = schedule.removes_bootstrap(&ledger, self.now(instance));
+        let signs = |current: &OwnKey| current.key_id.as_ref() == Some(&signer.key_id);
+        // While an older key signs, nothing has replaced the bootstrap key.
+        let removes_bootstrap =
+            ledger.current.as_ref().is_some_and(signs) && schedule.removes_bootstrap(&ledger, self.now(instance));
         let in_use = removes_bootstrap && self.is_used_by_others(&ledger.bootstrap).await;
         if in_use && ledger.settled {
             return Err(Reason::BootstrapKeyInUse.into());
         }
+        if !self.knows_keys_of_others().await {
+            return Err(self.deferred(instance, Duration::from_secs(30)));
+        }
         self.session.open(instance, signer).await?;
         let listed = self.session.list().await?;
-        for key_id in ledger.replaced(&listed).filter(|key_id| *key_id != signer.key_id) {
-            self.session.remove(key_id).await?;
+        for key_id in ledger.replaced(&listed, &signer.key_id) {
+            self.session.remove(&key_id).await?;
         }
-        if removes_bootstrap && !in_use && bootstrap != signer.key_id {
+        let removes_bootstrap = removes_bootstrap && !in_use;
+        if removes_bootstrap {
             self.session.remove(&bootstrap).await?;
             ledger.bootstrap.removed = true;
-            let reason = Reason::BootstrapKeyRemoved;
-            let text = format!("{} Key {bootstrap}.", reason.advice());
-            self.tell(false, reason, text).await;
         }
         let of_a_person = |key_id: &str| key_id == bootstrap || Some(key_id) == in_secret;
         let foreign = listed
             .iter()
             .filter(|key| !ledger.is_own(key) && !of_a_person(&key.key_id));
-        let foreign: Vec<String> = foreign.map(|key| key.key_id.clone()).collect();
-        ledger.settle();
+        let foreign = foreign.filter(|key| !self.ctx.keys.is_made(&key.key_id)).count();
+        let tokens = self.count_personal_tokens().await?;
+        ledger.count_foreign(tokens.map(|tokens| foreign + tokens));
+        ledger.settle(&signer.key_id);
         self.store(ledger).await?;
-        self.count_foreign(foreign).await
+        if removes_bootstrap {
+            let reason = Reason::BootstrapKeyRemoved;
+            let text = format!("{} Key {bootstrap}.", reason.advice());
+            self.tell(false, reason, text).await;
+        }
+        Ok(())
     }
 
-    /// Counts those among `keys` that the operator made for no object, and the user's personal access tokens.
-    async fn count_foreign(&mut self, keys: Vec<String>) -> Result<(), Stop> {
-        let tokens = match self.session.count_personal_tokens().await {
-            Ok(tokens) => Some(tokens),
+    /// The number of the user's personal access tokens. `None` if ZITADEL does not tell it.
+    async fn count_personal_tokens(&self) -> Result<Option<usize>, Stop> {
+        match self.session.count_personal_tokens().await {
+            Ok(tokens) => Ok(Some(tokens)),
             // More than a list may have is certainly more than before.
-            Err(Stop(outcome)) if outcome.reason == Reason::KeyListIncomplete => Some(MOST_LISTED),
-            // What cannot be counted is not reported.
-            Err(Stop(outcome)) if outcome.reason.is_permanent() => None,
-            Err(Stop(outcome)) if outcome.reason == Reason::NotLeading => return Err(Stop(outcome)),
-            // The next rotation counts.
-            Err(_) => return Ok(()),
-        };
-        // While the keys of some objects are unknown, they would look foreign.
-        if !self.knows_keys_of_others().await {
-            return Ok(());
+            Err(Stop(outcome)) if outcome.reason == Reason::KeyListIncomplete => Ok(Some(MOST_LISTED)),
+            Err(Stop(outcome)) if outcome.reason.is_permanent() => Ok(None),
+            Err(stop) => Err(stop),
         }
-        let keys = keys.iter().filter(|key_id| !self.ctx.keys.is_made(key_id)).count();
-        let mut ledger = self.ledger()?;
-        let before = ledger.foreign;
-        ledger.count_foreign(tokens.map(|tokens| keys + tokens));
-        if ledger.foreign == before {
-            return Ok(());
-        }
-        self.store(ledger).await
     }
 
     /// Says in an Event and in the log what became of a key.
@@ -462,13 +463,13 @@ impl<'a> Rotation<'a> {
     }
 
     /// The present time by the clock of the instance.
-    fn now(&self, instance: &ZitadelInstance) -> Timestamp {
+    pub(super) fn now(&self, instance: &ZitadelInstance) -> Timestamp {
         let skew = self.ctx.connections.skew(&instance.name_any());
         skew.theirs(self.ctx.clock.now())
     }
 
     /// The rotation continues later.
-    fn deferred(&self, instance: &ZitadelInstance, wait: Duration) -> Stop {
+    pub(super) fn deferred(&self, instance: &ZitadelInstance, wait: Duration) -> Stop {
         Stop(Outcome {
             not_before: Some(later(self.now(instance), wait)),
             ..Outcome::deferred(Reason::KeyRotationInProgress)

@@ -228,7 +228,14 @@ impl Process {
         let connections = Arc::new(Connections::new(Hosts::new(dial, clock.clone())));
         let users = Arc::new(queue_of_users(32, cache.clone(), connections.clone(), clock.clone()));
         let instances = Arc::new(queue_of_instances(clock.clone()));
-        let triggers = Triggers::new(cache.clone(), users.clone(), instances.clone(), vec![None]);
+        let keys = Arc::new(KeyMemory::default());
+        let triggers = Triggers::new(
+            cache.clone(),
+            users.clone(),
+            instances.clone(),
+            keys.clone(),
+            vec![None],
+        );
         let triggers = Arc::new(triggers);
         let ctx = Arc::new(Context {
             clock,
@@ -240,7 +247,7 @@ impl Process {
             instances: instances.clone(),
             users: users.clone(),
             memory: Memory::default(),
-            keys: KeyMemory::default(),
+            keys,
             key_generator: Arc::new(KeyGenerator::new(|| None, Box::new(|_| {}))),
             requests: Requests::default(),
             metrics: Metrics::register(&mut Registry::default(), Counter::default(), Arc::new(|| true)),
