@@ -39,6 +39,9 @@ const AT_ONCE: usize = 4;
 /// Largest spec, in bytes of JSON. A spec that satisfies the schema is smaller.
 const MAX_SPEC: usize = 256 * 1024;
 
+/// Most entries of a key Secret, where no entry is named.
+const MOST_ENTRIES: usize = 64;
+
 /// Largest certificate bundle in a Secret, in bytes. The schema allows the same for `caBundle`.
 const MAX_CERTIFICATES: usize = 128 * 1024;
 
@@ -113,6 +116,21 @@ impl Reader {
             Some(key) => key.ok_or(ReadError::Unavailable),
             None => Ok(Err(Reason::KeySecretMissing)),
         }
+    }
+
+    /// Reads the keys in all entries of a Secret.
+    pub async fn keys_in(&self, namespace: &str, name: &str) -> Result<Vec<ServiceKey>, ReadError> {
+        let read = self.get::<Secret, _>(namespace, name, |text| {
+            let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
+            let entries = pick(secret.data, MOST_ENTRIES + 1, |_| true);
+            // More may hide a key.
+            (entries.len() <= MOST_ENTRIES).then(|| {
+                let files = entries.into_iter().filter_map(|(_, raw)| decoded(raw, key::MAX_BYTES));
+                files.filter_map(|file| key::parse(file.expose_secret()).ok()).collect()
+            })
+        });
+        read.await?
+            .map_or(Ok(Vec::new()), |keys| keys.ok_or(ReadError::Unavailable))
     }
 
     /// Reads the key ledger with this name.

@@ -415,17 +415,15 @@ impl Ledger {
 
     /// Records that the previous and all past keys are gone at ZITADEL, except the one that signs (`keep`).
     pub fn settle(&mut self, keep: &str) {
-        if self
-            .previous
-            .as_ref()
-            .is_some_and(|key| key.key_id.as_deref() != Some(keep))
-        {
+        let previous = self.previous.as_ref().and_then(|key| key.key_id.as_deref());
+        let is_kept = previous == Some(keep);
+        if !is_kept {
             self.forget_previous(true);
         }
         for key in &mut self.past {
             key.removed = true;
         }
-        self.settled = true;
+        self.settled = !is_kept;
     }
 
     /// Records the number of foreign credentials, or that ZITADEL does not tell it.

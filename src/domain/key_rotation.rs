@@ -282,7 +282,9 @@ pub fn signer(keys: &KeyState, issuer: &str, is_unusable: impl Fn(&ServiceKey) -
         return Ok(current);
     }
     let previous = ledger.previous.as_ref().and_then(|own| ledger.service_key(own));
-    let bootstrap = bootstrap.filter(|key| !ledger.is_retired(&key.key_id)).cloned();
+    let is_own = |key: &ServiceKey| ledger.made_key_ids().any(|made| made == key.key_id);
+    let bootstrap = bootstrap.filter(|key| !ledger.is_retired(&key.key_id) && !is_own(key));
+    let bootstrap = bootstrap.cloned();
     let mut others = previous.into_iter().chain(bootstrap);
     Ok(others.find(|key| !is_unusable(key)).unwrap_or(current))
 }

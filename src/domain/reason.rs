@@ -179,7 +179,7 @@ reasons! {
         "ZITADEL's list of the user's keys or personal access tokens has 1000 entries or more, or lacks the key that the operator signs with. The operator removes no key.",
         "Remove unused keys and personal access tokens of the user in ZITADEL.";
     BootstrapKeyInUse: Permanent, Object,
-        "The operator does not remove the bootstrap key at ZITADEL, because another ZitadelServiceUser uses it, or because the operator cannot tell.",
+        "The operator does not remove the bootstrap key at ZITADEL, because another ZitadelServiceUser uses it.",
         "Create a key for each ZitadelServiceUser, or set spec.keyRotation.deleteBootstrapKey to false.";
     BootstrapKeyNeeded: Permanent, Object,
         "spec.keyRotation was removed, and spec.keySecretRef names no key that can take over. The operator keeps using its last key until that key expires.",

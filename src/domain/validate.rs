@@ -83,6 +83,12 @@ fn check(holds: bool, field: impl FnOnce() -> String, rule: impl Into<Cow<'stati
     })
 }
 
+/// Whether a text is the name of a Kubernetes object, and so can be part of a URL.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    NAME.matches(text, rules::MAX_NAME)
+}
+
 /// Checks the name of the key Secret, which becomes part of a URL.
 pub fn key_secret(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
     let is_name = NAME.matches(&spec.key_secret_ref.name, rules::MAX_NAME);

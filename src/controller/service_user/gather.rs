@@ -81,7 +81,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
                 reported,
             });
         }
-        Some(ReadUser::Readable(user)) if holds_keys(&user) => return Ok(Gathered::Deleted(user)),
+        Some(ReadUser::Readable(user)) if holds_keys(&user) => return deleted_or_gone(ctx, user).await,
         Some(ReadUser::Readable(_)) => return Ok(Gathered::Gone),
         None => {
             tracing::info!(object = %id, "the service user no longer exists");
@@ -161,11 +161,7 @@ fn over_limit(user: &ZitadelServiceUser) -> Gathered {
 async fn deleted(ctx: &Context, id: &ObjectRef) -> Result<Gathered, ReadError> {
     match ctx.reader.user(id).await? {
         Some(ReadUser::Readable(user)) if user.metadata.deletion_timestamp.is_some() && holds_keys(&user) => {
-            // The keys belong to the operator that has the ledger, also if the instance no longer exists. Whoever cannot
-            // read a ledger may be another operator.
-            let served = ctx.serves(&user.spec.instance_ref.name);
-            let ours = served || matches!(key_ledger(ctx, &user).await?, Ok(Some(_)));
-            Ok(if ours { Gathered::Deleted(user) } else { Gathered::Gone })
+            deleted_or_gone(ctx, user).await
         }
         Some(ReadUser::Unreadable { generation, .. }) => Ok(Gathered::Refused {
             reason: Reason::ObjectUnreadable,
@@ -174,6 +170,14 @@ async fn deleted(ctx: &Context, id: &ObjectRef) -> Result<Gathered, ReadError> {
         }),
         _ => Ok(Gathered::Gone),
     }
+}
+
+/// The keys of a deleted object belong to the operator that has the ledger, also if the instance no longer exists. Whoever
+/// cannot read a ledger may be another operator.
+async fn deleted_or_gone(ctx: &Context, user: Arc<ZitadelServiceUser>) -> Result<Gathered, ReadError> {
+    let served = ctx.serves(&user.spec.instance_ref.name);
+    let ours = served || matches!(key_ledger(ctx, &user).await?, Ok(Some(_)));
+    Ok(if ours { Gathered::Deleted(user) } else { Gathered::Gone })
 }
 
 /// Reads the Secrets of allowed tokens, and those that the operator wrote before, which the status reports.

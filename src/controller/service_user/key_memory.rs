@@ -50,8 +50,8 @@ impl KeyMemory {
     }
 
     /// Records the bootstrap key of an object that is not reconciled at present.
-    pub fn learn_bootstrap(&self, id: &ObjectRef, key: Option<BootstrapKey>) {
-        self.lock().entry(id.clone()).or_default().bootstrap = Some(key.into_iter().collect());
+    pub fn learn_bootstrap(&self, id: &ObjectRef, keys: &[BootstrapKey]) {
+        self.lock().entry(id.clone()).or_default().bootstrap = Some(keys.to_vec());
     }
 
     /// Records the keys that the operator made for an object that is not reconciled at present.
@@ -213,7 +213,7 @@ mod tests {
         memory.unread(&id);
         // Only the operator changes which keys it made.
         assert_eq!((memory.uses_bootstrap(&id, &key), memory.knows_made(&id)), (None, true));
-        memory.learn_bootstrap(&id, Some(key.clone()));
+        memory.learn_bootstrap(&id, std::slice::from_ref(&key));
         memory.learn_made(&id, ["own-1"].into_iter());
         assert_eq!(memory.uses_bootstrap(&id, &key), Some(true));
         assert!(memory.has_made(&id) && memory.is_made("own-1"));

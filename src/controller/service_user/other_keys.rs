@@ -1,41 +1,49 @@
 //! Which keys other objects use. The operator asks before it removes a bootstrap key, and when it counts foreign credentials.
 //! Keys that no reconcile has read, for example because no policy allows their object a token, are read now.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::controller::read::ReadUser;
 use crate::controller::service_user::gather;
 use crate::controller::service_user::rotate::Rotation;
 use crate::domain::key_ledger::BootstrapKey;
 use crate::domain::object_ref::ObjectRef;
-use crate::domain::reason::Subject;
 use crate::domain::summary::UserSummary;
 use crate::domain::validate;
 
-/// Most objects that are read for one answer. What was read is remembered, so that the next attempt continues there.
+/// Most Secrets that are read for one answer. What was read is remembered, so that the next attempt continues there.
 const MOST_READ: usize = 256;
 
 impl Rotation<'_> {
-    /// Whether another object uses the bootstrap key, or may use it.
-    pub(super) async fn is_used_by_others(&self, bootstrap: &BootstrapKey) -> bool {
+    /// Whether another object uses the bootstrap key. `None` if this needs more reads: the next attempt continues.
+    pub(super) async fn is_used_by_others(&self, bootstrap: &BootstrapKey) -> Option<bool> {
         let memory = &self.ctx.keys;
-        let mut unread = Vec::new();
+        // Many objects can name one Secret, so that one change makes all of them unread.
+        let mut unread: BTreeMap<(Arc<str>, Box<str>), Vec<ObjectRef>> = BTreeMap::new();
         for (other, user) in self.others() {
             if user.deleting {
                 continue;
             }
             match memory.uses_bootstrap(&other, bootstrap) {
-                Some(true) => return true,
+                Some(true) => return Some(true),
                 Some(false) => {}
-                None => unread.push(other),
+                None => {
+                    let secret = (other.namespace.clone(), user.key_secret.clone());
+                    unread.entry(secret).or_default().push(other);
+                }
             }
         }
-        for other in unread.iter().take(MOST_READ) {
-            if !self.read_bootstrap(other).await || memory.uses_bootstrap(other, bootstrap) == Some(true) {
-                return true;
+        for ((namespace, secret), objects) in unread.iter().take(MOST_READ) {
+            let keys = self.bootstrap_keys_in(namespace, secret).await?;
+            let is_used = keys.iter().any(|key| key.is(bootstrap));
+            for object in objects {
+                memory.learn_bootstrap(object, &keys);
+            }
+            if is_used {
+                return Some(true);
             }
         }
-        unread.len() > MOST_READ
+        (unread.len() <= MOST_READ).then_some(false)
     }
 
     /// Whether the operator knows which keys it made for other objects. Otherwise these keys would look foreign.
@@ -65,22 +73,13 @@ impl Rotation<'_> {
         all.filter(|(other, user)| other != self.id && self.ctx.serves(&user.instance))
     }
 
-    /// Reads the bootstrap key of an object. Returns whether it could be read.
-    async fn read_bootstrap(&self, other: &ObjectRef) -> bool {
-        let keys = match self.ctx.reader.user(other).await {
-            Ok(Some(ReadUser::Readable(user))) if validate::key_secret(&user.spec).is_ok() => {
-                let key = self.ctx.reader.key(&other.namespace, &user.spec.key_secret_ref).await;
-                match key {
-                    Ok(Ok(key)) => Some(BootstrapKey::of(&key)),
-                    Ok(Err(reason)) if reason.subject() == Subject::Key => None,
-                    _ => return false,
-                }
-            }
-            // Without a readable object, or with an invalid name, there is no key.
-            Ok(_) => None,
-            Err(_) => return false,
-        };
-        self.ctx.keys.learn_bootstrap(other, keys);
-        true
+    /// The keys in a Secret, whichever of its entries an object names. `None` if they cannot be read.
+    async fn bootstrap_keys_in(&self, namespace: &str, secret: &str) -> Option<Vec<BootstrapKey>> {
+        // With an invalid name there is no key.
+        if !validate::is_name(secret) {
+            return Some(Vec::new());
+        }
+        let keys = self.ctx.reader.keys_in(namespace, secret).await.ok()?;
+        Some(keys.iter().map(BootstrapKey::of).collect())
     }
 }

@@ -33,6 +33,9 @@ pub(super) const ROTATION_TIMEOUT: Duration = Duration::from_mins(2);
 /// Most steps of one reconcile: a rotation has four and a final wait, and at most three more precede it.
 const MOST_STEPS: usize = 8;
 
+/// When to go on reading the keys of other objects.
+const READS_CONTINUE: Duration = Duration::from_secs(30);
+
 /// What a reconcile did for the rotation.
 #[derive(Default)]
 pub struct Rotated {
@@ -229,8 +232,11 @@ impl<'a> Rotation<'a> {
                 let fate = Fate::of(&lost, &listed, self.now(instance));
                 let key = self.ledger()?.service_key(&lost).ok_or(Reason::KeyLedgerInvalid)?;
                 // ZITADEL rejected it for long. If it accepts the key again, there is nothing to replace.
-                if fate == Fate::Listed && self.session.open(instance, &key).await.is_ok() {
-                    return Ok(());
+                if fate == Fate::Listed {
+                    match self.session.open(instance, &key).await {
+                        Err(Stop(outcome)) if outcome.reason == Reason::KeyRejected => {}
+                        ended => return ended,
+                    }
                 }
                 self.tell(true, Reason::KeyLost, fate.text(&key.key_id)).await;
             }
@@ -346,12 +352,19 @@ impl<'a> Rotation<'a> {
         // While an older key signs, nothing has replaced the bootstrap key.
         let removes_bootstrap =
             ledger.current.as_ref().is_some_and(signs) && schedule.removes_bootstrap(&ledger, self.now(instance));
-        let in_use = removes_bootstrap && self.is_used_by_others(&ledger.bootstrap).await;
+        let in_use = if removes_bootstrap {
+            self.is_used_by_others(&ledger.bootstrap).await
+        } else {
+            Some(false)
+        };
+        let Some(in_use) = in_use else {
+            return Err(self.deferred(instance, READS_CONTINUE));
+        };
         if in_use && ledger.settled {
             return Err(Reason::BootstrapKeyInUse.into());
         }
         if !self.knows_keys_of_others().await {
-            return Err(self.deferred(instance, Duration::from_secs(30)));
+            return Err(self.deferred(instance, READS_CONTINUE));
         }
         self.session.open(instance, signer).await?;
         let listed = self.session.list().await?;
