@@ -5,6 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
+use crate::api::rules::{ID_PATTERN, USERNAME_PATTERN_PATTERN};
 use crate::api::service_user::InstanceRef;
 
 /// Allows the selected namespaces to have tokens for the listed audiences of one instance.
@@ -65,6 +66,27 @@ pub struct ZitadelAccessPolicySpec {
     /// Audiences that tokens in the selected namespaces may have. If absent, the policy allows none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audiences: Option<Audiences>,
+
+    /// Service users that the operator may create for the selected namespaces. If absent, the policy allows none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<Users>,
+}
+
+/// Service users that a policy allows the operator to create.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Users {
+    /// IDs of the organizations that the users may belong to.
+    #[serde(default, rename = "organizationIDs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(max = 64), regex(pattern = ID_PATTERN)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub organization_ids: Vec<String>,
+
+    /// Usernames that are allowed besides the default `<cluster>-<namespace>-<name>`, such as `ci-*`. `*` stands for any
+    /// characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 200), regex(pattern = USERNAME_PATTERN_PATTERN))]
+    pub username_pattern: Option<String>,
 }
 
 /// Audiences that a policy allows.

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::rules::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN, ORIGIN_PATTERN};
 
+/// Condition: ZITADEL accepts the credential in `spec.adminCredential`.
+pub const ADMIN_CREDENTIAL_READY: &str = "AdminCredentialReady";
+
 /// A ZITADEL server and how to connect to it.
 ///
 /// This object decides where the operator sends assertions. Write access to it is therefore equivalent to holding every
@@ -59,6 +62,38 @@ pub struct ZitadelInstanceSpec {
     #[serde(default, rename = "zitadelProjectID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub zitadel_project_id: Option<String>,
+
+    /// The credential that the operator creates service users with. Needed only for `spec.user` of a `ZitadelServiceUser`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin_credential: Option<AdminCredential>,
+
+    /// If true, the operator requests no token from this server, rotates no key, and changes no Secret of its service
+    /// users, for example during an incident. The deletion of service users goes on. Default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspend: Option<bool>,
+}
+
+/// A credential for ZITADEL's API.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct AdminCredential {
+    /// The Secret in the operator's namespace that holds a key file (JSON) or a personal access token. Its annotations
+    /// `zitadel-tokens.dev/instance` and `zitadel-tokens.dev/send-to` must name this instance and where its requests go (the
+    /// issuer, or `<endpoint> for <issuer>`, then ` as <tlsServerName>` and ` via <proxy>` if set), so that nobody can send the credential elsewhere by editing this object.
+    pub secret_ref: CredentialRef,
+}
+
+/// Reference to the entry of a Secret in the operator's namespace.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct CredentialRef {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
+    pub name: String,
+
+    /// Key of the entry. Optional if the Secret has exactly one entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
+    pub key: Option<String>,
 }
 
 /// How the operator connects to the server. Every field is optional.
@@ -167,7 +202,8 @@ pub struct ZitadelInstanceStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// `Ready`: the server's discovery document is available and states this issuer.
+    /// `Ready`: the server's discovery document is available and states this issuer. `AdminCredentialReady`, with
+    /// `spec.adminCredential` only: ZITADEL accepts the credential.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -181,10 +217,29 @@ pub struct ZitadelInstanceStatus {
     #[serde(default, rename = "zitadelProjectID", skip_serializing_if = "Option::is_none")]
     pub zitadel_project_id: Option<String>,
 
+    /// The user of `spec.adminCredential`, once ZITADEL has accepted the credential.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin_credential: Option<AdminCredentialStatus>,
+
     /// How many seconds the server's clock is ahead of the operator's; negative if it is behind. Rounded to 5 seconds,
     /// and absent if the clocks agree within that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clock_skew_seconds: Option<i64>,
+}
+
+/// The user of an admin credential, and what it may do.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct AdminCredentialStatus {
+    /// ID of the user.
+    #[serde(rename = "userID")]
+    pub user_id: String,
+
+    /// Its manager roles, at most 16 of them, each with what it is for: `IAM_OWNER: instance`,
+    /// `ORG_USER_MANAGER: organization 69234237810729019`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub roles: Vec<String>,
 }
 
 impl ZitadelInstance {

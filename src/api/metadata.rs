@@ -26,6 +26,15 @@ pub const ANNOTATION_ROTATE_REQUEST: &str = "zitadel-tokens.dev/rotate-request";
 /// leaves them at ZITADEL.
 pub const ANNOTATION_ABANDON: &str = "zitadel-tokens.dev/abandon";
 
+/// Annotation of the Secret with an admin credential: the name of the `ZitadelInstance` that may use it.
+pub const ANNOTATION_INSTANCE: &str = "zitadel-tokens.dev/instance";
+
+/// Annotation of the Secret with an admin credential: the destination that it may be sent to.
+pub const ANNOTATION_SEND_TO: &str = "zitadel-tokens.dev/send-to";
+
+/// Metadata key of a user that the operator created in ZITADEL: cluster, namespace and name of the object.
+pub const METADATA_OWNER: &str = "zitadel-tokens.dev/owner";
+
 /// Finalizer of a `ZitadelServiceUser` for which the operator has made keys at ZITADEL.
 pub const FINALIZER: &str = "zitadel-tokens.dev/keys";
 

@@ -31,6 +31,18 @@ pub const MAX_NAME: usize = 253;
 /// Name of a token.
 pub const TOKEN_NAME_PATTERN: &str = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$";
 
+/// A username in ZITADEL.
+pub const USERNAME_PATTERN: &str = "^[a-zA-Z0-9]([a-zA-Z0-9._@+-]*[a-zA-Z0-9])?$";
+
+/// A pattern for usernames: `*` stands for any characters.
+pub const USERNAME_PATTERN_PATTERN: &str = "^[a-zA-Z0-9._@+*-]+$";
+
+/// Longest username.
+pub const MAX_USERNAME: usize = 200;
+
+/// Message: both or none of the two sources of a key.
+pub const KEY_OR_USER: &str = "set exactly one of keySecretRef and user";
+
 /// Scheme, lowercase host, and an optional port up to 65535.
 pub const ORIGIN_PATTERN: &str = r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
 

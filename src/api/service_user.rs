@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::metadata::{GROUP, LABEL_MANAGED_BY};
 use crate::api::rules::{
-    self, DURATION_PATTERN, ID_PATTERN, MAX_TEXT, NAME_PATTERN, SCOPE_PATTERN, TOKEN_NAME_PATTERN,
+    self, DURATION_PATTERN, ID_PATTERN, MAX_TEXT, NAME_PATTERN, SCOPE_PATTERN, TOKEN_NAME_PATTERN, USERNAME_PATTERN,
 };
 
 /// Condition: every token Secret holds a valid token for the current spec.
@@ -24,6 +24,9 @@ pub const KEY_VALID: &str = "KeyValid";
 /// Condition: the operator rotates the key on schedule. Absent if the object does not rotate its key and the operator
 /// holds none for it.
 pub const KEY_ROTATED: &str = "KeyRotated";
+
+/// Condition: the service user exists in ZITADEL as `spec.user` describes it. Absent without `spec.user`.
+pub const USER_READY: &str = "UserReady";
 
 /// Condition: between the last two counts, the number of keys and personal access tokens of the user that the operator
 /// did not make has grown.
@@ -59,7 +62,13 @@ pub const FOREIGN_CREDENTIALS: &str = "ForeignCredentials";
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("!self.tokens.exists(t, t.secret.name == self.keySecretRef.name)")
+    validation = Rule::new("has(self.keySecretRef) != has(self.user)")
+        .message(at("spec", rules::KEY_OR_USER).as_str()),
+    validation = Rule::new("has(self.user) == has(oldSelf.user)")
+        .message("spec.user cannot be added or removed; create another object"),
+    validation = Rule::new("!has(self.user) || self.instanceRef.name == oldSelf.instanceRef.name")
+        .message("spec.instanceRef: immutable with spec.user; create another object"),
+    validation = Rule::new("!has(self.keySecretRef) || !self.tokens.exists(t, t.secret.name == self.keySecretRef.name)")
         .message(at("spec.tokens[].secret.name", rules::KEY_OVERWRITTEN).as_str()),
     validation = Rule::new("self.tokens.all(t, self.tokens.exists_one(u, u.secret.name == t.secret.name))")
         .message(at("spec.tokens[].secret.name", rules::SECRET_NAMED_TWICE).as_str()),
@@ -68,19 +77,26 @@ pub const FOREIGN_CREDENTIALS: &str = "ForeignCredentials";
     validation = at_most("labels")
 )]
 pub struct ZitadelServiceUserSpec {
-    /// The `ZitadelInstance` that issues the tokens.
+    /// The `ZitadelInstance` that issues the tokens. Immutable with `spec.user`.
     pub instance_ref: InstanceRef,
 
-    /// The Secret with ZITADEL's key file (JSON), in the namespace of this object.
-    pub key_secret_ref: KeySecretRef,
+    /// The Secret with ZITADEL's key file (JSON), in the namespace of this object. Set exactly one of keySecretRef and user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_secret_ref: Option<KeySecretRef>,
+
+    /// Has the operator create the service user in ZITADEL, and make, rotate and keep its keys. Needs `spec.adminCredential`
+    /// of the `ZitadelInstance`, an operator with `--cluster-name`, and a `ZitadelAccessPolicy` that allows users in the
+    /// organization. Cannot be added or removed later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<ManagedUser>,
 
     /// Has the operator replace the key on a schedule. The key in `keySecretRef` begins the first rotation, and is used
     /// again if the operator's keys are lost or the rotation stops. The operator's keys stay in its own namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_rotation: Option<KeyRotation>,
 
-    /// What happens at ZITADEL to the keys that the operator made when this object is deleted. `Delete` (the default)
-    /// removes them. `Orphan` leaves them until they expire.
+    /// What happens at ZITADEL to what the operator made when this object is deleted. `Delete` (the default) deletes the
+    /// user in `spec.user`, or removes the keys. `Orphan` leaves the user, and the keys until they expire.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion_policy: Option<KeyDeletionPolicy>,
 
@@ -115,6 +131,52 @@ pub struct KeySecretRef {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
     pub key: Option<String>,
+}
+
+/// A service user that the operator creates in ZITADEL. A user that exists already is never taken over.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.username) == has(oldSelf.username) && (!has(self.username) || self.username == oldSelf.username)")
+        .message("spec.user.username is immutable; create another object")
+)]
+pub struct ManagedUser {
+    /// ID of the organization that the user belongs to. Immutable.
+    #[serde(rename = "organizationID")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = ID_PATTERN))]
+    #[x_kube(validation = Rule::new("self == oldSelf")
+        .message("spec.user.organizationID is immutable; create another object"))]
+    pub organization_id: String,
+
+    /// Username. Default: `<cluster>-<namespace>-<name>`. Other names need `users.usernamePattern` of a
+    /// `ZitadelAccessPolicy`. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 200), regex(pattern = USERNAME_PATTERN))]
+    pub username: Option<String>,
+
+    /// Display name. Default: the username.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 200))]
+    pub display_name: Option<String>,
+
+    /// Description. Default: empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 500))]
+    pub description: Option<String>,
+
+    /// Format of the user's access tokens. Default `JWT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_token_type: Option<AccessTokenType>,
+}
+
+/// Format of access tokens.
+#[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessTokenType {
+    /// Signed tokens, which an API can verify itself.
+    #[serde(rename = "JWT")]
+    Jwt,
+    /// Tokens that an API verifies by asking ZITADEL.
+    Opaque,
 }
 
 /// The schedule of key rotations.

@@ -82,6 +82,11 @@ pub struct Arguments {
     #[arg(long, env = "POD_NAMESPACE")]
     namespace: Option<String>,
 
+    /// Name of the cluster, such as `prod-eu`. It is part of each service user that the operator creates in ZITADEL
+    /// (`spec.user`), so it must differ from that of other clusters and must not change.
+    #[arg(long, env, default_value = "", value_parser = cluster_name)]
+    cluster_name: String,
+
     /// Enable leader election, to run several replicas. Only the replica that holds the Lease in --namespace works.
     #[arg(long, env)]
     leader_elect: bool,
@@ -145,10 +150,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
     let address = listener.local_addr().map_err(|e| e.to_string())?;
 
     let (election, leadership) = candidate(&arguments, &client, &shutdown)?;
-    let leads: Probe = {
-        let leadership = leadership.clone();
-        Arc::new(move || leadership.is_leading())
-    };
+    let leads = leads(&leadership);
     let metrics = Metrics::register(&mut registry, panics, leads.clone());
     let cache = Arc::new(Cache::new(arguments.namespace_memory as usize * 1024));
     let clock = Clock::default();
@@ -176,6 +178,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         users.clone(),
         instances.clone(),
         keys.clone(),
+        arguments.namespace.clone(),
         within,
     ));
     let context = Arc::new(Context {
@@ -193,6 +196,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         requests: Requests::default(),
         metrics,
         allowed_metadata: Arc::new(allowed),
+        cluster_name: Some(arguments.cluster_name).filter(|name| !name.is_empty()),
         operator_namespace: arguments.namespace,
         serves_some_instances_only,
         writes_instance_status: arguments.write_instance_status,
@@ -293,6 +297,21 @@ async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown
             instance::reconcile(ctx.clone(), id)
         }),
     );
+}
+
+fn cluster_name(text: &str) -> Result<String, String> {
+    let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    if text.len() <= 63 && text.bytes().all(is_plain) {
+        Ok(text.to_owned())
+    } else {
+        Err("must have at most 63 characters of a-z 0-9 and -".to_owned())
+    }
+}
+
+/// The probe for leadership.
+fn leads(leadership: &LeadershipGuard) -> Probe {
+    let leadership = leadership.clone();
+    Arc::new(move || leadership.is_leading())
 }
 
 /// A flag, and the probe that reads it.

@@ -206,6 +206,17 @@ impl Cache {
         self.users(|_, user| user.is_of(instance))
     }
 
+    /// The instances whose admin credential is in the Secret with this name.
+    #[must_use]
+    pub fn instances_with_credential(&self, secret: &str) -> Vec<ObjectRef> {
+        let known = self.read();
+        let those = known.instances.iter().filter(|(_, instance)| {
+            let credential = instance.as_ref().ok().and_then(|i| i.spec.admin_credential.as_ref());
+            credential.is_some_and(|credential| credential.secret_ref.name == secret)
+        });
+        those.map(|(id, _)| id.clone()).collect()
+    }
+
     /// All instances.
     #[must_use]
     pub fn instances(&self) -> Vec<ObjectRef> {

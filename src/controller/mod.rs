@@ -69,6 +69,8 @@ pub struct Context {
     pub allowed_metadata: Arc<AllowList>,
     /// The namespace that the operator runs in, if it is known.
     pub operator_namespace: Option<String>,
+    /// The name of the cluster, if it is known.
+    pub cluster_name: Option<String>,
     /// Whether a missing instance may belong to another operator.
     pub serves_some_instances_only: bool,
     /// Whether this operator writes the status of instances. Several operators may serve one instance.

@@ -146,6 +146,31 @@ impl Reader {
         }
     }
 
+    /// Reads a credential from the named entry of a Secret, or from its only entry, and the operator's annotations of the
+    /// Secret. `None` if the Secret does not exist.
+    pub async fn credential(
+        &self,
+        namespace: &str,
+        name: &str,
+        entry: Option<&str>,
+    ) -> Result<Option<(BTreeMap<String, String>, Option<SecretSlice<u8>>)>, ReadError> {
+        let read = self.get::<Secret, _>(namespace, name, |text| {
+            let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
+            let annotations = pick(secret.metadata.annotations, usize::MAX, is_ours);
+            let annotations = annotations
+                .into_iter()
+                .filter_map(|(key, raw)| Some((key, parsed(raw)?)));
+            let entries = pick(secret.data, 2, |name| entry.is_none_or(|entry| entry == name));
+            let value = match entries[..] {
+                [(_, raw)] => decoded(raw, key::MAX_BYTES),
+                _ => None,
+            };
+            Some((annotations.collect(), value))
+        });
+        read.await?
+            .map_or(Ok(None), |read| read.map(Some).ok_or(ReadError::Unavailable))
+    }
+
     /// Reads the certificates in an entry of a Secret. `None` if the entry does not exist or is too large.
     pub async fn certificates(
         &self,

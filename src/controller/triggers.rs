@@ -1,6 +1,7 @@
 //! Which objects are reconciled when something changes.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -10,6 +11,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
+use crate::api::metadata::KEY_LEDGER_PREFIX;
 use crate::api::{ZitadelAccessPolicy, ZitadelInstance};
 use crate::controller::cache::{Applied, Cache, Kind, KnownNamespace, SecretSummary};
 use crate::controller::guarded::Guarded;
@@ -28,6 +30,10 @@ pub struct Triggers {
     users: Arc<Queue>,
     instances: Arc<Queue>,
     keys: Arc<KeyMemory>,
+    /// The operator's own namespace.
+    home: Option<String>,
+    /// The last versions of the Secrets with admin credentials, by name.
+    credentials: Mutex<BTreeMap<String, String>>,
     within: Vec<Option<String>>,
     /// The number of watches that are current: none of them has failed since its last list.
     current: watch::Sender<usize>,
@@ -43,6 +49,7 @@ impl Triggers {
         users: Arc<Queue>,
         instances: Arc<Queue>,
         keys: Arc<KeyMemory>,
+        home: Option<String>,
         within: Vec<Option<String>>,
     ) -> Self {
         Self {
@@ -50,6 +57,8 @@ impl Triggers {
             users,
             instances,
             keys,
+            home,
+            credentials: Mutex::default(),
             within,
             current: watch::Sender::new(0),
         }
@@ -285,10 +294,32 @@ impl Triggers {
             controller: secret.controller,
             terminating: secret.terminating,
         };
+        self.credential_may_have_changed(&id, &version);
         for user in self.cache.secret_applied(&id, observed) {
             self.key_may_have_changed(&user, &id);
             self.users.changed(&user, Some(&version));
         }
+    }
+
+    fn credential_may_have_changed(&self, secret: &ObjectRef, version: &str) {
+        // A ledger is no credential, whatever an instance names.
+        if self.home.as_deref() != Some(&*secret.namespace) || secret.name.starts_with(KEY_LEDGER_PREFIX) {
+            return;
+        }
+        let instances = self.cache.instances_with_credential(&secret.name);
+        if instances.is_empty() || !self.is_new_version(&secret.name, version) {
+            return;
+        }
+        for instance in instances {
+            self.instances.changed(&instance, None);
+            self.users.wake_all(self.cache.users_of(&instance.name));
+        }
+    }
+
+    /// Whether this version of a credential was not seen before. A relist shows it again.
+    fn is_new_version(&self, secret: &str, version: &str) -> bool {
+        let mut seen = self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.insert(secret.to_owned(), version.to_owned()).as_deref() != Some(version)
     }
 
     fn key_may_have_changed(&self, user: &ObjectRef, secret: &ObjectRef) {
@@ -299,6 +330,7 @@ impl Triggers {
     }
 
     pub(crate) fn secret_gone(&self, id: &ObjectRef) {
+        self.credential_may_have_changed(id, "");
         for user in self.cache.secret_gone(id) {
             self.key_may_have_changed(&user, id);
             self.users.changed(&user, None);

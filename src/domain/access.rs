@@ -18,6 +18,8 @@ const EVERY_PROJECT: &str = "*";
 pub struct AllowedAudiences {
     project_ids: BTreeSet<String>,
     zitadel_api: bool,
+    /// Organizations in which the operator may create users, each with the usernames allowed besides the default one.
+    users: BTreeSet<(String, Option<String>)>,
 }
 
 impl AllowedAudiences {
@@ -31,11 +33,31 @@ impl AllowedAudiences {
         let matching = policies
             .into_iter()
             .filter(|policy| selects(&policy.namespace_selector, labels));
-        for audiences in matching.filter_map(|policy| policy.audiences.as_ref()) {
-            allowed.project_ids.extend(audiences.project_ids.iter().cloned());
-            allowed.zitadel_api |= audiences.zitadel_api == Some(true);
+        for policy in matching {
+            if let Some(audiences) = &policy.audiences {
+                allowed.project_ids.extend(audiences.project_ids.iter().cloned());
+                allowed.zitadel_api |= audiences.zitadel_api == Some(true);
+            }
+            if let Some(users) = &policy.users {
+                let organizations = users.organization_ids.iter().cloned();
+                allowed
+                    .users
+                    .extend(organizations.map(|id| (id, users.username_pattern.clone())));
+            }
         }
         allowed
+    }
+
+    /// Whether the operator may create a user with this name in an organization. The default name needs no pattern.
+    #[must_use]
+    pub fn allows_user(&self, organization_id: &str, username: &str, default: &str) -> bool {
+        let mut here = self.users.iter().filter(|(id, _)| id == organization_id);
+        here.any(|(_, pattern)| {
+            username == default
+                || pattern
+                    .as_ref()
+                    .is_some_and(|pattern| matches_pattern(pattern, username))
+        })
     }
 
     /// The audiences of `token` that are not allowed, as the token's spec names them. `zitadel_project_id` is the ID of
@@ -98,6 +120,24 @@ pub fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> b
         })
     });
     equal && expressions
+}
+
+/// Whether a text matches a pattern in which `*` stands for any characters.
+fn matches_pattern(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| text.strip_prefix(first)) else {
+        return false;
+    };
+    let mut last = None;
+    for part in parts {
+        if let Some(part) = last.replace(part) {
+            match rest.find(part) {
+                Some(at) => rest = &rest[at + part.len()..],
+                None => return false,
+            }
+        }
+    }
+    last.map_or(rest.is_empty(), |last| rest.ends_with(last))
 }
 
 #[cfg(test)]
@@ -190,6 +230,43 @@ mod tests {
             let allowed = AllowedAudiences::of(&policies, &labels());
             assert_eq!(allowed.denied(&token, Some("99")), denied, "{name}");
             assert_eq!(allowed.check(&token, Some("99")).is_ok(), denied.is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn users_are_allowed_by_organization_and_name() {
+        let policy = |users: Value| -> ZitadelAccessPolicySpec {
+            serde_json::from_value(json!({"instanceRef": {"name": "main"}, "namespaceSelector": {}, "users": users}))
+                .expect("a policy")
+        };
+        let policies = [
+            policy(json!({"organizationIDs": ["1"]})),
+            policy(json!({"organizationIDs": ["2"], "usernamePattern": "ci-*-bot"})),
+        ];
+        let allowed = AllowedAudiences::of(&policies, &labels());
+        for (organization, username, expected) in [
+            ("1", "c-shop-billing", true),
+            ("1", "ci-x-bot", false),
+            ("2", "c-shop-billing", true),
+            ("2", "ci-x-bot", true),
+            ("2", "ci-bot", false),
+            ("2", "xci-x-bot", false),
+            ("2", "ci-x-bots", false),
+            ("3", "c-shop-billing", false),
+        ] {
+            let got = allowed.allows_user(organization, username, "c-shop-billing");
+            assert_eq!(got, expected, "{organization} {username}");
+        }
+        assert!(!AllowedAudiences::default().allows_user("1", "a", "a"));
+        for (pattern, text, expected) in [
+            ("*", "", true),
+            ("a*", "a", true),
+            ("a*b*c", "abc", true),
+            ("a*b*c", "acb", false),
+            ("a", "a", true),
+            ("a", "ab", false),
+        ] {
+            assert_eq!(matches_pattern(pattern, text), expected, "{pattern} {text}");
         }
     }
 

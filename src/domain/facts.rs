@@ -141,6 +141,16 @@ impl Facts {
         self.user.metadata.namespace.as_deref().unwrap_or_default()
     }
 
+    /// Whether the object or its instance is suspended.
+    #[must_use]
+    pub fn is_suspended(&self) -> bool {
+        let instance = self
+            .instance
+            .as_ref()
+            .is_ok_and(|instance| instance.spec.suspend == Some(true));
+        instance || self.user.spec.suspend == Some(true)
+    }
+
     /// The issuer. Empty without an instance.
     #[must_use]
     pub fn issuer(&self) -> &str {

@@ -4,18 +4,20 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
 use crate::api::ZitadelInstance;
-use crate::api::instance::ZitadelInstanceStatus;
+use crate::api::instance::{ADMIN_CREDENTIAL_READY, AdminCredentialStatus, ZitadelInstanceStatus};
 use crate::domain::clock_skew::Skew;
 use crate::domain::reason::Reason;
+use crate::domain::retry::Retry;
 use crate::domain::time::whole_seconds;
 
 /// The status of `instance` after discovery. `discovered` is the path of the token endpoint or the reason for the
-/// failure. `now` is by the operator's own clock.
+/// failure; `admin` is the user of the admin credential, if the spec has one. `now` is by the operator's own clock.
 #[must_use]
 pub fn status(
     instance: &ZitadelInstance,
     discovered: &Result<String, Reason>,
     zitadel_project_id: Option<&str>,
+    admin: Option<&Result<AdminCredentialStatus, Reason>>,
     skew: Skew,
     now: Timestamp,
 ) -> ZitadelInstanceStatus {
@@ -24,34 +26,41 @@ pub fn status(
     let mismatch = pinned.is_some() && zitadel_project_id.is_some() && pinned != zitadel_project_id;
     let reason = match discovered {
         Ok(_) if mismatch => Reason::ProjectIDMismatch,
+        Ok(_) if instance.spec.suspend == Some(true) => Reason::Suspended,
         Ok(_) => Reason::InstanceReady,
         Err(reason) => *reason,
     };
-    let value = if reason == Reason::InstanceReady {
-        "True"
-    } else {
-        "False"
-    };
-    let last = before
-        .conditions
-        .iter()
-        .find(|c| c.type_ == "Ready" && c.status == value && c.last_transition_time.0 <= now);
+    let value = if reason.retry() == Retry::No { "True" } else { "False" };
     let insecure = instance.connection().allow_insecure_http == Some(true);
     let message = match (reason, insecure) {
         (Reason::InstanceReady, true) => format!("{} Plain HTTP is allowed.", reason.meaning()),
         (Reason::InstanceReady, false) => reason.meaning().to_owned(),
         _ => reason.advice(),
     };
-    ZitadelInstanceStatus {
-        observed_generation: instance.metadata.generation,
-        conditions: vec![Condition {
-            type_: "Ready".into(),
+    let condition = |kind: &str, value: &str, reason: Reason, message: String| {
+        let mut last = before.conditions.iter();
+        let last = last.find(|c| c.type_ == kind && c.status == value && c.last_transition_time.0 <= now);
+        Condition {
+            type_: kind.into(),
             status: value.into(),
             reason: reason.name().into(),
             message,
             observed_generation: instance.metadata.generation,
             last_transition_time: last.map_or_else(|| Time(whole_seconds(now)), |c| c.last_transition_time.clone()),
-        }],
+        }
+    };
+    let mut conditions = vec![condition("Ready", value, reason, message)];
+    conditions.extend(admin.map(|admin| match admin {
+        Ok(_) => {
+            let reason = Reason::AdminCredentialReady;
+            condition(ADMIN_CREDENTIAL_READY, "True", reason, reason.meaning().to_owned())
+        }
+        Err(reason) => condition(ADMIN_CREDENTIAL_READY, "False", *reason, reason.advice()),
+    }));
+    ZitadelInstanceStatus {
+        observed_generation: instance.metadata.generation,
+        conditions,
+        admin_credential: admin.and_then(|admin| admin.as_ref().ok().cloned()),
         token_endpoint: discovered
             .as_ref()
             .ok()

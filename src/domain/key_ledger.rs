@@ -41,8 +41,12 @@ pub struct Ledger {
     pub issuer: String,
     /// The ZITADEL user that the keys belong to.
     pub user_id: String,
-    /// The key that a person put in.
-    pub bootstrap: BootstrapKey,
+    /// The key that a person put in. `None` if the operator created the user.
+    #[serde(default)]
+    pub bootstrap: Option<BootstrapKey>,
+    /// The user, if the operator created it.
+    #[serde(default)]
+    pub managed: Option<Managed>,
     /// The key that the operator signs with.
     pub current: Option<OwnKey>,
     /// A key that is not proven yet.
@@ -96,6 +100,28 @@ pub struct BootstrapKey {
     pub replaced_at: Option<Timestamp>,
     /// Whether the operator removed it at ZITADEL.
     pub removed: bool,
+}
+
+/// A user that the operator created, or is about to create.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Managed {
+    /// Its organization.
+    pub organization_id: String,
+    /// Its username.
+    pub username: String,
+    /// What its metadata states: cluster, namespace and name of the object.
+    pub owner: String,
+    /// Whether ZITADEL has the user and its metadata.
+    pub created: bool,
+    /// When the user entered its present state.
+    pub since: Timestamp,
+    /// A hash of the fields that were applied last.
+    #[serde(default)]
+    pub applied: Option<String>,
+    /// When the user was last compared with the spec.
+    #[serde(default)]
+    pub checked: Option<Timestamp>,
 }
 
 /// A key that the operator made.
@@ -165,12 +191,29 @@ impl Ledger {
     #[must_use]
     pub fn new(object: String, instance: &str, issuer: &str, bootstrap: &ServiceKey) -> Self {
         Self {
+            bootstrap: Some(BootstrapKey::of(bootstrap)),
+            ..Self::empty(object, instance, issuer, bootstrap.user_id.clone())
+        }
+    }
+
+    /// A ledger of a user that does not exist yet.
+    #[must_use]
+    pub fn of_user(object: String, instance: &str, issuer: &str, user_id: String, managed: Managed) -> Self {
+        Self {
+            managed: Some(managed),
+            ..Self::empty(object, instance, issuer, user_id)
+        }
+    }
+
+    fn empty(object: String, instance: &str, issuer: &str, user_id: String) -> Self {
+        Self {
             v: VERSION,
             object,
             instance: instance.to_owned(),
             issuer: issuer.to_owned(),
-            user_id: bootstrap.user_id.clone(),
-            bootstrap: BootstrapKey::of(bootstrap),
+            user_id,
+            bootstrap: None,
+            managed: None,
             current: None,
             pending: None,
             previous: None,
@@ -180,6 +223,10 @@ impl Ledger {
             request: None,
             pending_request: None,
         }
+    }
+
+    fn is_bootstrap(&self, key_id: &str) -> bool {
+        self.bootstrap.as_ref().is_some_and(|key| key.key_id == key_id)
     }
 
     /// Whether the Secret of a ledger has an entry with this name.
@@ -197,13 +244,12 @@ impl Ledger {
         let mut lost = Vec::new();
         let ids = ledger.key_ids().chain([&*ledger.user_id]).all(key::is_plain_id);
         // Two keys with one id, or a replaced bootstrap key without a current key, would be settled without end.
-        let named = ledger
-            .own()
-            .filter_map(|key| key.key_id.as_deref())
-            .chain([&*ledger.bootstrap.key_id]);
+        let named = ledger.own().filter_map(|key| key.key_id.as_deref());
+        let named = named.chain(ledger.bootstrap.as_ref().map(|key| &*key.key_id));
         let named: Vec<&str> = named.collect();
         let distinct = named.iter().collect::<BTreeSet<_>>().len() == named.len();
-        let consistent = distinct && (ledger.current.is_some() || ledger.bootstrap.replaced_at.is_none());
+        let replaced = ledger.bootstrap.as_ref().is_some_and(|key| key.replaced_at.is_some());
+        let consistent = distinct && (ledger.current.is_some() || !replaced);
         let mut requests = ledger.request.iter().chain(&ledger.pending_request);
         let requests = requests.all(|request| request.len() <= MAX_REQUEST);
         // Only a pending key may be unknown to ZITADEL.
@@ -262,7 +308,8 @@ impl Ledger {
 
     /// All known ids, that of the bootstrap key included.
     pub fn key_ids(&self) -> impl Iterator<Item = &str> {
-        self.made_key_ids().chain([&*self.bootstrap.key_id])
+        self.made_key_ids()
+            .chain(self.bootstrap.as_ref().map(|key| &*key.key_id))
     }
 
     /// The number of keys that the operator replaced or gave up, and that still work at ZITADEL for all it knows.
@@ -296,7 +343,10 @@ impl Ledger {
     /// Whether the operator has removed or replaced the key with this id, so that it must not sign with it again.
     #[must_use]
     pub fn is_retired(&self, key_id: &str) -> bool {
-        let removed_bootstrap = self.bootstrap.removed && self.bootstrap.key_id == key_id;
+        let removed_bootstrap = self
+            .bootstrap
+            .as_ref()
+            .is_some_and(|key| key.removed && key.key_id == key_id);
         let replaced = self.previous.iter().filter_map(|key| key.key_id.as_deref());
         let past = self.past.iter().filter_map(|key| key.key_id.as_deref());
         removed_bootstrap || replaced.chain(past).any(|id| id == key_id)
@@ -318,7 +368,8 @@ impl Ledger {
             expires: Some(own.expires_at),
             signing,
             public_hash,
-            bootstrap_id: Some(self.bootstrap.key_id.clone()),
+            // Without a bootstrap key, tokens belong to the user.
+            bootstrap_id: Some(self.bootstrap.as_ref().map_or(&self.user_id, |key| &key.key_id).clone()),
         })
     }
 
@@ -329,7 +380,7 @@ impl Ledger {
         let past = self.past.iter().map(|key| (key.key_id.as_deref(), key.expires_at));
         let own = self.own().map(|key| (key.key_id.as_deref(), key.expires_at));
         let mut all = own.chain(past);
-        listed.key_id != self.bootstrap.key_id
+        !self.is_bootstrap(&listed.key_id)
             && all.any(|(id, expires_at)| id == Some(&*listed.key_id) || listed.expires_at == Some(expires_at))
     }
 
@@ -365,12 +416,12 @@ impl Ledger {
         let own = self.own().filter_map(|key| key.key_id.as_deref());
         let past = self.past.iter().filter(|key| !key.removed);
         let all = own.chain(past.filter_map(|key| key.key_id.as_deref()));
-        all.filter(|id| *id != self.bootstrap.key_id)
+        all.filter(|id| !self.is_bootstrap(id))
     }
 
     /// Has another key of a person take the place of the bootstrap key.
     pub fn adopt(&mut self, bootstrap: &ServiceKey) {
-        self.bootstrap = BootstrapKey::of(bootstrap);
+        self.bootstrap = Some(BootstrapKey::of(bootstrap));
     }
 
     /// Adds a generated key, which ZITADEL does not know yet.
@@ -400,7 +451,9 @@ impl Ledger {
         proven.since = now;
         self.forget_previous(false);
         self.previous = self.current.replace(proven).map(|key| OwnKey { since: now, ..key });
-        self.bootstrap.replaced_at.get_or_insert(now);
+        if let Some(bootstrap) = &mut self.bootstrap {
+            bootstrap.replaced_at.get_or_insert(now);
+        }
         self.settled = false;
         self.request = self.pending_request.take();
     }
@@ -574,7 +627,7 @@ mod tests {
             ["k1", "own-1", "own-2", "own-3"].map(|id| ledger.is_retired(id)),
             [false, true, true, false]
         );
-        ledger.bootstrap.removed = true;
+        ledger.bootstrap.as_mut().expect("a key").removed = true;
         assert!(ledger.is_retired("k1"));
         ledger.settle("");
         assert_eq!(

@@ -4,7 +4,7 @@
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::api::service_user::KeyRotation;
+use crate::api::service_user::{KeyRotation, ZitadelServiceUserSpec};
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::{BootstrapKey, Ledger, OwnKey, StoredLedger};
@@ -19,6 +19,9 @@ pub const BACKOFF: &str = "keyRotation";
 /// Replaced keys that may remain at ZITADEL. With more, they are removed before the next rotation, also before their
 /// overlap has passed: otherwise a request in a loop would fill the user's list of keys.
 const MOST_REPLACED: usize = 4;
+
+/// Interval of a user that the operator created, if its spec has none.
+const INTERVAL: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Default overlap. It is half of the interval if that is shorter.
 const OVERLAP: SignedDuration = SignedDuration::from_hours(1);
@@ -93,7 +96,7 @@ impl KeyState {
     pub fn bootstrap_keys(&self) -> impl Iterator<Item = BootstrapKey> {
         let in_secret = self.bootstrap.iter().map(BootstrapKey::of);
         let ledger = self.ledger.iter().flatten();
-        in_secret.chain(ledger.map(|stored| stored.ledger.bootstrap.clone()))
+        in_secret.chain(ledger.filter_map(|stored| stored.ledger.bootstrap.clone()))
     }
 
     /// The ids of all keys.
@@ -126,6 +129,22 @@ pub enum Step {
 }
 
 impl Schedule {
+    /// The schedule of an object: that of its spec, or the default one of a user that the operator created. `None` if the
+    /// object does not rotate its key.
+    #[must_use]
+    pub fn of_spec(spec: &ZitadelServiceUserSpec) -> Option<Option<Self>> {
+        match (&spec.key_rotation, &spec.user) {
+            (Some(rotation), _) => Some(Self::of(rotation)),
+            (None, Some(_)) => Some(Some(Self {
+                interval: INTERVAL,
+                overlap: OVERLAP,
+                lifetime: INTERVAL * 3,
+                delete_bootstrap_key: false,
+            })),
+            (None, None) => None,
+        }
+    }
+
     /// The schedule in the spec. `None` if it breaks a rule of the schema that keeps a key from expiring unreplaced.
     #[must_use]
     pub fn of(spec: &KeyRotation) -> Option<Self> {
@@ -166,19 +185,18 @@ impl Schedule {
             let current = ledger.current.as_ref();
             return Some(current.map_or(Timestamp::MIN, |key| overlapped(key.since)));
         }
-        let bootstrap = &ledger.bootstrap;
-        let replaced = bootstrap.replaced_at;
-        replaced
-            .filter(|_| self.delete_bootstrap_key && !bootstrap.removed)
-            .map(overlapped)
+        let bootstrap = ledger.bootstrap.as_ref().filter(|key| !key.removed);
+        let replaced = bootstrap.and_then(|key| key.replaced_at);
+        replaced.filter(|_| self.delete_bootstrap_key).map(overlapped)
     }
 
     /// Whether the bootstrap key is to be removed at ZITADEL.
     #[must_use]
     pub fn removes_bootstrap(&self, ledger: &Ledger, now: Timestamp) -> bool {
-        let replaced = ledger.bootstrap.replaced_at;
+        let bootstrap = ledger.bootstrap.as_ref().filter(|key| !key.removed);
+        let replaced = bootstrap.and_then(|key| key.replaced_at);
         let overlapped = replaced.is_some_and(|at| shifted(at, self.overlap) <= now);
-        self.delete_bootstrap_key && !ledger.bootstrap.removed && ledger.current.is_some() && overlapped
+        self.delete_bootstrap_key && ledger.current.is_some() && overlapped
     }
 }
 
@@ -513,7 +531,7 @@ mod tests {
                 Some(&deletes),
                 &keys(|l| {
                     l.settle("");
-                    l.bootstrap.removed = true;
+                    l.bootstrap.as_mut().expect("a key").removed = true;
                 }),
                 600
             ),
@@ -522,7 +540,7 @@ mod tests {
 
         // Without keyRotation, the bootstrap key takes over, unless it is gone.
         assert_eq!(step(None, &settled, 600), Step::HandBack);
-        let removed = keys(|l| l.bootstrap.removed = true);
+        let removed = keys(|l| l.bootstrap.as_mut().expect("a key").removed = true);
         assert_eq!(step(None, &removed, 600), Step::Blocked(Reason::BootstrapKeyNeeded));
     }
 
@@ -634,10 +652,10 @@ mod tests {
         ] {
             assert_eq!(signs(&two, given_up), Ok(expected.to_owned()), "{given_up:?}");
         }
-        let removed = keys(|l| l.bootstrap.removed = true);
+        let removed = keys(|l| l.bootstrap.as_mut().expect("a key").removed = true);
         assert_eq!(signs(&removed, &["own-1"]), Ok("own-1".to_owned()));
         // A new bootstrap key waits its turn.
-        let mut new = keys(|l| l.bootstrap.removed = true);
+        let mut new = keys(|l| l.bootstrap.as_mut().expect("a key").removed = true);
         new.bootstrap = Ok(ServiceKey {
             key_id: "k2".into(),
             ..bootstrap()

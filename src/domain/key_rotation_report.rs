@@ -5,7 +5,9 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::api::ZitadelServiceUser;
 use crate::api::metadata::ANNOTATION_ABANDON;
-use crate::api::service_user::{FOREIGN_CREDENTIALS, KEY_ROTATED, KeyRotationStatus, READY, ZitadelServiceUserStatus};
+use crate::api::service_user::{
+    FOREIGN_CREDENTIALS, KEY_ROTATED, KeyRotationStatus, READY, USER_READY, ZitadelServiceUserStatus,
+};
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{Ledger, ListedKey, OwnKey};
 use crate::domain::key_rotation::{Outcome, Schedule};
@@ -19,7 +21,7 @@ use crate::domain::time::whole_seconds;
 pub fn status(facts: &Facts) -> Option<KeyRotationStatus> {
     let ledger = ledger(facts)?;
     let time = |at| Time(whole_seconds(at));
-    let schedule = facts.user.spec.key_rotation.as_ref().and_then(Schedule::of);
+    let schedule = Schedule::of_spec(&facts.user.spec).flatten();
     let current = ledger.current.as_ref();
     let due = schedule
         .zip(current)
@@ -37,6 +39,7 @@ pub fn status(facts: &Facts) -> Option<KeyRotationStatus> {
 /// | condition | status | reason |
 /// |---|---|---|
 /// | `KeyRotated` | whether the key is rotated on schedule; `Unknown` while suspended | `KeyRotationOnSchedule`, or why not |
+/// | `UserReady` | with `spec.user` only: whether the user exists as the spec describes it | `UserReady`, or why not |
 /// | `ForeignCredentials` | whether the number of foreign credentials grew at the last count | `ForeignCredentials`, `NoForeignCredentials` |
 #[must_use]
 pub fn conditions(facts: &Facts, rotation: &Outcome) -> Vec<(&'static str, &'static str, Reason)> {
@@ -46,6 +49,15 @@ pub fn conditions(facts: &Facts, rotation: &Outcome) -> Vec<(&'static str, &'sta
         _ => "False",
     };
     let mut all = vec![(KEY_ROTATED, value, rotation.reason)];
+    if facts.user.spec.user.is_some() {
+        let exists = ledger(facts).and_then(|ledger| ledger.managed.as_ref());
+        let is_ready = exists.is_some_and(|user| user.created) && facts.key.is_ok();
+        all.push(if is_ready && !is_about_user(rotation.reason) {
+            (USER_READY, "True", Reason::UserReady)
+        } else {
+            (USER_READY, "False", rotation.reason)
+        });
+    }
     if let Some(count) = ledger(facts).and_then(|ledger| ledger.foreign) {
         all.push(if count.now > count.before {
             (FOREIGN_CREDENTIALS, "True", Reason::ForeignCredentials)
@@ -54,6 +66,30 @@ pub fn conditions(facts: &Facts, rotation: &Outcome) -> Vec<(&'static str, &'sta
         });
     }
     all
+}
+
+/// Whether a reason says why the user in `spec.user` is not as the spec describes it.
+#[must_use]
+pub fn is_about_user(reason: Reason) -> bool {
+    use Reason::{
+        AdminForbidden, ClusterUnnamed, CredentialInvalid, CredentialMissing, CredentialNotBound, CredentialRejected,
+        NotSupportedByServer, UserConflict, UserDenied, UserMissing, UserNotReady, UserRejected,
+    };
+    matches!(
+        reason,
+        AdminForbidden
+            | ClusterUnnamed
+            | CredentialInvalid
+            | CredentialMissing
+            | CredentialNotBound
+            | CredentialRejected
+            | NotSupportedByServer
+            | UserConflict
+            | UserDenied
+            | UserMissing
+            | UserNotReady
+            | UserRejected
+    )
 }
 
 /// An Event for each key that was replaced, for each reason why a rotation fails, and for foreign credentials.
@@ -139,7 +175,7 @@ pub fn deletion_waits(user: &ZitadelServiceUser, reason: Reason, now: Timestamp)
         _ => reason.advice(),
     };
     let text = format!(
-        "The deletion waits until the operator has removed its keys at ZITADEL. {why} To delete the object and leave the keys, annotate it with {ANNOTATION_ABANDON}: {uid}"
+        "The deletion waits until the operator has removed what it made at ZITADEL. {why} To delete the object and leave that, annotate it with {ANNOTATION_ABANDON}: {uid}"
     );
     let generation = user.metadata.generation;
     let condition = Condition {

@@ -2,6 +2,7 @@
 //! client; `now` is an argument (`docs/adr/0016-one-package-with-rooms.md`).
 
 pub mod access;
+pub mod admin_credential;
 pub mod allow_list;
 pub mod allowance;
 pub mod answer;
@@ -21,6 +22,8 @@ pub mod key_ledger;
 pub mod key_rotation;
 pub mod key_rotation_report;
 pub mod limits;
+pub mod managed_user;
+pub mod manager_role;
 pub mod object_ref;
 pub mod observed_secret;
 pub mod plan;
@@ -36,4 +39,5 @@ pub mod secret_draft;
 pub mod summary;
 pub mod time;
 pub mod token_state;
+pub mod user;
 pub mod validate;

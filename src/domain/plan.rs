@@ -95,7 +95,7 @@ const UNSCHEDULED: usize = 3;
 /// Computes the plan. It is level-based: the same facts and time give the same plan, whatever happened before.
 #[must_use]
 pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
-    let suspended = facts.user.spec.suspend == Some(true);
+    let suspended = facts.is_suspended();
     let step = |(index, token)| match admit(facts, index, token) {
         _ if suspended => Step::refuse(Reason::Suspended, facts.recorded(token)),
         Ok(admitted) => await_backoff(facts, token, now, decide(facts, token, &admitted, now)),

@@ -71,8 +71,8 @@ reasons! {
         "The Secret holds a valid token.",
         "No action needed.";
     Suspended: No, Object,
-        "The object is suspended: the operator changes nothing and requests no tokens.",
-        "To resume, set spec.suspend to false or remove it.";
+        "The object or its ZitadelInstance is suspended: the operator changes nothing and requests no tokens.",
+        "To resume, set spec.suspend to false or remove it, in both objects.";
     InvalidSpec: Permanent, Object,
         "A field violates a schema rule of this operator version, or sets a label or annotation key that the platform team does not allow.",
         "Correct the field that the message names.";
@@ -211,6 +211,51 @@ reasons! {
     NoForeignCredentials: No, Object,
         "Between the last two counts, the number of the user's keys and personal access tokens that the operator did not make has not grown.",
         "No action needed.";
+    UserReady: No, Object,
+        "The service user exists in ZITADEL as spec.user describes it.",
+        "No action needed.";
+    UserNotReady: Transient, Key,
+        "The operator has not yet created the service user in spec.user, or has no key of it that works.",
+        "See the condition UserReady.";
+    UserDenied: Permanent, Object,
+        "No ZitadelAccessPolicy of the instance lets the operator create this service user for the namespace.",
+        "Ask the platform team for a ZitadelAccessPolicy with users.organizationIDs and, for a username other than the default, users.usernamePattern.";
+    UserConflict: Eventual, Object,
+        "ZITADEL has a user with this username already, or the metadata of the created user names another owner. The operator takes over no user.",
+        "Set another spec.user.username in a new object, or remove the user in ZITADEL.";
+    UserRejected: Permanent, Object,
+        "ZITADEL rejects the service user in spec.user: the organization does not exist, or a value is not accepted.",
+        "Correct spec.user.organizationID, spec.user.username and the other fields of spec.user.";
+    UserMissing: Permanent, Object,
+        "The service user that the operator created no longer exists in ZITADEL.",
+        "Find out in ZITADEL who deleted it. To have a new user created, delete the object and create it again.";
+    UserLeftBehind: No, Object,
+        "A service user that the operator created stays in ZITADEL: the object asks for it, or the metadata of the user names another owner.",
+        "Remove the user in ZITADEL, if nobody needs it.";
+    ClusterUnnamed: Permanent, Object,
+        "The operator does not know the name of its cluster, which is part of each service user that it creates.",
+        "Start the operator with --cluster-name.";
+    AdminCredentialReady: No, Object,
+        "ZITADEL accepts the credential in spec.adminCredential.",
+        "No action needed.";
+    CredentialMissing: Permanent, Object,
+        "The ZitadelInstance has no spec.adminCredential, or the Secret or entry that it names does not exist in the operator's namespace.",
+        "Set spec.adminCredential of the ZitadelInstance, and create the Secret in the operator's namespace.";
+    CredentialNotBound: Permanent, Object,
+        "The annotations of the Secret in spec.adminCredential do not allow its use: they name another ZitadelInstance or another destination.",
+        "Annotate the Secret with zitadel-tokens.dev/instance: <name of the ZitadelInstance> and zitadel-tokens.dev/send-to: <issuer>, or <endpoint> for <issuer>; then \" as <tlsServerName>\" and \" via <proxy>\" if spec.connection sets them.";
+    CredentialInvalid: Permanent, Object,
+        "The Secret in spec.adminCredential holds neither a key file of ZITADEL nor a personal access token.",
+        "Store a key file (JSON) or a personal access token in it, and nothing else.";
+    CredentialRejected: Eventual, Object,
+        "ZITADEL rejects the credential in spec.adminCredential: it was removed or has expired, or its user is deactivated.",
+        "Create a new key or personal access token for the administrator, and store it in the Secret.";
+    AdminForbidden: Permanent, Object,
+        "The user of spec.adminCredential lacks the manager role that this needs.",
+        "Make it ORG_USER_MANAGER of the organization, or IAM_USER_MANAGER of the instance.";
+    NotSupportedByServer: Rare, Object,
+        "The server lacks an API that this needs. ZITADEL has all of them since version 4.5.",
+        "Upgrade ZITADEL.";
     UserInactive: Eventual, Key,
         "The service user is deactivated or locked in ZITADEL.",
         "Reactivate the service user in ZITADEL.";

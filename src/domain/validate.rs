@@ -10,7 +10,7 @@ use regex::Regex;
 
 use crate::api::metadata::is_operators_own;
 use crate::api::rules;
-use crate::api::service_user::{Token, TokenSecret, ZitadelServiceUserSpec};
+use crate::api::service_user::{ManagedUser, Token, TokenSecret, ZitadelServiceUserSpec};
 use crate::domain::allow_list::AllowList;
 
 /// A rule that is broken, and where. It quotes nothing that a user wrote but the key of a label or annotation, and that
@@ -40,6 +40,7 @@ static NAME: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::NAME_PATTERN).
 static ID: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::ID_PATTERN).ok()));
 static SCOPE: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::SCOPE_PATTERN).ok()));
 static LABEL_VALUE: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::LABEL_VALUE_PATTERN).ok()));
+static USERNAME: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::USERNAME_PATTERN).ok()));
 static DATA_KEY: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::DATA_KEY_PATTERN).ok()));
 static TOKEN_NAME: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::TOKEN_NAME_PATTERN).ok()));
 static ORIGIN: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::ORIGIN_PATTERN).ok()));
@@ -64,7 +65,7 @@ pub fn token(spec: &ZitadelServiceUserSpec, index: usize, allowed: &AllowList) -
     audiences(token, at)?;
     let name = &token.secret.name;
     check(NAME.matches(name, rules::MAX_NAME), || at("secret.name"), NAME_FORM)?;
-    let differs = *name != spec.key_secret_ref.name;
+    let differs = spec.key_secret_ref.as_ref().is_none_or(|key| key.name != *name);
     check(differs, || at("secret.name"), rules::KEY_OVERWRITTEN)?;
     let mut others = spec.tokens.iter().enumerate().filter(|(i, _)| *i != index);
     let unique = others.all(|(_, other)| other.secret.name != *name);
@@ -89,15 +90,31 @@ pub fn is_name(text: &str) -> bool {
     NAME.matches(text, rules::MAX_NAME)
 }
 
-/// Checks the name of the key Secret, which becomes part of a URL.
-pub fn key_secret(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
-    let is_name = NAME.matches(&spec.key_secret_ref.name, rules::MAX_NAME);
-    check(is_name, || "spec.keySecretRef.name".to_owned(), NAME_FORM)
+/// Checks the source of the key. The name of the key Secret becomes part of a URL.
+pub fn key_source(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
+    let name = spec.key_secret_ref.as_ref().map(|key| &key.name);
+    let is_name = name.is_none_or(|name| NAME.matches(name, rules::MAX_NAME));
+    check(is_name, || "spec.keySecretRef.name".to_owned(), NAME_FORM)?;
+    let one = spec.key_secret_ref.is_some() != spec.user.is_some();
+    check(one, || "spec".to_owned(), rules::KEY_OR_USER)?;
+    spec.user.as_ref().map_or(Ok(()), managed_user)
+}
+
+/// Checks what becomes part of a request to ZITADEL.
+fn managed_user(user: &ManagedUser) -> Result<(), Violation> {
+    let organization = ID.matches(&user.organization_id, rules::MAX_ID);
+    check(organization, || "spec.user.organizationID".to_owned(), ID_FORM)?;
+    let username = user
+        .username
+        .as_ref()
+        .is_none_or(|name| USERNAME.matches(name, rules::MAX_USERNAME));
+    let form = "must have 1 to 200 characters of A-Z a-z 0-9 . _ @ + -";
+    check(username, || "spec.user.username".to_owned(), form)
 }
 
 /// The texts are held in memory.
 fn shared(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
-    key_secret(spec)?;
+    key_source(spec)?;
     let size = |map: fn(&TokenSecret) -> &BTreeMap<String, String>| {
         let entries = spec.tokens.iter().flat_map(|token| map(&token.secret));
         entries.map(|(key, value)| key.len() + value.len()).sum::<usize>()

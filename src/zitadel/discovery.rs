@@ -17,34 +17,45 @@ const MAX_PATH: usize = 256;
 pub struct Discovery {
     /// The path of the token endpoint.
     pub token_path: String,
+    /// The path of the user info endpoint, if it is usable.
+    pub userinfo_path: Option<String>,
 }
 
 #[derive(Deserialize)]
 struct Document {
     issuer: String,
     token_endpoint: String,
+    userinfo_endpoint: Option<String>,
 }
 
-/// Parses the document. Its issuer must be exactly `issuer`. The token endpoint must be below the issuer, without a
-/// fragment and without a query: a `scope` in the query would override the `scope` of the form.
+/// Parses the document. Its issuer must be exactly `issuer`.
 pub fn parse(body: &[u8], issuer: &str) -> Result<Discovery, Reason> {
     let document: Document = serde_json::from_slice(body).map_err(|_| Reason::MalformedResponse)?;
     if document.issuer != issuer {
         return Err(Reason::IssuerMismatch);
     }
-    let path = document
-        .token_endpoint
-        .strip_prefix(issuer)
-        .filter(|path| path.starts_with('/') && path.len() <= MAX_PATH)
-        .filter(|path| path.bytes().all(|b| b.is_ascii_graphic() && !b"?#\\".contains(&b)))
-        .ok_or(Reason::IssuerMismatch)?;
     Ok(Discovery {
-        token_path: path.to_owned(),
+        token_path: path_below(issuer, &document.token_endpoint).ok_or(Reason::IssuerMismatch)?,
+        userinfo_path: document
+            .userinfo_endpoint
+            .and_then(|endpoint| path_below(issuer, &endpoint)),
     })
+}
+
+/// The path of an endpoint, which must be below the issuer, without a fragment and without a query: a `scope` in the
+/// query would override the `scope` of the form.
+fn path_below(issuer: &str, endpoint: &str) -> Option<String> {
+    let path = endpoint.strip_prefix(issuer)?;
+    let is_path = path.starts_with('/')
+        && path.len() <= MAX_PATH
+        && path.bytes().all(|b| b.is_ascii_graphic() && !b"?#\\".contains(&b));
+    is_path.then(|| path.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -111,6 +122,12 @@ mod tests {
             let body = format!(r#"{{"issuer":"{named}","token_endpoint":"{endpoint}"}}"#);
             let got = parse(body.as_bytes(), issuer).map(|d| d.token_path);
             assert_eq!(got, expected.map(str::to_owned), "{named} {endpoint}");
+            if named == issuer {
+                let body =
+                    json!({"issuer": issuer, "token_endpoint": format!("{issuer}/t"), "userinfo_endpoint": endpoint});
+                let got = parse(body.to_string().as_bytes(), issuer).map(|d| d.userinfo_path);
+                assert_eq!(got, Ok(expected.ok().map(str::to_owned)), "{endpoint}");
+            }
         }
     }
 

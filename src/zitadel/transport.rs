@@ -40,6 +40,8 @@ pub enum Call<'a> {
     PostForm(&'a [(&'a str, &'a str)]),
     /// POST with JSON.
     PostJSON(&'a Value),
+    /// PATCH with JSON.
+    PatchJSON(&'a Value),
     /// DELETE.
     Delete,
 }
@@ -117,6 +119,7 @@ impl Transport for Network {
             Call::Get => self.client.get(url),
             Call::PostForm(form) => self.client.post(url).form(form),
             Call::PostJSON(body) => self.client.post(url).json(body),
+            Call::PatchJSON(body) => self.client.patch(url).json(body),
             Call::Delete => self.client.delete(url),
         };
         if let Some(token) = request.bearer {

@@ -1,6 +1,8 @@
 //! Cases that hold on the stand-in and on a real ZITADEL server.
 
+mod administrators;
 mod own_keys;
+mod users;
 
 use std::collections::BTreeSet;
 

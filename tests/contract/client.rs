@@ -1,4 +1,4 @@
-//! Helpers that exchange a key for a token with the product's own code.
+//! Helpers that exchange a key for a token, and call ZITADEL's API, with the product's own code.
 
 use std::time::Duration;
 
@@ -10,7 +10,13 @@ use zitadel_tokens::domain::failure::{Failure, classify};
 use zitadel_tokens::domain::key::ServiceKey;
 use zitadel_tokens::domain::reason::Reason;
 use zitadel_tokens::domain::scope;
-use zitadel_tokens::zitadel::{Exchanged, Hosts, RequestBudget, Settings, ZitadelClient};
+use zitadel_tokens::zitadel::{APIToken, Exchanged, Hosts, RequestBudget, Settings, ZitadelClient};
+
+/// A client, and the token of a caller of ZITADEL's API.
+pub struct Caller {
+    pub client: ZitadelClient,
+    pub token: APIToken,
+}
 
 /// Settings for `issuer`.
 pub fn settings(issuer: &str) -> Settings {

@@ -1,6 +1,8 @@
 //! Cases that need controls of the stand-in (lifetimes at run time, the older error dialect, a wrong clock, another
 //! domain, TLS with an unknown CA, faults) or its request recorder. `make test-zitadel` leaves this file out.
 
+mod administration;
+
 use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::time::Duration;

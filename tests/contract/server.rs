@@ -17,7 +17,7 @@ use zitadel_tokens::domain::key::{self, ServiceKey};
 use zitadel_tokens::domain::scope;
 use zitadel_tokens::zitadel::ZitadelClient;
 
-use super::client::{connect, settings};
+use super::client::{Caller, connect, settings};
 use super::support::issuer::Issuer;
 
 /// The access token type of a user (docs/reference/zitadel-protocol.md#token-formats).
@@ -32,11 +32,14 @@ pub enum Kind {
 pub struct Server {
     issuer: String,
     organization: String,
+    admin: ServiceKey,
     token: SecretString,
     http: reqwest::Client,
     api: OnceLock<Api>,
     /// Ids of the created users, to be deleted at the end.
     made: Mutex<Vec<String>>,
+    /// Paths of other created objects, to be deleted at the end, and their organizations.
+    made_elsewhere: Mutex<Vec<(String, String)>>,
     /// Keeps the stand-in running during the case.
     stand_in: Option<Issuer>,
 }
@@ -94,6 +97,7 @@ impl Server {
         let mut server = Self {
             issuer,
             organization: String::new(),
+            admin,
             token: exchanged.expect("the administrator's token").answer.access_token,
             http: reqwest::Client::builder()
                 .no_proxy()
@@ -102,6 +106,7 @@ impl Server {
                 .expect("a client"),
             api: OnceLock::new(),
             made: Mutex::default(),
+            made_elsewhere: Mutex::default(),
             stand_in,
         };
         let iam = server.call(Method::GET, "/management/v1/iam", None).await;
@@ -125,13 +130,88 @@ impl Server {
 
     /// Creates a service user with a key, and waits until the token endpoint accepts the key.
     pub async fn user(&self, kind: Kind) -> ServiceKey {
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .expect("a time");
-        let name = format!("zitadel-tokens-contract-{}-{}", std::process::id(), now.as_nanos());
-        let id = self.make_user(&name, kind).await;
+        let id = self.make_user(&unique(), kind).await;
         self.made.lock().expect("not poisoned").push(id.clone());
         self.key(&id, Duration::from_hours(1)).await
+    }
+
+    /// The id of a user that the case may create.
+    pub fn new_user_id(&self) -> String {
+        let id = unique();
+        self.made.lock().expect("not poisoned").push(id.clone());
+        id
+    }
+
+    /// The administrator as a caller of ZITADEL's API.
+    pub async fn administrator(&self) -> Caller {
+        self.caller(&self.admin).await
+    }
+
+    /// The administrator's token, for requests that the product does not send.
+    pub fn administrator_token(&self) -> &SecretString {
+        &self.token
+    }
+
+    /// The user of a key as a caller of ZITADEL's API.
+    pub async fn caller(&self, key: &ServiceKey) -> Caller {
+        let client = self.instance();
+        let token = client.api_token(key).await.expect("a token");
+        Caller { client, token }
+    }
+
+    /// Creates a project, and returns its id.
+    pub async fn project(&self) -> String {
+        if let Some(stand_in) = &self.stand_in {
+            return stand_in.project().await;
+        }
+        let path = "/management/v1/projects";
+        let made = self.call(Method::POST, path, Some(json!({"name": unique()}))).await;
+        let id = text(&made, "id");
+        self.clean_up_later(format!("{path}/{id}"), &self.organization);
+        id
+    }
+
+    /// Creates an organization, and returns its id.
+    pub async fn other_organization(&self) -> String {
+        if let Some(stand_in) = &self.stand_in {
+            return stand_in.organization().await;
+        }
+        let made = self
+            .call(Method::POST, "/management/v1/orgs", Some(json!({"name": unique()})))
+            .await;
+        let id = text(&made, "id");
+        self.clean_up_later("/management/v1/orgs/me".into(), &id);
+        id
+    }
+
+    /// Grants a project to an organization.
+    pub async fn grant(&self, project: &str, organization: &str) {
+        if let Some(stand_in) = &self.stand_in {
+            return stand_in.grant(project, organization).await;
+        }
+        let path = format!("/management/v1/projects/{project}/grants");
+        self.call(Method::POST, &path, Some(json!({"grantedOrgId": organization})))
+            .await;
+    }
+
+    fn clean_up_later(&self, path: String, organization: &str) {
+        let mut made = self.made_elsewhere.lock().expect("not poisoned");
+        made.push((path, organization.to_owned()));
+    }
+
+    /// Adds a personal access token to a user, and returns its id and its text.
+    pub async fn personal_access_token(&self, user: &str) -> (String, SecretString) {
+        let end = Timestamp::now() + SignedDuration::from_hours(1);
+        let body = json!({"expirationDate": end.to_string()});
+        let made = self
+            .call(Method::POST, &format!("/v2/users/{user}/pats"), Some(body))
+            .await;
+        (text(&made, "tokenId"), text(&made, "token").into())
+    }
+
+    pub async fn remove_personal_access_token(&self, user: &str, id: &str) {
+        self.call(Method::DELETE, &format!("/v2/users/{user}/pats/{id}"), None)
+            .await;
     }
 
     async fn make_user(&self, name: &str, kind: Kind) -> String {
@@ -274,13 +354,18 @@ impl Server {
         json_of(path, self.send(method, path, body).await.expect("the server answers")).await
     }
 
-    /// Deletes the created users. A failure is printed and does not hide the outcome of the case.
+    /// Deletes what the case created and has not deleted. A failure is printed and does not hide the outcome of the case.
     async fn clean_up(&self) {
-        let made = std::mem::take(&mut *self.made.lock().expect("not poisoned"));
-        for user in made {
-            let outcome = self.send(Method::DELETE, &self.place(&user).1, None).await;
-            if let Err(e) = outcome.and_then(reqwest::Response::error_for_status) {
-                eprintln!("user {user} could not be deleted: {e}");
+        let users = std::mem::take(&mut *self.made.lock().expect("not poisoned"));
+        let users = users.iter().map(|user| (self.place(user).1, self.organization.clone()));
+        let others = std::mem::take(&mut *self.made_elsewhere.lock().expect("not poisoned"));
+        for (path, organization) in users.chain(others) {
+            let request = self.http.delete(format!("{}{path}", self.issuer));
+            let request = request.bearer_auth(self.token.expose_secret());
+            let outcome = request.header("x-zitadel-orgid", organization).send().await;
+            match outcome.and_then(reqwest::Response::error_for_status) {
+                Err(e) if e.status() != Some(StatusCode::NOT_FOUND) => eprintln!("{path} could not be deleted: {e}"),
+                _ => {}
             }
         }
     }
@@ -297,7 +382,9 @@ impl Answer {
     /// Status and error id, such as `404 COMMAND-4m77G`. The texts can be localized
     /// (docs/reference/zitadel-protocol.md#api-errors).
     pub fn outcome(&self) -> String {
-        let id = self.body["details"][0]["id"].as_str().unwrap_or_default();
+        let detail = &self.body["details"][0];
+        let id = detail["id"].as_str().or_else(|| detail["debug"]["id"].as_str());
+        let id = id.unwrap_or_default();
         format!("{} {id}", self.status.as_u16()).trim_end().to_owned()
     }
 }
@@ -324,6 +411,14 @@ async fn json_of(path: &str, answer: reqwest::Response) -> Value {
     let text = answer.text().await.expect("a body");
     assert!(status.is_success(), "{path}: {status} {text}");
     serde_json::from_str(&text).expect("JSON")
+}
+
+/// A name that no other case uses.
+fn unique() -> String {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .expect("a time");
+    format!("zitadel-tokens-contract-{}-{}", std::process::id(), now.as_nanos())
 }
 
 fn zitadel_kind(kind: Kind) -> &'static str {

@@ -2,14 +2,14 @@
 
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::Api;
-use kube::api::{Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
-use zitadel_tokens::api::ZitadelInstance;
+use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
 
-use crate::support::SOON;
 use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
-use crate::support::world::{World, one_token, until};
+use crate::support::world::{World, condition, one_token, until};
+use crate::support::{SOON, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn private_ca_is_accepted_inline_from_a_config_map_and_from_a_secret() {
@@ -176,4 +176,47 @@ async fn field_selectors_find_service_users_by_instance_and_key_secret() {
             .expect("listed");
         assert_eq!(list.items.len(), found, "{selector}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn suspended_instance_gets_no_token_request_and_deletions_go_on() {
+    let world = World::new("suspended-instance").await;
+    let _operator = world.rotating_operator().await;
+    world.instance().await;
+    let suspend = async |suspend: bool| {
+        let mut spec = world.instance_spec();
+        spec["suspend"] = json!(suspend);
+        world.apply_instance(spec).await.expect("an instance");
+    };
+    world.simple("billing", json!({"tokenType": "JWT"})).await;
+    let token = world.token("billing-token").await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("orders-key", &user).await;
+    let mut spec = one_token("orders-token");
+    spec["keyRotation"] = json!({"interval": "1h"});
+    world.service_user("orders", spec).await.expect("accepted");
+    let rotated = |user: &ZitadelServiceUser| condition(user, "KeyRotated").is_some_and(|(s, _, _)| s == "True");
+    world.user_until("orders", rotated).await;
+
+    suspend(true).await;
+    world.instance_ready("True", "Suspended").await;
+    world.renew("billing").await;
+    let paused = |user: &ZitadelServiceUser| {
+        condition(user, "UpToDate").is_some_and(|(s, r, _)| (s, r) == ("Unknown", "Suspended"))
+    };
+    world.user_until("billing", paused).await;
+    assert_eq!(world.token("billing-token").await, token);
+    assert_eq!(world.issuer.mints().await, 2);
+    let delete = DeleteParams::default();
+    world.users().delete("orders", &delete).await.expect("accepted");
+    eventually("the object is gone", async || {
+        world.users().get_opt("orders").await.expect("readable").is_none()
+    })
+    .await;
+    let keys = world.issuer.keys(&user.id).await;
+    assert_eq!(keys.into_iter().map(|key| key.id).collect::<Vec<_>>(), [user.key_id]);
+
+    suspend(false).await;
+    world.secret_until("billing-token", |data| data["token"] != token).await;
+    world.ready("billing", "True", "Issued").await;
 }

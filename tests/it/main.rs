@@ -18,6 +18,7 @@ mod instances;
 mod keys;
 mod leadership;
 mod main_job;
+mod managed_users;
 mod monitoring;
 mod rotation;
 mod schema;

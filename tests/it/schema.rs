@@ -48,6 +48,13 @@ fn spec(object: &mut Value) -> &mut Value {
     &mut object["spec"]
 }
 
+/// Replaces the key by a user.
+fn user(object: &mut Value, user: Value) {
+    let spec = object["spec"].as_object_mut().expect("an object");
+    spec.remove("keySecretRef");
+    spec.insert("user".into(), user);
+}
+
 /// The first token.
 fn token(object: &mut Value) -> &mut Value {
     &mut object["spec"]["tokens"][0]
@@ -123,6 +130,12 @@ const USERS: &[Case] = &[
     ("two tokens with one name", |o| { spec(o)["tokens"] = tokens(2); spec(o)["tokens"][1]["name"] = json!("t0"); }, Some("spec.tokens[")),
     ("an instance's name with two dots", |o| spec(o)["instanceRef"]["name"] = json!("a..b"), Some("spec.instanceRef.name")),
     ("an instance's name of 64", |o| spec(o)["instanceRef"]["name"] = json!("n".repeat(64)), Some("spec.instanceRef.name")),
+    ("a user instead of a key", |o| user(o, json!({"organizationID": "1", "username": "ci-bot@example.com"})), None),
+    ("a user and a key", |o| spec(o)["user"] = json!({"organizationID": "1"}), Some("set exactly one of keySecretRef and user")),
+    ("neither a user nor a key", |o| { spec(o).as_object_mut().expect("an object").remove("keySecretRef"); }, Some("set exactly one of keySecretRef and user")),
+    ("an organization with a space", |o| user(o, json!({"organizationID": "1 2"})), Some("spec.user.organizationID")),
+    ("a username with a space", |o| user(o, json!({"organizationID": "1", "username": "a b"})), Some("spec.user.username")),
+    ("a username of 201", |o| user(o, json!({"organizationID": "1", "username": "a".repeat(201)})), Some("spec.user.username")),
     ("a key Secret in upper case", |o| spec(o)["keySecretRef"]["name"] = json!("Key"), Some("spec.keySecretRef.name")),
     ("a key Secret of 254", |o| spec(o)["keySecretRef"]["name"] = json!("n".repeat(254)), Some("spec.keySecretRef.name")),
     ("a key Secret in another namespace", |o| spec(o)["keySecretRef"]["name"] = json!("other/key"), Some("spec.keySecretRef.name")),
@@ -322,6 +335,11 @@ const GUARDED: &[&str] = &[
     "a token's name with a dot",
     "a token's name of 64",
     "a token with an empty name",
+    "a user and a key",
+    "neither a user nor a key",
+    "an organization with a space",
+    "a username with a space",
+    "a username of 201",
     "a key Secret in upper case",
     "a key Secret of 254",
     "a key Secret in another namespace",
@@ -403,7 +421,7 @@ fn operator_refuses_by_itself_what_guards_a_key_an_access_or_its_memory() {
 }
 
 /// Hash of the schema of version 1, without descriptions.
-const SCHEMA: (u32, &str) = (1, "e7d150b646a4ab373e350b73e292efb7");
+const SCHEMA: (u32, &str) = (1, "4eee3d15cf0a4aa2f5cd6bec0180fc88");
 
 /// An operator must be able to tell that the installed CRDs are older than it.
 #[test]
@@ -510,6 +528,8 @@ const INSTANCES: &[Case] = &[
     ("no concurrent requests", |o| connection(o, "maxConcurrentRequests", json!(0)), Some("spec.connection.maxConcurrentRequests")),
     ("65 concurrent requests", |o| connection(o, "maxConcurrentRequests", json!(65)), Some("spec.connection.maxConcurrentRequests")),
     ("the highest limits", |o| spec(o)["connection"] = json!({"allowInsecureHTTP": true, "requestsPerSecond": 1000, "burst": 10000, "maxConcurrentRequests": 64}), None),
+    ("an admin credential", |o| spec(o)["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}}), None),
+    ("an admin credential in another namespace", |o| spec(o)["adminCredential"] = json!({"secretRef": {"name": "a/b"}}), Some("spec.adminCredential.secretRef.name")),
     ("a pinned id", |o| spec(o)["zitadelProjectID"] = json!("69234237810729019"), None),
     ("an invalid pinned id", |o| spec(o)["zitadelProjectID"] = json!("1 2"), Some("spec.zitadelProjectID")),
     ("a pinned id of 65", |o| spec(o)["zitadelProjectID"] = json!("1".repeat(65)), Some("spec.zitadelProjectID")),

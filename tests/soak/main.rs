@@ -8,6 +8,7 @@ mod api_server;
 mod failover;
 mod freshness;
 mod kills;
+mod managed_users;
 mod memory;
 mod neighbours;
 mod port;

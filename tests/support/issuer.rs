@@ -149,6 +149,51 @@ impl Issuer {
         self.settled().await;
     }
 
+    /// All users, as the control port shows them.
+    pub async fn users(&self) -> Vec<Value> {
+        let answer = self.call(reqwest::Method::GET, "/users", None).await;
+        answer["users"].as_array().expect("users").clone()
+    }
+
+    /// Creates a personal access token of a user.
+    pub async fn personal_token(&self, user: &str) -> String {
+        let made = self
+            .call(reqwest::Method::POST, &format!("/users/{user}/pats"), Some(json!({})))
+            .await;
+        made["token"].as_str().expect("a token").to_owned()
+    }
+
+    /// Changes the metadata of a user: sets keys, or removes those that are null.
+    pub async fn change_metadata(&self, user: &str, metadata: Value) {
+        self.call(
+            reqwest::Method::PATCH,
+            &format!("/users/{user}/metadata"),
+            Some(metadata),
+        )
+        .await;
+    }
+
+    /// Creates an organization, and returns its id.
+    pub async fn organization(&self) -> String {
+        self.create("/organizations", json!({})).await
+    }
+
+    /// Creates a project in the default organization, and returns its id.
+    pub async fn project(&self) -> String {
+        self.create("/projects", json!({})).await
+    }
+
+    /// Grants a project to an organization.
+    pub async fn grant(&self, project: &str, organization: &str) {
+        let fields = json!({"organizationId": organization});
+        self.create(&format!("/projects/{project}/grants"), fields).await;
+    }
+
+    async fn create(&self, path: &str, fields: Value) -> String {
+        let created = self.call(reqwest::Method::POST, path, Some(fields)).await;
+        created["id"].as_str().expect("an id").to_owned()
+    }
+
     pub async fn settings(&self, fields: Value) -> Value {
         self.call(reqwest::Method::PATCH, "/settings", Some(fields)).await
     }

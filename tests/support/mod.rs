@@ -17,6 +17,7 @@ pub mod clock;
 pub mod cluster;
 pub mod helm;
 pub mod issuer;
+pub mod managed;
 pub mod operator;
 pub mod prometheus;
 pub mod proxy;

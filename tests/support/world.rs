@@ -211,9 +211,13 @@ impl World {
             .expect("a Secret");
     }
 
-    /// Applies a service user with this spec; `instanceRef` and `keySecretRef` (Secret `NAME-key`) are filled in.
+    /// Applies a service user with this spec; `instanceRef` and, without `user`, `keySecretRef` (Secret `NAME-key`) are filled
+    /// in.
     pub async fn service_user(&self, name: &str, spec: Value) -> kube::Result<ZitadelServiceUser> {
-        let mut full = json!({"instanceRef": {"name": self.instance}, "keySecretRef": {"name": format!("{name}-key")}});
+        let mut full = json!({"instanceRef": {"name": self.instance}});
+        if spec.get("user").is_none() {
+            full["keySecretRef"] = json!({"name": format!("{name}-key")});
+        }
         for (key, value) in spec.as_object().expect("an object") {
             full[key] = value.clone();
         }

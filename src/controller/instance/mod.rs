@@ -1,23 +1,33 @@
 //! Reconciles instances: connects to ZITADEL and writes to the status whether the instance is ready.
 
+pub mod admin;
 mod connect;
 
 use std::sync::Arc;
 
+use k8s_openapi::jiff::Timestamp;
+
 pub use connect::{Connections, Wakeup, connect};
 
+use crate::api::ZitadelInstance;
+use crate::api::instance::AdminCredentialStatus;
 use crate::api::service_user::READY;
 use crate::controller::Context;
+use crate::controller::instance::admin::{Admin, Refused};
 use crate::controller::queue::Done;
 use crate::domain::backoff::Recovery;
 use crate::domain::clock_skew::Skew;
 use crate::domain::failure::{Failure, classify};
 use crate::domain::instance_status::status;
+use crate::domain::manager_role::ManagerRoles;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::refusal;
 use crate::domain::retry::{Failed, Wake};
 use crate::domain::time::shifted;
+
+/// Most roles of the administrator that the status shows.
+const MOST_ROLES: usize = 16;
 
 /// Reconciles one instance: runs discovery, checks the issuer and the clock, and updates the status.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
@@ -51,28 +61,47 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     }
     let project_id = ctx.connections.known_project_id(&instance);
     let mut wanted = (*instance).clone();
-    wanted.status = Some(status(
-        &instance,
-        &discovered,
-        project_id.as_deref(),
-        skew,
-        ctx.clock.now(),
-    ));
+    let now = ctx.clock.now();
+    wanted.status = Some(status(&instance, &discovered, project_id.as_deref(), None, skew, now));
     match ctx.connections.record_reconcile(&id.name, wanted.is_ready()) {
         Some(Wakeup::AllUsers) => ctx.users.wake_all(ctx.cache.users_of(&id.name)),
         // Wake them now: their backoff may last longer than their tokens.
         Some(Wakeup::FailingUsers) => ctx.wake_failing_users_of(&id.name, Recovery::Instance),
         None => {}
     }
+    // The service users do not wait for this.
+    let admin = match &discovered {
+        Ok(_) if instance.spec.admin_credential.is_some() && instance.spec.suspend != Some(true) => {
+            Some(check_admin(&ctx, &instance).await)
+        }
+        _ => None,
+    };
+    let admin_status = admin
+        .as_ref()
+        .map(|admin| admin.as_ref().map_err(|refused| refused.reason).cloned());
+    let with_admin = status(
+        &instance,
+        &discovered,
+        project_id.as_deref(),
+        admin_status.as_ref(),
+        skew,
+        now,
+    );
+    wanted.status = Some(with_admin);
+    // The queue uses the local clock.
+    let ours = |at: Option<Timestamp>| at.map(|at| shifted(at, -skew.usable()));
     let failed = discovered.err().map(|reason| Failed {
-        // The queue uses the local clock.
-        not_before: retry_after.map(|at| shifted(at, -skew.usable())),
+        not_before: ours(retry_after),
         ..Failed::now("", reason)
+    });
+    let admin = admin.and_then(Result::err).map(|refused| Failed {
+        not_before: ours(refused.not_before),
+        ..Failed::now("adminCredential", refused.reason)
     });
     let mut done = Done {
         wake: Wake {
             at: None,
-            failed: failed.into_iter().collect(),
+            failed: failed.into_iter().chain(admin).collect(),
         },
         ..Done::default()
     };
@@ -86,6 +115,19 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         }
     }
     done
+}
+
+/// Finds out who the administrator is and what it may do.
+async fn check_admin(ctx: &Context, instance: &ZitadelInstance) -> Result<AdminCredentialStatus, Refused> {
+    let admin = Admin::of(ctx, instance).await?;
+    let roles = admin.roles().await?;
+    let mut roles: Vec<String> = roles.iter().flat_map(ManagerRoles::lines).collect();
+    roles.sort_unstable();
+    roles.truncate(MOST_ROLES);
+    Ok(AdminCredentialStatus {
+        user_id: admin.user_id,
+        roles,
+    })
 }
 
 /// Handles an instance that does not match its schema. No tokens are requested from it. The status reports this by a

@@ -71,11 +71,17 @@ async fn remove(rotation: &mut Rotation<'_>) -> Result<(), Stop> {
     if let Some(ledger) = rotation.stored.as_ref().map(|stored| stored.ledger.clone()) {
         if left {
             rotation.report_left_keys(&ledger).await;
+            if ledger.managed.is_some() {
+                rotation.report_left_user(&ledger).await;
+            }
         } else {
             let present = ctx.cache.instance(&spec.instance_ref.name).ok();
             let instance = rotation.instance_of(&ledger, present.as_ref());
             let instance = instance.ok_or(Reason::InstanceMissing)?;
-            rotation.remove_all(&instance, &ledger, Some(&spec)).await?;
+            match &ledger.managed {
+                Some(managed) => rotation.delete_user(&instance, &ledger, managed).await?,
+                None => rotation.remove_all(&instance, &ledger, Some(&spec)).await?,
+            }
         }
     }
     rotation.drop_ledger().await?;

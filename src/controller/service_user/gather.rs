@@ -204,7 +204,10 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
             // No token is allowed, so the key is not needed.
             Some(Some(reason)) => KeyState::none(*reason),
             _ => KeyState {
-                bootstrap: ctx.reader.key(&id.namespace, &facts.user.spec.key_secret_ref).await?,
+                bootstrap: match &facts.user.spec.key_secret_ref {
+                    Some(reference) => ctx.reader.key(&id.namespace, reference).await?,
+                    None => Err(Reason::UserNotReady),
+                },
                 ledger: key_ledger(ctx, &facts.user).await?,
             },
         };
@@ -241,7 +244,7 @@ pub async fn key_ledger(
         let (namespace, name) = (user.namespace().unwrap_or_default(), user.name_any());
         ctx.keys.has_made(&ObjectRef::new(&namespace, &name))
     };
-    if user.spec.key_rotation.is_none() && !holds_keys(user) && !has_made() {
+    if user.spec.key_rotation.is_none() && user.spec.user.is_none() && !holds_keys(user) && !has_made() {
         return Ok(Ok(None));
     }
     let (Some(namespace), Some(uid)) = (&ctx.operator_namespace, &user.metadata.uid) else {
@@ -263,10 +266,16 @@ pub fn ledger_name(uid: &str) -> String {
 pub fn signer(ctx: &Context, id: &ObjectRef, facts: &Facts) -> Result<ServiceKey, Reason> {
     // By a clock that is not trusted, nothing has expired.
     let now = facts.clock.certain(ctx.clock.now());
-    key_rotation::signer(&facts.keys, facts.issuer(), |key| {
+    let is_unusable = |key: &ServiceKey| {
         let expired = key.expires.zip(now).is_some_and(|(expires, now)| expires <= now);
         expired || ctx.keys.is_rejected_for_long(id, &key.key_id)
-    })
+    };
+    let key = key_rotation::signer(&facts.keys, facts.issuer(), is_unusable)?;
+    if facts.user.spec.user.is_some() && is_unusable(&key) {
+        // The administrator adds another one.
+        return Err(Reason::UserNotReady);
+    }
+    Ok(key)
 }
 
 /// Whether the operator has made keys for the object, so that its deletion waits for their removal.

@@ -6,18 +6,24 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
 use crate::controller::Context;
+use crate::controller::instance::admin::{Admin, Refused};
 use crate::controller::instance::connect;
 use crate::controller::service_user::mint::{Evidence, judge, later, record_evidence};
+use crate::controller::service_user::provision::confirm;
 use crate::domain::failure::classify;
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::ListedKey;
+use crate::domain::key_ledger::{Ledger, ListedKey};
 use crate::domain::key_rotation::Outcome;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
-use crate::zitadel::{APIToken, KeyError, ZitadelClient};
+use crate::zitadel::{APIError, APIToken, ZitadelClient};
+
+/// How long the administrator sends nothing to a host whose circuit breaker is open.
+const WHILE_OPEN: Duration = Duration::from_secs(10);
 
 /// Why a step could not be done.
 pub(super) struct Stop(pub(super) Outcome);
@@ -28,14 +34,13 @@ impl From<Reason> for Stop {
     }
 }
 
-impl From<KeyError> for Stop {
-    fn from(error: KeyError) -> Self {
-        let not_before = match error {
-            KeyError::Failed(failure) => failure.retry_after(),
-            _ => None,
-        };
-        let outcome = Outcome::new(error.reason());
-        Self(Outcome { not_before, ..outcome })
+impl From<APIError> for Stop {
+    fn from(error: APIError) -> Self {
+        let outcome = Outcome::new(error.key_reason());
+        Self(Outcome {
+            not_before: error.retry_after(),
+            ..outcome
+        })
     }
 }
 
@@ -43,8 +48,36 @@ impl From<KeyError> for Stop {
 pub(super) struct Session<'a> {
     ctx: &'a Context,
     id: &'a ObjectRef,
-    open: Option<(Arc<ZitadelClient>, APIToken)>,
+    open: Option<Open>,
     requests: AtomicUsize,
+}
+
+/// What a session is open with.
+struct Open {
+    client: Arc<ZitadelClient>,
+    token: APIToken,
+    user_id: String,
+    /// `None` for the token of an administrator.
+    key_id: Option<String>,
+}
+
+/// Who signs requests about the keys of a user.
+#[derive(Clone)]
+pub(super) enum Signer {
+    /// The user itself, with this key.
+    Key(ServiceKey),
+    /// The administrator of the instance: the user has no key that works.
+    Admin,
+}
+
+impl Signer {
+    /// The id of the key, or an empty one.
+    pub(super) fn key_id(&self) -> &str {
+        match self {
+            Self::Key(key) => &key.key_id,
+            Self::Admin => "",
+        }
+    }
 }
 
 impl<'a> Session<'a> {
@@ -64,7 +97,7 @@ impl<'a> Session<'a> {
 
     /// The key that the session was opened with.
     pub(super) fn key_id(&self) -> Option<&str> {
-        self.open.as_ref().map(|(_, token)| &*token.key_id)
+        self.open.as_ref()?.key_id.as_deref()
     }
 
     /// Drops the token.
@@ -77,8 +110,10 @@ impl<'a> Session<'a> {
         let ctx = self.ctx;
         let client = connect(ctx, instance).await;
         let client = client.map_err(|failure| Stop::from(classify(failure, false)))?;
-        let is_open = |(open, token): &(Arc<ZitadelClient>, APIToken)| {
-            Arc::ptr_eq(open, &client) && token.key_id == key.key_id && token.user_id() == key.user_id
+        let is_open = |open: &Open| {
+            Arc::ptr_eq(&open.client, &client)
+                && open.key_id.as_ref() == Some(&key.key_id)
+                && open.user_id == key.user_id
         };
         if self.open.as_ref().is_some_and(is_open) {
             return Ok(());
@@ -107,7 +142,12 @@ impl<'a> Session<'a> {
             Ok(Ok(token)) => {
                 record_evidence(ctx, &client, permit, Evidence::Healthy);
                 ctx.keys.accepted(self.id, &key.key_id);
-                self.open = Some((client, token));
+                self.open = Some(Open {
+                    client,
+                    token,
+                    user_id: key.user_id.clone(),
+                    key_id: Some(key.key_id.clone()),
+                });
                 return Ok(());
             }
             Ok(Err((failure, true))) => (classify(failure, false), Evidence::DiscoveryFailure(failure), failure),
@@ -125,36 +165,100 @@ impl<'a> Session<'a> {
         }))
     }
 
+    /// Opens the session as the administrator, for the keys of the user that the ledger names.
+    pub(super) async fn open_admin(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        ledger: &Ledger,
+        now: Timestamp,
+    ) -> Result<(), Stop> {
+        let user_id = &ledger.user_id;
+        let is_open = |open: &Open| open.key_id.is_none() && open.user_id == *user_id;
+        if self.open.as_ref().is_some_and(is_open) {
+            return Ok(());
+        }
+        self.open = None;
+        let managed = ledger.managed.as_ref().ok_or(Reason::Internal)?;
+        let admin = self.administrator(instance).await?;
+        // Whoever may see the user may also see its keys.
+        self.leading(confirm(&admin, user_id, managed, now)).await?;
+        let Admin { client, token, .. } = admin;
+        self.open = Some(Open {
+            client,
+            token,
+            user_id: user_id.clone(),
+            key_id: None,
+        });
+        Ok(())
+    }
+
+    /// Begins a session of the administrator. It counts like a token request of the object, so that changes in a loop do not
+    /// cost the server more.
+    pub(super) async fn administrator(&self, instance: &Arc<ZitadelInstance>) -> Result<Admin, Stop> {
+        let ctx = self.ctx;
+        let defer = |reason, wait: Duration| {
+            let now = ctx.connections.skew(&instance.name_any()).theirs(ctx.clock.now());
+            Stop(Outcome {
+                not_before: Some(later(now, wait)),
+                ..Outcome::deferred(reason)
+            })
+        };
+        let opened = ctx.connections.opened(&instance.name_any());
+        if opened.is_some_and(|client| client.limits().breaker().is_open()) {
+            return Err(defer(Reason::InstanceUnreachable, WHILE_OPEN));
+        }
+        let claimed = ctx.requests.claim(self.id);
+        claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
+        self.may_begin()?;
+        self.leading(Admin::of(ctx, instance)).await
+    }
+
+    /// Waits for requests of the administrator, as long as this process is the leader.
+    pub(super) async fn leading<T>(&self, requests: impl Future<Output = Result<T, Refused>>) -> Result<T, Stop> {
+        match self.ctx.writer.leadership().while_leading(requests).await {
+            Ok(answer) => Ok(answer?),
+            Err(_) => Err(Reason::NotLeading.into()),
+        }
+    }
+
     /// All keys of the user. The list counts only if it has the key of the session: otherwise it may be cut short.
     pub(super) async fn list(&self) -> Result<Vec<ListedKey>, Stop> {
-        let (client, token) = self.begin()?;
-        let listed = self.while_leading(client.list_keys(token)).await?;
-        let is_complete = listed.iter().any(|key| key.key_id == token.key_id);
-        is_complete.then_some(listed).ok_or(Reason::KeyListIncomplete.into())
+        let open = self.begin()?;
+        let listed = self
+            .while_leading(open.client.list_keys(&open.token, &open.user_id))
+            .await?;
+        let has_signer = |id: &String| listed.iter().any(|key| key.key_id == *id);
+        if open.key_id.as_ref().is_none_or(has_signer) {
+            Ok(listed)
+        } else {
+            Err(Reason::KeyListIncomplete.into())
+        }
     }
 
     /// Adds a public key (PEM). Returns its id.
     pub(super) async fn add(&self, public: &str, expires: Timestamp) -> Result<String, Stop> {
-        let (client, token) = self.begin()?;
-        self.while_leading(client.add_key(token, public, expires)).await
+        let open = self.begin()?;
+        let added = open.client.add_key(&open.token, &open.user_id, public, expires);
+        self.while_leading(added).await
     }
 
     /// Removes a key.
     pub(super) async fn remove(&self, key_id: &str) -> Result<(), Stop> {
-        let (client, token) = self.begin()?;
-        self.while_leading(client.remove_key(token, key_id)).await
+        let open = self.begin()?;
+        let removed = open.client.remove_key(&open.token, &open.user_id, key_id);
+        self.while_leading(removed).await
     }
 
     /// The number of the user's personal access tokens.
     pub(super) async fn count_personal_tokens(&self) -> Result<usize, Stop> {
-        let (client, token) = self.begin()?;
-        self.while_leading(client.count_personal_tokens(token)).await
+        let open = self.begin()?;
+        let counted = open.client.count_personal_tokens(&open.token, &open.user_id);
+        self.while_leading(counted).await
     }
 
-    fn begin(&self) -> Result<(&ZitadelClient, &APIToken), Stop> {
+    fn begin(&self) -> Result<&Open, Stop> {
         self.may_begin()?;
-        let (client, token) = self.open.as_ref().ok_or(Reason::Internal)?;
-        Ok((client, token))
+        Ok(self.open.as_ref().ok_or(Reason::Internal)?)
     }
 
     /// Counts a request, if there is time for it and for the write that follows.
@@ -166,7 +270,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn while_leading<T>(&self, request: impl Future<Output = Result<T, KeyError>>) -> Result<T, Stop> {
+    async fn while_leading<T>(&self, request: impl Future<Output = Result<T, APIError>>) -> Result<T, Stop> {
         match self.ctx.writer.leadership().while_leading(request).await {
             Ok(answer) => Ok(answer?),
             Err(_) => Err(Reason::NotLeading.into()),

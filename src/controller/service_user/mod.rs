@@ -8,6 +8,7 @@ mod key_session;
 mod memory;
 mod mint;
 mod other_keys;
+mod provision;
 mod remove_keys;
 mod rotate;
 
@@ -23,6 +24,7 @@ use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
 use crate::domain::facts::Facts;
+use crate::domain::key_rotation_report::is_about_user;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
@@ -58,7 +60,7 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
         Ok(Gathered::Refused { reason, generation, .. }) => return refuse(ctx, id, reason, generation).await,
         Ok(Gathered::Deleted(user)) => {
             ctx.memory.forget(id);
-            return clean_up::clean_up(ctx, id, user, &pending_retries).await;
+            return Box::pin(clean_up::clean_up(ctx, id, user, &pending_retries)).await;
         }
         Ok(Gathered::Gone) => {
             ctx.memory.forget(id);
@@ -73,20 +75,30 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
             return Done::aborted(Some(Reason::APIServerUnavailable));
         }
     };
+    let mut rotated = Rotated::default();
+    // A user that has no key gets one before its tokens are planned.
+    let needs_key = facts.key.as_ref().is_err_and(|reason| *reason == Reason::UserNotReady);
+    if needs_key {
+        rotated = Box::pin(rotate::rotate(ctx, id, &mut facts, &[])).await;
+        let reason = rotated.outcome.as_ref().map(|outcome| outcome.reason);
+        if let Some(reason) = reason.filter(|reason| facts.key.is_err() && is_about_user(*reason)) {
+            // The tokens fail for this reason.
+            facts.key = Err(reason);
+        }
+    }
     let plan = plan(&facts, facts.clock.theirs(ctx.clock.now()));
     let acted = act::act(ctx, id, &facts, plan).await;
     for outcome in &acted.outcomes {
         tracing::debug!(object = %id, token = outcome.token, reason = %outcome.reason, "token reconciled");
     }
     let mut written = acted.written;
-    let mut rotated = Rotated::default();
     let leads = acted.outcomes.iter().all(|o| o.reason != Reason::NotLeading);
-    if leads && !acted.outdated {
+    if leads && !acted.outdated && !needs_key {
         // Boxed, because most objects do not rotate a key and need no room for this.
         rotated = Box::pin(rotate::rotate(ctx, id, &mut facts, &acted.outcomes)).await;
-        written.append(&mut rotated.written);
-        *wants_key = rotated.wants_key;
     }
+    written.append(&mut rotated.written);
+    *wants_key = rotated.wants_key;
     // The responses of the server may have changed the clock skew.
     let skew = ctx.connections.skew(&facts.user.spec.instance_ref.name);
     let now = skew.theirs(ctx.clock.now());

@@ -123,10 +123,11 @@ impl Rotation<'_> {
 
     /// The key in the Secret of the spec, if there is a usable one.
     async fn bootstrap_key(&self, spec: &ZitadelServiceUserSpec) -> Result<Option<ServiceKey>, Stop> {
-        if validate::key_secret(spec).is_err() {
+        let reference = spec.key_secret_ref.as_ref();
+        let Some(reference) = reference.filter(|_| validate::key_source(spec).is_ok()) else {
             return Ok(None);
-        }
-        match self.ctx.reader.key(&self.id.namespace, &spec.key_secret_ref).await {
+        };
+        match self.ctx.reader.key(&self.id.namespace, reference).await {
             Ok(key) => Ok(key.ok()),
             Err(ReadError::Forbidden) => Err(Reason::SecretsForbidden.into()),
             Err(ReadError::Unavailable) => Err(Reason::APIServerUnavailable.into()),

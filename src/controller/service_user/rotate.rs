@@ -13,12 +13,12 @@ use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::service_user::act::is_current;
 use crate::controller::service_user::gather;
-use crate::controller::service_user::key_session::{Session, Stop};
+use crate::controller::service_user::key_session::{Session, Signer, Stop};
 use crate::controller::service_user::mint::later;
 use crate::controller::write::{LedgerRef, WriteError};
 use crate::domain::facts::{Facts, Outcome as TokenOutcome};
-use crate::domain::key::{self, ServiceKey};
-use crate::domain::key_ledger::{Ledger, OwnKey, StoredLedger, marked_expiry};
+use crate::domain::key;
+use crate::domain::key_ledger::{BootstrapKey, Ledger, OwnKey, StoredLedger, marked_expiry};
 use crate::domain::key_rotation::{self, Outcome, Schedule, Step};
 use crate::domain::key_rotation_report::Fate;
 use crate::domain::object_ref::ObjectRef;
@@ -67,11 +67,10 @@ pub(super) struct Rotation<'a> {
 
 /// Does what is due of the object's key rotation, after its tokens ended with `tokens`. Updates the keys in `facts`.
 pub async fn rotate(ctx: &Context, id: &ObjectRef, facts: &mut Facts, tokens: &[TokenOutcome]) -> Rotated {
-    let spec = facts.user.spec.key_rotation.as_ref();
-    if spec.is_none() && matches!(facts.keys.ledger, Ok(None)) && !gather::holds_keys(&facts.user) {
+    let schedule = Schedule::of_spec(&facts.user.spec);
+    if schedule.is_none() && matches!(facts.keys.ledger, Ok(None)) && !gather::holds_keys(&facts.user) {
         return Rotated::default();
     }
-    let schedule = spec.map(Schedule::of);
     let now = facts.clock.theirs(ctx.clock.now());
     let waits = facts.pending_retries.get(key_rotation::BACKOFF);
     let waits = waits.filter(|retry| retry.until > now).map(|retry| retry.reason);
@@ -108,12 +107,18 @@ pub async fn rotate(ctx: &Context, id: &ObjectRef, facts: &mut Facts, tokens: &[
 
 /// Why the rotation has to wait, if it has.
 fn obstacle(facts: &Facts, tokens: &[TokenOutcome]) -> Option<Reason> {
-    if facts.user.spec.suspend == Some(true) {
+    if facts.is_suspended() {
         return Some(Reason::Suspended);
     }
     // Without a usable ledger, that is the more important reason.
     let ledger = facts.keys.ledger.as_ref().err().copied();
-    let key = facts.key.as_ref().err().map(|reason| ledger.unwrap_or(*reason));
+    // A user without a key gets one from the administrator.
+    let key = facts
+        .key
+        .as_ref()
+        .err()
+        .filter(|reason| **reason != Reason::UserNotReady);
+    let key = key.map(|reason| ledger.unwrap_or(*reason)).or(ledger);
     let key = key.or(facts.instance.as_ref().err().copied());
     // An outage that concerns all tokens concerns the rotation too.
     let outage = tokens.iter().find(|token| token.reason.subject() == Subject::Instance);
@@ -148,15 +153,20 @@ impl<'a> Rotation<'a> {
             // Someone may have removed it.
             self.set_finalizer(true).await?;
         }
+        self.provision(facts, &instance).await?;
         // Whether this reconcile generated the pending key, so that ZITADEL cannot have it yet.
         let mut generated = false;
         for _ in 0..MOST_STEPS {
             self.update(facts);
-            let key = facts.key.clone()?;
+            let key = match facts.key.clone() {
+                Ok(key) => Signer::Key(key),
+                Err(Reason::UserNotReady) => Signer::Admin,
+                Err(reason) => return Err(reason.into()),
+            };
             let request = facts.rotate_request();
             let what_for = (request.as_deref(), facts.uid());
             let now = self.now(&instance);
-            let step = key_rotation::next(schedule, &facts.keys, facts.issuer(), &key.key_id, what_for, now);
+            let step = key_rotation::next(schedule, &facts.keys, facts.issuer(), key.key_id(), what_for, now);
             if !matches!(step, Step::Wait(_) | Step::Blocked(_)) && !is_current(self.ctx, self.id, facts) {
                 // The next reconcile, within seconds, decides anew.
                 return Err(Reason::APIServerUnavailable.into());
@@ -207,11 +217,22 @@ impl<'a> Rotation<'a> {
         }
     }
 
+    /// Opens the session for the keys of the ledger's user.
+    async fn open_as(&mut self, instance: &Arc<ZitadelInstance>, signer: &Signer) -> Result<(), Stop> {
+        match signer {
+            Signer::Key(key) => self.session.open(instance, key).await,
+            Signer::Admin => {
+                let (ledger, now) = (self.ledger()?, self.now(instance));
+                self.session.open_admin(instance, &ledger, now).await
+            }
+        }
+    }
+
     /// Generates a key and stores it as pending, before ZITADEL hears of it.
     async fn begin(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        signer: &ServiceKey,
+        signer: &Signer,
         schedule: &Schedule,
         request: Option<String>,
     ) -> Result<(), Stop> {
@@ -219,14 +240,16 @@ impl<'a> Rotation<'a> {
         // The time of a wrong clock would stay in the ledger.
         let skew = ctx.connections.skew(&instance.name_any());
         skew.certain(ctx.clock.now()).ok_or(Reason::ClockSkew)?;
-        if !key::is_plain_id(&signer.key_id) {
-            return Err(Reason::KeyFieldInvalid.into());
-        }
+        let bootstrap = match signer {
+            Signer::Key(key) if !key::is_plain_id(&key.key_id) => return Err(Reason::KeyFieldInvalid.into()),
+            Signer::Key(key) => Some(key).filter(|key| key.bootstrap_id.is_none()),
+            Signer::Admin => None,
+        };
         let current = self.stored.as_ref().and_then(|stored| stored.ledger.current.clone());
-        let signs = |current: &OwnKey| current.key_id.as_ref() == Some(&signer.key_id);
+        let signs = |current: &OwnKey| current.key_id.as_deref() == Some(signer.key_id());
         if !current.as_ref().is_some_and(signs) && !ctx.key_generator.serves(id) {
             // A server without the API, or a user without the right, costs no key.
-            self.session.open(instance, signer).await?;
+            self.open_as(instance, signer).await?;
             let listed = self.session.list().await?;
             if let Some(lost) = current {
                 let fate = Fate::of(&lost, &listed, self.now(instance));
@@ -248,13 +271,14 @@ impl<'a> Rotation<'a> {
             return Err(self.deferred(instance, Duration::from_mins(5)));
         };
         let now = self.now(instance);
-        let mut ledger = match &self.stored {
-            Some(stored) => stored.ledger.clone(),
-            None => Ledger::new(id.to_string(), &instance.name_any(), &instance.spec.issuer, signer),
+        let mut ledger = match (&self.stored, bootstrap) {
+            (Some(stored), _) => stored.ledger.clone(),
+            (None, Some(key)) => Ledger::new(id.to_string(), &instance.name_any(), &instance.spec.issuer, key),
+            (None, None) => return Err(Reason::Internal.into()),
         };
-        if signer.bootstrap_id.is_none() {
+        if let Some(key) = bootstrap {
             // Another key of a person, or the same one again: what it began is replaced only from now on.
-            ledger.adopt(signer);
+            ledger.adopt(key);
         }
         let microseconds = random_microseconds().ok_or(Reason::Internal)?;
         let expires = marked_expiry(now, schedule.lifetime, microseconds);
@@ -271,13 +295,13 @@ impl<'a> Rotation<'a> {
     async fn register(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        signer: &ServiceKey,
+        signer: &Signer,
         schedule: &Schedule,
         generated: bool,
     ) -> Result<(), Stop> {
         let mut ledger = self.ledger()?;
         let pending = ledger.pending.clone().ok_or(Reason::Internal)?;
-        self.session.open(instance, signer).await?;
+        self.open_as(instance, signer).await?;
         if !generated {
             let listed = self.session.list().await?;
             let now = self.now(instance);
@@ -342,20 +366,20 @@ impl<'a> Rotation<'a> {
     async fn settle(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        signer: &ServiceKey,
+        signer: &Signer,
         in_secret: Option<&str>,
         schedule: &Schedule,
     ) -> Result<(), Stop> {
         let mut ledger = self.ledger()?;
-        let bootstrap = ledger.bootstrap.key_id.clone();
-        let signs = |current: &OwnKey| current.key_id.as_ref() == Some(&signer.key_id);
+        let bootstrap = ledger.bootstrap.clone();
+        let signs = |current: &OwnKey| current.key_id.as_deref() == Some(signer.key_id());
         // While an older key signs, nothing has replaced the bootstrap key.
         let removes_bootstrap =
             ledger.current.as_ref().is_some_and(signs) && schedule.removes_bootstrap(&ledger, self.now(instance));
-        let in_use = if removes_bootstrap {
-            self.is_used_by_others(&ledger.bootstrap).await
-        } else {
-            Some(false)
+        let removed = bootstrap.as_ref().filter(|_| removes_bootstrap);
+        let in_use = match removed {
+            Some(bootstrap) => self.is_used_by_others(bootstrap).await,
+            None => Some(false),
         };
         let Some(in_use) = in_use else {
             return Err(self.deferred(instance, READS_CONTINUE));
@@ -366,28 +390,33 @@ impl<'a> Rotation<'a> {
         if !self.knows_keys_of_others().await {
             return Err(self.deferred(instance, READS_CONTINUE));
         }
-        self.session.open(instance, signer).await?;
+        self.open_as(instance, signer).await?;
         let listed = self.session.list().await?;
-        for key_id in ledger.replaced(&listed, &signer.key_id) {
+        for key_id in ledger.replaced(&listed, signer.key_id()) {
             self.session.remove(&key_id).await?;
         }
-        let removes_bootstrap = removes_bootstrap && !in_use;
-        if removes_bootstrap {
-            self.session.remove(&bootstrap).await?;
-            ledger.bootstrap.removed = true;
+        let removed = removed.filter(|_| !in_use);
+        if let Some(bootstrap) = removed {
+            self.session.remove(&bootstrap.key_id).await?;
+            let removed = true;
+            ledger.bootstrap = Some(BootstrapKey {
+                removed,
+                ..bootstrap.clone()
+            });
         }
-        let of_a_person = |key_id: &str| key_id == bootstrap || Some(key_id) == in_secret;
+        let is_bootstrap = |key_id: &str| bootstrap.as_ref().is_some_and(|key| key.key_id == key_id);
+        let of_a_person = |key_id: &str| is_bootstrap(key_id) || Some(key_id) == in_secret;
         let foreign = listed
             .iter()
             .filter(|key| !ledger.is_own(key) && !of_a_person(&key.key_id));
         let foreign = foreign.filter(|key| !self.ctx.keys.is_made(&key.key_id)).count();
         let tokens = self.count_personal_tokens().await?;
         ledger.count_foreign(tokens.map(|tokens| foreign + tokens));
-        ledger.settle(&signer.key_id);
+        ledger.settle(signer.key_id());
         self.store(ledger).await?;
-        if removes_bootstrap {
+        if let Some(bootstrap) = removed {
             let reason = Reason::BootstrapKeyRemoved;
-            let text = format!("{} Key {bootstrap}.", reason.advice());
+            let text = format!("{} Key {}.", reason.advice(), bootstrap.key_id);
             self.tell(false, reason, text).await;
         }
         Ok(())
@@ -417,7 +446,7 @@ impl<'a> Rotation<'a> {
     }
 
     /// Writes the ledger. If another process wrote it meanwhile, this one stops.
-    async fn store(&mut self, ledger: Ledger) -> Result<(), Stop> {
+    pub(super) async fn store(&mut self, ledger: Ledger) -> Result<(), Stop> {
         let name = self.ledger_name();
         let at = LedgerRef {
             namespace: self.namespace()?,

@@ -784,7 +784,7 @@ fn secret_named_twice_is_refused_even_if_the_schema_allowed_it() {
         ["InvalidSpec", "InvalidSpec"]
     );
     let mut facts = one();
-    let key_secret = facts.user.spec.key_secret_ref.name.clone();
+    let key_secret = facts.user.spec.key_secret_ref.clone().expect("a reference").name;
     token(&mut facts, 0).secret.name = key_secret;
     assert_eq!(describe(&plan(&facts, at(1)).steps[0]), "InvalidSpec");
 }

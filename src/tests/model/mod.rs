@@ -234,6 +234,7 @@ impl Process {
             users.clone(),
             instances.clone(),
             keys.clone(),
+            None,
             vec![None],
         );
         let triggers = Arc::new(triggers);
@@ -253,6 +254,7 @@ impl Process {
             metrics: Metrics::register(&mut Registry::default(), Counter::default(), Arc::new(|| true)),
             allowed_metadata: fixtures::facts(&NAMES).allowed_metadata,
             operator_namespace: None,
+            cluster_name: None,
             serves_some_instances_only: false,
             writes_instance_status: true,
         });

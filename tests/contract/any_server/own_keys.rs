@@ -33,13 +33,13 @@ struct Own<'a> {
 }
 
 /// A key pair of the caller.
-struct Pair {
+pub(super) struct Pair {
     private: String,
-    public: String,
+    pub(super) public: String,
 }
 
 impl Pair {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
         let private: Pkcs8V1Der<'_> = pair.as_der().expect("PKCS#8");
         let public: PublicKeyX509Der<'_> = pair.public_key().as_der().expect("SPKI");
@@ -55,14 +55,14 @@ impl Pair {
     }
 
     /// The private key as a key of this user.
-    fn key(&self, user_id: &str, key_id: &str) -> ServiceKey {
+    pub(super) fn key(&self, user_id: &str, key_id: &str) -> ServiceKey {
         let file = json!({"userId": user_id, "keyId": key_id, "key": self.private});
         key::parse(file.to_string().as_bytes()).expect("a key file")
     }
 }
 
 /// In one hour, in whole seconds.
-fn in_an_hour() -> Timestamp {
+pub(super) fn in_an_hour() -> Timestamp {
     let now = Timestamp::from_second(Timestamp::now().as_second()).expect("a time");
     now + SignedDuration::from_hours(1)
 }

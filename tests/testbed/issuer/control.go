@@ -33,22 +33,33 @@ func newControl(users *directory, keys keyMaker, front *front) http.Handler {
 	c := &control{users: users, keys: keys, front: front}
 	mux := http.NewServeMux()
 	for pattern, handle := range map[string]func(*http.Request) (any, error){
-		"POST /users":                   c.addUser,
-		"PATCH /users/{id}":             c.changeUser,
-		"DELETE /users/{id}":            c.deleteUser,
-		"POST /users/{id}/keys":         c.addKey,
-		"GET /users/{id}/keys":          c.listKeys,
-		"DELETE /users/{id}/keys/{key}": c.deleteKey,
-		"GET /settled":                  c.settled,
-		"POST /apps":                    c.addApp,
-		"GET /settings":                 c.settings,
-		"PATCH /settings":               c.changeSettings,
-		"GET /requests":                 c.requests,
-		"DELETE /requests":              c.clearRequests,
-		"GET /counts":                   c.counts,
-		"POST /faults":                  c.addFault,
-		"DELETE /faults/{id}":           c.deleteFault,
-		"DELETE /faults":                c.clearFaults,
+		"POST /users":                                      c.addUser,
+		"GET /users":                                       c.listUsers,
+		"GET /users/{id}":                                  c.user,
+		"PATCH /users/{id}":                                c.changeUser,
+		"DELETE /users/{id}":                               c.deleteUser,
+		"POST /users/{id}/keys":                            c.addKey,
+		"GET /users/{id}/keys":                             c.listKeys,
+		"DELETE /users/{id}/keys/{key}":                    c.deleteKey,
+		"PUT /users/{id}/manager-roles":                    c.setRoles,
+		"PATCH /users/{id}/metadata":                       c.changeMetadata,
+		"POST /users/{id}/pats":                            c.addPAT,
+		"DELETE /users/{id}/pats/{pat}":                    c.deletePAT,
+		"POST /organizations":                              c.addOrganization,
+		"POST /projects":                                   c.addProject,
+		"DELETE /projects/{project}":                       c.deleteProject,
+		"POST /projects/{project}/grants":                  c.addGrant,
+		"DELETE /projects/{project}/grants/{organization}": c.deleteGrant,
+		"GET /settled":                                     c.settled,
+		"POST /apps":                                       c.addApp,
+		"GET /settings":                                    c.settings,
+		"PATCH /settings":                                  c.changeSettings,
+		"GET /requests":                                    c.requests,
+		"DELETE /requests":                                 c.clearRequests,
+		"GET /counts":                                      c.counts,
+		"POST /faults":                                     c.addFault,
+		"DELETE /faults/{id}":                              c.deleteFault,
+		"DELETE /faults":                                   c.clearFaults,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			body, err := handle(r)
@@ -70,10 +81,11 @@ func newControl(users *directory, keys keyMaker, front *front) http.Handler {
 var errNoFault = errors.New("fault not found")
 
 func statusOf(err error) int {
+	is := func(target error) bool { return errors.Is(err, target) }
 	switch {
-	case errors.Is(err, errNoUser), errors.Is(err, errNoKey), errors.Is(err, errNoFault):
+	case slices.ContainsFunc([]error{errNoUser, errNoKey, errNoPAT, errNoFault, errNoOrganization, errNoProject, errNoGrant, errNoMetadata}, is):
 		return http.StatusNotFound
-	case errors.Is(err, errTaken):
+	case slices.ContainsFunc([]error{errTaken, errIDTaken, errOwnerTaken}, is):
 		return http.StatusConflict
 	}
 	return http.StatusBadRequest
@@ -96,7 +108,7 @@ func (s userSettings) check() error {
 	switch {
 	case s.Username == "":
 		return errors.New("username must not be empty")
-	case !slices.Contains([]string{stateActive, "inactive", "locked"}, s.State):
+	case !slices.Contains([]string{stateActive, stateInactive, stateLocked}, s.State):
 		return errors.New("state must be active, inactive or locked")
 	case s.TokenType != tokenTypeJWT && s.TokenType != tokenTypeBearer:
 		return errors.New("tokenType must be JWT or BEARER")
@@ -106,36 +118,64 @@ func (s userSettings) check() error {
 	return nil
 }
 
+// addUser adds a user, and its organization if it does not exist. An administrator has the role IAM_OWNER.
 func (c *control) addUser(r *http.Request) (any, error) {
 	var in struct {
 		userSettings
 		ID             string              `json:"id"`
 		OrganizationID string              `json:"organizationId"`
 		Roles          map[string][]string `json:"roles"`
+		Administrator  bool                `json:"administrator"`
+		ManagerRoles   []heldRoles         `json:"managerRoles"`
 	}
 	if err := read(r, &in); err != nil {
 		return nil, err
 	}
+	held := map[resource][]string{}
+	if in.Administrator {
+		held[instanceResource] = []string{"IAM_OWNER"}
+	}
+	for _, roles := range in.ManagerRoles {
+		of, err := roles.check(c.users)
+		if err != nil {
+			return nil, err
+		}
+		held[of] = roles.Roles
+	}
+	organizationID := cmp.Or(in.OrganizationID, defaultOrganizationID)
+	if !c.users.hasOrganization(organizationID) {
+		c.users.addOrganization(organizationID, defaultOrganizationName)
+	}
 	added, err := c.users.createUser(user{
 		userSettings:   in.userSettings,
 		id:             in.ID,
-		organizationID: in.OrganizationID,
+		organizationID: organizationID,
 		roles:          in.Roles,
 	})
 	if err != nil {
 		return nil, err
 	}
+	for of, roles := range held {
+		if err := c.users.hold(added.id, of, roles); err != nil {
+			return nil, err
+		}
+	}
 	return map[string]string{"id": added.id, "username": added.Username, "organizationId": added.organizationID}, nil
 }
 
-// createUser adds a user, with defaults for missing fields.
+// createUser adds a user to an existing organization, with defaults for missing fields.
 func (d *directory) createUser(u user) (user, error) {
+	if !d.hasOrganization(u.organizationID) {
+		return user{}, errNoOrganization
+	}
 	u.id = cmp.Or(u.id, d.newID())
 	u.Username = cmp.Or(u.Username, "machine-"+u.id)
 	u.State = cmp.Or(u.State, stateActive)
 	u.TokenType = cmp.Or(u.TokenType, tokenTypeBearer)
-	u.organizationID = cmp.Or(u.organizationID, defaultOrganizationID)
 	u.keys, u.pats = map[string]userKey{}, map[string]dates{}
+	u.metadata, u.memberships = map[string]metadataValue{}, map[resource]membership{}
+	u.created = d.settings().now().Truncate(time.Microsecond)
+	u.changed, u.sequence = u.created, 1
 	if err := u.check(); err != nil {
 		return user{}, err
 	}
@@ -154,10 +194,11 @@ func (c *control) changeUser(r *http.Request) (any, error) {
 	if err := changed.check(); err != nil {
 		return nil, err
 	}
-	return changed, c.users.changeUser(u.id, changed)
+	_, err = c.users.changeUser(u.id, changed)
+	return changed, err
 }
 
-// settled answers once the token endpoint sees all earlier changes.
+// settled answers once the token endpoint and the API see all earlier changes.
 func (c *control) settled(r *http.Request) (any, error) {
 	if !wait(r.Context(), c.users.settlesIn()) {
 		return nil, r.Context().Err()

@@ -241,3 +241,56 @@ func decode(t *testing.T, jwt string) (header string, c claims) {
 	}
 	return string(raw), c
 }
+
+// decodeReply requires success and decodes the answer.
+func decodeReply(t *testing.T, got reply, into any) {
+	t.Helper()
+	if got.status != 200 {
+		t.Fatal(got)
+	}
+	if err := json.Unmarshal([]byte(got.body), into); err != nil {
+		t.Fatal(got, err)
+	}
+}
+
+const (
+	orgA = "311000000000000001"
+	orgB = "311000000000000002"
+	// A project of organization A that is granted to organization B.
+	projectA = "311000000000000003"
+)
+
+// startWithOrganizations starts a stand-in with two organizations, a project and its grant.
+func startWithOrganizations(t *testing.T, args ...string) *stand {
+	t.Helper()
+	s := start(t, args...)
+	s.order("POST", "/organizations", `{"id":"`+orgA+`","name":"Acme"}`, nil)
+	s.order("POST", "/organizations", `{"id":"`+orgB+`","name":"Big Blue"}`, nil)
+	s.order("POST", "/projects", `{"id":"`+projectA+`","name":"Shop","organizationId":"`+orgA+`"}`, nil)
+	s.order("POST", "/projects/"+projectA+"/grants", `{"organizationId":"`+orgB+`"}`, nil)
+	return s
+}
+
+// Resources in requests.
+var (
+	onInstance = `{"instance":true}`
+	onOrgA     = `{"organizationId":"` + orgA + `"}`
+	onOrgB     = `{"organizationId":"` + orgB + `"}`
+	onProject  = `{"projectId":"` + projectA + `"}`
+	onGrant    = `{"projectGrant":{"projectId":"` + projectA + `","organizationId":"` + orgB + `"}}`
+)
+
+// caller is a user with a personal access token. Unlike own, it needs no key, which takes long to generate.
+func (s *stand) caller(fields string) own {
+	s.t.Helper()
+	id := s.newUser(fields)
+	var pat struct{ Token string }
+	s.order("POST", "/users/"+id+"/pats", `{}`, &pat)
+	return own{s, credential{keyFile: keyFile{UserID: id}}, pat.Token}
+}
+
+// manager is a caller of the default organization with one role.
+func (s *stand) manager(resource, role string) own {
+	s.t.Helper()
+	return s.caller(`{"managerRoles":[{"resource":` + resource + `,"roles":["` + role + `"]}]}`)
+}

@@ -43,6 +43,10 @@ func selectInstance(users *directory, next http.Handler) http.Handler {
 			return
 		}
 		text := fmt.Sprintf("unable to set instance using origin &{%s %s %s} (ExternalDomain is %s): %s", host, public, scheme, s.ExternalDomain, reason)
+		if strings.HasPrefix(r.URL.Path, "/zitadel.") {
+			writeConnectError(w, apiError{Code: codeNotFound, Message: text})
+			return
+		}
 		if strings.HasPrefix(r.URL.Path, "/management/") || strings.HasPrefix(r.URL.Path, "/v2/") {
 			writeAPIError(w, apiError{Code: codeNotFound, Message: text})
 			return

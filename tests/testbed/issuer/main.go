@@ -44,7 +44,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) 
 	flags := flag.NewFlagSet("issuer", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:0", "address of the issuer port")
 	secure := flags.Bool("tls", false, "serve https on the issuer port")
-	lag := flags.Duration("projection-lag", 0, "delay until the token endpoint and the lists of keys see a change of a user")
+	lag := flags.Duration("projection-lag", 0, "delay until the token endpoint and reads of the API see a change of a user")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -71,8 +71,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) 
 		ExternalDomain:   host,
 		ExternalSecure:   *secure,
 
-		ProjectionLagMillis: lag.Milliseconds(),
-		UserV2:              true,
+		ProjectionLagMillis:  lag.Milliseconds(),
+		UserV2:               true,
+		InternalPermissionV2: true,
 	})
 	front := &front{next: newIssuer(users, keys), users: users}
 

@@ -13,7 +13,7 @@ func TestProjectionLag(t *testing.T) {
 	s := start(t, "--projection-lag", lag.String())
 	id := s.newUser(`{}`)
 	me, other := s.newKey(id, `{}`), s.newKey(id, `{}`)
-	expect(t, s.exchange(form(s.assertion(me), "openid")), ia)
+	expect(t, s.exchange(form(s.assertion(other), "openid")), ia)
 	s.order("GET", "/settled", "", nil)
 	s.mint(me, "openid")
 
@@ -51,7 +51,7 @@ func TestManagement(t *testing.T) {
 	}{
 		{
 			name: "user v2", settings: `{}`, users: "/v2/users/",
-			create: `/v2/users/new {"organizationId":"1","username":"u","machine":{"name":"n"}}`,
+			create: `/v2/users/new {"organizationId":"` + defaultOrganizationID + `","username":"u","machine":{"name":"n"}}`,
 			key:    `{"expirationDate":"2100-01-01T00:00:00Z"}`, content: "keyContent",
 			updateMethod: "PATCH", update: ` {"machine":{"accessTokenType":"ACCESS_TOKEN_TYPE_JWT"}}`, deactivate: "/deactivate",
 		},
@@ -116,7 +116,7 @@ func TestManagementRefusals(t *testing.T) {
 		missing = `400 {"code":3,"message":"invalid AddKeyRequest.ExpirationDate: value is required"}`
 	)
 	for _, row := range []struct{ name, token, settings, method, path, body, want string }{
-		{"no role", other, `{}`, "POST", "/v2/users/new", `{}`, member},
+		{"no role", other, `{}`, "POST", "/v2/users/new", `{"organizationId":"` + defaultOrganizationID + `","machine":{"name":"n"}}`, member},
 		{"no key", mine, `{}`, "DELETE", "/v2/users/" + admin.UserID + "/keys/1", ``, noKey},
 		{"no date", mine, `{}`, "POST", "/v2/users/" + admin.UserID + "/keys", `{}`, missing},
 		{"ZITADEL 3", mine, `{"userV2":false}`, "POST", "/v2/users/new", `{}`, `405 {"code":12,"message":"Method Not Allowed"}`},

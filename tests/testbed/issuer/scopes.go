@@ -66,18 +66,6 @@ func audienceOf(scopes []string, zitadelProjectID string) []string {
 	return audience
 }
 
-type organization struct {
-	id            string
-	name          string
-	primaryDomain string
-}
-
-// organization returns the user's organization. The directory has no organization names, so all
-// organizations have the name of ZITADEL's first one (docs/reference/zitadel-protocol.md#scopes).
-func (u user) organization(s settings) organization {
-	return organization{id: u.organizationID, name: "ZITADEL", primaryDomain: "zitadel." + s.ExternalDomain}
-}
-
 // claimsOf returns the claims that the scopes add
 // (docs/reference/zitadel-protocol.md#claims-of-access-tokens).
 func claimsOf(u user, org organization, scopes, audience []string) map[string]any {

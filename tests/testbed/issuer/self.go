@@ -1,10 +1,8 @@
 package main
 
 import (
-	"cmp"
 	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/rand"
 	"crypto/rsa"
 	"encoding/base64"
 	"encoding/json"
@@ -12,40 +10,18 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
 
-// The methods of user v2 that a service user without any role may call on itself
-// (docs/reference/zitadel-protocol.md#self-management-of-keys).
-
-// Page sizes of lists (docs/reference/zitadel-protocol.md#self-management-of-keys).
-const (
-	defaultLimit = 100
-	maxLimit     = 1000
-)
+// The keys of a service user in user v2. A service user without any role may call these methods on itself
+// (docs/reference/zitadel-protocol.md#self-management-of-keys), an administrator on other users too.
 
 var (
-	errNoPermission  = withID(codeNoPermission, "AUTH-AWfge", "No matching permissions found")
 	errPast          = withID(codeInvalidArgument, "DOMAIN-dv3t5", "Errors.AuthNKey.ExpireBeforeNow")
 	errPublicKey     = withID(codeInvalidArgument, "COMMAND-5F3h1", "Public key is not a valid RSA public key in PKIX format with PEM encoding")
-	errLimit         = withID(codeInvalidArgument, "QUERY-4M0fs", "Limit exceeded")
 	errInvalidFilter = withID(codeInvalidArgument, "GRPC-vR9nC", "List.Query.Invalid")
 )
-
-// mayManage refuses a caller who may not change the keys and tokens of a user.
-func (u user) mayManage(id string) error {
-	switch {
-	case u.Administrator:
-		return nil
-	case u.id != id:
-		return errNoMembership
-	case u.SelfManagementRefused:
-		return errNoPermission
-	}
-	return nil
-}
 
 // keyRequest are the fields of a new key in both APIs.
 type keyRequest struct {
@@ -99,7 +75,7 @@ func (m management) addKey(caller user, r *http.Request) (any, error) {
 	if err := in.check(m.users.settings().now()); err != nil {
 		return nil, err
 	}
-	if err := caller.mayManage(r.PathValue("id")); err != nil {
+	if err := m.mayManage(caller, r.PathValue("id")); err != nil {
 		return nil, err
 	}
 	made, err := m.createKey(r.PathValue("id"), in)
@@ -115,68 +91,23 @@ func (m management) addKey(caller user, r *http.Request) (any, error) {
 
 // removeOwnKey is RemoveKey. A user may remove the key that it is using.
 func (m management) removeOwnKey(caller user, r *http.Request) (any, error) {
-	if err := caller.mayManage(r.PathValue("id")); err != nil {
+	if err := m.mayManage(caller, r.PathValue("id")); err != nil {
 		return nil, err
 	}
 	return m.removeKey(r)
 }
 
-// addPAT is AddPersonalAccessToken. The token can be listed and removed. No endpoint accepts it.
-func (m management) addPAT(caller user, r *http.Request) (any, error) {
-	var in struct {
-		ExpirationDate time.Time `json:"expirationDate"`
-	}
-	if err := fields(r, &in); err != nil {
-		return nil, err
-	}
-	if in.ExpirationDate.IsZero() {
-		return nil, errors.New("invalid AddPersonalAccessTokenRequest.ExpirationDate: value is required")
-	}
-	userID, now := r.PathValue("id"), m.users.settings().now()
-	if err := notPast(in.ExpirationDate, now); err != nil {
-		return nil, err
-	}
-	if err := caller.mayManage(userID); err != nil {
-		return nil, err
-	}
-	id, pat := m.users.newID(), newDates(now, in.ExpirationDate)
-	err := m.users.addPAT(userID, id, pat)
-	if errors.Is(err, errNoUser) {
-		err = withID(codeFailed, "COMMAND-Dggw2", "User could not be found")
-	}
-	return struct {
-		CreationDate string `json:"creationDate"`
-		TokenID      string `json:"tokenId"`
-		Token        string `json:"token"`
-	}{timestamp(pat.created), id, rand.Text()}, err
-}
-
-// removePAT is RemovePersonalAccessToken.
-func (m management) removePAT(caller user, r *http.Request) (any, error) {
-	if err := caller.mayManage(r.PathValue("id")); err != nil {
-		return nil, err
-	}
-	return map[string]string{"deletionDate": m.now()}, m.users.deletePAT(r.PathValue("id"), r.PathValue("pat"))
-}
-
 // search are the fields of ListKeys and ListPersonalAccessTokens.
 type search struct {
-	Pagination struct {
-		Offset protoUint `json:"offset"`
-		Limit  protoUint `json:"limit"`
-		Asc    bool      `json:"asc"`
-	} `json:"pagination"`
+	Pagination    paging                           `json:"pagination"`
 	SortingColumn string                           `json:"sortingColumn"`
 	Filters       []map[string]struct{ ID string } `json:"filters"`
 }
 
-// limit is the size of a page.
-func (s search) limit() uint64 { return cmp.Or(uint64(s.Pagination.Limit), defaultLimit) }
-
 // check refuses what ZITADEL refuses, and what this program does not implement: a wrong list would be worse.
 func (s search) check() error {
-	if s.limit() > maxLimit {
-		return errLimit
+	if err := s.Pagination.check(); err != nil {
+		return err
 	}
 	column := s.SortingColumn
 	if column != "" && !strings.HasSuffix(column, "_FIELD_NAME_UNSPECIFIED") && !strings.HasSuffix(column, "_FIELD_NAME_CREATED_DATE") {
@@ -200,19 +131,6 @@ func (s search) matches(userID string) bool {
 	})
 }
 
-// page returns the requested part of the rows.
-func (s search) page(rows []row) []row {
-	slices.SortFunc(rows, func(a, b row) int {
-		order := cmp.Or(a.created.Compare(b.created), cmp.Compare(a.ID, b.ID))
-		if s.Pagination.Asc {
-			return order
-		}
-		return -order
-	})
-	start := min(uint64(s.Pagination.Offset), uint64(len(rows)))
-	return rows[start:min(start+s.limit(), uint64(len(rows)))]
-}
-
 // row is a key or a personal access token in a list.
 type row struct {
 	CreationDate   string `json:"creationDate"`
@@ -230,29 +148,10 @@ func (u user) row(id string, d dates) row {
 	return row{created, created, id, u.id, u.organizationID, timestamp(d.expires), d.created}
 }
 
-// list is an answer of ListKeys or ListPersonalAccessTokens. Like all JSON of ZITADEL's API, it has no field with
-// an empty value.
-type list struct {
-	Pagination struct {
-		TotalResult  uint64 `json:"totalResult,string,omitempty"`
-		AppliedLimit uint64 `json:"appliedLimit,string"`
-	} `json:"pagination"`
-	Result []row `json:"result,omitempty"`
-}
-
 func (m management) listKeys(caller user, r *http.Request) (any, error) {
 	return m.list(caller, r, func(u user) (rows []row) {
 		for id, key := range u.keys {
 			rows = append(rows, u.row(id, key.dates))
-		}
-		return rows
-	})
-}
-
-func (m management) listPATs(caller user, r *http.Request) (any, error) {
-	return m.list(caller, r, func(u user) (rows []row) {
-		for id, pat := range u.pats {
-			rows = append(rows, u.row(id, pat))
 		}
 		return rows
 	})
@@ -269,7 +168,7 @@ func (m management) list(caller user, r *http.Request, of func(user) []row) (any
 	if err := in.check(); err != nil {
 		return nil, err
 	}
-	if err := caller.mayManage(caller.id); err != nil {
+	if err := m.mayManage(caller, caller.id); err != nil {
 		return nil, err
 	}
 	var rows []row
@@ -278,31 +177,15 @@ func (m management) list(caller user, r *http.Request, of func(user) []row) (any
 			rows = append(rows, of(u)...)
 		}
 	}
-	var answer list
-	answer.Pagination.AppliedLimit = in.limit()
-	page := in.page(rows)
-	if len(page) > 0 { // the database counts in the rows of the page
-		answer.Pagination.TotalResult = uint64(len(rows))
-	}
-	answer.Result = slices.DeleteFunc(page, func(r row) bool { return !caller.Administrator && r.UserID != caller.id })
-	return answer, nil
+	page, total := page(in.Pagination, rows)
+	visible := slices.DeleteFunc(page, func(r row) bool { return !m.mayRead(caller, r.UserID) })
+	return struct {
+		Pagination pagination `json:"pagination"`
+		Result     []row      `json:"result,omitempty"`
+	}{total, visible}, nil
 }
 
-// protoUint is an unsigned integer of a protobuf message: in JSON a number or a string
-// (https://protobuf.dev/programming-guides/json/).
-type protoUint uint64
-
-func (n *protoUint) UnmarshalJSON(text []byte) error {
-	if string(text) == "null" {
-		return nil
-	}
-	parsed, err := strconv.ParseUint(strings.Trim(string(text), `"`), 10, 64)
-	if err != nil {
-		return fmt.Errorf("proto: invalid value for an unsigned field: %s", text)
-	}
-	*n = protoUint(parsed)
-	return nil
-}
+func (r row) order() (time.Time, string) { return r.created, r.ID }
 
 // protoBytes are the bytes of a protobuf message: in JSON base64 with either alphabet, with or without padding
 // (https://protobuf.dev/programming-guides/json/).

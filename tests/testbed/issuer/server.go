@@ -54,7 +54,7 @@ func newIssuer(users *directory, keys keyMaker) http.Handler {
 
 	instance := http.NewServeMux()
 	instance.HandleFunc("GET /management/v1/iam", i.iam)
-	addManagement(instance, i, keys)
+	addAPI(instance, i, keys)
 	instance.Handle("/", op.RegisterServer(i, endpoints, op.WithFallbackLogger(slog.New(slog.DiscardHandler))))
 
 	// Health probes work with any host (docs/reference/zitadel-protocol.md#health-probes).
@@ -151,7 +151,7 @@ func (i *issuer) JWTProfile(ctx context.Context, r *op.Request[oidc.JWTProfileGr
 	if err != nil {
 		return nil, rejected(s, err)
 	}
-	org := u.organization(s)
+	org := i.users.organizationOf(u)
 	scopes, err := op.ValidateAuthReqScopes(machineClient{org: org}, r.Data.Scope)
 	if err != nil {
 		return nil, err
@@ -269,7 +269,7 @@ func (i *issuer) Introspect(ctx context.Context, r *op.Request[op.IntrospectionR
 	if err != nil {
 		return op.NewResponse(&oidc.IntrospectionResponse{}), nil
 	}
-	org := u.organization(i.users.settings())
+	org := i.users.organizationOf(u)
 	claims := claimsOf(u, org, session.scopes, session.audience)
 	// Roles in the caller's own project need no scope.
 	if roles := rolesIn(u, org, app.projectID, func(string) bool { return true }); len(roles) > 0 {

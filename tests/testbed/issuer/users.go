@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"errors"
@@ -28,11 +29,17 @@ type settings struct {
 	ClockOffsetMillis int64  `json:"clockOffsetMillis"`
 	ExternalDomain    string `json:"externalDomain"`
 	ExternalSecure    bool   `json:"externalSecure"`
-	// Delay until the token endpoint and the lists of keys and tokens see a change of a user.
+	// Delay until the token endpoint, permission checks and reads of the API see a change of a user.
 	ProjectionLagMillis int64 `json:"projectionLagMillis"`
-	// ZITADEL 3 has no user v2.
+	// ZITADEL 3 has no user v2, and neither internal_permission v2 nor project v2.
 	UserV2 bool `json:"userV2"`
+	// ZITADEL 4.0 to 4.4 have user v2, but neither internal_permission v2 nor project v2.
+	InternalPermissionV2 bool `json:"internalPermissionV2"`
 }
+
+// hasUserV2 and hasInternalPermissionV2 report which services the configured version of ZITADEL has.
+func (s settings) hasUserV2() bool               { return s.UserV2 }
+func (s settings) hasInternalPermissionV2() bool { return s.UserV2 && s.InternalPermissionV2 }
 
 func (s settings) projectionLag() time.Duration {
 	return millis(s.ProjectionLagMillis)
@@ -50,7 +57,12 @@ const (
 	tokenTypeBearer = "BEARER"
 )
 
-const stateActive = "active"
+// States of a user.
+const (
+	stateActive   = "active"
+	stateInactive = "inactive"
+	stateLocked   = "locked"
+)
 
 // userSettings are the fields of a user that can be changed.
 type userSettings struct {
@@ -58,7 +70,8 @@ type userSettings struct {
 	State           string `json:"state"`
 	TokenType       string `json:"tokenType"`
 	LifetimeSeconds int64  `json:"lifetimeSeconds"` // 0: the value in settings
-	Administrator   bool   `json:"administrator"`   // can manage other users
+	Name            string `json:"name"`
+	Description     string `json:"description"`
 	// Refuses the user what it may do with its own keys and tokens, as a policy of the server would.
 	SelfManagementRefused bool `json:"selfManagementRefused"`
 }
@@ -70,6 +83,11 @@ type user struct {
 	roles          map[string][]string // granted role keys by project id
 	keys           map[string]userKey
 	pats           map[string]dates // personal access tokens
+	metadata       map[string]metadataValue
+	memberships    map[resource]membership
+	created        time.Time
+	changed        time.Time // last change of userSettings
+	sequence       uint64    // number of changes of userSettings
 }
 
 // version is the state of a user after a change. user is nil if the user was removed.
@@ -111,30 +129,39 @@ type session struct {
 	audience []string
 	issued   time.Time
 	expires  time.Time
+	personal bool // a personal access token, not one of the token endpoint
 }
 
 // directory is the state of the stand-in, safe for concurrent use. Users are never changed in place, so
 // a reader can keep a value.
 type directory struct {
-	mu       sync.Mutex
-	current  settings
-	users    map[string]user
-	versions map[string][]version // by user id; the last one is also in users
-	changed  time.Time            // time of the last change of a user
-	apps     map[string]app
-	sessions map[string]session // by access token
-	issued   int
-	lastID   int64
+	mu            sync.Mutex
+	current       settings
+	users         map[string]user
+	versions      map[string][]version // by user id; the last one is also in users
+	changed       time.Time            // time of the last change of a user
+	organizations map[string]owner
+	projects      map[string]project
+	grants        map[resource]projectGrant
+	apps          map[string]app
+	sessions      map[string]session // by access token
+	patOwners     map[string]patOwner
+	issued        int
+	lastID        int64
 }
 
 func newDirectory(s settings) *directory {
 	return &directory{
-		current:  s,
-		users:    map[string]user{},
-		versions: map[string][]version{},
-		apps:     map[string]app{},
-		sessions: map[string]session{},
-		lastID:   401085850000000000,
+		current:       s,
+		users:         map[string]user{},
+		versions:      map[string][]version{},
+		organizations: map[string]owner{defaultOrganizationID: {defaultOrganizationID, defaultOrganizationName, s.now()}},
+		projects:      map[string]project{},
+		grants:        map[resource]projectGrant{},
+		apps:          map[string]app{},
+		sessions:      map[string]session{},
+		patOwners:     map[string]patOwner{},
+		lastID:        401085850000000000,
 	}
 }
 
@@ -142,7 +169,8 @@ var (
 	errNoUser  = errors.New("user not found")
 	errNoKey   = errors.New("the user has no such key")
 	errNoPAT   = errors.New("the user has no such personal access token")
-	errTaken   = errors.New("a user with this id or username already exists")
+	errTaken   = errors.New("a user with this username already exists")
+	errIDTaken = errors.New("a user with this id already exists")
 	errNotLive = errors.New("the access token is unknown, expired or revoked")
 )
 
@@ -192,7 +220,7 @@ func (d *directory) put(id string, u *user) {
 	d.versions[id] = append(d.versions[id], version{d.changed, u})
 }
 
-// projected returns the user as the token endpoint sees it. ZITADEL reads a projection that lags
+// projected returns the user as the token endpoint and reads of the API see it. ZITADEL reads a projection that lags
 // behind (docs/reference/zitadel-protocol.md#eventual-consistency).
 func (d *directory) projected(id string) (user, error) {
 	d.mu.Lock()
@@ -214,7 +242,7 @@ func (d *directory) findProjected(id string) (user, error) {
 	return *versions[0].user, nil
 }
 
-// projectedUsers returns all users as the lists of keys and tokens see them, with the same lag.
+// projectedUsers returns all users as the lists of the API see them, with the same lag.
 func (d *directory) projectedUsers() []user {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -227,7 +255,16 @@ func (d *directory) projectedUsers() []user {
 	return all
 }
 
-// settlesIn returns the time until the token endpoint sees all changes made so far.
+// currentUsers returns all users without lag, the oldest first.
+func (d *directory) currentUsers() []user {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.SortedFunc(maps.Values(d.users), func(a, b user) int {
+		return cmp.Or(a.created.Compare(b.created), cmp.Compare(a.id, b.id))
+	})
+}
+
+// settlesIn returns the time until all readers see all changes made so far.
 func (d *directory) settlesIn() time.Duration {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -237,7 +274,10 @@ func (d *directory) settlesIn() time.Duration {
 func (d *directory) addUser(u user) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if _, found := d.users[u.id]; found || d.hasUsername(u.Username) {
+	if _, found := d.users[u.id]; found {
+		return errIDTaken
+	}
+	if d.hasUsername(u.Username) {
 		return errTaken
 	}
 	d.put(u.id, &u)
@@ -254,23 +294,32 @@ func (d *directory) hasUsername(name string) bool {
 	return false
 }
 
-func (d *directory) changeUser(id string, changed userSettings) error {
+// changeUser changes the settings of a user. A change to the same values is none, and keeps the date of the last one.
+func (d *directory) changeUser(id string, changed userSettings) (user, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	u, err := d.find(id)
 	if err != nil {
-		return err
+		return user{}, err
 	}
 	if changed.Username != u.Username && d.hasUsername(changed.Username) {
-		return errTaken
+		return user{}, errTaken
+	}
+	if changed == u.userSettings {
+		return u, nil
 	}
 	u.userSettings = changed
+	u.changed = d.now()
+	u.sequence++
 	d.put(id, &u)
 	if u.State != stateActive {
 		d.endSessions(id)
 	}
-	return nil
+	return u, nil
 }
+
+// now is the server's time with the resolution of ZITADEL's database. It requires the lock.
+func (d *directory) now() time.Time { return d.current.now().Truncate(time.Microsecond) }
 
 func (d *directory) deleteUser(id string) error {
 	d.mu.Lock()
@@ -302,18 +351,7 @@ func (d *directory) deleteKey(userID, keyID string) error {
 	return d.edit(userID, func(u *user) error { return remove(u.keys, keyID, errNoKey) })
 }
 
-func (d *directory) addPAT(userID, id string, pat dates) error {
-	return d.edit(userID, func(u *user) error {
-		u.pats[id] = pat
-		return nil
-	})
-}
-
-func (d *directory) deletePAT(userID, id string) error {
-	return d.edit(userID, func(u *user) error { return remove(u.pats, id, errNoPAT) })
-}
-
-// edit changes the keys and tokens of a copy of a user, and keeps the copy unless the change fails.
+// edit changes a copy of a user, but not its settings, and keeps the copy unless the change fails.
 func (d *directory) edit(userID string, change func(*user) error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -322,6 +360,7 @@ func (d *directory) edit(userID string, change func(*user) error) error {
 		return err
 	}
 	u.keys, u.pats = maps.Clone(u.keys), maps.Clone(u.pats)
+	u.metadata, u.memberships = maps.Clone(u.metadata), maps.Clone(u.memberships)
 	if err := change(&u); err != nil {
 		return err
 	}
@@ -329,7 +368,7 @@ func (d *directory) edit(userID string, change func(*user) error) error {
 	return nil
 }
 
-func remove[V any](from map[string]V, id string, absent error) error {
+func remove[K comparable, V any](from map[K]V, id K, absent error) error {
 	if _, found := from[id]; !found {
 		return absent
 	}
@@ -369,14 +408,20 @@ func (d *directory) session(accessToken string) (session, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s, found := d.sessions[accessToken]
+	if !found {
+		s, found = d.personalSession(accessToken)
+	}
 	if !found || !s.expires.After(d.current.now()) {
 		return session{}, errNotLive
 	}
 	return s, nil
 }
 
-// isFor reports whether a project is in the audience of the token.
-func (s session) isFor(projectID string) bool { return slices.Contains(s.audience, projectID) }
+// isFor reports whether a project is in the audience of the token. A personal access token is valid for all projects
+// (docs/reference/zitadel-protocol.md#personal-access-tokens).
+func (s session) isFor(projectID string) bool {
+	return s.personal || slices.Contains(s.audience, projectID)
+}
 
 func (d *directory) addApp(clientID string, a app) {
 	d.mu.Lock()

@@ -1,0 +1,269 @@
+//! Service users that the operator creates in ZITADEL with the admin credential of the instance.
+
+use k8s_openapi::api::core::v1::Secret;
+use kube::Api;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use serde_json::{Value, json};
+use zitadel_tokens::api::ZitadelServiceUser;
+
+use crate::support::eventually;
+use crate::support::managed::{CLUSTER, Managed, admin};
+use crate::support::world::{condition, one_token};
+
+fn user_id(user: &ZitadelServiceUser) -> String {
+    user.status
+        .as_ref()
+        .and_then(|status| status.user_id.clone())
+        .expect("a user id")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn user_is_created_gets_tokens_and_is_deleted() {
+    let managed = Managed::new("user").await;
+    let world = &managed.world;
+    let instance = managed.credential_is("True", "AdminCredentialReady").await;
+    let shown = instance
+        .status
+        .and_then(|status| status.admin_credential)
+        .expect("a user");
+    assert_eq!(shown.user_id, managed.admin.id);
+    assert_eq!(
+        shown.roles,
+        [format!("ORG_USER_MANAGER: organization {}", managed.organization)]
+    );
+
+    managed.user("billing", json!({"description": "Invoices"})).await;
+    let token = world.token("billing-token").await;
+    let object = world.ready("billing", "True", "Issued").await;
+    managed.user_is("billing", "True", "UserReady").await;
+    assert_eq!(token.split('.').count(), 3, "a JWT");
+    let [user] = &managed.users().await[..] else {
+        panic!("one user")
+    };
+    let username = format!("prod-{}-billing", world.name);
+    assert_eq!(
+        (&user["id"], &user["username"], &user["name"], &user["description"]),
+        (
+            &json!(user_id(&object)),
+            &json!(username),
+            &json!(username),
+            &json!("Invoices")
+        )
+    );
+    let owner = format!("prod/{}/billing", world.name);
+    assert_eq!(user["metadata"]["zitadel-tokens.dev/owner"], json!(owner));
+    // No private key is in the tenant's namespace.
+    let secrets = world
+        .secrets()
+        .list(&ListParams::default())
+        .await
+        .expect("listed")
+        .items;
+    let names: Vec<_> = secrets
+        .iter()
+        .filter_map(|secret| secret.metadata.name.clone())
+        .collect();
+    assert_eq!(names, ["billing-token"]);
+    assert_eq!(world.issuer.mints().await, 1);
+
+    // A changed spec changes the user, and costs no token.
+    managed
+        .user(
+            "billing",
+            json!({"description": "All invoices", "displayName": "Billing"}),
+        )
+        .await;
+    eventually("the user is changed", async || {
+        let users = managed.users().await;
+        users[0]["name"] == "Billing" && users[0]["description"] == "All invoices"
+    })
+    .await;
+    world.sentinel().await;
+    assert_eq!(world.issuer.mints().await, 1);
+
+    // What identifies the user cannot change.
+    for (change, message) in [
+        (json!({"user": {"organizationID": "1"}}), "organizationID is immutable"),
+        (
+            json!({"user": {"organizationID": managed.organization, "username": "a"}}),
+            "username is immutable",
+        ),
+        (json!({}), "cannot be added or removed"),
+    ] {
+        let mut spec = one_token("billing-token");
+        spec.as_object_mut()
+            .expect("an object")
+            .extend(change.as_object().expect("an object").clone());
+        let refused = world
+            .service_user("billing", spec)
+            .await
+            .expect_err(message)
+            .to_string();
+        assert!(refused.contains(message), "{refused}");
+    }
+
+    managed.deleted("billing").await;
+    assert_eq!(managed.users().await, Vec::<Value>::new());
+    assert!(world.ledger(&object).await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credential_must_be_bound_and_accepted() {
+    let managed = Managed::new("credential").await;
+    managed.credential_is("True", "AdminCredentialReady").await;
+    // Another destination, another kind of content, a token that ZITADEL does not know.
+    managed
+        .bound_credential(&managed.admin.key, "https://other.example.com")
+        .await;
+    managed.credential_is("False", "CredentialNotBound").await;
+    managed.credential("{}").await;
+    managed.credential_is("False", "CredentialInvalid").await;
+    managed.credential("unknown-token").await;
+    managed.credential_is("False", "CredentialRejected").await;
+    managed.user("billing", json!({})).await;
+    managed.user_is("billing", "False", "CredentialRejected").await;
+    assert_eq!(managed.users().await, Vec::<Value>::new());
+    // A personal access token. The object goes on at once.
+    let token = managed.world.issuer.personal_token(&managed.admin.id).await;
+    managed.credential(&token).await;
+    managed.credential_is("True", "AdminCredentialReady").await;
+    managed.world.ready("billing", "True", "Issued").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn user_is_refused_without_policy_or_role() {
+    let managed = Managed::new("refused").await;
+    let world = &managed.world;
+    managed.allow(json!({"organizationIDs": ["1"]})).await;
+    managed.user("billing", json!({})).await;
+    managed.user_is("billing", "False", "UserDenied").await;
+    managed.allow(json!({"organizationIDs": [managed.organization]})).await;
+    world.ready("billing", "True", "Issued").await;
+    // Another name needs a pattern.
+    managed.user("named", json!({"username": "ci-bot"})).await;
+    managed.user_is("named", "False", "UserDenied").await;
+    let users = json!({"organizationIDs": [managed.organization], "usernamePattern": "ci-*"});
+    managed.allow(users).await;
+    world.ready("named", "True", "Issued").await;
+    // A name that is taken is never taken over.
+    managed.user("second", json!({"username": "ci-bot"})).await;
+    managed.user_is("second", "False", "UserConflict").await;
+    assert_eq!(managed.users().await.len(), 2);
+    managed.deleted("second").await;
+    assert_eq!(managed.users().await.len(), 2);
+
+    let viewer = admin(
+        world,
+        json!({"organizationId": managed.organization}),
+        "ORG_OWNER_VIEWER",
+    )
+    .await;
+    managed.credential(&viewer.key).await;
+    managed.user("third", json!({})).await;
+    managed.user_is("third", "False", "AdminForbidden").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crash_after_the_request_creates_no_second_user() {
+    let managed = Managed::new("crash").await;
+    let world = &managed.world;
+    managed.credential_is("True", "AdminCredentialReady").await;
+    let hang = json!({"path": "/v2/users/new", "times": 1, "afterHandling": true, "hang": true});
+    world.issuer.fault(hang).await;
+    managed.user("billing", json!({})).await;
+    eventually("ZITADEL has the user", async || managed.users().await.len() == 1).await;
+    managed.operator.kill();
+    let managed = Managed {
+        operator: managed.world.rotating_operator_with(&CLUSTER).await,
+        world: managed.world,
+        organization: managed.organization,
+        admin: managed.admin,
+    };
+    managed.world.ready("billing", "True", "Issued").await;
+    assert_eq!(managed.users().await.len(), 1);
+    managed.deleted("billing").await;
+    assert_eq!(managed.users().await, Vec::<Value>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deletion_reads_neither_status_nor_a_foreign_owner() {
+    let managed = Managed::new("owner").await;
+    let world = &managed.world;
+    let victim = world.issuer.user(json!({"organizationId": managed.organization})).await;
+    managed.user("billing", json!({})).await;
+    let object = world.ready("billing", "True", "Issued").await;
+    let forged = json!({"status": {"userID": victim.id}});
+    let forged = world
+        .users()
+        .patch_status("billing", &PatchParams::default(), &Patch::Merge(&forged))
+        .await;
+    forged.expect("written");
+    managed.deleted("billing").await;
+    let left: Vec<Value> = managed
+        .users()
+        .await
+        .into_iter()
+        .map(|user| user["id"].clone())
+        .collect();
+    assert_eq!(left, [json!(victim.id)]);
+    assert_ne!(user_id(&object), victim.id);
+
+    // Somebody else is the owner now.
+    managed.user("orders", json!({})).await;
+    let object = world.ready("orders", "True", "Issued").await;
+    let metadata = json!({"zitadel-tokens.dev/owner": "another"});
+    world.issuer.change_metadata(&user_id(&object), metadata).await;
+    world.issuer.settled().await;
+    managed.deleted("orders").await;
+    assert_eq!(managed.users().await.len(), 2);
+    eventually("an Event", async || {
+        world.events("orders").await.contains("Warning UserLeftBehind")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deletion_waits_for_a_working_credential() {
+    let managed = Managed::new("revoked").await;
+    let world = &managed.world;
+    managed.user("billing", json!({})).await;
+    world.ready("billing", "True", "Issued").await;
+    world.issuer.remove_key(&managed.admin.id, &managed.admin.key_id).await;
+    let delete = DeleteParams::default();
+    world.users().delete("billing", &delete).await.expect("accepted");
+    world
+        .user_until("billing", |user| {
+            condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "CredentialRejected")
+        })
+        .await;
+    let (_, key) = world.issuer.key(&managed.admin.id, json!({})).await;
+    managed.credential(&key).await;
+    managed.gone("billing").await;
+    assert_eq!(managed.users().await, Vec::<Value>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn user_rotates_its_key_and_is_not_taken_over_after_the_ledger_is_lost() {
+    let managed = Managed::new("lost").await;
+    let world = &managed.world;
+    managed.user("billing", json!({})).await;
+    let object = world.ready("billing", "True", "Issued").await;
+    let keys = |user: &ZitadelServiceUser| user.status.as_ref().and_then(|status| status.key_id.clone());
+    let first = keys(&object).expect("a key");
+    // The user rotates its key itself.
+    world.annotate("billing", "rotate-request", "1").await;
+    let object = world
+        .user_until("billing", |user| keys(user).is_some_and(|key| key != first))
+        .await;
+    managed.user_is("billing", "True", "UserReady").await;
+    // The ledger is lost: the user stays, and nobody takes it over.
+    let ledgers: Api<Secret> = Api::namespaced(world.client.clone(), &world.home());
+    let ledger = format!("service-user-key-{}", object.metadata.uid.as_deref().expect("a UID"));
+    ledgers
+        .delete(&ledger, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    world.renew("billing").await;
+    managed.user_is("billing", "False", "UserConflict").await;
+    assert_eq!(managed.users().await.len(), 1);
+}

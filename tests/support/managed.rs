@@ -1,0 +1,145 @@
+//! A world in which the operator creates service users in ZITADEL.
+
+use k8s_openapi::api::core::v1::Secret;
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use serde_json::{Value, json};
+use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
+
+use super::issuer::User;
+use super::operator::Operator;
+use super::world::{World, condition, everything, one_token, until};
+use super::{SOON, eventually};
+
+/// The flags of an operator that creates users.
+pub const CLUSTER: [&str; 2] = ["--cluster-name", "prod"];
+
+/// A world whose instance has the credential of an administrator of one organization.
+pub struct Managed {
+    pub world: World,
+    pub operator: Operator,
+    pub organization: String,
+    pub admin: User,
+}
+
+impl Managed {
+    pub async fn new(test: &str) -> Self {
+        let world = World::new(test).await;
+        let operator = world.rotating_operator_with(&CLUSTER).await;
+        Self::with_operator(world, operator).await
+    }
+
+    pub async fn with_operator(world: World, operator: Operator) -> Self {
+        let organization = world.issuer.organization().await;
+        let admin = admin(&world, json!({"organizationId": organization}), "ORG_USER_MANAGER").await;
+        let managed = Self {
+            world,
+            operator,
+            organization,
+            admin,
+        };
+        managed.allow(json!({"organizationIDs": [managed.organization]})).await;
+        managed.credential(&managed.admin.key).await;
+        managed.instance().await;
+        managed
+    }
+
+    /// Applies the policy of the world with these users.
+    pub async fn allow(&self, users: Value) {
+        let world = &self.world;
+        let policy = json!({
+            "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelAccessPolicy",
+            "metadata": {"name": world.policy_name()},
+            "spec": {"instanceRef": {"name": world.instance}, "namespaceSelector": world.selector_of_namespace(),
+                "audiences": everything(), "users": users},
+        });
+        let params = PatchParams::apply("tests").force();
+        let applied = world
+            .policies()
+            .patch(&world.policy_name(), &params, &Patch::Apply(&policy))
+            .await;
+        applied.expect("a policy");
+    }
+
+    /// Stores the admin credential, bound to the instance.
+    pub async fn credential(&self, text: &str) {
+        self.bound_credential(text, &self.world.issuer.url).await;
+    }
+
+    pub async fn bound_credential(&self, text: &str, send_to: &str) {
+        let secret = json!({
+            "apiVersion": "v1", "kind": "Secret",
+            "metadata": {"name": "zitadel-admin", "annotations": {
+                "zitadel-tokens.dev/instance": self.world.instance, "zitadel-tokens.dev/send-to": send_to,
+            }},
+            "stringData": {"credential": text},
+        });
+        let secrets: Api<Secret> = Api::namespaced(self.world.client.clone(), &self.world.home());
+        let params = PatchParams::apply("tests").force();
+        let applied = secrets.patch("zitadel-admin", &params, &Patch::Apply(&secret)).await;
+        applied.expect("a Secret");
+    }
+
+    pub async fn instance(&self) {
+        let mut spec = self.world.instance_spec();
+        spec["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}});
+        self.world.apply_instance(spec).await.expect("an instance");
+    }
+
+    /// Waits until the instance's `AdminCredentialReady` has this status and reason.
+    pub async fn credential_is(&self, status: &str, reason: &str) -> ZitadelInstance {
+        let api: Api<ZitadelInstance> = Api::all(self.world.client.clone());
+        until(api, &self.world.instance, SOON, |instance: &ZitadelInstance| {
+            let mut conditions = instance.status.iter().flat_map(|status| &status.conditions);
+            conditions.any(|c| c.type_ == "AdminCredentialReady" && c.status == status && c.reason == reason)
+        })
+        .await
+    }
+
+    /// Applies a service user with one token in `NAME-token`.
+    pub async fn user(&self, name: &str, mut user: Value) {
+        user["organizationID"] = json!(self.organization);
+        let mut spec = one_token(&format!("{name}-token"));
+        spec["user"] = user;
+        self.world.service_user(name, spec).await.expect("accepted");
+    }
+
+    /// Waits until `UserReady` has this status and reason.
+    pub async fn user_is(&self, name: &str, status: &str, reason: &str) -> ZitadelServiceUser {
+        self.world
+            .user_until(name, |user| {
+                condition(user, "UserReady").is_some_and(|(s, r, _)| (s, r) == (status, reason))
+            })
+            .await
+    }
+
+    /// The users of the organization, except its administrator.
+    pub async fn users(&self) -> Vec<Value> {
+        let all = self.world.issuer.users().await.into_iter();
+        let here = all.filter(|user| user["organizationId"] == *self.organization);
+        here.filter(|user| user["id"] != *self.admin.id).collect()
+    }
+
+    pub async fn deleted(&self, name: &str) {
+        let delete = DeleteParams::default();
+        self.world.users().delete(name, &delete).await.expect("accepted");
+        self.gone(name).await;
+    }
+
+    pub async fn gone(&self, name: &str) {
+        eventually("the object is gone", async || {
+            self.world.users().get_opt(name).await.expect("readable").is_none()
+        })
+        .await;
+    }
+}
+
+/// Creates a user with a manager role.
+pub async fn admin(world: &World, resource: Value, role: &str) -> User {
+    let roles = json!([{"resource": resource, "roles": [role]}]);
+    let organization = &resource["organizationId"];
+    world
+        .issuer
+        .user(json!({"managerRoles": roles, "organizationId": organization}))
+        .await
+}
