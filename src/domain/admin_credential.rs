@@ -28,7 +28,7 @@ pub enum AdminCredential {
 }
 
 /// Where the requests of an instance are sent to: the issuer, or `<endpoint> for <issuer>`, then ` as <tlsServerName>` and
-/// ` via <proxy>` if the instance sets these. The Secret of the credential must name it: whoever edits the instance could
+/// ` via <proxy>` if the instance sets these. The Secret of the credential must name it: a person who edits the instance could
 /// otherwise have the credential sent to a host of their own.
 #[must_use]
 pub fn destination(spec: &ZitadelInstanceSpec) -> String {

@@ -510,9 +510,9 @@ impl Ledger {
 
 /// The expiry of a new key: after `lifetime`, with the given microseconds as its mark.
 #[must_use]
-pub fn marked_expiry(now: Timestamp, lifetime: SignedDuration, microseconds: u32) -> Timestamp {
+pub fn marked_expiry(now: Timestamp, lifetime: SignedDuration, microseconds: u64) -> Timestamp {
     use crate::domain::time::{shifted, whole_seconds};
-    let marker = SignedDuration::from_micros(i64::from(microseconds % 1_000_000));
+    let marker = SignedDuration::from_micros(i64::try_from(microseconds % 1_000_000).unwrap_or_default());
     shifted(whole_seconds(shifted(now, lifetime)), marker)
 }
 

@@ -26,10 +26,10 @@ const INTERVAL: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// Default overlap. It is half of the interval if that is shorter.
 const OVERLAP: SignedDuration = SignedDuration::from_hours(1);
 
-/// A key that ZITADEL does not list may have been added by a request whose effect ZITADEL does not show yet. The operator
-/// waits this long before it adds the key again: changes took up to 750 ms, measured on one server
+/// ZITADEL may not show yet what a request has changed. The operator waits this long before it adds a key again, or takes
+/// a user for absent: changes took up to 750 ms, measured on one server
 /// (`docs/reference/zitadel-protocol.md#eventual-consistency`).
-const LISTED_AFTER: SignedDuration = SignedDuration::from_secs(30);
+const SHOWN_AFTER: SignedDuration = SignedDuration::from_secs(30);
 
 /// A time this far in the future was written by a wrong clock.
 const CLOCK_ERROR: SignedDuration = SignedDuration::from_mins(10);
@@ -263,12 +263,12 @@ pub fn next(
     }
 }
 
-/// Until when ZITADEL may have the pending key although it neither lists nor accepts it. `None` if that time has passed.
+/// Until when ZITADEL may not show what the operator made at `since`. `None` if that time has passed.
 #[must_use]
-pub fn lags_until(pending: &OwnKey, now: Timestamp) -> Option<Timestamp> {
-    let at = shifted(pending.since, LISTED_AFTER);
+pub fn lags_until(since: Timestamp, now: Timestamp) -> Option<Timestamp> {
+    let at = shifted(since, SHOWN_AFTER);
     // A wrong clock may have written any time.
-    (at > now && pending.since <= now).then_some(at)
+    (at > now && since <= now).then_some(at)
 }
 
 /// Whether the operator gives up the pending key: ZITADEL rejects it for too long, or it would expire before the next
@@ -698,7 +698,7 @@ mod tests {
                 "{key_id} {second}"
             );
         }
-        assert_eq!(lags_until(&pending(""), at(29)), Some(at(30)));
-        assert_eq!(lags_until(&pending(""), at(30)), None);
+        assert_eq!(lags_until(pending("").since, at(29)), Some(at(30)));
+        assert_eq!(lags_until(pending("").since, at(30)), None);
     }
 }

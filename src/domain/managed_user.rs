@@ -13,16 +13,6 @@ use crate::domain::user::Machine;
 /// A user is compared with the spec this long after the last time.
 const CHECKED_EVERY: SignedDuration = SignedDuration::from_hours(6);
 
-/// ZITADEL may not show a new user, or its metadata, for this long (`key_rotation.rs` waits as long for a new key).
-const SHOWN_AFTER: SignedDuration = SignedDuration::from_secs(30);
-
-/// Until when ZITADEL may not show what the operator created. `None` if that time has passed.
-#[must_use]
-pub fn lags_until(managed: &Managed, now: Timestamp) -> Option<Timestamp> {
-    let at = shifted(managed.since, SHOWN_AFTER);
-    (at > now && managed.since <= now).then_some(at)
-}
-
 /// What the spec asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Desired {

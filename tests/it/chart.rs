@@ -22,7 +22,7 @@ use crate::support::helm::{NAME, Release, chart, refused, template};
 use crate::support::issuer::Issuer;
 use crate::support::operator::binary;
 use crate::support::world::{World, condition, everything, one_token, until};
-use crate::support::{EVENTUALLY, SOON, eventually};
+use crate::support::{EVENTUALLY, SOON};
 
 /// Values of a release that serves this world only, on the cluster that all tests share.
 fn values(world: &World, more: &Value) -> Value {
@@ -399,16 +399,12 @@ async fn keys_survive_an_uninstall_and_a_deletion_waits_for_the_next_installatio
     let count = async || ledgers.list(&labelled).await.expect("listed").items.len();
     assert_eq!(count().await, 1);
 
-    let delete = DeleteParams::default();
-    world.users().delete("billing", &delete).await.expect("accepted");
+    world.delete("billing").await;
     let waiting = world.users().get("billing").await.expect("still there");
     assert!(waiting.metadata.deletion_timestamp.is_some());
     let release = Release::install(world.cluster, &home, &values(&world, &json!({})));
     let _operator = release.operator().await;
-    eventually("the object is gone", async || {
-        world.users().get_opt("billing").await.expect("readable").is_none()
-    })
-    .await;
+    world.user_gone("billing").await;
     assert_eq!(count().await, 0);
     let keys = world.issuer.keys(&user.id).await;
     let ids: Vec<String> = keys.into_iter().map(|key| key.id).collect();

@@ -2,14 +2,14 @@
 
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
 
+use crate::support::SOON;
 use crate::support::issuer::Issuer;
 use crate::support::operator::Operator;
 use crate::support::world::{World, condition, one_token, until};
-use crate::support::{SOON, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn private_ca_is_accepted_inline_from_a_config_map_and_from_a_secret() {
@@ -207,12 +207,8 @@ async fn suspended_instance_gets_no_token_request_and_deletions_go_on() {
     world.user_until("billing", paused).await;
     assert_eq!(world.token("billing-token").await, token);
     assert_eq!(world.issuer.mints().await, 2);
-    let delete = DeleteParams::default();
-    world.users().delete("orders", &delete).await.expect("accepted");
-    eventually("the object is gone", async || {
-        world.users().get_opt("orders").await.expect("readable").is_none()
-    })
-    .await;
+    world.delete("orders").await;
+    world.user_gone("orders").await;
     let keys = world.issuer.keys(&user.id).await;
     assert_eq!(keys.into_iter().map(|key| key.id).collect::<Vec<_>>(), [user.key_id]);
 

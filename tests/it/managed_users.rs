@@ -229,8 +229,7 @@ async fn deletion_waits_for_a_working_credential() {
     managed.user("billing", json!({})).await;
     world.ready("billing", "True", "Issued").await;
     world.issuer.remove_key(&managed.admin.id, &managed.admin.key_id).await;
-    let delete = DeleteParams::default();
-    world.users().delete("billing", &delete).await.expect("accepted");
+    world.delete("billing").await;
     world
         .user_until("billing", |user| {
             condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "CredentialRejected")
@@ -238,7 +237,7 @@ async fn deletion_waits_for_a_working_credential() {
         .await;
     let (_, key) = world.issuer.key(&managed.admin.id, json!({})).await;
     managed.credential(&key).await;
-    managed.gone("billing").await;
+    world.user_gone("billing").await;
     assert_eq!(managed.users().await, Vec::<Value>::new());
 }
 

@@ -45,10 +45,7 @@ fn has_finalizer(user: &ZitadelServiceUser) -> bool {
 /// Waits until the object is gone, and then its ledger is gone too.
 async fn gone(world: &World, object: &ZitadelServiceUser) {
     let name = object.name_any();
-    eventually("the object is gone", async || {
-        world.users().get_opt(&name).await.expect("readable").is_none()
-    })
-    .await;
+    world.user_gone(&name).await;
     assert!(world.ledger(object).await.is_none());
 }
 
@@ -129,11 +126,7 @@ async fn deletion_removes_the_operators_keys_and_waits_for_zitadel() {
         .issuer
         .fault(json!({"path": "/oauth/v2/token", "status": 503}))
         .await;
-    world
-        .users()
-        .delete("billing", &DeleteParams::default())
-        .await
-        .expect("accepted");
+    world.delete("billing").await;
     let waiting = world
         .user_until("billing", |user| {
             condition(user, "Ready").is_some_and(|(_, r, _)| r == "ServerError")
@@ -158,11 +151,7 @@ async fn abandoned_keys_stay_and_are_named() {
         .issuer
         .fault(json!({"path": "/oauth/v2/token", "status": 503}))
         .await;
-    world
-        .users()
-        .delete("billing", &DeleteParams::default())
-        .await
-        .expect("accepted");
+    world.delete("billing").await;
     world
         .user_until("billing", |user| {
             condition(user, "Ready").is_some_and(|(_, r, _)| r == "ServerError")
@@ -409,10 +398,7 @@ async fn namespace_and_foreground_deletion_remove_the_operators_keys() {
         .delete("billing", &DeleteParams::foreground())
         .await
         .expect("accepted");
-    eventually("the object is gone", async || {
-        world.users().get_opt("billing").await.expect("readable").is_none()
-    })
-    .await;
+    world.user_gone("billing").await;
     assert_eq!(key_ids(&world, &user).await, std::slice::from_ref(&user.key_id));
 
     apply(&world, "billing", json!({"interval": "1h"})).await;
@@ -455,11 +441,7 @@ async fn orphaned_keys_stay() {
         .issuer
         .fault(json!({"path": "/oauth/v2/token", "status": 503}))
         .await;
-    world
-        .users()
-        .delete("billing", &DeleteParams::default())
-        .await
-        .expect("accepted");
+    world.delete("billing").await;
     gone(&world, &object).await;
     assert_eq!(key_ids(&world, &user).await.len(), 2);
 }

@@ -2,14 +2,14 @@
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
 
+use super::SOON;
 use super::issuer::User;
 use super::operator::Operator;
 use super::world::{World, condition, everything, one_token, until};
-use super::{SOON, eventually};
 
 /// The flags of an operator that creates users.
 pub const CLUSTER: [&str; 2] = ["--cluster-name", "prod"];
@@ -121,16 +121,8 @@ impl Managed {
     }
 
     pub async fn deleted(&self, name: &str) {
-        let delete = DeleteParams::default();
-        self.world.users().delete(name, &delete).await.expect("accepted");
-        self.gone(name).await;
-    }
-
-    pub async fn gone(&self, name: &str) {
-        eventually("the object is gone", async || {
-            self.world.users().get_opt(name).await.expect("readable").is_none()
-        })
-        .await;
+        self.world.delete(name).await;
+        self.world.user_gone(name).await;
     }
 }
 

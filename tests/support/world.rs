@@ -19,7 +19,7 @@ use zitadel_tokens::api::{ZitadelAccessPolicy, ZitadelInstance, ZitadelServiceUs
 use super::cluster::Cluster;
 use super::issuer::{Issuer, User};
 use super::operator::Operator;
-use super::{EVENTUALLY, SOON};
+use super::{EVENTUALLY, SOON, eventually};
 
 /// The id of a project for which tests request tokens.
 pub const PROJECT: &str = "69234237810729019";
@@ -262,6 +262,20 @@ impl World {
             .patch(name, &PatchParams::default(), &patch)
             .await
             .expect("annotated");
+    }
+
+    /// Deletes a service user, which may wait for its finalizer.
+    pub async fn delete(&self, name: &str) {
+        let deleted = self.users().delete(name, &DeleteParams::default()).await;
+        deleted.expect("accepted");
+    }
+
+    /// Waits until the service user is gone.
+    pub async fn user_gone(&self, name: &str) {
+        eventually("the object is gone", async || {
+            self.users().get_opt(name).await.expect("readable").is_none()
+        })
+        .await;
     }
 
     /// Waits until the Secret is gone.

@@ -172,8 +172,8 @@ async fn deleted(ctx: &Context, id: &ObjectRef) -> Result<Gathered, ReadError> {
     }
 }
 
-/// The keys of a deleted object belong to the operator that has the ledger, also if the instance no longer exists. Whoever
-/// cannot read a ledger may be another operator.
+/// The keys of a deleted object belong to the operator that has the ledger, also if the instance no longer exists. An
+/// operator that cannot read a ledger may be another one.
 async fn deleted_or_gone(ctx: &Context, user: Arc<ZitadelServiceUser>) -> Result<Gathered, ReadError> {
     let served = ctx.serves(&user.spec.instance_ref.name);
     let ours = served || matches!(key_ledger(ctx, &user).await?, Ok(Some(_)));

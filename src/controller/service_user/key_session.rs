@@ -10,7 +10,7 @@ use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
 use crate::controller::Context;
-use crate::controller::instance::admin::{Admin, Refused};
+use crate::controller::instance::admin::Admin;
 use crate::controller::instance::connect;
 use crate::controller::service_user::mint::{Evidence, judge, later, record_evidence};
 use crate::controller::service_user::provision::confirm;
@@ -27,6 +27,16 @@ const WHILE_OPEN: Duration = Duration::from_secs(10);
 
 /// Why a step could not be done.
 pub(super) struct Stop(pub(super) Outcome);
+
+impl Stop {
+    /// The step was not attempted. It is due at this time.
+    pub(super) fn deferred(reason: Reason, at: Timestamp) -> Self {
+        Self(Outcome {
+            not_before: Some(at),
+            ..Outcome::deferred(reason)
+        })
+    }
+}
 
 impl From<Reason> for Stop {
     fn from(reason: Reason) -> Self {
@@ -61,7 +71,7 @@ struct Open {
     key_id: Option<String>,
 }
 
-/// Who signs requests about the keys of a user.
+/// The signer of requests about the keys of a user.
 #[derive(Clone)]
 pub(super) enum Signer {
     /// The user itself, with this key.
@@ -119,13 +129,7 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         self.open = None;
-        let defer = |reason, wait: Duration| {
-            let now = client.skew().theirs(ctx.clock.now());
-            Stop(Outcome {
-                not_before: Some(later(now, wait)),
-                ..Outcome::deferred(reason)
-            })
-        };
+        let defer = |reason, wait| Stop::deferred(reason, later(client.skew().theirs(ctx.clock.now()), wait));
         let claimed = ctx.requests.claim(self.id);
         claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
         let permit = client.limits().breaker().admit(self.id).map_err(|open| {
@@ -180,7 +184,7 @@ impl<'a> Session<'a> {
         self.open = None;
         let managed = ledger.managed.as_ref().ok_or(Reason::Internal)?;
         let admin = self.administrator(instance).await?;
-        // Whoever may see the user may also see its keys.
+        // An administrator that may see the user may also see its keys.
         self.leading(confirm(&admin, user_id, managed, now)).await?;
         let Admin { client, token, .. } = admin;
         self.open = Some(Open {
@@ -196,13 +200,8 @@ impl<'a> Session<'a> {
     /// cost the server more.
     pub(super) async fn administrator(&self, instance: &Arc<ZitadelInstance>) -> Result<Admin, Stop> {
         let ctx = self.ctx;
-        let defer = |reason, wait: Duration| {
-            let now = ctx.connections.skew(&instance.name_any()).theirs(ctx.clock.now());
-            Stop(Outcome {
-                not_before: Some(later(now, wait)),
-                ..Outcome::deferred(reason)
-            })
-        };
+        let now = ctx.connections.skew(&instance.name_any()).theirs(ctx.clock.now());
+        let defer = |reason, wait| Stop::deferred(reason, later(now, wait));
         let opened = ctx.connections.opened(&instance.name_any());
         if opened.is_some_and(|client| client.limits().breaker().is_open()) {
             return Err(defer(Reason::InstanceUnreachable, WHILE_OPEN));
@@ -213,8 +212,11 @@ impl<'a> Session<'a> {
         self.leading(Admin::of(ctx, instance)).await
     }
 
-    /// Waits for requests of the administrator, as long as this process is the leader.
-    pub(super) async fn leading<T>(&self, requests: impl Future<Output = Result<T, Refused>>) -> Result<T, Stop> {
+    /// Waits for requests, as long as this process is the leader.
+    pub(super) async fn leading<T, E>(&self, requests: impl Future<Output = Result<T, E>>) -> Result<T, Stop>
+    where
+        Stop: From<E>,
+    {
         match self.ctx.writer.leadership().while_leading(requests).await {
             Ok(answer) => Ok(answer?),
             Err(_) => Err(Reason::NotLeading.into()),
@@ -224,9 +226,7 @@ impl<'a> Session<'a> {
     /// All keys of the user. The list counts only if it has the key of the session: otherwise it may be cut short.
     pub(super) async fn list(&self) -> Result<Vec<ListedKey>, Stop> {
         let open = self.begin()?;
-        let listed = self
-            .while_leading(open.client.list_keys(&open.token, &open.user_id))
-            .await?;
+        let listed = self.leading(open.client.list_keys(&open.token, &open.user_id)).await?;
         let has_signer = |id: &String| listed.iter().any(|key| key.key_id == *id);
         if open.key_id.as_ref().is_none_or(has_signer) {
             Ok(listed)
@@ -239,21 +239,21 @@ impl<'a> Session<'a> {
     pub(super) async fn add(&self, public: &str, expires: Timestamp) -> Result<String, Stop> {
         let open = self.begin()?;
         let added = open.client.add_key(&open.token, &open.user_id, public, expires);
-        self.while_leading(added).await
+        self.leading(added).await
     }
 
     /// Removes a key.
     pub(super) async fn remove(&self, key_id: &str) -> Result<(), Stop> {
         let open = self.begin()?;
         let removed = open.client.remove_key(&open.token, &open.user_id, key_id);
-        self.while_leading(removed).await
+        self.leading(removed).await
     }
 
     /// The number of the user's personal access tokens.
     pub(super) async fn count_personal_tokens(&self) -> Result<usize, Stop> {
         let open = self.begin()?;
         let counted = open.client.count_personal_tokens(&open.token, &open.user_id);
-        self.while_leading(counted).await
+        self.leading(counted).await
     }
 
     fn begin(&self) -> Result<&Open, Stop> {
@@ -268,13 +268,6 @@ impl<'a> Session<'a> {
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         Ok(())
-    }
-
-    async fn while_leading<T>(&self, request: impl Future<Output = Result<T, APIError>>) -> Result<T, Stop> {
-        match self.ctx.writer.leadership().while_leading(request).await {
-            Ok(answer) => Ok(answer?),
-            Err(_) => Err(Reason::NotLeading.into()),
-        }
     }
 }
 

@@ -10,11 +10,11 @@ use crate::api::metadata::METADATA_OWNER;
 use crate::controller::instance::admin::{Admin, Refused};
 use crate::controller::service_user::act::is_current;
 use crate::controller::service_user::key_session::Stop;
-use crate::controller::service_user::rotate::Rotation;
+use crate::controller::service_user::rotate::{Rotation, random};
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{Ledger, Managed};
-use crate::domain::key_rotation::Outcome;
-use crate::domain::managed_user::{self, Desired, default_username};
+use crate::domain::key_rotation::{self, Outcome};
+use crate::domain::managed_user::{Desired, default_username};
 use crate::domain::reason::Reason;
 use crate::domain::user::User;
 use crate::domain::validate;
@@ -199,7 +199,7 @@ pub(super) async fn confirm(admin: &Admin, user_id: &str, managed: &Managed, now
 
 /// While ZITADEL may not show a new user yet, the operator asks again within seconds.
 fn lagging(managed: &Managed, now: Timestamp) -> Option<Refused> {
-    managed_user::lags_until(managed, now).map(|_| Reason::UserNotReady.into())
+    key_rotation::lags_until(managed.since, now).map(|_| Reason::UserNotReady.into())
 }
 
 /// Creates the user that the ledger names.
@@ -264,7 +264,5 @@ async fn delete(admin: &Admin, user_id: &str, managed: &Managed, now: Timestamp)
 
 /// An id for a user, in the form of ZITADEL's own ids.
 fn random_id() -> Option<String> {
-    let mut bytes = [0; 8];
-    aws_lc_rs::rand::fill(&mut bytes).ok()?;
-    Some(format!("{:018}", u64::from_be_bytes(bytes) % 1_000_000_000_000_000_000))
+    Some(format!("{:018}", random()? % 1_000_000_000_000_000_000))
 }

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kube::ResourceExt;
 
@@ -144,11 +143,10 @@ impl Rotation<'_> {
         };
         let now = self.now(instance);
         let pending = ledger.pending.as_ref().filter(|pending| pending.key_id.is_none());
-        if let Some(at) = pending.and_then(|pending| key_rotation::lags_until(pending, now))
+        if let Some(at) = pending.and_then(|pending| key_rotation::lags_until(pending.since, now))
             && ledger.find_pending(&listed).is_none()
         {
-            let wait = Duration::try_from(at.duration_since(now)).unwrap_or_default();
-            return Err(self.deferred(instance, wait));
+            return Err(Stop::deferred(Reason::KeyRotationInProgress, at));
         }
         let mut own: BTreeSet<&str> = ledger.unremoved_key_ids().collect();
         own.extend(listed.iter().filter(|key| ledger.is_own(key)).map(|key| &*key.key_id));

@@ -280,7 +280,7 @@ impl<'a> Rotation<'a> {
             // Another key of a person, or the same one again: what it began is replaced only from now on.
             ledger.adopt(key);
         }
-        let microseconds = random_microseconds().ok_or(Reason::Internal)?;
+        let microseconds = random().ok_or(Reason::Internal)?;
         let expires = marked_expiry(now, schedule.lifetime, microseconds);
         ledger.begin(private.clone(), expires, request, now);
         let stored = self.store(ledger).await;
@@ -308,9 +308,8 @@ impl<'a> Rotation<'a> {
             if let Some(found) = ledger.find_pending(&listed) {
                 return self.registered(ledger, found, now).await;
             }
-            if let Some(at) = key_rotation::lags_until(&pending, now) {
-                let wait = Duration::try_from(at.duration_since(now)).unwrap_or_default();
-                return Err(self.deferred(instance, wait));
+            if let Some(at) = key_rotation::lags_until(pending.since, now) {
+                return Err(Stop::deferred(Reason::KeyRotationInProgress, at));
             }
             if key_rotation::is_hopeless(&pending, schedule, now) {
                 ledger.drop_pending();
@@ -348,7 +347,7 @@ impl<'a> Rotation<'a> {
             }
             Err(Stop(outcome)) if outcome.reason == Reason::KeyRejected => {
                 let now = self.now(instance);
-                if key_rotation::lags_until(&pending, now).is_some() {
+                if key_rotation::lags_until(pending.since, now).is_some() {
                     return Err(Reason::KeyRotationInProgress.into());
                 }
                 if key_rotation::is_hopeless(&pending, schedule, now) {
@@ -512,10 +511,7 @@ impl<'a> Rotation<'a> {
 
     /// The rotation continues later.
     pub(super) fn deferred(&self, instance: &ZitadelInstance, wait: Duration) -> Stop {
-        Stop(Outcome {
-            not_before: Some(later(self.now(instance), wait)),
-            ..Outcome::deferred(Reason::KeyRotationInProgress)
-        })
+        Stop::deferred(Reason::KeyRotationInProgress, later(self.now(instance), wait))
     }
 }
 
@@ -527,8 +523,9 @@ fn reference(name: &str, stored: &StoredLedger) -> SecretRef {
     }
 }
 
-fn random_microseconds() -> Option<u32> {
-    let mut bytes = [0; 4];
+/// A random number. `None` without a source of randomness.
+pub(super) fn random() -> Option<u64> {
+    let mut bytes = [0; 8];
     aws_lc_rs::rand::fill(&mut bytes).ok()?;
-    Some(u32::from_be_bytes(bytes) % 1_000_000)
+    Some(u64::from_be_bytes(bytes))
 }

@@ -152,15 +152,8 @@ async fn exercise_all_permissions(world: &World, home: &str) {
             condition(user, "KeyRotated").is_some_and(|(status, _, _)| status == "True")
         })
         .await;
-    world
-        .users()
-        .delete("rotated", &DeleteParams::default())
-        .await
-        .expect("accepted");
-    eventually("the object is gone", async || {
-        world.users().get_opt("rotated").await.expect("readable").is_none()
-    })
-    .await;
+    world.delete("rotated").await;
+    world.user_gone("rotated").await;
 }
 
 // Places, as docs/install.md names them. All other permissions are cluster-wide.
