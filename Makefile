@@ -24,7 +24,7 @@ FUZZ_SECONDS ?= 10
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: ## Demo on this machine: a real API server, one token, one refresh
+demo: ## Demo on this machine: a real API server, one token, one refresh, one user that calls the ZITADEL API
 	@echo "==> testbed (the first time it builds a Kubernetes control plane: about 10 minutes)"
 	@tests/testbed/build $(SERVERS) >/dev/null
 	@echo "==> operator"

@@ -5,7 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::api::rules::{ID_PATTERN, USERNAME_PATTERN_PATTERN};
+use crate::api::rules::{ID_PATTERN, ROLE_LEVEL, ROLE_PATTERN, USERNAME_PATTERN_PATTERN};
 use crate::api::service_user::InstanceRef;
 
 /// Allows the selected namespaces to have tokens for the listed audiences of one instance.
@@ -70,6 +70,58 @@ pub struct ZitadelAccessPolicySpec {
     /// Service users that the operator may create for the selected namespaces. If absent, the policy allows none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users: Option<Users>,
+
+    /// Manager roles that service users in the selected namespaces may have. If absent, the policy allows none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub manager_roles: Vec<AllowedRoles>,
+}
+
+/// Manager roles that a policy allows, and where. Roles and IDs are listed one by one: there is no wildcard.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("(has(self.instance) ? 1 : 0) + (has(self.organizationIDs) ? 1 : 0) + (has(self.projectIDs) ? 1 : 0) == 1")
+        .message("spec.managerRoles[]: set exactly one of instance: true, organizationIDs and projectIDs"),
+    validation = Rule::new("!has(self.grantedOrganizationIDs) || has(self.projectIDs)")
+        .message("spec.managerRoles[].grantedOrganizationIDs: also set projectIDs, the projects that are granted to these organizations"),
+    validation = Rule::new("self.roles.all(r, has(self.instance) ? r.startsWith('IAM_') : has(self.organizationIDs) ? r.startsWith('ORG_') : has(self.grantedOrganizationIDs) ? r.startsWith('PROJECT_GRANT_') : r.startsWith('PROJECT_') && !r.startsWith('PROJECT_GRANT_'))")
+        .message(format!("spec.managerRoles[].roles: {ROLE_LEVEL}").as_str())
+)]
+pub struct AllowedRoles {
+    /// Names of the roles.
+    #[schemars(length(min = 1, max = 32), inner(length(max = 64), regex(pattern = ROLE_PATTERN)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub roles: Vec<String>,
+
+    /// If true, the roles may be granted for the whole instance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self").message("spec.managerRoles[].instance: set it to true, or leave it out"))]
+    pub instance: Option<bool>,
+
+    /// Organizations that the roles may be granted for.
+    #[serde(default, rename = "organizationIDs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 256), inner(length(max = 64), regex(pattern = ID_PATTERN)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub organization_ids: Vec<String>,
+
+    /// Projects that the roles may be granted for. With grantedOrganizationIDs: the roles may be granted for the grants
+    /// of these projects to those organizations.
+    #[serde(default, rename = "projectIDs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 256), inner(length(max = 64), regex(pattern = ID_PATTERN)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub project_ids: Vec<String>,
+
+    /// Organizations that the projects are granted to.
+    #[serde(default, rename = "grantedOrganizationIDs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 256), inner(length(max = 64), regex(pattern = ID_PATTERN)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub granted_organization_ids: Vec<String>,
+
+    /// Also allows `ORG_OWNER`, `ORG_USER_MANAGER` and the roles whose names end in `_IMPERSONATOR` in an organization
+    /// that a user with roles of the instance belongs to. Their holders can act as that user. Default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_privileged: Option<bool>,
 }
 
 /// Service users that a policy allows the operator to create.

@@ -63,12 +63,14 @@ pub struct ZitadelInstanceSpec {
     #[schemars(length(max = 64), regex(pattern = ID_PATTERN))]
     pub zitadel_project_id: Option<String>,
 
-    /// The credential that the operator creates service users with. Needed only for `spec.user` of a `ZitadelServiceUser`.
+    /// The credential that the operator creates service users and grants manager roles with. Needed only for `spec.user`
+    /// and `spec.managerRoles` of a `ZitadelServiceUser`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin_credential: Option<AdminCredential>,
 
-    /// If true, the operator requests no token from this server, rotates no key, and changes no Secret of its service
-    /// users, for example during an incident. The deletion of service users goes on. Default false.
+    /// If true, the operator requests no token from this server, rotates no key, grants and revokes no roles, and changes
+    /// no Secret of its service users, for example during an incident. The deletion of service users goes on. Default
+    /// false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,
 }
@@ -79,7 +81,8 @@ pub struct ZitadelInstanceSpec {
 pub struct AdminCredential {
     /// The Secret in the operator's namespace that holds a key file (JSON) or a personal access token. Its annotations
     /// `zitadel-tokens.dev/instance` and `zitadel-tokens.dev/send-to` must name this instance and where its requests go (the
-    /// issuer, or `<endpoint> for <issuer>`, then ` as <tlsServerName>` and ` via <proxy>` if set), so that nobody can send the credential elsewhere by editing this object.
+    /// issuer, or `<endpoint> for <issuer>`, then ` as <tlsServerName>` and ` via <proxy>` if set), so that nobody can send
+    /// the credential elsewhere by editing this object.
     pub secret_ref: CredentialRef,
 }
 

@@ -22,8 +22,8 @@ pub const ANNOTATION_RENEW_REQUEST: &str = "zitadel-tokens.dev/renew-request";
 /// Annotation of a `ZitadelServiceUser`: an opaque value. A new value requests a rotation of the key.
 pub const ANNOTATION_ROTATE_REQUEST: &str = "zitadel-tokens.dev/rotate-request";
 
-/// Annotation of a `ZitadelServiceUser`: its UID. The operator then gives up the keys that it made for the object, and
-/// leaves them at ZITADEL.
+/// Annotation of a `ZitadelServiceUser`: its UID. The operator then gives up the keys, the user and the roles that it made
+/// for the object, and leaves them at ZITADEL.
 pub const ANNOTATION_ABANDON: &str = "zitadel-tokens.dev/abandon";
 
 /// Annotation of the Secret with an admin credential: the name of the `ZitadelInstance` that may use it.
@@ -43,6 +43,15 @@ pub const LABEL_KEY_LEDGER: &str = "zitadel-tokens.dev/key-ledger";
 
 /// Prefix of the name of a key ledger, before the UID of its `ZitadelServiceUser`.
 pub const KEY_LEDGER_PREFIX: &str = "service-user-key-";
+
+/// Finalizer of a `ZitadelServiceUser` for which the operator has granted manager roles.
+pub const ROLES_FINALIZER: &str = "zitadel-tokens.dev/manager-roles";
+
+/// Label of a role ledger. The value is the UID of its `ZitadelServiceUser`.
+pub const LABEL_ROLE_LEDGER: &str = "zitadel-tokens.dev/role-ledger";
+
+/// Prefix of the name of a role ledger, before the UID of its `ZitadelServiceUser`.
+pub const ROLE_LEDGER_PREFIX: &str = "service-user-roles-";
 
 /// Annotation of an existing Secret: the name of the `ZitadelServiceUser` that may adopt it.
 pub const ANNOTATION_ADOPT: &str = "zitadel-tokens.dev/adopt";

@@ -43,6 +43,30 @@ pub const MAX_USERNAME: usize = 200;
 /// Message: both or none of the two sources of a key.
 pub const KEY_OR_USER: &str = "set exactly one of keySecretRef and user";
 
+/// Message: a name for a user that has one.
+pub const NAME_OF_EXISTING: &str = "cannot be combined with existingUserID, because that user has a username";
+
+/// A manager role of ZITADEL.
+pub const ROLE_PATTERN: &str = "^(IAM|ORG|PROJECT)_[A-Z0-9_]{1,60}$";
+
+/// Most entries with manager roles of an object.
+pub const MAX_MANAGER_ROLES: usize = 16;
+
+/// Most roles of such an entry.
+pub const MAX_ROLES: usize = 16;
+
+/// Message: a scope of manager roles that is not exactly one.
+pub const ROLE_SCOPE: &str = "set exactly one of instance: true, organizationID and projectID";
+
+/// Message: a project grant without its project.
+pub const GRANT_WITHOUT_PROJECT: &str = "also set projectID, the project that is granted to this organization";
+
+/// Message: a role of another level.
+pub const ROLE_LEVEL: &str = "roles of the instance begin with IAM_, of an organization with ORG_, of a project with PROJECT_, of a project grant with PROJECT_GRANT_";
+
+/// Message: two entries with one scope.
+pub const ROLE_SCOPE_TWICE: &str = "list each instance, organization, project and project grant only once";
+
 /// Scheme, lowercase host, and an optional port up to 65535.
 pub const ORIGIN_PATTERN: &str = r"^https?://[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
 

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::metadata::{GROUP, LABEL_MANAGED_BY};
 use crate::api::rules::{
-    self, DURATION_PATTERN, ID_PATTERN, MAX_TEXT, NAME_PATTERN, SCOPE_PATTERN, TOKEN_NAME_PATTERN, USERNAME_PATTERN,
+    self, DURATION_PATTERN, ID_PATTERN, MAX_TEXT, NAME_PATTERN, ROLE_PATTERN, SCOPE_PATTERN, TOKEN_NAME_PATTERN,
+    USERNAME_PATTERN,
 };
 
 /// Condition: every token Secret holds a valid token for the current spec.
@@ -27,6 +28,10 @@ pub const KEY_ROTATED: &str = "KeyRotated";
 
 /// Condition: the service user exists in ZITADEL as `spec.user` describes it. Absent without `spec.user`.
 pub const USER_READY: &str = "UserReady";
+
+/// Condition: the user has the roles in `spec.managerRoles` in ZITADEL. Absent if the spec has none and the operator
+/// granted none.
+pub const MANAGER_ROLES_GRANTED: &str = "ManagerRolesGranted";
 
 /// Condition: between the last two counts, the number of keys and personal access tokens of the user that the operator
 /// did not make has grown.
@@ -84,7 +89,7 @@ pub struct ZitadelServiceUserSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_secret_ref: Option<KeySecretRef>,
 
-    /// Has the operator create the service user in ZITADEL, and make, rotate and keep its keys. Needs `spec.adminCredential`
+    /// Has the operator create the service user in ZITADEL or take it over, and make, rotate and keep its keys. Needs `spec.adminCredential`
     /// of the `ZitadelInstance`, an operator with `--cluster-name`, and a `ZitadelAccessPolicy` that allows users in the
     /// organization. Cannot be added or removed later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -95,13 +100,22 @@ pub struct ZitadelServiceUserSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_rotation: Option<KeyRotation>,
 
-    /// What happens at ZITADEL to what the operator made when this object is deleted. `Delete` (the default) deletes the
-    /// user in `spec.user`, or removes the keys. `Orphan` leaves the user, and the keys until they expire.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub deletion_policy: Option<KeyDeletionPolicy>,
+    /// Manager roles of the user, which let it use ZITADEL's own API. Needs `spec.adminCredential` of the
+    /// `ZitadelInstance`, and a `ZitadelAccessPolicy` that allows each role. A role that a person removes in ZITADEL is
+    /// granted again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(validation = scopes_once())]
+    pub manager_roles: Vec<ManagerRole>,
 
-    /// If true, the operator changes no Secret of this object, requests no tokens and rotates no key. A deletion still
-    /// removes the operator's keys. Default false.
+    /// What happens at ZITADEL to what the operator made when this object is deleted. `Delete` (the default) revokes the
+    /// roles in `spec.managerRoles`, and deletes the user in `spec.user` that the operator created or removes the keys.
+    /// `Orphan` leaves the roles and the user, and the keys until they expire.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion_policy: Option<UserDeletionPolicy>,
+
+    /// If true, the operator changes no Secret of this object, requests no tokens, rotates no key, and neither grants nor
+    /// revokes roles. A deletion still removes what the operator made at ZITADEL. Default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,
 
@@ -133,10 +147,15 @@ pub struct KeySecretRef {
     pub key: Option<String>,
 }
 
-/// A service user that the operator creates in ZITADEL. A user that exists already is never taken over.
+/// A service user that the operator creates in ZITADEL. A user that exists already is taken over only if
+/// `existingUserID` and the user's own metadata ask for it.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
+    validation = Rule::new("has(self.existingUserID) == has(oldSelf.existingUserID) && (!has(self.existingUserID) || self.existingUserID == oldSelf.existingUserID)")
+        .message("spec.user.existingUserID is immutable; create another object"),
+    validation = Rule::new("!(has(self.existingUserID) && has(self.username))")
+        .message(at("spec.user.username", rules::NAME_OF_EXISTING).as_str()),
     validation = Rule::new("has(self.username) == has(oldSelf.username) && (!has(self.username) || self.username == oldSelf.username)")
         .message("spec.user.username is immutable; create another object")
 )]
@@ -153,6 +172,14 @@ pub struct ManagedUser {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 200), regex(pattern = USERNAME_PATTERN))]
     pub username: Option<String>,
+
+    /// ID of a service user that the operator takes over instead of creating one. An administrator must have set the
+    /// metadata `zitadel-tokens.dev/owner` of this user to `<cluster>/<namespace>/<name>` of this object, and a
+    /// `ZitadelAccessPolicy` must allow its username. Humans, the administrator and users with roles of the instance are
+    /// refused. The operator never deletes this user, and changes only the fields that are set here. Immutable.
+    #[serde(default, rename = "existingUserID", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = ID_PATTERN))]
+    pub existing_user_id: Option<String>,
 
     /// Display name. Default: the username.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -177,6 +204,58 @@ pub enum AccessTokenType {
     Jwt,
     /// Tokens that an API verifies by asking ZITADEL.
     Opaque,
+}
+
+/// Manager roles of the user for one instance, organization, project or project grant.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("(has(self.instance) ? 1 : 0) + (has(self.organizationID) ? 1 : 0) + (has(self.projectID) ? 1 : 0) == 1")
+        .message(at("spec.managerRoles[]", rules::ROLE_SCOPE).as_str()),
+    validation = Rule::new("!has(self.grantedOrganizationID) || has(self.projectID)")
+        .message(at("spec.managerRoles[].grantedOrganizationID", rules::GRANT_WITHOUT_PROJECT).as_str()),
+    validation = Rule::new("self.roles.all(r, has(self.instance) ? r.startsWith('IAM_') : has(self.organizationID) ? r.startsWith('ORG_') : has(self.grantedOrganizationID) ? r.startsWith('PROJECT_GRANT_') : r.startsWith('PROJECT_') && !r.startsWith('PROJECT_GRANT_'))")
+        .message(at("spec.managerRoles[].roles", rules::ROLE_LEVEL).as_str())
+)]
+pub struct ManagerRole {
+    /// If true, the roles are for the whole instance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self").message(at("spec.managerRoles[].instance", rules::ROLE_SCOPE).as_str()))]
+    pub instance: Option<bool>,
+
+    /// The organization that the roles are for.
+    #[serde(default, rename = "organizationID", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = ID_PATTERN))]
+    pub organization_id: Option<String>,
+
+    /// The project that the roles are for.
+    #[serde(default, rename = "projectID", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = ID_PATTERN))]
+    pub project_id: Option<String>,
+
+    /// With projectID: the roles are for the grant of the project to this organization.
+    #[serde(default, rename = "grantedOrganizationID", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = ID_PATTERN))]
+    pub granted_organization_id: Option<String>,
+
+    /// Names of the roles, such as `ORG_OWNER`.
+    #[schemars(length(min = 1, max = 16), inner(length(max = 64), regex(pattern = ROLE_PATTERN)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub roles: Vec<String>,
+
+    /// See [`RoleMode`], whose text the schema shows here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<RoleMode>,
+}
+
+/// What happens to roles that the user has here and that the spec does not list. `Merge` (the default) leaves those that
+/// the operator did not grant. `Exclusive` removes all of them.
+#[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RoleMode {
+    /// The operator removes only what it granted.
+    Merge,
+    /// The operator removes every other role.
+    Exclusive,
 }
 
 /// The schedule of key rotations.
@@ -215,12 +294,12 @@ pub struct KeyRotation {
     pub delete_bootstrap_key: Option<bool>,
 }
 
-/// What happens at ZITADEL to the keys that the operator made when their object is deleted.
+/// What happens at ZITADEL to what the operator made when the object is deleted.
 #[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyDeletionPolicy {
-    /// The operator removes the keys before the object disappears.
+pub enum UserDeletionPolicy {
+    /// The operator removes it before the object disappears.
     Delete,
-    /// The keys stay until they expire.
+    /// Roles and users stay, and keys until they expire.
     Orphan,
 }
 
@@ -342,6 +421,18 @@ pub enum DeletionPolicy {
     Retain,
 }
 
+/// The rule that each scope has one entry. It compares fields directly, because the API server takes values of unknown
+/// size for too expensive.
+fn scopes_once() -> kube::core::cel::Rule {
+    let same = |field: &str| format!("has(a.{field}) && has(b.{field}) && a.{field} == b.{field}");
+    let (organization, project) = (same("organizationID"), same("projectID"));
+    let grant = "has(a.grantedOrganizationID) == has(b.grantedOrganizationID) && (!has(a.grantedOrganizationID) || a.grantedOrganizationID == b.grantedOrganizationID)";
+    kube::core::cel::Rule::new(format!(
+        "self.all(a, self.exists_one(b, has(a.instance) && has(b.instance) || {organization} || {project} && {grant}))"
+    ))
+    .message(at("spec.managerRoles", rules::ROLE_SCOPE_TWICE).as_str())
+}
+
 /// The rule that limits the size of the map `field` of all tokens together.
 fn at_most(field: &str) -> kube::core::cel::Rule {
     let map = format!("t.secret.{field}");
@@ -432,7 +523,8 @@ pub struct ZitadelServiceUserStatus {
     /// `Ready`: every Secret holds a valid token for the spec, and the operator refuses no token because of, for
     /// example, its spec, instance, access policies or key file; docs/tokens.md lists all causes. `UpToDate`:
     /// the latest attempt to refresh every token succeeded. `KeyValid`: the key is usable. `KeyRotated`: the operator
-    /// rotates the key on schedule. `ForeignCredentials`: the user got keys or personal access tokens from elsewhere.
+    /// rotates the key on schedule. `UserReady`: the user in `spec.user` exists. `ManagerRolesGranted`: the user has the
+    /// roles in `spec.managerRoles`. `ForeignCredentials`: the user got keys or personal access tokens from elsewhere.
     /// `Reconciling` and `Stalled` follow kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::api::ZitadelInstance;
 use crate::api::access_policy::ZitadelAccessPolicySpec;
-use crate::domain::access::{AllowedAudiences, selects};
+use crate::domain::access::{Allowed, selects};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::SecretRef;
 use crate::domain::reason::Reason;
@@ -140,14 +140,14 @@ impl Cache {
 
     /// The audiences that the access policies of `instance` allow `namespace`. An error if the labels of the namespace
     /// are not known.
-    pub fn allowed_audiences(&self, instance: &str, namespace: &str) -> Result<AllowedAudiences, Reason> {
+    pub fn allowed(&self, instance: &str, namespace: &str) -> Result<Allowed, Reason> {
         let known = self.read();
         let namespace = known.namespaces.get(&ObjectRef::new("", namespace));
         let labels = namespace.ok_or(Reason::NamespaceMissing)?.labels.as_deref();
         let labels = labels.ok_or(Reason::NamespaceLabelsTooLarge)?;
         let policies = known.policies.values().map(Arc::as_ref);
         let policies = policies.filter(|policy| policy.instance_ref.name == instance);
-        Ok(AllowedAudiences::of(policies, labels))
+        Ok(Allowed::of(policies, labels))
     }
 
     /// Whether a namespace is being deleted.
@@ -668,8 +668,8 @@ mod tests {
         };
         let apply = |policy| cache.policy_applied(&id("", "p"), policy);
         let allows = |namespace| {
-            let allowed = cache.allowed_audiences("main", namespace).expect("labels");
-            allowed != AllowedAudiences::default()
+            let allowed = cache.allowed("main", namespace).expect("labels");
+            allowed != Allowed::default()
         };
         assert!(!allows("shop"));
         assert_eq!(apply(Some(policy("shop", "1"))), [id("shop", "main")]);
@@ -683,6 +683,6 @@ mod tests {
         assert_eq!(apply(None), [id("bank", "main")], "a policy that cannot be decoded");
         assert!(!allows("bank"));
         assert_eq!(apply(None), []);
-        assert_eq!(cache.allowed_audiences("main", "gone"), Err(Reason::NamespaceMissing));
+        assert_eq!(cache.allowed("main", "gone"), Err(Reason::NamespaceMissing));
     }
 }

@@ -17,9 +17,11 @@ pub mod write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use kube::Client;
+use k8s_openapi::jiff::Timestamp;
+use kube::{Client, ResourceExt};
 use tokio::time::Instant;
 
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::key_generator::KeyGenerator;
@@ -27,6 +29,7 @@ use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
 use crate::controller::read::Reader;
 use crate::controller::service_user::{KeyMemory, Memory};
+use crate::controller::triggers::reference;
 use crate::controller::write::Writer;
 use crate::domain::allow_list::AllowList;
 use crate::domain::allowance::Allowances;
@@ -35,6 +38,7 @@ use crate::domain::failure::Failure;
 use crate::domain::limits::Rate;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
+use crate::domain::report::EventDraft;
 use crate::zitadel::{Breaker, Clock, ZitadelClient};
 
 /// What a reconcile needs.
@@ -97,6 +101,19 @@ impl Context {
         for instance in self.connections.instances_sharing(breaker) {
             self.wake_failing_users_of(&instance, Recovery::Breaker);
         }
+    }
+
+    /// The present time by the clock of an instance.
+    #[must_use]
+    pub fn server_time(&self, instance: &ZitadelInstance) -> Timestamp {
+        let skew = self.connections.skew(&instance.name_any());
+        skew.theirs(self.clock.now())
+    }
+
+    /// Says in the log and in an Event what the operator has done for a service user at ZITADEL.
+    pub async fn tell(&self, user: &ZitadelServiceUser, action: &str, event: EventDraft) {
+        tracing::info!(object = %reference(user), reason = %event.reason, "{}", event.text);
+        self.writer.event(user, action, event).await;
     }
 
     /// Whether this operator serves the service users of this instance. A missing instance may belong to another

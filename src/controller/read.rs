@@ -20,7 +20,7 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 
 use crate::api::ZitadelServiceUser;
-use crate::api::metadata::{FINALIZER, GROUP, is_ours};
+use crate::api::metadata::{FINALIZER, GROUP, ROLES_FINALIZER, is_ours};
 use crate::api::service_user::KeySecretRef;
 use crate::controller::guarded::Guarded;
 use crate::domain::key::{self, ServiceKey};
@@ -28,6 +28,8 @@ use crate::domain::key_ledger::{Ledger, StoredLedger};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::{Controller, MAX_BYTES, ObservedSecret, Wanted};
 use crate::domain::reason::Reason;
+use crate::domain::role_ledger::{RoleLedger, StoredRoles};
+use crate::domain::stored::Stored;
 use crate::domain::summary::MAX_TOKENS;
 
 /// Longest time of one read.
@@ -44,6 +46,9 @@ const MOST_ENTRIES: usize = 64;
 
 /// Largest certificate bundle in a Secret, in bytes. The schema allows the same for `caBundle`.
 const MAX_CERTIFICATES: usize = 128 * 1024;
+
+/// Reads a ledger from the data of its Secret.
+type ParseLedger<L> = fn(&BTreeMap<String, SecretSlice<u8>>) -> Result<L, Reason>;
 
 /// Reads objects from the API server.
 pub struct Reader {
@@ -139,7 +144,28 @@ impl Reader {
         namespace: &str,
         name: &str,
     ) -> Result<Result<Option<StoredLedger>, Reason>, ReadError> {
-        match self.get::<Secret, _>(namespace, name, stored_ledger).await? {
+        self.ledger(namespace, name, Ledger::has_entry, Ledger::parse).await
+    }
+
+    /// Reads the role ledger with this name.
+    pub async fn role_ledger(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Result<Option<StoredRoles>, Reason>, ReadError> {
+        self.ledger(namespace, name, RoleLedger::has_entry, RoleLedger::parse)
+            .await
+    }
+
+    async fn ledger<L>(
+        &self,
+        namespace: &str,
+        name: &str,
+        has_entry: fn(&str) -> bool,
+        parse: ParseLedger<L>,
+    ) -> Result<Result<Option<Stored<L>>, Reason>, ReadError> {
+        let read = self.get::<Secret, _>(namespace, name, |text| stored(text, has_entry, parse));
+        match read.await? {
             Some(Some(stored)) => Ok(stored.map(Some)),
             Some(None) => Err(ReadError::Unavailable),
             None => Ok(Ok(None)),
@@ -242,9 +268,11 @@ fn needed(metadata: ObjectMeta) -> ObjectMeta {
         annotations.retain(|key, _| is_ours(key));
         annotations
     });
-    // Only the place of the operator's finalizer matters.
+    // Only the places of the operator's finalizers matter.
     let finalizers = metadata.finalizers.map(|mut finalizers| {
-        let others = finalizers.iter_mut().filter(|finalizer| *finalizer != FINALIZER);
+        let others = finalizers
+            .iter_mut()
+            .filter(|finalizer| ![FINALIZER, ROLES_FINALIZER].contains(&finalizer.as_str()));
         others.for_each(|other| *other = String::new());
         finalizers
     });
@@ -355,16 +383,16 @@ pub fn service_key(text: &str, entry: Option<&str>) -> Option<Result<ServiceKey,
     Some(key::from_secret(Some(&labels), &data.collect(), entry))
 }
 
-/// Reads a key ledger from the JSON of a Secret. `None` if the text is not a Secret.
-fn stored_ledger(text: &str) -> Option<Result<StoredLedger, Reason>> {
+/// Reads a ledger from the JSON of a Secret. `None` if the text is not a Secret.
+fn stored<L>(text: &str, has_entry: fn(&str) -> bool, parse: ParseLedger<L>) -> Option<Result<Stored<L>, Reason>> {
     let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
-    let data = pick(secret.data, usize::MAX, Ledger::has_entry);
+    let data = pick(secret.data, usize::MAX, has_entry);
     let data = data
         .into_iter()
         .filter_map(|(entry, raw)| Some((entry, decoded(raw, key::MAX_BYTES)?)));
     let (uid, resource_version) = (secret.metadata.uid?, secret.metadata.resource_version?);
-    let ledger = Ledger::parse(&data.collect());
-    Some(ledger.map(|ledger| StoredLedger {
+    let ledger = parse(&data.collect());
+    Some(ledger.map(|ledger| Stored {
         ledger,
         uid,
         resource_version,

@@ -11,7 +11,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
-use crate::api::metadata::KEY_LEDGER_PREFIX;
+use crate::api::metadata::{KEY_LEDGER_PREFIX, ROLE_LEDGER_PREFIX};
 use crate::api::{ZitadelAccessPolicy, ZitadelInstance};
 use crate::controller::cache::{Applied, Cache, Kind, KnownNamespace, SecretSummary};
 use crate::controller::guarded::Guarded;
@@ -303,7 +303,10 @@ impl Triggers {
 
     fn credential_may_have_changed(&self, secret: &ObjectRef, version: &str) {
         // A ledger is no credential, whatever an instance names.
-        if self.home.as_deref() != Some(&*secret.namespace) || secret.name.starts_with(KEY_LEDGER_PREFIX) {
+        let is_ledger = [KEY_LEDGER_PREFIX, ROLE_LEDGER_PREFIX]
+            .iter()
+            .any(|prefix| secret.name.starts_with(prefix));
+        if self.home.as_deref() != Some(&*secret.namespace) || is_ledger {
             return;
         }
         let instances = self.cache.instances_with_credential(&secret.name);

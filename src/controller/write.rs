@@ -21,12 +21,11 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use crate::api::metadata::{FINALIZER, GROUP, LABEL_KEY_LEDGER, LABEL_MANAGED_BY, MANAGER};
+use crate::api::metadata::{GROUP, LABEL_MANAGED_BY, MANAGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::triggers::reference;
 use crate::controller::watched::WatchedSecret;
 use crate::domain::allowance::Allowances;
-use crate::domain::key_ledger::{Ledger, StoredLedger};
 use crate::domain::limits::Rate;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::{OWNER_KIND, SecretRef, WritePrecondition};
@@ -187,9 +186,13 @@ impl Writer {
         lock(&self.accepts_secrets).remove(namespace);
     }
 
-    /// Writes a key ledger: creates its Secret, or replaces the one that was read. A replacement also drops entries that
-    /// another writer added. Returns the ledger as it is stored now.
-    pub async fn write_ledger(&self, at: &LedgerRef<'_>, ledger: Ledger) -> Result<StoredLedger, WriteError> {
+    /// Writes a ledger: creates its Secret, or replaces the one that was read. A replacement also drops entries that
+    /// another writer added. Returns the UID and the resource version of the Secret.
+    pub async fn write_ledger(
+        &self,
+        at: &LedgerRef<'_>,
+        data: BTreeMap<&'static str, SecretSlice<u8>>,
+    ) -> Result<(String, String), WriteError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Metadata {
@@ -203,7 +206,7 @@ impl Writer {
         let mut secret = json!({
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": {"name": at.name, "labels": {LABEL_MANAGED_BY: MANAGER, LABEL_KEY_LEDGER: at.owner}},
+            "metadata": {"name": at.name, "labels": {LABEL_MANAGED_BY: MANAGER, at.label: at.owner}},
             "type": "Opaque",
         });
         let request = Request::new(Secret::url_path(&(), Some(at.namespace)));
@@ -214,10 +217,7 @@ impl Writer {
             secret["metadata"]["uid"] = uid.as_str().into();
             secret["metadata"]["resourceVersion"] = resource_version.as_str().into();
         }
-        let body = WithData {
-            secret: &secret,
-            data: ledger.data(),
-        };
+        let body = WithData { secret: &secret, data };
         let body = serde_json::to_vec(&body).map_err(|_| WriteError::Unavailable)?;
         let params = PostParams {
             field_manager: Some(MANAGER.into()),
@@ -231,23 +231,24 @@ impl Writer {
         // Request only the metadata, so that the response does not contain the keys.
         request.headers_mut().insert(ACCEPT, METADATA_ONLY);
         let written = self.bounded(self.client.request::<Written>(request)).await?.metadata;
-        Ok(StoredLedger {
-            ledger,
-            uid: written.uid,
-            resource_version: written.resource_version,
-        })
+        Ok((written.uid, written.resource_version))
     }
 
-    /// Adds the operator's finalizer to a service user, or removes it. Returns the new resource version.
-    pub async fn set_finalizer(&self, user: &ZitadelServiceUser, present: bool) -> Result<String, WriteError> {
+    /// Adds a finalizer of the operator to a service user, or removes it. Returns the new resource version.
+    pub async fn set_finalizer(
+        &self,
+        user: &ZitadelServiceUser,
+        ours: &str,
+        present: bool,
+    ) -> Result<String, WriteError> {
         let finalizers = user.finalizers();
-        let place = finalizers.iter().position(|finalizer| finalizer == FINALIZER);
+        let place = finalizers.iter().position(|finalizer| finalizer == ours);
         let change = match (place, present) {
             (Some(place), false) => json!({"op": "remove", "path": format!("/metadata/finalizers/{place}")}),
             (None, true) if finalizers.is_empty() => {
-                json!({"op": "add", "path": "/metadata/finalizers", "value": [FINALIZER]})
+                json!({"op": "add", "path": "/metadata/finalizers", "value": [ours]})
             }
-            (None, true) => json!({"op": "add", "path": "/metadata/finalizers/-", "value": FINALIZER}),
+            (None, true) => json!({"op": "add", "path": "/metadata/finalizers/-", "value": ours}),
             _ => return Ok(user.resource_version().unwrap_or_default()),
         };
         // Another writer must not have moved the finalizers meanwhile.
@@ -262,7 +263,7 @@ impl Writer {
         self.write_object(request).await
     }
 
-    /// Deletes a token Secret or a key ledger, if it still has the observed UID and resource version.
+    /// Deletes a token Secret or a ledger, if it still has the observed UID and resource version.
     pub async fn delete_secret(&self, namespace: &str, secret: &SecretRef) -> Result<(), WriteError> {
         let api: Api<WatchedSecret> = Api::namespaced(self.client.clone(), namespace);
         let params = DeleteParams {
@@ -432,12 +433,12 @@ impl WriteError {
         }
     }
 
-    /// The reason that users see if a key ledger or the finalizer could not be written.
+    /// The reason that users see if a ledger or a finalizer could not be written.
     #[must_use]
-    pub fn reason_for_keys(&self) -> Reason {
+    pub fn reason_for_ledger(&self) -> Reason {
         match self {
             // The operator's namespace does not exist.
-            Self::Refused { .. } | Self::Missing => Reason::KeyLedgerWriteFailed,
+            Self::Refused { .. } | Self::Missing => Reason::LedgerWriteFailed,
             _ => self.reason_for_status(),
         }
     }
@@ -524,12 +525,14 @@ impl<'a> Applied<'a> {
     }
 }
 
-/// Where a key ledger is stored.
+/// Where a ledger is stored.
 pub struct LedgerRef<'a> {
     /// The operator's namespace.
     pub namespace: &'a str,
     /// Name of the Secret.
     pub name: &'a str,
+    /// The label that names the service user.
+    pub label: &'static str,
     /// UID of the service user.
     pub owner: &'a str,
     /// The Secret that the write replaces. `None` to create it.

@@ -1,4 +1,4 @@
-//! Which audiences a namespace may request. ZITADEL does not check whether a service user may request the audience of a
+//! Which audiences, users and manager roles a namespace may request. ZITADEL does not check whether a service user may request the audience of a
 //! project (<https://github.com/zitadel/zitadel/issues/9515>), so this is the only check
 //! (docs/adr/0008-access-policies-are-objects.md).
 
@@ -6,23 +6,36 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
-use crate::api::access_policy::ZitadelAccessPolicySpec;
+use crate::api::access_policy::{AllowedRoles, ZitadelAccessPolicySpec};
 use crate::api::service_user::Token;
+use crate::domain::manager_role::RoleScope;
 use crate::domain::reason::Reason;
 
 /// Entry of `projectIDs` in an access policy that allows every project except that of the ZITADEL API.
 const EVERY_PROJECT: &str = "*";
 
-/// The audiences that the access policies of one instance allow one namespace. By default there are none.
+/// What the access policies of one instance allow one namespace. By default that is nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct AllowedAudiences {
+pub struct Allowed {
     project_ids: BTreeSet<String>,
     zitadel_api: bool,
     /// Organizations in which the operator may create users, each with the usernames allowed besides the default one.
     users: BTreeSet<(String, Option<String>)>,
+    manager_roles: Vec<AllowedRoles>,
 }
 
-impl AllowedAudiences {
+/// Under which condition a manager role is allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RoleAccess {
+    /// Not at all.
+    Denied,
+    /// Unless the role is privileged there.
+    Unprivileged,
+    /// In any case.
+    Always,
+}
+
+impl Allowed {
     /// The union of the `policies` that select a namespace with these `labels`.
     #[must_use]
     pub fn of<'a>(
@@ -44,11 +57,12 @@ impl AllowedAudiences {
                     .users
                     .extend(organizations.map(|id| (id, users.username_pattern.clone())));
             }
+            allowed.manager_roles.extend(policy.manager_roles.iter().cloned());
         }
         allowed
     }
 
-    /// Whether the operator may create a user with this name in an organization. The default name needs no pattern.
+    /// Whether the operator may create a user with this name in an organization, or take it over. The default name needs no pattern.
     #[must_use]
     pub fn allows_user(&self, organization_id: &str, username: &str, default: &str) -> bool {
         let mut here = self.users.iter().filter(|(id, _)| id == organization_id);
@@ -58,6 +72,30 @@ impl AllowedAudiences {
                     .as_ref()
                     .is_some_and(|pattern| matches_pattern(pattern, username))
         })
+    }
+
+    /// Whether a user may have this manager role. Nothing matches by a wildcard.
+    #[must_use]
+    pub fn role_access(&self, scope: &RoleScope, role: &str) -> RoleAccess {
+        let is_in = |ids: &[String], id: &String| ids.contains(id);
+        let covers = |entry: &AllowedRoles| match scope {
+            RoleScope::Instance => entry.instance == Some(true),
+            RoleScope::Organization(id) => is_in(&entry.organization_ids, id),
+            RoleScope::Project(id) => entry.granted_organization_ids.is_empty() && is_in(&entry.project_ids, id),
+            RoleScope::ProjectGrant {
+                project_id,
+                organization_id,
+            } => is_in(&entry.granted_organization_ids, organization_id) && is_in(&entry.project_ids, project_id),
+        };
+        let matching = self
+            .manager_roles
+            .iter()
+            .filter(|entry| covers(entry) && entry.roles.iter().any(|allowed| allowed == role));
+        let access = matching.map(|entry| match entry.allow_privileged {
+            Some(true) => RoleAccess::Always,
+            _ => RoleAccess::Unprivileged,
+        });
+        access.max().unwrap_or(RoleAccess::Denied)
     }
 
     /// The audiences of `token` that are not allowed, as the token's spec names them. `zitadel_project_id` is the ID of
@@ -227,7 +265,7 @@ mod tests {
             ("API by id", vec![named(&[], true)], token(&["99"], false), vec![]),
         ];
         for (name, policies, token, denied) in cases {
-            let allowed = AllowedAudiences::of(&policies, &labels());
+            let allowed = Allowed::of(&policies, &labels());
             assert_eq!(allowed.denied(&token, Some("99")), denied, "{name}");
             assert_eq!(allowed.check(&token, Some("99")).is_ok(), denied.is_empty(), "{name}");
         }
@@ -243,7 +281,7 @@ mod tests {
             policy(json!({"organizationIDs": ["1"]})),
             policy(json!({"organizationIDs": ["2"], "usernamePattern": "ci-*-bot"})),
         ];
-        let allowed = AllowedAudiences::of(&policies, &labels());
+        let allowed = Allowed::of(&policies, &labels());
         for (organization, username, expected) in [
             ("1", "c-shop-billing", true),
             ("1", "ci-x-bot", false),
@@ -257,7 +295,7 @@ mod tests {
             let got = allowed.allows_user(organization, username, "c-shop-billing");
             assert_eq!(got, expected, "{organization} {username}");
         }
-        assert!(!AllowedAudiences::default().allows_user("1", "a", "a"));
+        assert!(!Allowed::default().allows_user("1", "a", "a"));
         for (pattern, text, expected) in [
             ("*", "", true),
             ("a*", "a", true),
@@ -307,6 +345,53 @@ mod tests {
         ] {
             let parsed = serde_json::from_value::<LabelSelector>(selector.clone()).expect("a selector");
             assert_eq!(selects(&parsed, &labels()), selected, "{selector}");
+        }
+    }
+
+    #[test]
+    fn roles_are_allowed_one_by_one_in_their_scope() {
+        let policy = |roles: Value| -> ZitadelAccessPolicySpec {
+            serde_json::from_value(json!({
+                "instanceRef": {"name": "main"}, "namespaceSelector": {}, "managerRoles": roles,
+            }))
+            .expect("a policy")
+        };
+        let policies = [
+            policy(json!([
+                {"roles": ["IAM_OWNER_VIEWER"], "instance": true},
+                {"roles": ["ORG_OWNER", "ORG_USER_MANAGER"], "organizationIDs": ["1", "2"]},
+                {"roles": ["PROJECT_OWNER"], "projectIDs": ["5"]},
+                {"roles": ["PROJECT_GRANT_OWNER"], "projectIDs": ["5"], "grantedOrganizationIDs": ["1"]},
+                // The API server refuses these.
+                {"roles": ["*"], "organizationIDs": ["*"]}, {"roles": ["IAM_OWNER"], "instance": false},
+            ])),
+            policy(json!([{"roles": ["ORG_OWNER"], "organizationIDs": ["2"], "allowPrivileged": true}])),
+        ];
+        let allowed = Allowed::of(&policies, &BTreeMap::new());
+        let organization = |id: &str| RoleScope::Organization(id.to_owned());
+        let project = |id: &str| RoleScope::Project(id.to_owned());
+        let grant = |project: &str, organization: &str| RoleScope::ProjectGrant {
+            project_id: project.to_owned(),
+            organization_id: organization.to_owned(),
+        };
+        for (scope, role, access) in [
+            (RoleScope::Instance, "IAM_OWNER_VIEWER", RoleAccess::Unprivileged),
+            (RoleScope::Instance, "IAM_OWNER", RoleAccess::Denied),
+            (organization("1"), "ORG_OWNER", RoleAccess::Unprivileged),
+            (organization("2"), "ORG_OWNER", RoleAccess::Always),
+            (organization("2"), "ORG_USER_MANAGER", RoleAccess::Unprivileged),
+            (organization("3"), "ORG_OWNER", RoleAccess::Denied),
+            (organization("1"), "ORG_OWNER_VIEWER", RoleAccess::Denied),
+            (organization("*"), "ORG_OWNER", RoleAccess::Denied),
+            (project("5"), "PROJECT_OWNER", RoleAccess::Unprivileged),
+            (project("5"), "PROJECT_GRANT_OWNER", RoleAccess::Denied),
+            (project("1"), "PROJECT_OWNER", RoleAccess::Denied),
+            (grant("5", "1"), "PROJECT_GRANT_OWNER", RoleAccess::Unprivileged),
+            (grant("5", "2"), "PROJECT_GRANT_OWNER", RoleAccess::Denied),
+            (grant("6", "1"), "PROJECT_GRANT_OWNER", RoleAccess::Denied),
+            (grant("5", "1"), "PROJECT_OWNER", RoleAccess::Denied),
+        ] {
+            assert_eq!(allowed.role_access(&scope, role), access, "{scope:?} {role}");
         }
     }
 }

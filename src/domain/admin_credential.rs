@@ -79,6 +79,14 @@ pub fn may_manage_users(roles: &[ManagerRoles], organization_id: &str) -> bool {
     })
 }
 
+/// Whether a user with these roles may list the users with roles of the instance. Without that permission, ZITADEL returns
+/// a shorter list instead of an error.
+#[must_use]
+pub fn sees_managers_of_instance(roles: &[ManagerRoles]) -> bool {
+    let mut of_instance = roles.iter().filter(|held| held.scope == RoleScope::Instance);
+    of_instance.any(|held| held.roles.contains("IAM_OWNER") || held.roles.contains("IAM_OWNER_VIEWER"))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;

@@ -10,7 +10,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::api::metadata::{ANNOTATION_RENEW_REQUEST, ANNOTATION_ROTATE_REQUEST};
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
-use crate::domain::access::AllowedAudiences;
+use crate::domain::access::Allowed;
 use crate::domain::allow_list::AllowList;
 use crate::domain::answer::{Format, Minted};
 use crate::domain::clock_skew::Skew;
@@ -22,6 +22,7 @@ use crate::domain::reason::Reason;
 use crate::domain::record::Record;
 use crate::domain::refuser::Refuser;
 use crate::domain::retry::PendingRetries;
+use crate::domain::role_ledger::StoredRoles;
 use crate::domain::schedule::Schedule;
 
 /// Maximum length in bytes of a renew request that the record keeps verbatim: enough for a time, a name or a UUID.
@@ -41,8 +42,8 @@ pub struct Facts {
     pub allowed_metadata: Arc<AllowList>,
     /// Whether the object is in the operator's own namespace.
     pub in_operator_namespace: bool,
-    /// The audiences that access policies allow in its namespace, or why they are unknown.
-    pub allowed_audiences: Result<AllowedAudiences, Reason>,
+    /// What access policies allow in its namespace, or why that is unknown.
+    pub allowed: Result<Allowed, Reason>,
     /// The instance that the spec names, or why it is unavailable.
     pub instance: Result<Arc<ZitadelInstance>, Reason>,
     /// The project id of the ZITADEL API, which replaces the alias `zitadel`, once the server has returned it.
@@ -54,6 +55,8 @@ pub struct Facts {
     pub key: Result<ServiceKey, Reason>,
     /// All keys of the object.
     pub keys: KeyState,
+    /// The role ledger of the object, if the operator has granted roles for it.
+    pub roles: Result<Option<StoredRoles>, Reason>,
     /// The existing Secrets that the spec names, and the leftovers, by name.
     pub secrets: BTreeMap<String, ObservedSecret>,
     /// Tokens that were issued and not yet written, by token name.

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::api::access_policy::ZitadelAccessPolicySpec;
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
-use crate::domain::access::AllowedAudiences;
+use crate::domain::access::Allowed;
 use crate::domain::allow_list::AllowList;
 use crate::domain::answer::Minted;
 use crate::domain::clock_skew::{Sample, Skew};
@@ -100,7 +100,7 @@ pub fn facts(tokens: &[&str]) -> Facts {
         allowed_metadata: Arc::new(allowed_metadata),
         user: Arc::new(serde_json::from_value(user).expect("a service user")),
         in_operator_namespace: false,
-        allowed_audiences: Ok(allowed(&["1", "2"], false)),
+        allowed: Ok(allowed(&["1", "2"], false)),
         instance: Ok(Arc::new(serde_json::from_value(instance).expect("an instance"))),
         zitadel_project_id: None,
         clock: clock(0),
@@ -109,6 +109,7 @@ pub fn facts(tokens: &[&str]) -> Facts {
             bootstrap: Ok(KEY.clone()),
             ledger: Ok(None),
         },
+        roles: Ok(None),
         secrets: BTreeMap::new(),
         unwritten: BTreeMap::new(),
         write_failed: BTreeSet::new(),
@@ -130,11 +131,11 @@ pub fn filled(tokens: &[&str]) -> Facts {
 }
 
 /// The audiences that an access policy with these values allows.
-pub fn allowed(project_ids: &[&str], zitadel_api: bool) -> AllowedAudiences {
+pub fn allowed(project_ids: &[&str], zitadel_api: bool) -> Allowed {
     let policy = json!({"instanceRef": {"name": "main"}, "namespaceSelector": {},
         "audiences": {"projectIDs": project_ids, "zitadelAPI": zitadel_api}});
     let policy: ZitadelAccessPolicySpec = serde_json::from_value(policy).expect("a policy");
-    AllowedAudiences::of([&policy], &BTreeMap::new())
+    Allowed::of([&policy], &BTreeMap::new())
 }
 
 /// Mutable access to the object.

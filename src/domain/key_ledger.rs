@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::key::{self, PrivateKey, ServiceKey};
 use crate::domain::reason::Reason;
+use crate::domain::stored::Stored;
 
 /// The version that the operator writes.
 const VERSION: u32 = 1;
@@ -102,7 +103,7 @@ pub struct BootstrapKey {
     pub removed: bool,
 }
 
-/// A user that the operator created, or is about to create.
+/// A user that the operator created or took over, or is about to.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct Managed {
@@ -112,6 +113,9 @@ pub struct Managed {
     pub username: String,
     /// What its metadata states: cluster, namespace and name of the object.
     pub owner: String,
+    /// Whether the user existed before. The operator never deletes it.
+    #[serde(default)]
+    pub adopted: bool,
     /// Whether ZITADEL has the user and its metadata.
     pub created: bool,
     /// When the user entered its present state.
@@ -171,16 +175,8 @@ pub struct ListedKey {
     pub expires_at: Option<Timestamp>,
 }
 
-/// A ledger in its Secret.
-#[derive(Clone, Debug)]
-pub struct StoredLedger {
-    /// Its content.
-    pub ledger: Ledger,
-    /// UID of the Secret.
-    pub uid: String,
-    /// Resource version of the Secret. Each write names it, so that two processes cannot both take a step.
-    pub resource_version: String,
-}
+/// A key ledger in its Secret.
+pub type StoredLedger = Stored<Ledger>;
 
 fn missing() -> PrivateKey {
     SecretSlice::default()

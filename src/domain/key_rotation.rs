@@ -378,14 +378,14 @@ impl Outcome {
         }
     }
 
-    /// What the queue retries. `None` if nothing failed.
+    /// What the queue retries, under this name. `None` if nothing failed.
     #[must_use]
-    pub fn failed(&self) -> Option<Failed> {
+    pub fn failed(&self, what: &str) -> Option<Failed> {
         (self.reason.retry() != Retry::No && !self.waits).then(|| Failed {
             not_before: self.not_before,
             not_after: self.not_after,
             deferred: self.deferred,
-            ..Failed::now(BACKOFF, self.reason)
+            ..Failed::now(what, self.reason)
         })
     }
 }

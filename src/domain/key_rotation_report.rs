@@ -11,6 +11,7 @@ use crate::api::service_user::{
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{Ledger, ListedKey, OwnKey};
 use crate::domain::key_rotation::{Outcome, Schedule};
+use crate::domain::manager_role::RoleScope;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::retry::Retry;
@@ -73,7 +74,7 @@ pub fn conditions(facts: &Facts, rotation: &Outcome) -> Vec<(&'static str, &'sta
 pub fn is_about_user(reason: Reason) -> bool {
     use Reason::{
         AdminForbidden, ClusterUnnamed, CredentialInvalid, CredentialMissing, CredentialNotBound, CredentialRejected,
-        NotSupportedByServer, UserConflict, UserDenied, UserMissing, UserNotReady, UserRejected,
+        NotSupportedByServer, UserConflict, UserDenied, UserMissing, UserNotAdoptable, UserNotReady, UserRejected,
     };
     matches!(
         reason,
@@ -87,6 +88,7 @@ pub fn is_about_user(reason: Reason) -> bool {
             | UserConflict
             | UserDenied
             | UserMissing
+            | UserNotAdoptable
             | UserNotReady
             | UserRejected
     )
@@ -165,7 +167,12 @@ impl Fate {
 
 /// Why the deletion of an object waits: a merge patch of its status, and the sentence.
 #[must_use]
-pub fn deletion_waits(user: &ZitadelServiceUser, reason: Reason, now: Timestamp) -> (serde_json::Value, String) {
+pub fn deletion_waits(
+    user: &ZitadelServiceUser,
+    reason: Reason,
+    scope: Option<&RoleScope>,
+    now: Timestamp,
+) -> (serde_json::Value, String) {
     let uid = user.metadata.uid.as_deref().unwrap_or_default();
     let why = match reason {
         Reason::KeyRejected => {
@@ -174,8 +181,9 @@ pub fn deletion_waits(user: &ZitadelServiceUser, reason: Reason, now: Timestamp)
         }
         _ => reason.advice(),
     };
+    let place = scope.map_or_else(String::new, |scope| format!("Roles to revoke, {scope}: "));
     let text = format!(
-        "The deletion waits until the operator has removed what it made at ZITADEL. {why} To delete the object and leave that, annotate it with {ANNOTATION_ABANDON}: {uid}"
+        "The deletion waits until the operator has removed what it made at ZITADEL. {place}{why} To delete the object and leave that, annotate it with {ANNOTATION_ABANDON}: {uid}"
     );
     let generation = user.metadata.generation;
     let condition = Condition {

@@ -20,10 +20,22 @@ pub struct Desired {
     pub organization_id: String,
     /// Its username.
     pub username: String,
+    /// The id of the user to take over, if the operator does not create one.
+    pub existing_id: Option<String>,
     /// Everything that can change later.
     pub machine: Machine,
+    /// What of it the spec sets.
+    is_set: IsSet,
     /// Cluster, namespace and name of the object, which the metadata of the user states.
     pub owner: String,
+}
+
+/// Which fields the spec sets. Of a user that existed before, the operator changes no others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct IsSet {
+    name: bool,
+    description: bool,
+    token_format: bool,
 }
 
 /// The default username.
@@ -49,7 +61,25 @@ impl Desired {
                 },
             },
             username,
+            existing_id: user.existing_user_id.clone(),
+            is_set: IsSet {
+                name: user.display_name.is_some(),
+                description: user.description.is_some(),
+                token_format: user.access_token_type.is_some(),
+            },
             owner: format!("{cluster}/{}/{}", id.namespace, id.name),
+        }
+    }
+
+    /// What a user of ZITADEL is to be changed to.
+    #[must_use]
+    pub fn for_user(&self, found: &Machine) -> Machine {
+        let keeps = |is_set: bool| self.existing_id.is_some() && !is_set;
+        let from = |is_set: bool| if keeps(is_set) { found } else { &self.machine };
+        Machine {
+            name: from(self.is_set.name).name.clone(),
+            description: from(self.is_set.description).description.clone(),
+            token_format: from(self.is_set.token_format).token_format,
         }
     }
 
@@ -62,7 +92,19 @@ impl Desired {
             token_format,
         } = &self.machine;
         let format = if *token_format == Format::Jwt { "JWT" } else { "Opaque" };
-        hash::of([name.as_bytes(), description.as_bytes(), format.as_bytes()])
+        let IsSet {
+            name: by_name,
+            description: by_description,
+            token_format: by_format,
+        } = self.is_set;
+        let is_set = format!("{by_name} {by_description} {by_format}");
+        let is_set = if self.existing_id.is_some() { &*is_set } else { "" };
+        hash::of([
+            name.as_bytes(),
+            description.as_bytes(),
+            format.as_bytes(),
+            is_set.as_bytes(),
+        ])
     }
 
     /// Whether ZITADEL has to be asked about the user: it does not exist yet, the spec changed, or nobody compared them for
@@ -86,6 +128,7 @@ impl Desired {
             organization_id: self.organization_id.clone(),
             username: self.username.clone(),
             owner: self.owner.clone(),
+            adopted: self.existing_id.is_some(),
             created: false,
             since: now,
             applied: None,
@@ -116,6 +159,21 @@ mod tests {
             (&*plain.owner, plain.machine.token_format),
             ("prod/shop/billing", Format::Jwt)
         );
+        let found = Machine {
+            name: "Found".into(),
+            description: "By hand".into(),
+            token_format: Format::Opaque,
+        };
+        assert_eq!(plain.for_user(&found), plain.machine);
+        let adopted = desired(json!({"organizationID": "1", "existingUserID": "7", "description": ""}));
+        assert!(adopted.planned(at(0)).adopted);
+        let jwt = json!({"organizationID": "1", "existingUserID": "7", "description": "", "accessTokenType": "JWT"});
+        assert_ne!(adopted.hash(), desired(jwt).hash());
+        let kept = Machine {
+            description: String::new(),
+            ..found.clone()
+        };
+        assert_eq!(adopted.for_user(&found), kept);
         let named =
             desired(json!({"organizationID": "1", "username": "ci", "displayName": "CI", "accessTokenType": "Opaque"}));
         assert_eq!((&*named.username, &*named.machine.name), ("ci", "CI"));

@@ -166,7 +166,7 @@ fn allow<'a>(facts: &'a Facts, index: usize, token: &Token) -> Result<(&'a Zitad
     }
     validate::token(&facts.user.spec, index, &facts.allowed_metadata).map_err(|_| Reason::InvalidSpec)?;
     let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
-    let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;
+    let allowed = facts.allowed.as_ref().map_err(|reason| *reason)?;
     allowed.check(token, facts.zitadel_project_id())?;
     // Validation above rejects spaces. `scope::field` checks again, because a value with a space would be two scopes.
     let scope = scope::field(&scope::scopes(token)).ok_or(Reason::InvalidSpec)?;
@@ -419,7 +419,7 @@ fn expected(token: &Token, instance: &ZitadelInstance, key: &ServiceKey, zitadel
 /// (docs/adr/0007-audience-must-be-equal.md).
 pub fn expect(facts: &Facts, token: &Token, zitadel_project_id: &str) -> Result<Expected, Reason> {
     let instance = facts.instance.as_deref().map_err(|reason| *reason)?;
-    let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;
+    let allowed = facts.allowed.as_ref().map_err(|reason| *reason)?;
     let key = facts.key.as_ref().map_err(|reason| *reason)?;
     let pinned = instance.spec.zitadel_project_id.as_deref();
     if pinned.is_some_and(|pinned| pinned != zitadel_project_id) {

@@ -190,11 +190,11 @@ reasons! {
     KeyLedgerInvalid: Permanent, Object,
         "The Secret service-user-key-<UID of the object> in the operator's namespace was edited or damaged. The operator does not rotate the key, and uses the key in spec.keySecretRef.",
         "Restore the Secret from a backup. If there is none, delete it: the operator then starts again with the key in spec.keySecretRef, and the keys that it made before stay at ZITADEL until they expire.";
-    KeyLedgerWriteFailed: Transient, Object,
-        "The Kubernetes API server refuses to write the Secret with the operator's keys, or the finalizer of the object.",
+    LedgerWriteFailed: Transient, Object,
+        "The Kubernetes API server refuses to write the Secret in which the operator keeps its keys of the user, or the roles that it granted, or refuses the finalizer of the object.",
         "Check that the operator's namespace exists, and check quotas, admission policies and the operator's permissions there and on service users.";
-    KeyLedgerUnavailable: Permanent, Object,
-        "The operator does not know its own namespace, or is not allowed to read the Secret with its keys there.",
+    LedgerUnavailable: Permanent, Object,
+        "The operator does not know its own namespace, or is not allowed to read the Secrets there in which it keeps its keys and the roles that it granted.",
         "Start the operator with --namespace, and grant it the permissions that docs/install.md lists.";
     KeyLost: No, Object,
         "ZITADEL no longer accepts the key that the operator made. The operator signs with an older key and replaces the lost one.",
@@ -218,20 +218,50 @@ reasons! {
         "The operator has not yet created the service user in spec.user, or has no key of it that works.",
         "See the condition UserReady.";
     UserDenied: Permanent, Object,
-        "No ZitadelAccessPolicy of the instance lets the operator create this service user for the namespace.",
+        "No ZitadelAccessPolicy of the instance lets the operator create or take over this service user for the namespace.",
         "Ask the platform team for a ZitadelAccessPolicy with users.organizationIDs and, for a username other than the default, users.usernamePattern.";
     UserConflict: Eventual, Object,
-        "ZITADEL has a user with this username already, or the metadata of the created user names another owner. The operator takes over no user.",
-        "Set another spec.user.username in a new object, or remove the user in ZITADEL.";
+        "ZITADEL has a user with this username already, or the metadata of the user names another owner. The operator takes over no user by its name.",
+        "Set another spec.user.username, or spec.user.existingUserID, in a new object. Or remove the user in ZITADEL.";
+    UserNotAdoptable: Eventual, Object,
+        "The operator does not take over the user in spec.user.existingUserID: it does not exist, is a human or the administrator, belongs to another organization, has roles of the instance, or its metadata zitadel-tokens.dev/owner does not name this object.",
+        "Check the ID, and have an administrator set the metadata zitadel-tokens.dev/owner of the user to <cluster>/<namespace>/<name> of this object.";
     UserRejected: Permanent, Object,
         "ZITADEL rejects the service user in spec.user: the organization does not exist, or a value is not accepted.",
         "Correct spec.user.organizationID, spec.user.username and the other fields of spec.user.";
     UserMissing: Permanent, Object,
-        "The service user that the operator created no longer exists in ZITADEL.",
+        "The service user no longer exists in ZITADEL.",
         "Find out in ZITADEL who deleted it. To have a new user created, delete the object and create it again.";
     UserLeftBehind: No, Object,
-        "A service user that the operator created stays in ZITADEL: the object asks for it, or the metadata of the user names another owner.",
+        "A service user of the operator stays in ZITADEL: the object asks for it, or the metadata of the user names another owner.",
         "Remove the user in ZITADEL, if nobody needs it.";
+    ManagerRolesGranted: No, Object,
+        "The user has the roles in spec.managerRoles in ZITADEL.",
+        "No action needed.";
+    ManagerRolesDenied: Permanent, Object,
+        "No ZitadelAccessPolicy of the instance allows this namespace all roles in spec.managerRoles. The operator grants only those that are allowed.",
+        "Ask the platform team for a ZitadelAccessPolicy with managerRoles, or remove the roles from spec.managerRoles.";
+    PrivilegedRolesDenied: Permanent, Object,
+        "With this role, the user could act as a user with roles of the instance, as the administrator in spec.adminCredential, or as any user who logs in to ZITADEL's console. Or that administrator may not list the users with roles of the instance.",
+        "Grant the role in another organization or project. Or ask the platform team for a ZitadelAccessPolicy with managerRoles[].allowPrivileged, or for an administrator with a role that docs/manager-roles.md lists for this.";
+    UserIsAdministrator: Permanent, Object,
+        "The key belongs to the administrator in spec.adminCredential of the ZitadelInstance, whose roles the operator does not change.",
+        "Use a service user of its own for the workload.";
+    ManagerRolesRejected: Permanent, Object,
+        "ZITADEL rejects a role in spec.managerRoles: the organization, project or project grant does not exist, or the role does not.",
+        "Correct the entry that the message names.";
+    ManagerRolesNotShown: Transient, Object,
+        "ZITADEL does not show yet that the roles of the user have changed.",
+        "No action needed, unless it persists: then the administrator in spec.adminCredential may not list these roles.";
+    OldRolesRemain: Permanent, Object,
+        "The user or the issuer changed, and the operator could not revoke the roles that it granted to the former user.",
+        "Restore the former ZitadelInstance with its admin credential, or annotate the object with zitadel-tokens.dev/abandon: <its UID>, which leaves the roles in ZITADEL.";
+    RolesLeftBehind: No, Object,
+        "Manager roles that the operator granted stay in ZITADEL: deletionPolicy is Orphan, or the annotation zitadel-tokens.dev/abandon asks for it.",
+        "Remove them in ZITADEL, if the user does not need them.";
+    RoleLedgerInvalid: Permanent, Object,
+        "The Secret service-user-roles-<UID of the object> in the operator's namespace was edited or damaged. The operator neither grants nor revokes roles.",
+        "Restore the Secret from a backup. If there is none, delete it and remove by hand the roles of the user that it should not have.";
     ClusterUnnamed: Permanent, Object,
         "The operator does not know the name of its cluster, which is part of each service user that it creates.",
         "Start the operator with --cluster-name.";
@@ -252,7 +282,7 @@ reasons! {
         "Create a new key or personal access token for the administrator, and store it in the Secret.";
     AdminForbidden: Permanent, Object,
         "The user of spec.adminCredential lacks the manager role that this needs.",
-        "Make it ORG_USER_MANAGER of the organization, or IAM_USER_MANAGER of the instance.";
+        "Give it a role that docs/managed-users.md lists for service users, or docs/manager-roles.md for manager roles.";
     NotSupportedByServer: Rare, Object,
         "The server lacks an API that this needs. ZITADEL has all of them since version 4.5.",
         "Upgrade ZITADEL.";

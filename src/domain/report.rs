@@ -5,13 +5,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::api::service_user::{
-    KEY_ROTATED, KEY_VALID, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus,
+    KEY_ROTATED, KEY_VALID, MANAGER_ROLES_GRANTED, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus,
 };
 use crate::domain::facts::{CurrentToken, Facts, Outcome};
 use crate::domain::key_rotation::{self, Outcome as Rotation};
 use crate::domain::key_rotation_report;
 use crate::domain::reason::{Reason, Subject};
 use crate::domain::retry::{Failed, Retry, Wake};
+use crate::domain::role_report::{self, RoleOutcome};
 use crate::domain::time::{shifted, whole_seconds};
 use crate::domain::validate;
 
@@ -44,9 +45,15 @@ pub struct EventDraft {
     pub text: String,
 }
 
-/// Computes the report for these outcomes of tokens and of the key rotation.
+/// Computes the report for these outcomes of tokens, of the key rotation and of manager roles.
 #[must_use]
-pub fn report(facts: &Facts, outcomes: &[Outcome], rotation: Option<&Rotation>, now: Timestamp) -> Report {
+pub fn report(
+    facts: &Facts,
+    outcomes: &[Outcome],
+    rotation: Option<&Rotation>,
+    roles: Option<&RoleOutcome>,
+    now: Timestamp,
+) -> Report {
     let before = facts.user.status.clone().unwrap_or_default();
     let tokens: Vec<TokenStatus> = outcomes
         .iter()
@@ -69,17 +76,16 @@ pub fn report(facts: &Facts, outcomes: &[Outcome], rotation: Option<&Rotation>, 
         conditions: Vec::new(),
         tokens,
     };
-    let stalls_at = conditions(facts, outcomes, rotation, &mut status, &before, now);
+    let stalls_at = conditions(facts, outcomes, (rotation, roles), &mut status, &before, now);
     let mut events = events(facts, outcomes, &status, &before);
     events.extend(key_warning(&status, &before));
     if let Some(rotation) = rotation {
         events.extend(key_rotation_report::events(rotation, &status, &before));
     }
-    Report {
-        events,
-        wake: wake(facts, outcomes, rotation, stalls_at, now),
-        status,
-    }
+    events.extend(roles.and_then(|roles| role_report::event(facts, roles, &before)));
+    let mut wake = wake(facts, outcomes, rotation, stalls_at, now);
+    wake.failed.extend(roles.and_then(RoleOutcome::failed));
+    Report { status, events, wake }
 }
 
 /// The part of a status that says why an object is not served at all, as a JSON merge patch: its conditions `failed`
@@ -159,10 +165,11 @@ fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
 /// | `Reconciling` or `Stalled` | `True` while not ready and not suspended, never both | same as `Ready` |
 /// | `KeyValid` | whether the key is usable; `Unknown` if it was not read | `KeyUsable`, or what is wrong with the key |
 /// | `KeyRotated`, `ForeignCredentials` | with key rotation only: see `key_rotation_report.rs` | |
+/// | `ManagerRolesGranted` | with manager roles only: whether the user has them; `Unknown` while suspended | `ManagerRolesGranted`, or why not |
 fn conditions(
     facts: &Facts,
     outcomes: &[Outcome],
-    rotation: Option<&Rotation>,
+    (rotation, roles): (Option<&Rotation>, Option<&RoleOutcome>),
     status: &mut ZitadelServiceUserStatus,
     before: &ZitadelServiceUserStatus,
     now: Timestamp,
@@ -253,6 +260,10 @@ fn conditions(
         };
         set(kind, value, reason, &message);
     }
+    if let Some(roles) = roles {
+        let message = role_report::sentence(facts, roles);
+        set(MANAGER_ROLES_GRANTED, roles.value(), roles.outcome.reason, &message);
+    }
     let tokens_stall = waits.then_some(stalls_at);
     tokens_stall
         .into_iter()
@@ -308,7 +319,7 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
 /// `InvalidSpec`.
 fn denied(facts: &Facts, outcome: &Outcome) -> String {
     let token = facts.user.spec.tokens.get(outcome.token);
-    let denied = token.zip(facts.allowed_audiences.as_ref().ok());
+    let denied = token.zip(facts.allowed.as_ref().ok());
     let denied = denied.map(|(token, allowed)| allowed.denied(token, facts.zitadel_project_id()));
     let denied = denied.unwrap_or_default();
     match denied.split_at_checked(MOST_DENIED) {
@@ -448,7 +459,9 @@ fn wake(
     let rotates = rotation.and_then(|rotation| rotation.next);
     Wake {
         at: next.chain(stalls_at).chain(key_ends).chain(rotates).min(),
-        failed: failing.chain(rotation.and_then(Rotation::failed)).collect(),
+        failed: failing
+            .chain(rotation.and_then(|rotation| rotation.failed(key_rotation::BACKOFF)))
+            .collect(),
     }
 }
 

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-use crate::api::metadata::FINALIZER;
+use crate::api::metadata::{FINALIZER, ROLES_FINALIZER};
 use crate::api::service_user::{KEY_ROTATED, READY, UP_TO_DATE};
 use crate::domain::key_rotation;
 use crate::domain::reason::Reason;
@@ -36,8 +36,8 @@ pub struct UserSummary {
     pub generation: Option<i64>,
     /// Whether the object is being deleted.
     pub deleting: bool,
-    /// Whether the operator has made keys for the object: it has the operator's finalizer.
-    pub holds_keys: bool,
+    /// What the operator has made for the object at ZITADEL.
+    pub holds: Holdings,
     /// Name of the instance. Empty if the spec is unreadable.
     pub instance: Box<str>,
     /// Name of the Secret with the key.
@@ -53,6 +53,15 @@ pub struct UserSummary {
     pub key_expires_at: Option<Timestamp>,
     /// Generation that the status describes.
     pub observed_generation: Option<i64>,
+}
+
+/// What the operator has made for an object, by its finalizers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Keys.
+    pub keys: bool,
+    /// Manager roles.
+    pub roles: bool,
 }
 
 /// A token of the spec, with the status of the token of that name.
@@ -173,12 +182,16 @@ impl<'de> Deserialize<'de> for UserSummary {
         let status: Status = read(object.status.as_deref()).unwrap_or_default();
         let condition = |kind| status.conditions.iter().find(|condition| condition.type_ == kind);
         let reason = condition(UP_TO_DATE).and_then(|condition| Reason::named(&condition.reason));
+        let has_finalizer = |name: &str| meta.finalizers.iter().flatten().any(|other| other == name);
         let mut summary = Self {
+            holds: Holdings {
+                keys: has_finalizer(FINALIZER),
+                roles: has_finalizer(ROLES_FINALIZER),
+            },
             uid: meta.uid.into(),
             resource_version: meta.resource_version.into(),
             generation: meta.generation,
             deleting: meta.deletion_timestamp.is_some(),
-            holds_keys: meta.finalizers.into_iter().flatten().any(|name| name == FINALIZER),
             ready: condition(READY).map(|ready| (ready.status == "True", reason)),
             key_expires_at: status.key_expires_at.as_ref().map(|time| time.0).filter(|_| {
                 !condition(KEY_ROTATED)

@@ -3,7 +3,7 @@
 //! alone: the operator does not start on CRDs that are older than it (`controller/crd_version.rs`).
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 
 use regex::Regex;
@@ -12,6 +12,7 @@ use crate::api::metadata::is_operators_own;
 use crate::api::rules;
 use crate::api::service_user::{ManagedUser, Token, TokenSecret, ZitadelServiceUserSpec};
 use crate::domain::allow_list::AllowList;
+use crate::domain::manager_role::RoleScope;
 
 /// A rule that is broken, and where. It quotes nothing that a user wrote but the key of a label or annotation, and that
 /// only if it is well-formed, so that its length and characters are bounded.
@@ -41,6 +42,7 @@ static ID: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::ID_PATTERN).ok()
 static SCOPE: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::SCOPE_PATTERN).ok()));
 static LABEL_VALUE: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::LABEL_VALUE_PATTERN).ok()));
 static USERNAME: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::USERNAME_PATTERN).ok()));
+static ROLE: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::ROLE_PATTERN).ok()));
 static DATA_KEY: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::DATA_KEY_PATTERN).ok()));
 static TOKEN_NAME: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::TOKEN_NAME_PATTERN).ok()));
 static ORIGIN: Pattern = Pattern(LazyLock::new(|| Regex::new(rules::ORIGIN_PATTERN).ok()));
@@ -109,7 +111,48 @@ fn managed_user(user: &ManagedUser) -> Result<(), Violation> {
         .as_ref()
         .is_none_or(|name| USERNAME.matches(name, rules::MAX_USERNAME));
     let form = "must have 1 to 200 characters of A-Z a-z 0-9 . _ @ + -";
-    check(username, || "spec.user.username".to_owned(), form)
+    let field = || "spec.user.username".to_owned();
+    check(username, field, form)?;
+    let existing = user.existing_user_id.as_ref();
+    let is_id = existing.is_none_or(|id| ID.matches(id, rules::MAX_ID));
+    check(is_id, || "spec.user.existingUserID".to_owned(), ID_FORM)?;
+    let one = existing.is_none() || user.username.is_none();
+    check(one, field, rules::NAME_OF_EXISTING)
+}
+
+/// Checks the manager roles. Their ids and names become part of requests to ZITADEL.
+pub fn manager_roles(spec: &ZitadelServiceUserSpec) -> Result<(), Violation> {
+    let entries = &spec.manager_roles;
+    let all = || "spec.managerRoles".to_owned();
+    check(
+        entries.len() <= rules::MAX_MANAGER_ROLES,
+        all,
+        "must have at most 16 entries",
+    )?;
+    let mut scopes = BTreeSet::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let at = |field: &str| format!("spec.managerRoles[{index}]{field}");
+        let ids = [
+            (".organizationID", &entry.organization_id),
+            (".projectID", &entry.project_id),
+            (".grantedOrganizationID", &entry.granted_organization_id),
+        ];
+        for (field, id) in ids {
+            let is_id = id.as_ref().is_none_or(|id| ID.matches(id, rules::MAX_ID));
+            check(is_id, || at(field), ID_FORM)?;
+        }
+        let orphan = entry.granted_organization_id.is_some() && entry.project_id.is_none();
+        check(!orphan, || at(".grantedOrganizationID"), rules::GRANT_WITHOUT_PROJECT)?;
+        let Some(scope) = RoleScope::of(entry) else {
+            return check(false, || at(""), rules::ROLE_SCOPE);
+        };
+        let size = (1..=rules::MAX_ROLES).contains(&entry.roles.len());
+        check(size, || at(".roles"), "must have 1 to 16 roles")?;
+        let fits = |role: &String| ROLE.matches(role, rules::MAX_ID) && scope.fits(role);
+        check(entry.roles.iter().all(fits), || at(".roles"), rules::ROLE_LEVEL)?;
+        check(scopes.insert(scope), || at(""), rules::ROLE_SCOPE_TWICE)?;
+    }
+    Ok(())
 }
 
 /// The texts are held in memory.

@@ -17,6 +17,16 @@ use crate::zitadel::transport::Call;
 /// The service has no REST address.
 const SERVICE: &str = "/zitadel.internal_permission.v2.InternalPermissionService";
 
+/// Since ZITADEL 4.6.
+const LIST_PROJECTS: &str = "/zitadel.project.v2.ProjectService/ListProjects";
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Project {
+    project_id: String,
+    organization_id: String,
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Administrator {
@@ -31,8 +41,11 @@ struct Administrator {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct User {
     id: String,
+    #[serde(default)]
+    organization_id: String,
 }
 
 #[derive(Deserialize)]
@@ -75,49 +88,78 @@ impl Administrator {
     }
 }
 
+/// A user with manager roles of the instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstanceManager {
+    /// The id of the user.
+    pub user_id: String,
+    /// The organization that the user belongs to. Empty if ZITADEL does not tell it.
+    pub organization_id: String,
+}
+
 impl ZitadelClient {
-    /// The roles of a user in one scope. An empty set does not prove that the user has no roles: ZITADEL also answers
-    /// so if the caller may not see them.
-    pub async fn list_roles(
-        &self,
-        token: &APIToken,
-        user_id: &str,
-        scope: &RoleScope,
-    ) -> Result<BTreeSet<String>, APIError> {
-        let filters = json!([{"inUserIdsFilter": {"ids": [user_id]}}, {"resource": resource(scope)}]);
-        let listed = self.list_administrators(token, user_id, &filters).await?;
-        let here = listed.into_iter().find(|held| held.scope == *scope);
-        Ok(here.map(|held| held.roles).unwrap_or_default())
+    /// The roles of a user in all scopes. A scope without roles does not prove that the user has none there: ZITADEL also
+    /// leaves out what the caller may not see. A caller always sees its own roles.
+    pub async fn list_roles(&self, token: &APIToken, user_id: &str) -> Result<Vec<ManagerRoles>, APIError> {
+        let filters = json!([{"inUserIdsFilter": {"ids": [user_id]}}]);
+        let listed = self.list_administrators(token, &filters).await?;
+        let of_user = listed.into_iter().filter(|entry| entry.user.id == user_id);
+        Ok(of_user.filter_map(Administrator::roles).collect())
     }
 
-    /// All roles of the user of the token, which are always visible to it. They tell what the caller may do.
-    pub async fn own_administrators(&self, token: &APIToken, own_id: &str) -> Result<Vec<ManagerRoles>, APIError> {
-        let filters = json!([{"inUserIdsFilter": {"ids": [own_id]}}]);
-        self.list_administrators(token, own_id, &filters).await
+    /// The users with manager roles of the instance, as far as the caller may see them.
+    pub async fn list_instance_managers(&self, token: &APIToken) -> Result<Vec<InstanceManager>, APIError> {
+        let filters = json!([{"resource": resource(&RoleScope::Instance)}]);
+        let listed = self.list_administrators(token, &filters).await?;
+        let of_instance = listed.into_iter().filter(|entry| entry.instance);
+        let managers = of_instance.map(|entry| InstanceManager {
+            user_id: entry.user.id,
+            organization_id: entry.user.organization_id,
+        });
+        Ok(managers.collect())
     }
 
-    /// Gives a user exactly these roles in one scope. Without roles, the user is no longer a manager there. Succeeds if
-    /// the user has these roles already.
-    pub async fn set_roles(
+    /// The organization that a project belongs to. `None` if it does not exist or the caller may not see it.
+    pub async fn organization_of_project(&self, token: &APIToken, id: &str) -> Result<Option<String>, APIError> {
+        let filters = json!([{"inProjectIdsFilter": {"ids": [id]}}]);
+        let listed: Vec<Project> = self.list(LIST_PROJECTS, &filters, None, token).await?;
+        let found = listed.into_iter().find(|project| project.project_id == id);
+        Ok(found.map(|project| project.organization_id))
+    }
+
+    /// Makes a user a manager in a scope where it has no roles. Fails with [`APIError::IsManager`] if it has some.
+    pub async fn create_roles(
         &self,
         token: &APIToken,
         user_id: &str,
         scope: &RoleScope,
         roles: &BTreeSet<String>,
     ) -> Result<(), APIError> {
-        if roles.is_empty() {
-            return self.remove_roles(token, user_id, scope).await;
-        }
         let body = json!({"userId": user_id, "resource": resource(scope), "roles": roles});
         let created = self.call_administrators("CreateAdministrator", &body, token).await?;
         match error_id(&created).as_deref() {
-            // The user has roles already. For a grant, ZITADEL answers 404.
-            Some("INSTA-pFDwe" | "ORG-poWwe" | "PROJECT-PtXi1" | "PROJECT-37fug") => {
-                done(&self.call_administrators("UpdateAdministrator", &body, token).await?)
-            }
+            // For a grant, ZITADEL answers 404.
+            Some("INSTA-pFDwe" | "ORG-poWwe" | "PROJECT-PtXi1" | "PROJECT-37fug") => Err(APIError::IsManager),
             // UpdateAdministrator has another meaning for this id.
             Some("PROJECT-D8JxR") => Err(APIError::UnknownProjectGrant),
             _ => done(&created),
+        }
+    }
+
+    /// Replaces all roles of a user in a scope. Fails with [`APIError::IsNoManager`] if it has none.
+    pub async fn update_roles(
+        &self,
+        token: &APIToken,
+        user_id: &str,
+        scope: &RoleScope,
+        roles: &BTreeSet<String>,
+    ) -> Result<(), APIError> {
+        let body = json!({"userId": user_id, "resource": resource(scope), "roles": roles});
+        let updated = self.call_administrators("UpdateAdministrator", &body, token).await?;
+        match error_id(&updated).as_deref() {
+            // For a grant, CreateAdministrator has another meaning for the last id.
+            Some("INSTANCE-D8JxR" | "Org-D8JxR" | "PROJECT-D8JxR" | "PROJECT-37fug") => Err(APIError::IsNoManager),
+            _ => done(&updated),
         }
     }
 
@@ -133,16 +175,9 @@ impl ZitadelClient {
             .await
     }
 
-    async fn list_administrators(
-        &self,
-        token: &APIToken,
-        user_id: &str,
-        filters: &Value,
-    ) -> Result<Vec<ManagerRoles>, APIError> {
+    async fn list_administrators(&self, token: &APIToken, filters: &Value) -> Result<Vec<Administrator>, APIError> {
         let path = format!("{SERVICE}/ListAdministrators");
-        let listed: Vec<Administrator> = self.list(&path, filters, None, token).await?;
-        let of_user = listed.into_iter().filter(|entry| entry.user.id == user_id);
-        Ok(of_user.filter_map(Administrator::roles).collect())
+        self.list(&path, filters, None, token).await
     }
 }
 

@@ -43,7 +43,12 @@ impl APIToken {
 /// A page of a list. ZITADEL omits an empty list.
 #[derive(Deserialize)]
 struct Page<T> {
-    #[serde(default = "Vec::new", alias = "administrators", alias = "metadata")]
+    #[serde(
+        default = "Vec::new",
+        alias = "administrators",
+        alias = "metadata",
+        alias = "projects"
+    )]
     result: Vec<T>,
     #[serde(default)]
     pagination: Pagination,

@@ -33,6 +33,10 @@ pub enum APIError {
     UnknownProjectGrant,
     /// A role does not exist, or does not belong to this kind of resource.
     UnknownRole,
+    /// The user has manager roles in the scope.
+    IsManager,
+    /// The user has no manager roles in the scope.
+    IsNoManager,
     /// The list has too many entries.
     TooMany,
     /// Any other failure.

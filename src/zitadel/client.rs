@@ -13,16 +13,19 @@ use crate::domain::assertion;
 use crate::domain::clock_skew::{Skew, is_news};
 use crate::domain::failure::Failure;
 use crate::domain::hash;
-use crate::domain::key::ServiceKey;
+use crate::domain::key::{ServiceKey, is_plain_id};
 use crate::domain::reason::Reason;
 use crate::domain::scope;
 use crate::domain::validate::is_origin;
+use crate::zitadel::api_call::APIToken;
+use crate::zitadel::api_error::APIError;
 use crate::zitadel::clock::Clock;
 use crate::zitadel::discovery::{self, Discovery};
 use crate::zitadel::http::Http;
 use crate::zitadel::limits::{Hosts, Limits};
 use crate::zitadel::settings::{Settings, is_local};
 use crate::zitadel::token;
+use crate::zitadel::transport::Call;
 
 /// A discovery document older than this is fetched again before it is used.
 const DISCOVERY_AGE: Duration = Duration::from_hours(1);
@@ -246,11 +249,6 @@ impl ZitadelClient {
     }
 
     async fn learn_project_id(&self, key: &ServiceKey) -> Result<String, Failure> {
-        #[derive(Deserialize)]
-        #[serde(rename_all = "camelCase")]
-        struct Iam {
-            iam_project_id: String,
-        }
         let scope = scope::field(&scope::zitadel_api()).ok_or(Failure::Malformed)?;
         let token = self.exchange(key, &scope).await?.answer.access_token;
         let id = if let Some(claims) = answer::claims(token.expose_secret()) {
@@ -267,15 +265,31 @@ impl ZitadelClient {
             let iam: Iam = serde_json::from_slice(reply.body.expose_secret()).map_err(|_| Failure::Malformed)?;
             iam.iam_project_id
         };
-        // The id is written into the status, so it must match the pattern in the CRD schema.
-        let is_id = (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
-        if !is_id || id == scope::ZITADEL_ALIAS {
-            return Err(Failure::Malformed);
+        checked_project_id(id)
+    }
+
+    /// The real id of the ZITADEL API's project, with the token of an administrator.
+    pub async fn project_id_as(&self, token: &APIToken) -> Result<String, APIError> {
+        if let Some(known) = self.project_id.get() {
+            return Ok(known.clone());
         }
-        Ok(id)
+        let iam: Iam = self.ask(Call::Get, IAM_PATH, token).await?;
+        Ok(checked_project_id(iam.iam_project_id)?)
     }
 
     fn discoveries(&self) -> std::sync::MutexGuard<'_, Discoveries> {
         self.discovery.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Iam {
+    iam_project_id: String,
+}
+
+/// The id is written into the status, so it must match the pattern in the CRD schema.
+fn checked_project_id(id: String) -> Result<String, Failure> {
+    let is_id = is_plain_id(&id) && id != scope::ZITADEL_ALIAS;
+    is_id.then_some(id).ok_or(Failure::Malformed)
 }

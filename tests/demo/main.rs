@@ -1,5 +1,6 @@
 //! `make demo`: shows the operator's main job on this machine, for people who see it for the first time. It starts a
-//! real API server, applies the manifests of `examples/`, waits for a token and its refresh, and removes everything.
+//! real API server, applies the manifests of `examples/`, waits for a token and its refresh, has the operator create a
+//! service user that calls ZITADEL's own API, and removes everything.
 #![allow(clippy::expect_used, reason = "a demo fails by panicking")]
 
 #[path = "../support/mod.rs"]
@@ -9,6 +10,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use support::cluster::{Cluster, established};
 use support::issuer::Issuer;
@@ -16,8 +18,11 @@ use support::operator::Operator;
 use support::world::{claims, data, until};
 use zitadel_tokens::api::ZitadelServiceUser;
 
+const HOME: &str = "zitadel-tokens";
 const NAMESPACE: &str = "shop";
 const SECRET: &str = "billing-invoices-token";
+const ONBOARDING: &str = "onboarding";
+const ONBOARDING_SECRET: &str = "onboarding-zitadel-token";
 
 #[tokio::main]
 async fn main() {
@@ -71,8 +76,10 @@ async fn main() {
     apply(&cluster, "examples/service-user.yaml", &example("service-user.yaml"));
 
     step("Starting the operator; it issues the first token");
-    let operator = Operator::start(&cluster, "").await;
-    let secrets: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(client.clone(), NAMESPACE);
+    kubectl(&cluster, &["create", "namespace", HOME], None);
+    let flags = ["--namespace", HOME, "--cluster-name", "demo"];
+    let operator = Operator::start_with(&cluster.kubeconfig, "", &flags).await;
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), NAMESPACE);
     let first = data(
         &until(secrets.clone(), SECRET, support::SOON, |s| {
             data(s).contains_key("token")
@@ -87,16 +94,107 @@ async fn main() {
     show(&first);
 
     step("The operator refreshes the token before it expires");
-    let second = data(&until(secrets, SECRET, support::SOON, |s| data(s)["token"] != first["token"]).await);
+    let second = data(
+        &until(secrets.clone(), SECRET, support::SOON, |s| {
+            data(s)["token"] != first["token"]
+        })
+        .await,
+    );
     show(&second);
     settled(&users, &second).await;
     kubectl(&cluster, &["-n", NAMESPACE, "get", "zsu"], None);
+
+    call_zitadel(&cluster, &issuer, &instance, (&users, &secrets)).await;
 
     step("Stopping the operator, the stand-in and the control plane");
     operator.terminate().await;
     drop(issuer);
     drop(cluster);
     println!("\nDone. To use the operator in your own cluster, continue with README.md.");
+}
+
+/// The guide "Access ZITADEL APIs" as manifests: the operator creates a service user, makes it a manager, and its token calls
+/// ZITADEL's own API.
+async fn call_zitadel(
+    cluster: &Cluster,
+    issuer: &Issuer,
+    instance: &str,
+    (users, secrets): (&Api<ZitadelServiceUser>, &Api<Secret>),
+) {
+    step("A service user from Git: no key, but a policy and the admin credential of the platform team");
+    let organization = issuer.organization().await;
+    credential(cluster, issuer).await;
+    let instance = format!("{instance}  adminCredential: {{secretRef: {{name: zitadel-admin}}}}\n");
+    apply(cluster, "the instance, with spec.adminCredential", &instance);
+    for file in ["zitadel-api/access-policy.yaml", "zitadel-api/service-user.yaml"] {
+        let what = format!("examples/{file}, with the id of the organization");
+        apply(
+            cluster,
+            &what,
+            &example(file).replace("69234237810729000", &organization),
+        );
+    }
+
+    step("The operator creates the user, makes it ORG_OWNER, and issues a token for ZITADEL's own API");
+    let is_granted = |user: &ZitadelServiceUser| {
+        let mut conditions = user.status.iter().flat_map(|status| &status.conditions);
+        conditions.any(|condition| condition.type_ == "ManagerRolesGranted" && condition.status == "True")
+    };
+    until(users.clone(), ONBOARDING, support::SOON, is_granted).await;
+    let token = until(secrets.clone(), ONBOARDING_SECRET, support::SOON, |secret| {
+        data(secret).contains_key("token")
+    })
+    .await;
+    kubectl(
+        cluster,
+        &["-n", NAMESPACE, "get", "zsu", ONBOARDING, "-o", "wide"],
+        None,
+    );
+
+    step("The token calls ZITADEL's API: which organizations may the user see?");
+    println!(
+        "    $ curl -X POST -H \"Authorization: Bearer $(cat token)\" {}/v2/organizations/_search",
+        issuer.url
+    );
+    let answer = reqwest::Client::new()
+        .post(format!("{}/v2/organizations/_search", issuer.url))
+        .bearer_auth(&data(&token)["token"])
+        .json(&serde_json::json!({}))
+        .send()
+        .await
+        .expect("the stand-in answers");
+    let status = answer.status();
+    let found = answer.text().await.expect("a body");
+    println!("    {status} {found}");
+    assert!(
+        status.is_success() && found.contains(&organization),
+        "the role gives access"
+    );
+
+    step("Deleting the object revokes the role and deletes the user");
+    kubectl(cluster, &["-n", NAMESPACE, "delete", "zsu", ONBOARDING], None);
+}
+
+/// Stores the key of an administrator of the stand-in, bound to the instance and its address.
+async fn credential(cluster: &Cluster, issuer: &Issuer) {
+    let roles = serde_json::json!([{"resource": {"instance": true}, "roles": ["IAM_OWNER"]}]);
+    let admin = issuer
+        .user(serde_json::json!({"managerRoles": roles, "organizationId": issuer.organization().await}))
+        .await;
+    let file = "--from-file=key.json=/dev/stdin";
+    let create = ["-n", HOME, "create", "secret", "generic", "zitadel-admin", file];
+    kubectl(cluster, &create, Some(&admin.key));
+    let send_to = format!("zitadel-tokens.dev/send-to={}", issuer.url);
+    let bind = [
+        "-n",
+        HOME,
+        "annotate",
+        "secret",
+        "zitadel-admin",
+        "zitadel-tokens.dev/instance=main",
+        &send_to,
+    ];
+    kubectl(cluster, &bind, None);
 }
 
 fn step(text: &str) {

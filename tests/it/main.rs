@@ -19,6 +19,7 @@ mod keys;
 mod leadership;
 mod main_job;
 mod managed_users;
+mod manager_roles;
 mod monitoring;
 mod rotation;
 mod schema;

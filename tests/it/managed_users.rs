@@ -266,3 +266,103 @@ async fn user_rotates_its_key_and_is_not_taken_over_after_the_ledger_is_lost() {
     managed.user_is("billing", "False", "UserConflict").await;
     assert_eq!(managed.users().await.len(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn existing_user_is_taken_over_only_if_its_metadata_names_the_object() {
+    let managed = Managed::new("adopt").await;
+    let world = &managed.world;
+    managed.promote("IAM_OWNER_VIEWER").await;
+    managed
+        .allow(json!({"organizationIDs": [managed.organization], "usernamePattern": "ci-*"}))
+        .await;
+    let owner = |name: &str| json!({"zitadel-tokens.dev/owner": format!("prod/{}/{name}", world.name)});
+    let user = async |username: &str| {
+        let fields = json!({"organizationId": managed.organization, "username": username, "name": "By hand"});
+        world.issuer.user(fields).await
+    };
+    let existing = user("ci-bot").await;
+    let spec = json!({"existingUserID": existing.id, "accessTokenType": "JWT"});
+    managed.user("billing", spec.clone()).await;
+    managed.user_is("billing", "False", "UserNotAdoptable").await;
+    world.issuer.change_metadata(&existing.id, owner("other")).await;
+    world.issuer.settled().await;
+    world.renew("billing").await;
+    managed.user_is("billing", "False", "UserNotAdoptable").await;
+    world.issuer.change_metadata(&existing.id, owner("billing")).await;
+    world.issuer.settled().await;
+    world.annotate("billing", "renew-request", "again").await;
+    let object = world.ready("billing", "True", "Issued").await;
+    managed.user_is("billing", "True", "UserReady").await;
+    assert_eq!(user_id(&object), existing.id);
+    // Only the fields that the spec sets are changed, and the key of the person stays.
+    let users = managed.users().await;
+    let [shown] = &users[..] else { panic!("one user") };
+    assert_eq!(
+        (&shown["name"], &shown["username"]),
+        (&json!("By hand"), &json!("ci-bot"))
+    );
+    assert_eq!(world.token("billing-token").await.split('.').count(), 3, "a JWT");
+    assert_eq!(world.issuer.keys(&existing.id).await.len(), 2);
+    managed.deleted("billing").await;
+    assert_eq!(managed.users().await.len(), 1);
+    let keys = world.issuer.keys(&existing.id).await;
+    assert_eq!(keys.iter().map(|key| &key.id).collect::<Vec<_>>(), [&existing.key_id]);
+
+    // A username that no policy allows, a user with roles of the instance, and the administrator itself.
+    let named = user("root").await;
+    world.issuer.change_metadata(&named.id, owner("named")).await;
+    world.issuer.settled().await;
+    managed.user("named", json!({"existingUserID": named.id})).await;
+    managed.user_is("named", "False", "UserDenied").await;
+    let holder = user("ci-holder").await;
+    world.issuer.change_metadata(&holder.id, owner("holder")).await;
+    let instance = json!({"instance": true});
+    world
+        .issuer
+        .set_manager_roles(&holder.id, &instance, &["IAM_OWNER_VIEWER"])
+        .await;
+    managed.user("holder", json!({"existingUserID": holder.id})).await;
+    managed.user_is("holder", "False", "UserNotAdoptable").await;
+    managed.deleted("holder").await;
+    assert_eq!(world.issuer.keys(&holder.id).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_owner_old_server_and_orphan_are_reported() {
+    let managed = Managed::new("foreign").await;
+    let world = &managed.world;
+    managed.user("billing", json!({})).await;
+    let object = world.ready("billing", "True", "Issued").await;
+    // The user changes its own metadata. That harms only this user, and only at the next comparison.
+    let owner = |value: String| json!({"zitadel-tokens.dev/owner": value});
+    world
+        .issuer
+        .change_metadata(&user_id(&object), owner("prod/shop/orders".into()))
+        .await;
+    world.issuer.settled().await;
+    managed.user("billing", json!({"description": "Invoices"})).await;
+    managed.user_is("billing", "False", "UserConflict").await;
+    world.ready("billing", "True", "Issued").await;
+    let restored = owner(format!("prod/{}/billing", world.name));
+    world.issuer.change_metadata(&user_id(&object), restored).await;
+    world.issuer.settled().await;
+    managed.user("billing", json!({"description": "All invoices"})).await;
+    managed.user_is("billing", "True", "UserReady").await;
+
+    world.issuer.settings(json!({"userV2": false})).await;
+    managed.user("orders", json!({})).await;
+    managed.user_is("orders", "False", "NotSupportedByServer").await;
+    managed.deleted("orders").await;
+    world.issuer.settings(json!({"userV2": true})).await;
+
+    // The user stays if the object asks for it.
+    let orphan = Patch::Merge(json!({"spec": {"deletionPolicy": "Orphan"}}));
+    let patched = world.users().patch("billing", &PatchParams::default(), &orphan).await;
+    patched.expect("patched");
+    managed.deleted("billing").await;
+    assert_eq!(managed.users().await.len(), 1);
+    eventually("an Event", async || {
+        world.events("billing").await.contains("Warning UserLeftBehind")
+    })
+    .await;
+}

@@ -9,7 +9,7 @@ use zitadel_tokens::api::ZitadelInstance;
 use zitadel_tokens::controller::metrics::described;
 
 use crate::support::eventually;
-use crate::support::operator::Operator;
+use crate::support::managed::{CLUSTER, Managed};
 use crate::support::prometheus::{Prometheus, ROOT, promtool};
 use crate::support::world::{World, everything, one_token};
 
@@ -153,26 +153,41 @@ fn table(per_object: bool) -> BTreeMap<String, BTreeSet<String>> {
     those.map(|m| (m.name.to_owned(), named(m))).collect()
 }
 
-/// A service user whose key the operator has replaced.
-async fn rotate_a_key(world: &World, operator: &Operator) {
+/// Starts the operator, and waits until it has replaced a key, created a user and granted a role.
+async fn operate(world: World, flags: &[&str]) -> Managed {
+    let operator = world.rotating_operator_with(&[&CLUSTER[..], flags].concat()).await;
+    let managed = Managed::with_operator(world, operator).await;
+    managed.promote("IAM_OWNER").await;
+    managed
+        .allow_roles(json!([{"instance": true, "roles": ["IAM_OWNER_VIEWER"]}]))
+        .await;
+    let world = &managed.world;
     world.simple("rotated", json!({"tokenType": "JWT"})).await;
     let mut spec = one_token("rotated-token");
     spec["keyRotation"] = json!({"interval": "1h"});
+    spec["managerRoles"] = json!([{"instance": true, "roles": ["IAM_OWNER_VIEWER"]}]);
     world.service_user("rotated", spec).await.expect("accepted");
-    eventually("a rotation is counted", async || {
-        let (_, exposed) = operator.get("/metrics").await;
-        exposed.contains("key_rotations_total{")
+    managed.roles_are("rotated", "True", "ManagerRolesGranted").await;
+    managed.user("created", json!({})).await;
+    world.ready("created", "True", "Issued").await;
+    eventually("the rotations are counted", async || {
+        let (_, exposed) = managed.operator.get("/metrics").await;
+        exposed.contains(&format!(
+            "key_rotations_total{{zitadel_instance=\"{}\"}} 2",
+            world.instance
+        ))
     })
     .await;
+    managed
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn served_metrics_match_the_metrics_table() {
     let world = world_with_all_series("metrics").await;
-    let operator = world.rotating_operator().await;
+    let managed = operate(world, &[]).await;
+    let Managed { world, operator, .. } = &managed;
     world.ready("billing", "True", "Issued").await;
     world.ready("keyless", "False", "KeySecretMissing").await;
-    rotate_a_key(&world, &operator).await;
     eventually("the circuit opens", async || {
         let (_, exposed) = operator.get("/metrics").await;
         exposed.contains(&format!("circuit_open{{zitadel_instance=\"{}-down\"}} 1", world.name))
@@ -221,8 +236,10 @@ async fn served_metrics_match_the_metrics_table() {
         format!("instance_up{{zitadel_instance=\"{up}\",reason=\"InstanceReady\"}} 1"),
         format!("instance_up{{zitadel_instance=\"{down}\",reason=\"InstanceUnreachable\"}} 0"),
         format!("instance_circuit_open{{zitadel_instance=\"{up}\"}} 0"),
-        format!("token_requests_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 2"),
-        format!("key_rotations_total{{zitadel_instance=\"{up}\"}} 1"),
+        format!("token_requests_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 3"),
+        format!("key_rotations_total{{zitadel_instance=\"{up}\"}} 2"),
+        format!("service_user_changes_total{{zitadel_instance=\"{up}\",action=\"create\"}} 1"),
+        format!("manager_role_changes_total{{zitadel_instance=\"{up}\",action=\"grant\"}} 1"),
         format!(
             "token_requests_total{{zitadel_instance=\"{down}\",result=\"failure\",reason=\"InstanceUnreachable\"}} "
         ),
@@ -240,17 +257,17 @@ async fn served_metrics_match_the_metrics_table() {
 #[tokio::test(flavor = "multi_thread")]
 async fn totals_report_the_same_without_series_per_object() {
     let world = world_with_all_series("totals").await;
-    let operator = world.rotating_operator_with(&["--metrics-per-object", "false"]).await;
+    let managed = operate(world, &["--metrics-per-object", "false"]).await;
+    let Managed { world, operator, .. } = &managed;
     world.ready("billing", "True", "Issued").await;
     world.ready("keyless", "False", "KeySecretMissing").await;
     world.ready("lost", "False", "InstanceUnreachable").await;
-    rotate_a_key(&world, &operator).await;
     let (_, exposed) = operator.get("/metrics").await;
     assert_eq!(families(&exposed), table(false));
     for line in [
-        "ready=\"True\",reason=\"Issued\"} 2",
+        "ready=\"True\",reason=\"Issued\"} 3",
         "ready=\"False\",reason=\"KeySecretMissing\"} 1",
-        "state=\"fresh\"} 2",
+        "state=\"fresh\"} 3",
         "state=\"missing\"} 1",
     ] {
         assert!(exposed.contains(line), "{line}: {exposed}");

@@ -55,6 +55,10 @@ fn user(object: &mut Value, user: Value) {
     spec.insert("user".into(), user);
 }
 
+fn roles(object: &mut Value, roles: Value) {
+    spec(object)["managerRoles"] = roles;
+}
+
 /// The first token.
 fn token(object: &mut Value) -> &mut Value {
     &mut object["spec"]["tokens"][0]
@@ -136,6 +140,9 @@ const USERS: &[Case] = &[
     ("an organization with a space", |o| user(o, json!({"organizationID": "1 2"})), Some("spec.user.organizationID")),
     ("a username with a space", |o| user(o, json!({"organizationID": "1", "username": "a b"})), Some("spec.user.username")),
     ("a username of 201", |o| user(o, json!({"organizationID": "1", "username": "a".repeat(201)})), Some("spec.user.username")),
+    ("an existing user", |o| user(o, json!({"organizationID": "1", "existingUserID": "2"})), None),
+    ("an existing user with a slash", |o| user(o, json!({"organizationID": "1", "existingUserID": "../2"})), Some("spec.user.existingUserID")),
+    ("an existing user with a name", |o| user(o, json!({"organizationID": "1", "existingUserID": "2", "username": "a"})), Some("spec.user.username: cannot be combined with existingUserID")),
     ("a key Secret in upper case", |o| spec(o)["keySecretRef"]["name"] = json!("Key"), Some("spec.keySecretRef.name")),
     ("a key Secret of 254", |o| spec(o)["keySecretRef"]["name"] = json!("n".repeat(254)), Some("spec.keySecretRef.name")),
     ("a key Secret in another namespace", |o| spec(o)["keySecretRef"]["name"] = json!("other/key"), Some("spec.keySecretRef.name")),
@@ -143,6 +150,28 @@ const USERS: &[Case] = &[
     ("an entry with a slash", |o| spec(o)["keySecretRef"]["key"] = json!("a/b"), Some("spec.keySecretRef.key")),
     ("an empty entry name", |o| spec(o)["keySecretRef"]["key"] = json!(""), Some("spec.keySecretRef.key")),
     ("an entry of null", |o| spec(o)["keySecretRef"]["key"] = Value::Null, None),
+
+    ("roles at each level", |o| roles(o, json!([
+        {"instance": true, "roles": ["IAM_OWNER"]}, {"organizationID": "1", "roles": ["ORG_OWNER", "ORG_OWNER_VIEWER"], "mode": "Exclusive"},
+        {"organizationID": "2", "roles": ["ORG_OWNER"], "mode": "Merge"}, {"projectID": "1", "roles": ["PROJECT_OWNER"]},
+        {"projectID": "1", "grantedOrganizationID": "1", "roles": ["PROJECT_GRANT_OWNER"]}, {"projectID": "1", "grantedOrganizationID": "2", "roles": ["PROJECT_GRANT_OWNER"]},
+    ])), None),
+    ("roles without a scope", |o| roles(o, json!([{"roles": ["ORG_OWNER"]}])), Some("]: set exactly one of instance: true, organizationID and projectID")),
+    ("roles with two scopes", |o| roles(o, json!([{"organizationID": "1", "projectID": "1", "roles": ["ORG_OWNER"]}])), Some("set exactly one of instance: true, organizationID and projectID")),
+    ("roles of instance false", |o| roles(o, json!([{"instance": false, "roles": ["IAM_OWNER"]}])), Some("set exactly one of instance: true, organizationID and projectID")),
+    ("roles of a grant without project", |o| roles(o, json!([{"organizationID": "1", "grantedOrganizationID": "2", "roles": ["ORG_OWNER"]}])), Some(".grantedOrganizationID: also set projectID")),
+    ("a role of another level", |o| roles(o, json!([{"organizationID": "1", "roles": ["IAM_OWNER"]}])), Some(".roles: roles of the instance begin with IAM_")),
+    ("a role of a grant for a project", |o| roles(o, json!([{"projectID": "1", "roles": ["PROJECT_GRANT_OWNER"]}])), Some(".roles: roles of the instance begin with IAM_")),
+    ("a role of a project for a grant", |o| roles(o, json!([{"projectID": "1", "grantedOrganizationID": "1", "roles": ["PROJECT_OWNER"]}])), Some(".roles: roles of the instance begin with IAM_")),
+    ("a role in lower case", |o| roles(o, json!([{"organizationID": "1", "roles": ["ORG_owner"]}])), Some("spec.managerRoles[0].roles")),
+    ("a role of 65", |o| roles(o, json!([{"organizationID": "1", "roles": [format!("ORG_{}", "A".repeat(61))]}])), Some("spec.managerRoles[0].roles")),
+    ("roles without a name", |o| roles(o, json!([{"organizationID": "1", "roles": []}])), Some("spec.managerRoles[0].roles")),
+    ("a role twice", |o| roles(o, json!([{"organizationID": "1", "roles": ["ORG_OWNER", "ORG_OWNER"]}])), Some("spec.managerRoles[0].roles[1]")),
+    ("roles of an organization with a space", |o| roles(o, json!([{"organizationID": "1 2", "roles": ["ORG_OWNER"]}])), Some("spec.managerRoles[0].organizationID")),
+    ("roles of a project of 65", |o| roles(o, json!([{"projectID": "1".repeat(65), "roles": ["PROJECT_OWNER"]}])), Some("spec.managerRoles[0].projectID")),
+    ("one scope twice", |o| roles(o, json!([{"organizationID": "1", "roles": ["ORG_OWNER"]}, {"organizationID": "1", "roles": ["ORG_OWNER_VIEWER"]}])), Some("list each instance, organization, project and project grant only once")),
+    ("one grant twice", |o| roles(o, json!([{"projectID": "1", "grantedOrganizationID": "1", "roles": ["PROJECT_GRANT_OWNER"]}, {"projectID": "1", "grantedOrganizationID": "1", "roles": ["PROJECT_GRANT_OWNER_VIEWER"]}])), Some("only once")),
+    ("17 entries of roles", |o| roles(o, (0..17).map(|i| json!({"organizationID": i.to_string(), "roles": ["ORG_OWNER"]})).collect()), Some("spec.managerRoles")),
 
     ("a rotation", |o| spec(o)["keyRotation"] = json!({"interval": "1h"}), None),
     ("a rotation with everything", |o| spec(o)["keyRotation"] = json!({"interval": "720h", "overlap": "24h", "keyLifetime": "745h", "deleteBootstrapKey": true}), None),
@@ -340,9 +369,26 @@ const GUARDED: &[&str] = &[
     "an organization with a space",
     "a username with a space",
     "a username of 201",
+    "an existing user with a slash",
+    "an existing user with a name",
     "a key Secret in upper case",
     "a key Secret of 254",
     "a key Secret in another namespace",
+    "roles without a scope",
+    "roles with two scopes",
+    "roles of instance false",
+    "roles of a grant without project",
+    "a role of another level",
+    "a role of a grant for a project",
+    "a role of a project for a grant",
+    "a role in lower case",
+    "a role of 65",
+    "roles without a name",
+    "roles of an organization with a space",
+    "roles of a project of 65",
+    "one scope twice",
+    "one grant twice",
+    "17 entries of roles",
     "no audience",
     "zitadelAPI: false and no project",
     "the alias as a project",
@@ -409,6 +455,7 @@ fn operator_refuses_by_itself_what_guards_a_key_an_access_or_its_memory() {
         let user: ZitadelServiceUser = serde_json::from_value(object).expect("a service user");
         let spec = &user.spec;
         let violation = (0..spec.tokens.len()).find_map(|index| validate::token(spec, index, &allowed()).err());
+        let violation = violation.or(validate::manager_roles(spec).err());
         if let Some(violation) = violation.map(|violation| violation.to_string()) {
             assert!(
                 piece.is_some_and(|piece| violation.contains(piece)),
@@ -421,7 +468,7 @@ fn operator_refuses_by_itself_what_guards_a_key_an_access_or_its_memory() {
 }
 
 /// Hash of the schema of version 1, without descriptions.
-const SCHEMA: (u32, &str) = (1, "4eee3d15cf0a4aa2f5cd6bec0180fc88");
+const SCHEMA: (u32, &str) = (1, "d0df67a5da57974a8a36002fdda38a6f");
 
 /// An operator must be able to tell that the installed CRDs are older than it.
 #[test]
@@ -562,6 +609,18 @@ const POLICIES: &[Case] = &[
     ("a value of 64", |o| selects(o, json!({"matchLabels": {"a": "v".repeat(64)}})), Some("spec.namespaceSelector")),
     ("a key of 318", |o| selects(o, json!({"matchLabels": entry(&"k".repeat(318), "v")})), Some("spec.namespaceSelector")),
     ("17 labels", |o| selects(o, json!({"matchLabels": map(17, "v")})), Some("spec.namespaceSelector")),
+    ("roles at each level", |o| roles(o, json!([
+        {"instance": true, "roles": ["IAM_OWNER"]}, {"organizationIDs": ["1", "2"], "roles": ["ORG_OWNER"], "allowPrivileged": true},
+        {"projectIDs": ["1"], "roles": ["PROJECT_OWNER"]}, {"projectIDs": ["1"], "grantedOrganizationIDs": ["2"], "roles": ["PROJECT_GRANT_OWNER"]},
+    ])), None),
+    ("roles without a scope", |o| roles(o, json!([{"roles": ["ORG_OWNER"]}])), Some("spec.managerRoles[]: set exactly one of instance: true, organizationIDs and projectIDs")),
+    ("roles with two scopes", |o| roles(o, json!([{"instance": true, "projectIDs": ["1"], "roles": ["IAM_OWNER"]}])), Some("set exactly one of instance: true, organizationIDs and projectIDs")),
+    ("roles of no organization", |o| roles(o, json!([{"organizationIDs": [], "roles": ["ORG_OWNER"]}])), Some("spec.managerRoles[0].organizationIDs")),
+    ("roles of instance false", |o| roles(o, json!([{"instance": false, "roles": ["IAM_OWNER"]}])), Some("set it to true")),
+    ("a wildcard for organizations", |o| roles(o, json!([{"organizationIDs": ["*"], "roles": ["ORG_OWNER"]}])), Some("spec.managerRoles[0].organizationIDs[0]")),
+    ("a wildcard for roles", |o| roles(o, json!([{"instance": true, "roles": ["IAM_*"]}])), Some("spec.managerRoles[0].roles[0]")),
+    ("a role of another level", |o| roles(o, json!([{"organizationIDs": ["1"], "roles": ["IAM_OWNER"]}])), Some(".roles: roles of the instance begin with IAM_")),
+    ("a grant without project", |o| roles(o, json!([{"organizationIDs": ["1"], "grantedOrganizationIDs": ["1"], "roles": ["ORG_OWNER"]}])), Some("also set projectIDs")),
 ];
 
 /// Only the API server validates policies. A policy that the operator cannot decode allows nothing, and neither does a

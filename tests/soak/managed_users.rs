@@ -1,6 +1,5 @@
 //! Users that the operator creates in ZITADEL: a crash at each step of a creation, and many at once.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, stream};
@@ -8,43 +7,34 @@ use kube::api::ListParams;
 use serde_json::{Value, json};
 use zitadel_tokens::api::ZitadelServiceUser;
 
+use crate::places::{Place, stop_at};
 use crate::reduced;
 use crate::support::eventually;
 use crate::support::managed::{CLUSTER, Managed};
 use crate::support::operator::Operator;
-use crate::support::proxy::{Hold, Proxy};
-use crate::support::world::{World, condition, until};
+use crate::support::proxy::Proxy;
+use crate::support::world::{World, condition, one_token, until};
 
-/// Where the operator is killed.
-#[derive(Clone, Copy, Debug)]
-enum Place {
-    /// At the n-th such request to the API server, before it takes effect or after.
-    Kubernetes(&'static str, &'static str, usize, bool),
-    /// At a request of the administrator to ZITADEL, before it takes effect or after.
-    Zitadel(&'static str, bool),
-    /// After ZITADEL added the first key.
-    AddKey,
-}
-
-const PLACES: &[Place] = &[
-    Place::Zitadel("/v2/users/new", true),
-    Place::AddKey,
-    Place::Kubernetes("PUT", LEDGER, 1, false),
-    Place::Kubernetes("PUT", LEDGER, 4, true),
-    Place::Zitadel("/oauth/v2/token", false),
-    Place::Zitadel("/oauth/v2/token", true),
-    Place::Zitadel("/v2/users/new", false),
-    Place::Kubernetes("PATCH", OBJECT, 1, false),
-    Place::Kubernetes("PATCH", OBJECT, 1, true),
-    Place::Kubernetes("POST", CREATE, 1, false),
-    Place::Kubernetes("POST", CREATE, 1, true),
-    Place::Kubernetes("PUT", LEDGER, 1, true),
-    Place::Kubernetes("PUT", LEDGER, 2, false),
-    Place::Kubernetes("PUT", LEDGER, 2, true),
-    Place::Kubernetes("PUT", LEDGER, 3, false),
-    Place::Kubernetes("PUT", LEDGER, 3, true),
-    Place::Kubernetes("PUT", LEDGER, 4, false),
-    Place::Kubernetes("PUT", STATUS, 1, true),
+/// `None` is the moment after ZITADEL added the first key, whose path has the id of the user.
+const PLACES: &[Option<Place>] = &[
+    Some(Place::Zitadel("/v2/users/new", true)),
+    None,
+    Some(Place::Kubernetes("PUT", LEDGER, 1, false)),
+    Some(Place::Kubernetes("PUT", LEDGER, 4, true)),
+    Some(Place::Zitadel("/oauth/v2/token", false)),
+    Some(Place::Zitadel("/oauth/v2/token", true)),
+    Some(Place::Zitadel("/v2/users/new", false)),
+    Some(Place::Kubernetes("PATCH", OBJECT, 1, false)),
+    Some(Place::Kubernetes("PATCH", OBJECT, 1, true)),
+    Some(Place::Kubernetes("POST", CREATE, 1, false)),
+    Some(Place::Kubernetes("POST", CREATE, 1, true)),
+    Some(Place::Kubernetes("PUT", LEDGER, 1, true)),
+    Some(Place::Kubernetes("PUT", LEDGER, 2, false)),
+    Some(Place::Kubernetes("PUT", LEDGER, 2, true)),
+    Some(Place::Kubernetes("PUT", LEDGER, 3, false)),
+    Some(Place::Kubernetes("PUT", LEDGER, 3, true)),
+    Some(Place::Kubernetes("PUT", LEDGER, 4, false)),
+    Some(Place::Kubernetes("PUT", STATUS, 1, true)),
 ];
 
 const LEDGER: &str = "/secrets/service-user-key-";
@@ -64,7 +54,13 @@ async fn a_kill_at_any_step_of_a_creation_makes_no_second_user_and_loses_no_key(
     for (n, place) in places.iter().enumerate() {
         let started = Instant::now();
         let name = format!("user-{n}");
-        let hold = stop_at(&managed, &proxy, *place, &name).await;
+        let hold = if let Some(place) = *place {
+            let begin = async || managed.user(&name, json!({})).await;
+            stop_at(&managed.world.issuer, &proxy, place, begin).await
+        } else {
+            stop_at_the_first_key(&managed, &proxy, &name).await;
+            None
+        };
         let operator = start(&managed.world, &proxy).await;
         std::mem::replace(&mut managed.operator, operator).kill();
         if let Some(hold) = hold {
@@ -100,7 +96,8 @@ async fn a_kill_at_any_step_of_a_creation_makes_no_second_user_and_loses_no_key(
     assert_eq!(managed.users().await, Vec::<Value>::new());
 }
 
-async fn start(world: &World, proxy: &Proxy) -> Operator {
+/// An operator that creates users and reaches the API server through the proxy.
+pub async fn start(world: &World, proxy: &Proxy) -> Operator {
     let home = world.home();
     let flags = [&["--namespace", &home], &CLUSTER[..]].concat();
     Operator::start_with(&proxy.kubeconfig, &world.selector(), &flags).await
@@ -111,68 +108,21 @@ fn is_served(user: &ZitadelServiceUser) -> bool {
         && condition(user, "Ready").is_some_and(|(status, _, _)| status == "True")
 }
 
-/// Applies the object and waits until the operator is at the place.
-async fn stop_at(managed: &Managed, proxy: &Proxy, place: Place, name: &str) -> Option<Arc<Hold>> {
+/// Applies the object and waits until ZITADEL has added its first key.
+async fn stop_at_the_first_key(managed: &Managed, proxy: &Proxy, name: &str) {
     let issuer = &managed.world.issuer;
-    let hold = |method, piece, after| {
-        if after {
-            proxy.hold_after(method, piece)
-        } else {
-            proxy.hold_before(method, piece)
-        }
-    };
-    match place {
-        Place::Kubernetes(method, piece, nth, after) => {
-            let mut at = hold(method, piece, after && nth == 1);
-            managed.user(name, json!({})).await;
-            for n in 2..=nth {
-                at.reached().await;
-                let next = hold(method, piece, after && n == nth);
-                at.release();
-                at = next;
-            }
-            at.reached().await;
-            Some(at)
-        }
-        Place::Zitadel(path, after) => {
-            let before = issuer
-                .requests()
-                .await
-                .iter()
-                .filter(|request| request.path == path)
-                .count();
-            issuer
-                .fault(json!({"path": path, "times": 1, "hang": true, "afterHandling": after}))
-                .await;
-            managed.user(name, json!({})).await;
-            eventually("the request is there", async || {
-                issuer
-                    .requests()
-                    .await
-                    .iter()
-                    .filter(|request| request.path == path)
-                    .count()
-                    > before
-            })
-            .await;
-            None
-        }
-        Place::AddKey => {
-            let at = proxy.hold_before("PUT", LEDGER);
-            managed.user(name, json!({})).await;
-            at.reached().await;
-            let users = managed.users().await;
-            let newest = users.iter().find(|user| user["keys"] == 0).expect("a user without key");
-            let user_id = newest["id"].as_str().expect("an id").to_owned();
-            let path = format!("/v2/users/{user_id}/keys");
-            issuer
-                .fault(json!({"path": path, "times": 1, "hang": true, "afterHandling": true}))
-                .await;
-            at.release();
-            eventually("the key is there", async || issuer.keys(&user_id).await.len() == 1).await;
-            None
-        }
-    }
+    let at = proxy.hold_before("PUT", LEDGER);
+    managed.user(name, json!({})).await;
+    at.reached().await;
+    let users = managed.users().await;
+    let newest = users.iter().find(|user| user["keys"] == 0).expect("a user without key");
+    let user_id = newest["id"].as_str().expect("an id").to_owned();
+    let path = format!("/v2/users/{user_id}/keys");
+    issuer
+        .fault(json!({"path": path, "times": 1, "hang": true, "afterHandling": true}))
+        .await;
+    at.release();
+    eventually("the key is there", async || issuer.keys(&user_id).await.len() == 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -208,4 +158,55 @@ async fn many_users_are_created_within_the_budget() {
         "{objects} users with a key and a token after {:.0} s; {requests} requests to ZITADEL",
         took.as_secs_f64()
     );
+}
+
+/// An outage of a minute while an object with a user and a manager role is deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn deletion_waits_for_zitadel_and_then_removes_user_and_role() {
+    let outage = if reduced() {
+        Duration::from_secs(15)
+    } else {
+        Duration::from_mins(1)
+    };
+    let managed = Managed::new("userdown").await;
+    managed.promote("IAM_OWNER").await;
+    let world = &managed.world;
+    let organization = world.issuer.organization().await;
+    managed
+        .allow_roles(json!([{"organizationIDs": [organization], "roles": ["ORG_OWNER"]}]))
+        .await;
+    let mut spec = one_token("billing-token");
+    spec["user"] = json!({"organizationID": managed.organization});
+    spec["managerRoles"] = json!([{"organizationID": organization, "roles": ["ORG_OWNER"]}]);
+    world.service_user("billing", spec).await.expect("accepted");
+    managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+    world.ready("billing", "True", "Issued").await;
+    for path in ["/oauth/v2/token", "/.well-known/openid-configuration"] {
+        world.issuer.fault(json!({"path": path, "status": 503})).await;
+    }
+    world.delete("billing").await;
+    let waits = |user: &ZitadelServiceUser| {
+        condition(user, "Ready")
+            .is_some_and(|(status, _, text)| status == "False" && text.starts_with("The deletion waits"))
+    };
+    until(world.users(), "billing", outage, waits).await;
+    tokio::time::sleep(outage).await;
+    assert_eq!(managed.users().await.len(), 1);
+    let started = Instant::now();
+    world.issuer.clear_faults().await;
+    until_gone(world, "billing").await;
+    assert_eq!(managed.users().await, Vec::<Value>::new());
+    println!(
+        "deleted {:.0} s after the end of the outage",
+        started.elapsed().as_secs_f64()
+    );
+}
+
+/// The operator tries again after at most five minutes.
+async fn until_gone(world: &World, name: &str) {
+    let started = Instant::now();
+    while world.users().get_opt(name).await.expect("readable").is_some() {
+        assert!(started.elapsed() < Duration::from_mins(6), "{name} is still there");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
 }

@@ -155,6 +155,34 @@ impl Issuer {
         answer["users"].as_array().expect("users").clone()
     }
 
+    /// Gives a user exactly these manager roles in a scope, as a person does in ZITADEL's console, and waits until the
+    /// lists show it. The scope has the form of ZITADEL's API.
+    pub async fn set_manager_roles(&self, user: &str, resource: &Value, roles: &[&str]) {
+        let body = json!({"resource": resource, "roles": roles});
+        self.call(
+            reqwest::Method::PUT,
+            &format!("/users/{user}/manager-roles"),
+            Some(body),
+        )
+        .await;
+        self.settled().await;
+    }
+
+    /// The manager roles of a user in a scope.
+    pub async fn manager_roles(&self, user: &str, resource: &Value) -> Vec<String> {
+        let user = self.call(reqwest::Method::GET, &format!("/users/{user}"), None).await;
+        let held = user["managerRoles"].as_array().expect("roles");
+        let here = held.iter().find(|held| held["resource"] == *resource);
+        let roles = here.map(|held| held["roles"].as_array().expect("roles").iter());
+        let mut roles: Vec<String> = roles
+            .into_iter()
+            .flatten()
+            .map(|role| role.as_str().expect("a role").to_owned())
+            .collect();
+        roles.sort_unstable();
+        roles
+    }
+
     /// Creates a personal access token of a user.
     pub async fn personal_token(&self, user: &str) -> String {
         let made = self

@@ -46,12 +46,23 @@ impl Managed {
 
     /// Applies the policy of the world with these users.
     pub async fn allow(&self, users: Value) {
+        self.policy(json!({"users": users})).await;
+    }
+
+    /// Applies the policy of the world with these manager roles, and users of the organization.
+    pub async fn allow_roles(&self, roles: Value) {
+        let users = json!({"organizationIDs": [self.organization]});
+        self.policy(json!({"users": users, "managerRoles": roles})).await;
+    }
+
+    async fn policy(&self, mut spec: Value) {
         let world = &self.world;
+        spec["instanceRef"] = json!({"name": world.instance});
+        spec["namespaceSelector"] = world.selector_of_namespace();
+        spec["audiences"] = everything();
         let policy = json!({
             "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelAccessPolicy",
-            "metadata": {"name": world.policy_name()},
-            "spec": {"instanceRef": {"name": world.instance}, "namespaceSelector": world.selector_of_namespace(),
-                "audiences": everything(), "users": users},
+            "metadata": {"name": world.policy_name()}, "spec": spec,
         });
         let params = PatchParams::apply("tests").force();
         let applied = world
@@ -104,13 +115,47 @@ impl Managed {
         self.world.service_user(name, spec).await.expect("accepted");
     }
 
+    /// Applies a service user with the key of `user`, one token in `NAME-token`, and these manager roles.
+    pub async fn with_roles(&self, name: &str, user: &User, roles: Value) {
+        self.world.key_secret(&format!("{name}-key"), user).await;
+        let mut spec = one_token(&format!("{name}-token"));
+        spec["managerRoles"] = roles;
+        self.world.service_user(name, spec).await.expect("accepted");
+    }
+
     /// Waits until `UserReady` has this status and reason.
     pub async fn user_is(&self, name: &str, status: &str, reason: &str) -> ZitadelServiceUser {
+        self.condition_is(name, "UserReady", (status, reason)).await
+    }
+
+    /// Waits until `ManagerRolesGranted` has this status and reason, and returns its message.
+    pub async fn roles_are(&self, name: &str, status: &str, reason: &str) -> String {
+        let kind = "ManagerRolesGranted";
+        let user = self.condition_is(name, kind, (status, reason)).await;
+        condition(&user, kind).expect("a condition").2.to_owned()
+    }
+
+    /// Waits until the message of `ManagerRolesGranted` has these pieces.
+    pub async fn roles_say(&self, name: &str, pieces: &[&str]) {
+        let says = |user: &ZitadelServiceUser| {
+            condition(user, "ManagerRolesGranted")
+                .is_some_and(|(_, _, text)| pieces.iter().all(|piece| text.contains(piece)))
+        };
+        self.world.user_until(name, says).await;
+    }
+
+    async fn condition_is(&self, name: &str, kind: &str, wanted: (&str, &str)) -> ZitadelServiceUser {
+        let is = |user: &ZitadelServiceUser| condition(user, kind).is_some_and(|(s, r, _)| (s, r) == wanted);
+        self.world.user_until(name, is).await
+    }
+
+    /// Gives the administrator this role for the whole instance.
+    pub async fn promote(&self, role: &str) {
+        let instance = json!({"instance": true});
         self.world
-            .user_until(name, |user| {
-                condition(user, "UserReady").is_some_and(|(s, r, _)| (s, r) == (status, reason))
-            })
-            .await
+            .issuer
+            .set_manager_roles(&self.admin.id, &instance, &[role])
+            .await;
     }
 
     /// The users of the organization, except its administrator.

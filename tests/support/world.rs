@@ -127,9 +127,18 @@ impl World {
 
     /// The key ledger of a service user, if there is one.
     pub async fn ledger(&self, user: &ZitadelServiceUser) -> Option<BTreeMap<String, String>> {
+        self.in_home("service-user-key", user).await
+    }
+
+    /// The role ledger of a service user, if there is one.
+    pub async fn role_ledger(&self, user: &ZitadelServiceUser) -> Option<BTreeMap<String, String>> {
+        self.in_home("service-user-roles", user).await
+    }
+
+    async fn in_home(&self, prefix: &str, user: &ZitadelServiceUser) -> Option<BTreeMap<String, String>> {
         let uid = user.metadata.uid.as_deref().expect("a UID");
         let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.home());
-        let secret = secrets.get_opt(&format!("service-user-key-{uid}")).await;
+        let secret = secrets.get_opt(&format!("{prefix}-{uid}")).await;
         secret.expect("readable").as_ref().map(data)
     }
 

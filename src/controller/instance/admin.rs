@@ -102,7 +102,7 @@ impl Admin {
 
     /// The manager roles of the administrator.
     pub async fn roles(&self) -> Result<Vec<ManagerRoles>, Refused> {
-        Ok(self.client.own_administrators(&self.token, &self.user_id).await?)
+        Ok(self.client.list_roles(&self.token, &self.user_id).await?)
     }
 
     /// Fails unless the administrator may manage the users of an organization. Only then does a 404 mean that a user does not

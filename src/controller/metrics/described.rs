@@ -73,6 +73,10 @@ metrics! {
         "Duration of a token request, including the wait for the request budget of the instance";
     KEY_ROTATIONS: Counter "zitadel_tokens_key_rotations_total" ["zitadel_instance"]
         "Number of keys that the operator has replaced";
+    USER_CHANGES: Counter "zitadel_tokens_service_user_changes_total" ["zitadel_instance" "action"]
+        "Number of service users that the operator has created or deleted in ZITADEL, by action: create, delete";
+    ROLE_CHANGES: Counter "zitadel_tokens_manager_role_changes_total" ["zitadel_instance" "action"]
+        "Number of manager roles that the operator has granted or revoked in ZITADEL, by action: grant, revoke";
     RECONCILE_DURATION: Histogram "zitadel_tokens_reconcile_duration_seconds" ["kind"]
         "Duration of a reconcile";
     QUEUE_WAITING: Gauge "zitadel_tokens_queue_waiting" ["kind"]

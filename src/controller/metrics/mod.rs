@@ -28,12 +28,18 @@ const BUCKETS: [f64; 13] = [
 
 const RESULTS: [&str; 2] = ["success", "failure"];
 
+const USER_ACTIONS: [&str; 2] = ["create", "delete"];
+
+const ROLE_ACTIONS: [&str; 2] = ["grant", "revoke"];
+
 /// Counters and histograms. Label values come from closed sets, except the names of existing instances.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     mints: Family<Labels, Counter>,
     mint_duration: Family<Labels, Histogram>,
     key_rotations: Family<Labels, Counter>,
+    users: Family<Labels, Counter>,
+    manager_roles: Family<Labels, Counter>,
     reconcile_duration: Family<Labels, Histogram>,
 }
 
@@ -46,11 +52,15 @@ impl Metrics {
             mints: Family::default(),
             mint_duration: Family::new_with_constructor(histogram),
             key_rotations: Family::default(),
+            users: Family::default(),
+            manager_roles: Family::default(),
             reconcile_duration: Family::new_with_constructor(histogram),
         };
         described::MINTS.register(registry, metrics.mints.clone());
         described::MINT_DURATION.register(registry, metrics.mint_duration.clone());
         described::KEY_ROTATIONS.register(registry, metrics.key_rotations.clone());
+        described::USER_CHANGES.register(registry, metrics.users.clone());
+        described::ROLE_CHANGES.register(registry, metrics.manager_roles.clone());
         described::RECONCILE_DURATION.register(registry, metrics.reconcile_duration.clone());
         described::PANICS.register(registry, panics);
         described::BUILD.register(registry, Info::new([("version", env!("CARGO_PKG_VERSION"))]));
@@ -76,6 +86,20 @@ impl Metrics {
         self.key_rotations.get_or_create(&labels).inc();
     }
 
+    /// Counts a service user of `instance` that the operator created or deleted.
+    pub fn user_changed(&self, instance: &str, created: bool) {
+        let labels = described::USER_CHANGES.labels([instance, USER_ACTIONS[usize::from(!created)]]);
+        self.users.get_or_create(&labels).inc();
+    }
+
+    /// Counts manager roles of `instance` that the operator granted and revoked.
+    pub fn roles_changed(&self, instance: &str, granted: usize, revoked: usize) {
+        for (action, count) in ROLE_ACTIONS.into_iter().zip([granted, revoked]) {
+            let labels = described::ROLE_CHANGES.labels([instance, action]);
+            self.manager_roles.get_or_create(&labels).inc_by(count as u64);
+        }
+    }
+
     /// Starts to measure a reconcile. The measurement ends when the returned value is dropped, including after a panic
     /// or a timeout.
     #[must_use]
@@ -90,6 +114,13 @@ impl Metrics {
     /// Removes the series of an instance that no longer exists.
     pub fn forget(&self, instance: &str) {
         self.key_rotations.remove(&described::KEY_ROTATIONS.labels([instance]));
+        for action in USER_ACTIONS {
+            self.users.remove(&described::USER_CHANGES.labels([instance, action]));
+        }
+        for action in ROLE_ACTIONS {
+            self.manager_roles
+                .remove(&described::ROLE_CHANGES.labels([instance, action]));
+        }
         for result in RESULTS {
             self.mint_duration
                 .remove(&described::MINT_DURATION.labels([instance, result]));

@@ -100,8 +100,7 @@ pub(super) fn is_current(ctx: &Context, id: &ObjectRef, facts: &Facts) -> bool {
     });
     let namespace = &id.namespace;
     let name = &facts.user.spec.instance_ref.name;
-    let same_access =
-        !cache.is_terminating(namespace) && cache.allowed_audiences(name, namespace) == facts.allowed_audiences;
+    let same_access = !cache.is_terminating(namespace) && cache.allowed(name, namespace) == facts.allowed;
     let instance = cache.instance(name);
     let spec = |instance: &Result<Arc<ZitadelInstance>, Reason>| instance.as_ref().ok().map(|i| i.spec.clone());
     same_user && same_access && spec(&instance) == spec(&facts.instance)

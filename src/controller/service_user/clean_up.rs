@@ -1,68 +1,107 @@
-//! Deletes what the operator has made for a service user that is being deleted: its keys at ZITADEL, the ledger, and at
-//! last the finalizer. Policies and suspension do not matter here: a deletion must not leave keys behind.
+//! Removes what the operator has made at ZITADEL for a service user that is being deleted: first the manager roles, then the
+//! keys or the user, and each time the ledger and at last the finalizer. Policies and suspension do not matter here: a
+//! deletion must leave neither roles nor keys behind.
 
 use std::sync::Arc;
 
 use crate::api::ZitadelServiceUser;
-use crate::api::service_user::KeyDeletionPolicy;
+use crate::api::metadata::{FINALIZER, ROLES_FINALIZER};
+use crate::api::service_user::UserDeletionPolicy;
 use crate::controller::Context;
 use crate::controller::queue::Done;
-use crate::controller::service_user::gather;
 use crate::controller::service_user::key_session::Stop;
 use crate::controller::service_user::rotate::{ROTATION_TIMEOUT, Rotation};
+use crate::controller::service_user::{finalizer, gather, grant};
+use crate::domain::key_ledger::Managed;
 use crate::domain::key_rotation::{self, Outcome};
 use crate::domain::key_rotation_report;
+use crate::domain::manager_role::RoleScope;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::retry::{Failed, PendingRetries, Wake};
+use crate::domain::role_report::{self, RoleOutcome};
 
-/// Reconciles a service user that is being deleted and has the operator's finalizer.
+/// Reconciles a service user that is being deleted and has a finalizer of the operator.
 pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUser>, pending: &PendingRetries) -> Done {
-    let mut rotation = Rotation::new(ctx, id, user, None);
-    let waits = pending.get(key_rotation::BACKOFF);
-    let waits = waits.filter(|retry| retry.until > ctx.clock.now() && !rotation.is_abandoned());
-    let ended = if let Some(retry) = waits {
-        Err(Stop(Outcome::deferred(retry.reason)))
-    } else {
-        let removed = tokio::time::timeout(ROTATION_TIMEOUT, remove(&mut rotation)).await;
-        // Every step can be repeated.
-        removed.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()))
+    let abandoned = gather::is_abandoned(&user);
+    let left = abandoned || user.spec.deletion_policy == Some(UserDeletionPolicy::Orphan);
+    let waits = |what: &str| {
+        let retry = pending.get(what)?;
+        (retry.until > ctx.clock.now() && !abandoned).then(|| Outcome::deferred(retry.reason))
     };
-    let Err(Stop(outcome)) = ended else {
-        tracing::info!(object = %id, "the service user was deleted, and its keys were cleaned up");
-        return Done {
-            written: rotation.written,
-            mints: rotation.session.requests(),
-            ..Done::forget()
+    let mut done = Done::forget();
+    let mut user = user;
+    if finalizer::is_set(&user, ROLES_FINALIZER) {
+        let failed = if let Some(outcome) = waits(role_report::BACKOFF) {
+            let scope = ctx.memory.failed_role(id);
+            Some(RoleOutcome { outcome, scope })
+        } else {
+            let (revoked, revoked_from) = grant::revoke(ctx, id, user, left).await;
+            user = revoked_from;
+            done.written = revoked.written;
+            done.mints = revoked.requests;
+            let scope = revoked.outcome.as_ref().and_then(|outcome| outcome.scope.clone());
+            ctx.memory.note_failed_role(id, scope);
+            revoked.outcome
         };
-    };
+        if let Some(RoleOutcome { outcome, scope }) = failed {
+            return waiting(ctx, id, &user, (outcome, role_report::BACKOFF, scope), done).await;
+        }
+    }
+    if finalizer::is_set(&user, FINALIZER) {
+        let mut rotation = Rotation::new(ctx, id, user, None);
+        let ended = if let Some(outcome) = waits(key_rotation::BACKOFF) {
+            Err(Stop(outcome))
+        } else {
+            let removed = tokio::time::timeout(ROTATION_TIMEOUT, remove(&mut rotation, left)).await;
+            // Every step can be repeated.
+            removed.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()))
+        };
+        done.written.append(&mut rotation.written);
+        done.mints += rotation.session.requests();
+        if let Err(Stop(outcome)) = ended {
+            return waiting(ctx, id, &rotation.user, (outcome, key_rotation::BACKOFF, None), done).await;
+        }
+    }
+    ctx.memory.forget(id);
+    tracing::info!(object = %id, "the service user was deleted, and what the operator had made for it was removed");
+    done
+}
+
+/// Reports why the deletion waits, and when it continues.
+async fn waiting(
+    ctx: &Context,
+    id: &ObjectRef,
+    user: &ZitadelServiceUser,
+    (outcome, what, scope): (Outcome, &str, Option<Box<RoleScope>>),
+    done: Done,
+) -> Done {
     let outcome = outcome.with_keys(ctx.clock.now());
-    let mut failed: Vec<Failed> = outcome.failed().into_iter().collect();
+    let mut failed: Vec<Failed> = outcome.failed(what).into_iter().collect();
+    let mut written = done.written;
     if outcome.reason != Reason::NotLeading {
-        match tell(ctx, id, &rotation.user, outcome.reason).await {
-            Ok(version) => rotation.written.extend(version),
+        match tell(ctx, id, user, outcome.reason, scope.as_deref()).await {
+            Ok(version) => written.extend(version),
             Err(reason) => failed.push(Failed::now("", reason)),
         }
     }
     // By the queue's clock.
-    let skew = ctx.connections.skew(&rotation.user.spec.instance_ref.name).usable();
+    let skew = ctx.connections.skew(&user.spec.instance_ref.name).usable();
     let wake = Wake { at: None, failed };
     Done {
         wake: wake.shifted(-skew),
-        written: rotation.written,
-        mints: rotation.session.requests(),
+        written,
+        mints: done.mints,
         ..Done::default()
     }
 }
 
-async fn remove(rotation: &mut Rotation<'_>) -> Result<(), Stop> {
+async fn remove(rotation: &mut Rotation<'_>, left: bool) -> Result<(), Stop> {
     let ctx = rotation.ctx;
     let spec = rotation.user.spec.clone();
     let stored = gather::key_ledger(ctx, &rotation.user).await;
-    let stored = stored.map_err(|_| Reason::APIServerUnavailable)?;
-    let left = rotation.is_abandoned() || spec.deletion_policy == Some(KeyDeletionPolicy::Orphan);
-    match stored {
+    match stored.map_err(|_| Reason::APIServerUnavailable)? {
         Ok(stored) => rotation.stored = stored,
         // What an unreadable ledger names is unknown, and its Secret stays for a person to look at.
         Err(_) if left => {}
@@ -71,7 +110,9 @@ async fn remove(rotation: &mut Rotation<'_>) -> Result<(), Stop> {
     if let Some(ledger) = rotation.stored.as_ref().map(|stored| stored.ledger.clone()) {
         if left {
             rotation.report_left_keys(&ledger).await;
-            if ledger.managed.is_some() {
+            // A user that was not taken over is none of the operator's.
+            let is_left = |managed: &Managed| managed.created || !managed.adopted;
+            if ledger.managed.as_ref().is_some_and(is_left) {
                 rotation.report_left_user(&ledger).await;
             }
         } else {
@@ -95,8 +136,9 @@ async fn tell(
     id: &ObjectRef,
     user: &ZitadelServiceUser,
     reason: Reason,
+    scope: Option<&RoleScope>,
 ) -> Result<Option<String>, Reason> {
-    let (patch, text) = key_rotation_report::deletion_waits(user, reason, ctx.clock.now());
+    let (patch, text) = key_rotation_report::deletion_waits(user, reason, scope, ctx.clock.now());
     let conditions = user.status.iter().flat_map(|status| &status.conditions);
     if conditions.into_iter().any(|condition| condition.message == text) {
         return Ok(None);

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use kube::ResourceExt;
 
-use crate::api::ZitadelServiceUser;
-use crate::api::metadata::{FINALIZER, KEY_LEDGER_PREFIX};
+use crate::api::metadata::{ANNOTATION_ABANDON, FINALIZER, KEY_LEDGER_PREFIX, ROLE_LEDGER_PREFIX, ROLES_FINALIZER};
 use crate::api::service_user::Token;
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::read::{ReadError, ReadUser};
+use crate::controller::service_user::finalizer;
+use crate::controller::triggers::reference;
 use crate::domain::facts::Facts;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::StoredLedger;
@@ -19,6 +21,7 @@ use crate::domain::observed_secret::Wanted;
 use crate::domain::plan;
 use crate::domain::reason::Reason;
 use crate::domain::retry::{PendingRetries, PendingRetry};
+use crate::domain::role_ledger::StoredRoles;
 
 /// Most leftover Secrets (no longer named in the spec) that one reconcile reads: as many as an object may have tokens.
 const MOST_LEFTOVERS: usize = 16;
@@ -52,7 +55,10 @@ pub fn awaits_instance(ctx: &Context, id: &ObjectRef) -> bool {
 /// Reads everything that the plan for `id` depends on.
 pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetries) -> Result<Gathered, ReadError> {
     let known = ctx.cache.user(id);
-    if known.as_ref().is_some_and(|user| user.deleting && user.holds_keys) {
+    if known
+        .as_ref()
+        .is_some_and(|user| user.deleting && (user.holds.keys || user.holds.roles))
+    {
         return deleted(ctx, id).await;
     }
     // In a terminating namespace no Secret can be created, so a token would be lost.
@@ -81,7 +87,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
                 reported,
             });
         }
-        Some(ReadUser::Readable(user)) if holds_keys(&user) => return deleted_or_gone(ctx, user).await,
+        Some(ReadUser::Readable(user)) if is_finalized(&user) => return deleted_or_gone(ctx, user).await,
         Some(ReadUser::Readable(_)) => return Ok(Gathered::Gone),
         None => {
             tracing::info!(object = %id, "the service user no longer exists");
@@ -110,7 +116,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
     let mut facts = Facts {
         allowed_metadata: ctx.allowed_metadata.clone(),
         in_operator_namespace: ctx.operator_namespace.as_deref() == Some(&*id.namespace),
-        allowed_audiences: ctx.cache.allowed_audiences(&instance_name, &id.namespace),
+        allowed: ctx.cache.allowed(&instance_name, &id.namespace),
         zitadel_project_id: instance
             .as_deref()
             .ok()
@@ -119,6 +125,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         clock,
         key: Err(Reason::KeySecretMissing),
         keys: KeyState::none(Reason::KeySecretMissing),
+        roles: Ok(None),
         secrets: BTreeMap::new(),
         unwritten: of_memory
             .clone()
@@ -160,7 +167,7 @@ fn over_limit(user: &ZitadelServiceUser) -> Gathered {
 /// Reads an object that is being deleted and for which the operator has made keys.
 async fn deleted(ctx: &Context, id: &ObjectRef) -> Result<Gathered, ReadError> {
     match ctx.reader.user(id).await? {
-        Some(ReadUser::Readable(user)) if user.metadata.deletion_timestamp.is_some() && holds_keys(&user) => {
+        Some(ReadUser::Readable(user)) if user.metadata.deletion_timestamp.is_some() && is_finalized(&user) => {
             deleted_or_gone(ctx, user).await
         }
         Some(ReadUser::Unreadable { generation, .. }) => Ok(Gathered::Refused {
@@ -172,11 +179,13 @@ async fn deleted(ctx: &Context, id: &ObjectRef) -> Result<Gathered, ReadError> {
     }
 }
 
-/// The keys of a deleted object belong to the operator that has the ledger, also if the instance no longer exists. An
-/// operator that cannot read a ledger may be another one.
+/// What was made for a deleted object belongs to the operator that has a ledger of it, also if the instance no longer
+/// exists. An operator that cannot read a ledger may be another one.
 async fn deleted_or_gone(ctx: &Context, user: Arc<ZitadelServiceUser>) -> Result<Gathered, ReadError> {
     let served = ctx.serves(&user.spec.instance_ref.name);
-    let ours = served || matches!(key_ledger(ctx, &user).await?, Ok(Some(_)));
+    let ours = served
+        || matches!(key_ledger(ctx, &user).await?, Ok(Some(_)))
+        || matches!(role_ledger(ctx, &user).await?, Ok(Some(_)));
     Ok(if ours { Gathered::Deleted(user) } else { Gathered::Gone })
 }
 
@@ -211,23 +220,29 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
                 ledger: key_ledger(ctx, &facts.user).await?,
             },
         };
+        let roles = role_ledger(ctx, &facts.user).await?;
         let mut found = BTreeMap::new();
         for (name, token) in secrets {
             let secret = ctx.reader.token_secret(&id.namespace, name, &Wanted::of(token)).await?;
             found.extend(secret.map(|secret| (name.to_owned(), secret)));
         }
-        Ok((keys, found))
+        Ok((keys, roles, found))
     };
-    let (keys, secrets) = match read.await {
+    let (keys, roles, secrets) = match read.await {
         Ok(read) => read,
         // The status reports this, because only an administrator can grant the permission.
-        Err(ReadError::Forbidden) => (KeyState::none(Reason::SecretsForbidden), BTreeMap::new()),
+        Err(ReadError::Forbidden) => (
+            KeyState::none(Reason::SecretsForbidden),
+            Err(Reason::SecretsForbidden),
+            BTreeMap::new(),
+        ),
         Err(error) => return Err(error),
     };
     if keys.are_read() {
         ctx.keys.uses(id, &keys);
     }
     facts.keys = keys;
+    facts.roles = roles;
     facts.key = signer(ctx, id, facts);
     facts.secrets = secrets;
     facts.leftovers = leftovers;
@@ -240,26 +255,50 @@ pub async fn key_ledger(
     user: &ZitadelServiceUser,
 ) -> Result<Result<Option<StoredLedger>, Reason>, ReadError> {
     // A replacement of the object by a manifest drops the finalizer, but not the keys.
-    let has_made = || {
-        let (namespace, name) = (user.namespace().unwrap_or_default(), user.name_any());
-        ctx.keys.has_made(&ObjectRef::new(&namespace, &name))
-    };
-    if user.spec.key_rotation.is_none() && user.spec.user.is_none() && !holds_keys(user) && !has_made() {
+    let has_made = || ctx.keys.has_made(&reference(user));
+    let makes_keys = user.spec.key_rotation.is_some() || user.spec.user.is_some();
+    if !makes_keys && !finalizer::is_set(user, FINALIZER) && !has_made() {
         return Ok(Ok(None));
     }
     let (Some(namespace), Some(uid)) = (&ctx.operator_namespace, &user.metadata.uid) else {
-        return Ok(Err(Reason::KeyLedgerUnavailable));
+        return Ok(Err(Reason::LedgerUnavailable));
     };
-    let name = ledger_name(uid);
-    match ctx.reader.key_ledger(namespace, &name).await {
-        Err(ReadError::Forbidden) => Ok(Err(Reason::KeyLedgerUnavailable)),
+    available(ctx.reader.key_ledger(namespace, &key_ledger_name(uid)).await)
+}
+
+/// The role ledger of an object. An object without manager roles has one only as long as it has the operator's finalizer.
+pub async fn role_ledger(
+    ctx: &Context,
+    user: &ZitadelServiceUser,
+) -> Result<Result<Option<StoredRoles>, Reason>, ReadError> {
+    let id = reference(user);
+    let may_have = !user.spec.manager_roles.is_empty() || finalizer::is_set(user, ROLES_FINALIZER);
+    if !may_have && !ctx.memory.has_roles(&id) {
+        return Ok(Ok(None));
+    }
+    let (Some(namespace), Some(uid)) = (&ctx.operator_namespace, &user.metadata.uid) else {
+        return Ok(Err(Reason::LedgerUnavailable));
+    };
+    let read = available(ctx.reader.role_ledger(namespace, &role_ledger_name(uid)).await)?;
+    ctx.memory.note_roles(&id, matches!(read, Ok(Some(_))));
+    Ok(read)
+}
+
+fn available<L>(read: Result<Result<Option<L>, Reason>, ReadError>) -> Result<Result<Option<L>, Reason>, ReadError> {
+    match read {
+        Err(ReadError::Forbidden) => Ok(Err(Reason::LedgerUnavailable)),
         read => read,
     }
 }
 
-/// Name of the Secret that holds the ledger of the object with this UID.
-pub fn ledger_name(uid: &str) -> String {
+/// Name of the Secret that holds the key ledger of the object with this UID.
+pub fn key_ledger_name(uid: &str) -> String {
     format!("{KEY_LEDGER_PREFIX}{uid}")
+}
+
+/// Name of the Secret that holds the role ledger of the object with this UID.
+pub fn role_ledger_name(uid: &str) -> String {
+    format!("{ROLE_LEDGER_PREFIX}{uid}")
 }
 
 /// The key that signs for the object.
@@ -278,7 +317,28 @@ pub fn signer(ctx: &Context, id: &ObjectRef, facts: &Facts) -> Result<ServiceKey
     Ok(key)
 }
 
-/// Whether the operator has made keys for the object, so that its deletion waits for their removal.
-pub fn holds_keys(user: &ZitadelServiceUser) -> bool {
-    user.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
+/// Whether the deletion of the object waits until the operator has removed what it made for it.
+fn is_finalized(user: &ZitadelServiceUser) -> bool {
+    [FINALIZER, ROLES_FINALIZER]
+        .iter()
+        .any(|ours| finalizer::is_set(user, ours))
+}
+
+/// Whether the object asks the operator to leave at ZITADEL what it made for it.
+pub fn is_abandoned(user: &ZitadelServiceUser) -> bool {
+    let request = user.annotations().get(ANNOTATION_ABANDON);
+    request.is_some() && request == user.metadata.uid.as_ref()
+}
+
+/// The instance that a ledger belongs to: the one with the name of the ledger, or else the present one, if the issuer is
+/// the same.
+pub fn instance_of(
+    ctx: &Context,
+    name: &str,
+    issuer: &str,
+    present: Option<&Arc<ZitadelInstance>>,
+) -> Option<Arc<ZitadelInstance>> {
+    let named = ctx.cache.instance(name).ok();
+    let mut candidates = named.iter().chain(present);
+    candidates.find(|instance| instance.spec.issuer == issuer).cloned()
 }

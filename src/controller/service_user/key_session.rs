@@ -117,6 +117,16 @@ impl<'a> Session<'a> {
 
     /// Requests a token with `key`, unless the session has one.
     pub(super) async fn open(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey) -> Result<(), Stop> {
+        self.request(instance, key, true).await
+    }
+
+    /// The same after [`Self::administrator`], which has claimed the requests of this reconcile. An object that is throttled
+    /// would otherwise never get both.
+    pub(super) async fn open_too(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey) -> Result<(), Stop> {
+        self.request(instance, key, false).await
+    }
+
+    async fn request(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey, claims: bool) -> Result<(), Stop> {
         let ctx = self.ctx;
         let client = connect(ctx, instance).await;
         let client = client.map_err(|failure| Stop::from(classify(failure, false)))?;
@@ -130,8 +140,10 @@ impl<'a> Session<'a> {
         }
         self.open = None;
         let defer = |reason, wait| Stop::deferred(reason, later(client.skew().theirs(ctx.clock.now()), wait));
-        let claimed = ctx.requests.claim(self.id);
-        claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
+        if claims {
+            let claimed = ctx.requests.claim(self.id);
+            claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
+        }
         let permit = client.limits().breaker().admit(self.id).map_err(|open| {
             ctx.requests.give_back(self.id);
             defer(open.reason, open.retry_in)
@@ -254,6 +266,12 @@ impl<'a> Session<'a> {
         let open = self.begin()?;
         let counted = open.client.count_personal_tokens(&open.token, &open.user_id);
         self.leading(counted).await
+    }
+
+    /// The id of the user that the token of the session belongs to.
+    pub(super) async fn who_am_i(&self) -> Result<String, Stop> {
+        let open = self.begin()?;
+        self.leading(open.client.who_am_i(&open.token)).await
     }
 
     fn begin(&self) -> Result<&Open, Stop> {

@@ -9,6 +9,7 @@ use secrecy::ExposeSecret;
 use tokio::time::Instant;
 
 use crate::domain::facts::{CONTEST_WINDOW, UnwrittenToken};
+use crate::domain::manager_role::RoleScope;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::MintRequest;
 
@@ -18,7 +19,19 @@ const MAX_UNWRITTEN: usize = 1024 * 1024;
 
 /// The memory of all service users, by namespace and name. A recreated object of the same name keeps it.
 #[derive(Default)]
-pub struct Memory(Mutex<BTreeMap<ObjectRef, BTreeMap<String, TokenMemory>>>);
+pub struct Memory {
+    tokens: Mutex<BTreeMap<ObjectRef, BTreeMap<String, TokenMemory>>>,
+    roles: Mutex<BTreeMap<ObjectRef, RoleMemory>>,
+}
+
+/// The memory of the manager roles of one object.
+#[derive(Default)]
+struct RoleMemory {
+    /// Whether it has a ledger. A manifest that replaces an object drops the finalizer, but not the roles.
+    in_ledger: bool,
+    /// The scope of the last failure. The status names it until the next attempt.
+    failed: Option<Box<RoleScope>>,
+}
 
 /// The memory of one token.
 #[derive(Clone, Debug, Default)]
@@ -109,8 +122,36 @@ impl Memory {
         self.change(id, token, |memory| memory.unscheduled.push(Instant::now()));
     }
 
+    /// Records whether an object has a role ledger.
+    pub fn note_roles(&self, id: &ObjectRef, in_ledger: bool) {
+        self.roles().entry(id.clone()).or_default().in_ledger = in_ledger;
+    }
+
+    /// Whether an object has a role ledger, as far as this process knows.
+    #[must_use]
+    pub fn has_roles(&self, id: &ObjectRef) -> bool {
+        self.roles().get(id).is_some_and(|roles| roles.in_ledger)
+    }
+
+    /// Records the scope of the last failure, if it concerned one.
+    pub fn note_failed_role(&self, id: &ObjectRef, scope: Option<Box<RoleScope>>) {
+        self.roles().entry(id.clone()).or_default().failed = scope;
+    }
+
+    /// The scope of the last failure.
+    #[must_use]
+    pub fn failed_role(&self, id: &ObjectRef) -> Option<Box<RoleScope>> {
+        self.roles().get(id)?.failed.clone()
+    }
+
     /// Forgets an object that no longer exists or that this operator does not serve.
     pub fn forget(&self, id: &ObjectRef) {
+        self.forget_tokens(id);
+        self.roles().remove(id);
+    }
+
+    /// Forgets the tokens of an object that is being deleted.
+    pub fn forget_tokens(&self, id: &ObjectRef) {
         self.lock().remove(id);
     }
 
@@ -118,6 +159,7 @@ impl Memory {
     /// forget deleted objects one by one.
     pub fn retain(&self, is_there: impl Fn(&ObjectRef) -> bool) {
         self.lock().retain(|id, _| is_there(id));
+        self.roles().retain(|id, _| is_there(id));
     }
 
     fn change(&self, id: &ObjectRef, token: &str, change: impl FnOnce(&mut TokenMemory)) {
@@ -125,7 +167,11 @@ impl Memory {
         change(all.entry(id.clone()).or_default().entry(token.to_owned()).or_default());
     }
 
+    fn roles(&self) -> MutexGuard<'_, BTreeMap<ObjectRef, RoleMemory>> {
+        self.roles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ObjectRef, BTreeMap<String, TokenMemory>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -2,7 +2,9 @@
 
 mod act;
 mod clean_up;
+mod finalizer;
 mod gather;
+mod grant;
 mod key_memory;
 mod key_session;
 mod memory;
@@ -24,13 +26,16 @@ use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
 use crate::domain::facts::Facts;
+use crate::domain::key_rotation;
 use crate::domain::key_rotation_report::is_about_user;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
+use crate::domain::role_report;
 use gather::Gathered;
+use grant::Granted;
 use rotate::Rotated;
 
 /// Longest time for the Events of one reconcile.
@@ -59,7 +64,7 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
         Ok(Gathered::Refused { reported: true, .. }) => return Done::forget(),
         Ok(Gathered::Refused { reason, generation, .. }) => return refuse(ctx, id, reason, generation).await,
         Ok(Gathered::Deleted(user)) => {
-            ctx.memory.forget(id);
+            ctx.memory.forget_tokens(id);
             return Box::pin(clean_up::clean_up(ctx, id, user, &pending_retries)).await;
         }
         Ok(Gathered::Gone) => {
@@ -86,6 +91,14 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
             facts.key = Err(reason);
         }
     }
+    if facts.key.is_ok() {
+        // Tokens and roles that waited for the user do not wait any longer.
+        facts.pending_retries.retain(|what, retry| match what.as_str() {
+            key_rotation::BACKOFF => true,
+            role_report::BACKOFF => retry.reason != Reason::UserNotReady,
+            _token => !is_about_user(retry.reason),
+        });
+    }
     let plan = plan(&facts, facts.clock.theirs(ctx.clock.now()));
     let acted = act::act(ctx, id, &facts, plan).await;
     for outcome in &acted.outcomes {
@@ -97,17 +110,30 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
         // Boxed, because most objects do not rotate a key and need no room for this.
         rotated = Box::pin(rotate::rotate(ctx, id, &mut facts, &acted.outcomes)).await;
     }
+    let leads = leads && rotated.outcome.as_ref().is_none_or(|o| o.reason != Reason::NotLeading);
+    let mut granted = Granted::default();
+    if leads && !acted.outdated {
+        granted = Box::pin(grant::grant(ctx, id, &mut facts)).await;
+    }
     written.append(&mut rotated.written);
+    written.append(&mut granted.written);
     *wants_key = rotated.wants_key;
     // The responses of the server may have changed the clock skew.
     let skew = ctx.connections.skew(&facts.user.spec.instance_ref.name);
     let now = skew.theirs(ctx.clock.now());
-    let mut report = report(&facts, &acted.outcomes, rotated.outcome.as_ref(), now);
+    let mut report = report(
+        &facts,
+        &acted.outcomes,
+        rotated.outcome.as_ref(),
+        granted.outcome.as_ref(),
+        now,
+    );
     report.wake.failed.extend(acted.failed);
     // If leadership was lost or the reconcile is outdated, the present leader, the next process or the next reconcile
     // writes the status.
     let reasons = acted.outcomes.iter().map(|o| o.reason);
-    let mut reasons = reasons.chain(rotated.outcome.iter().map(|o| o.reason));
+    let reasons = reasons.chain(rotated.outcome.iter().map(|o| o.reason));
+    let mut reasons = reasons.chain(granted.outcome.iter().map(|o| o.outcome.reason));
     let may_publish = !acted.outdated && reasons.all(|reason| reason != Reason::NotLeading);
     let published = if may_publish {
         publish(ctx, &facts, &mut report).await
@@ -125,7 +151,7 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
         // The queue uses the local clock.
         wake: report.wake.shifted(-skew.usable()),
         written,
-        mints: acted.mints + rotated.requests,
+        mints: acted.mints + rotated.requests + granted.requests,
         aborted: acted.outdated,
         ..Done::default()
     }

@@ -52,10 +52,10 @@ impl Rotation<'_> {
         let memory = &self.ctx.keys;
         let unread = self
             .others()
-            .filter(|(other, user)| user.holds_keys && !memory.knows_made(other));
+            .filter(|(other, user)| user.holds.keys && !memory.knows_made(other));
         let unread: Vec<_> = unread.take(MOST_READ + 1).collect();
         for (other, user) in unread.iter().take(MOST_READ) {
-            let name = gather::ledger_name(&user.uid);
+            let name = gather::key_ledger_name(&user.uid);
             match self.ctx.reader.key_ledger(namespace, &name).await {
                 Ok(Ok(Some(stored))) => memory.learn_made(other, stored.ledger.made_key_ids()),
                 // Nobody knows what a damaged ledger named.

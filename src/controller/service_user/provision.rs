@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
 use crate::api::metadata::METADATA_OWNER;
@@ -11,10 +12,13 @@ use crate::controller::instance::admin::{Admin, Refused};
 use crate::controller::service_user::act::is_current;
 use crate::controller::service_user::key_session::Stop;
 use crate::controller::service_user::rotate::{Rotation, random};
+use crate::domain::access::Allowed;
+use crate::domain::admin_credential::sees_managers_of_instance;
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{Ledger, Managed};
 use crate::domain::key_rotation::{self, Outcome};
 use crate::domain::managed_user::{Desired, default_username};
+use crate::domain::manager_role::RoleScope;
 use crate::domain::reason::Reason;
 use crate::domain::user::User;
 use crate::domain::validate;
@@ -60,9 +64,14 @@ impl Rotation<'_> {
             return Ok(());
         }
         let is_applied = managed.is_some_and(|managed| desired.is_applied(managed));
-        let allowed = facts.allowed_audiences.as_ref().map_err(|reason| *reason)?;
+        let allowed = facts.allowed.as_ref().map_err(|reason| *reason)?;
         let default = default_username(cluster, self.id);
-        if !allowed.allows_user(&desired.organization_id, &desired.username, &default) {
+        // The username of a user that is taken over becomes known then.
+        let username = managed
+            .filter(|managed| managed.created)
+            .map(|managed| &managed.username);
+        let username = username.unwrap_or(&desired.username);
+        if !allowed.allows_user(&desired.organization_id, username, &default) {
             // What exists stays after a policy was withdrawn.
             return if is_applied {
                 Ok(())
@@ -74,7 +83,7 @@ impl Rotation<'_> {
             // The next reconcile, within seconds, decides anew.
             return Err(Reason::APIServerUnavailable.into());
         }
-        match self.apply(instance, &desired, now).await {
+        match self.apply(instance, &desired, allowed, now).await {
             // Without the administrator, the user still rotates its own keys.
             Err(Stop(outcome))
                 if is_applied
@@ -91,21 +100,32 @@ impl Rotation<'_> {
         }
     }
 
-    /// Creates the user or corrects it, and stores that.
-    async fn apply(&mut self, instance: &Arc<ZitadelInstance>, desired: &Desired, now: Timestamp) -> Result<(), Stop> {
+    /// Creates the user, takes it over or corrects it, and stores that.
+    async fn apply(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        desired: &Desired,
+        allowed: &Allowed,
+        now: Timestamp,
+    ) -> Result<(), Stop> {
         let admin = self.session.administrator(instance).await?;
         if self.stored.is_none() {
             self.set_finalizer(true).await?;
-            let user_id = random_id().ok_or(Reason::Internal)?;
+            let user_id = desired.existing_id.clone().or_else(random_id).ok_or(Reason::Internal)?;
             let instance_name = instance.metadata.name.as_deref().unwrap_or_default();
             let (object, issuer) = (self.id.to_string(), &instance.spec.issuer);
             let ledger = Ledger::of_user(object, instance_name, issuer, user_id, desired.planned(now));
             self.store(ledger).await?;
         }
         let mut ledger = self.ledger()?;
-        let managed = ledger.managed.clone().ok_or(Reason::KeyLedgerInvalid)?;
+        let mut managed = ledger.managed.clone().ok_or(Reason::KeyLedgerInvalid)?;
         let user_id = ledger.user_id.clone();
         if managed.created {
+            let corrected = correct(&admin, &user_id, &managed, desired, now);
+            self.session.leading(corrected).await?;
+        } else if managed.adopted {
+            let adopted = may_adopt(&admin, &user_id, &managed, allowed);
+            managed.username = self.session.leading(adopted).await?;
             let corrected = correct(&admin, &user_id, &managed, desired, now);
             self.session.leading(corrected).await?;
         } else {
@@ -122,8 +142,13 @@ impl Rotation<'_> {
         });
         self.store(ledger).await?;
         if is_new {
-            let text = format!("The operator created the service user {user_id} in ZITADEL.");
+            let adopted = desired.existing_id.is_some();
+            let verb = if adopted { "took over" } else { "created" };
+            let text = format!("The operator {verb} the service user {user_id} in ZITADEL.");
             self.tell(false, Reason::UserReady, text).await;
+            if !adopted {
+                self.ctx.metrics.user_changed(&instance.name_any(), true);
+            }
         }
         Ok(())
     }
@@ -136,18 +161,45 @@ impl Rotation<'_> {
         ledger: &Ledger,
         managed: &Managed,
     ) -> Result<(), Stop> {
-        let admin = self.session.administrator(instance).await?;
         let now = self.now(instance);
+        if managed.adopted {
+            return self.leave_user(instance, ledger, managed, now).await;
+        }
+        let admin = self.session.administrator(instance).await?;
         let is_gone = self
             .session
             .leading(delete(&admin, &ledger.user_id, managed, now))
             .await?;
-        if !is_gone {
+        if is_gone {
+            self.ctx.metrics.user_changed(&instance.name_any(), false);
+        } else {
             // Another owner has the user. The operator's keys of it are removed nevertheless.
             self.remove_all(instance, ledger, None).await?;
             self.report_left_user(ledger).await;
         }
         Ok(())
+    }
+
+    /// Removes the operator's keys of a user that existed before.
+    async fn leave_user(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        ledger: &Ledger,
+        managed: &Managed,
+        now: Timestamp,
+    ) -> Result<(), Stop> {
+        if !managed.created {
+            return Ok(());
+        }
+        match self.session.open_admin(instance, ledger, now).await {
+            Ok(()) => self.remove_own(instance, ledger).await,
+            Err(Stop(outcome)) if outcome.reason == Reason::UserMissing => Ok(()),
+            // Another owner has the user.
+            Err(Stop(outcome)) if outcome.reason == Reason::UserConflict => {
+                self.remove_all(instance, ledger, None).await
+            }
+            Err(stop) => Err(stop),
+        }
     }
 
     /// Names the user that stays in ZITADEL.
@@ -178,7 +230,7 @@ async fn find(admin: &Admin, user_id: &str, managed: &Managed) -> Result<Found, 
     };
     let is_owner = match client.metadata(token, user_id, METADATA_OWNER).await? {
         Some(owner) => owner == managed.owner.as_bytes(),
-        None if managed.created => return Ok(Found::Unclear),
+        None if managed.created || managed.adopted => return Ok(Found::Unclear),
         // Nobody else knows the id before the metadata is set.
         None => true,
     };
@@ -237,13 +289,35 @@ async fn correct(
     now: Timestamp,
 ) -> Result<(), Refused> {
     let user = confirm(admin, user_id, managed, now).await?;
-    if user.machine.as_ref() == Some(&desired.machine) {
+    let found = user.machine.ok_or(Reason::UserConflict)?;
+    let wanted = desired.for_user(&found);
+    if found == wanted {
         return Ok(());
     }
-    let updated = admin
-        .client
-        .update_machine_user(&admin.token, user_id, &desired.machine);
+    let updated = admin.client.update_machine_user(&admin.token, user_id, &wanted);
     Ok(updated.await?)
+}
+
+/// Refuses to take over a user unless its metadata names the object and a policy allows its username. Metadata alone proves
+/// little, because a user can write its own. Therefore users with roles of the instance are refused in any case. Returns
+/// the username.
+async fn may_adopt(admin: &Admin, user_id: &str, managed: &Managed, allowed: &Allowed) -> Result<String, Refused> {
+    let (client, token) = (&admin.client, &admin.token);
+    let Found::Ours(user) = find(admin, user_id, managed).await? else {
+        return Err(Reason::UserNotAdoptable.into());
+    };
+    if !allowed.allows_user(&managed.organization_id, &user.username, &managed.username) {
+        return Err(Reason::UserDenied.into());
+    }
+    if !sees_managers_of_instance(&admin.roles().await?) {
+        return Err(Reason::AdminForbidden.into());
+    }
+    let roles = client.list_roles(token, user_id).await?;
+    let is_manager = roles.iter().any(|held| held.scope == RoleScope::Instance);
+    if is_manager || admin.user_id == user_id {
+        return Err(Reason::UserNotAdoptable.into());
+    }
+    Ok(user.username)
 }
 
 /// Deletes the user. Returns whether it is gone: it stays if it belongs to somebody else.

@@ -4,12 +4,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use kube::ResourceExt;
-
 use crate::api::ZitadelInstance;
-use crate::api::metadata::ANNOTATION_ABANDON;
 use crate::api::service_user::ZitadelServiceUserSpec;
 use crate::controller::read::ReadError;
+use crate::controller::service_user::gather;
 use crate::controller::service_user::key_session::Stop;
 use crate::controller::service_user::rotate::Rotation;
 use crate::domain::facts::Facts;
@@ -23,7 +21,7 @@ impl Rotation<'_> {
     /// Removes the keys of the former user or issuer with one of them.
     pub(super) async fn remove_former(&mut self, facts: &Facts, present: &Arc<ZitadelInstance>) -> Result<(), Stop> {
         let ledger = self.ledger()?;
-        if self.is_abandoned() {
+        if gather::is_abandoned(&self.user) {
             self.report_left_keys(&ledger).await;
             return self.drop_ledger().await;
         }
@@ -62,11 +60,7 @@ impl Rotation<'_> {
         ledger: &Ledger,
         present: Option<&Arc<ZitadelInstance>>,
     ) -> Option<Arc<ZitadelInstance>> {
-        let named = self.ctx.cache.instance(&ledger.instance).ok();
-        let mut candidates = named.iter().chain(present);
-        candidates
-            .find(|instance| instance.spec.issuer == ledger.issuer)
-            .cloned()
+        gather::instance_of(self.ctx, &ledger.instance, &ledger.issuer, present)
     }
 
     /// Removes all keys of the ledger at ZITADEL, with the first of them that still works, or else with the bootstrap key.
@@ -134,7 +128,7 @@ impl Rotation<'_> {
     }
 
     /// Removes all keys of the ledger with the present token: that of the token last.
-    async fn remove_own(&mut self, instance: &Arc<ZitadelInstance>, ledger: &Ledger) -> Result<(), Stop> {
+    pub(super) async fn remove_own(&mut self, instance: &Arc<ZitadelInstance>, ledger: &Ledger) -> Result<(), Stop> {
         let listed = match self.session.list().await {
             Ok(listed) => listed,
             // Those whose ids are known can be removed nevertheless.
@@ -161,14 +155,11 @@ impl Rotation<'_> {
     /// Names the keys that stay at ZITADEL.
     pub(super) async fn report_left_keys(&self, ledger: &Ledger) {
         let (keys, user_id) = (ledger.left_keys().join(", "), &ledger.user_id);
+        if keys.is_empty() {
+            return;
+        }
         let reason = Reason::KeysLeftBehind;
         let text = format!("{} User {user_id}, keys: {keys}.", reason.advice());
         self.tell(true, reason, text).await;
-    }
-
-    /// Whether the object asks the operator to leave its keys at ZITADEL.
-    pub(super) fn is_abandoned(&self) -> bool {
-        let request = self.user.annotations().get(ANNOTATION_ABANDON);
-        request.is_some() && request == self.user.metadata.uid.as_ref()
     }
 }

@@ -8,10 +8,11 @@ use std::time::Duration;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
-use crate::api::metadata::FINALIZER;
+use crate::api::metadata::{FINALIZER, LABEL_KEY_LEDGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::service_user::act::is_current;
+use crate::controller::service_user::finalizer;
 use crate::controller::service_user::gather;
 use crate::controller::service_user::key_session::{Session, Signer, Stop};
 use crate::controller::service_user::mint::later;
@@ -22,7 +23,6 @@ use crate::domain::key_ledger::{BootstrapKey, Ledger, OwnKey, StoredLedger, mark
 use crate::domain::key_rotation::{self, Outcome, Schedule, Step};
 use crate::domain::key_rotation_report::Fate;
 use crate::domain::object_ref::ObjectRef;
-use crate::domain::observed_secret::SecretRef;
 use crate::domain::reason::{Reason, Subject};
 use crate::domain::report::EventDraft;
 use crate::zitadel::MOST_LISTED;
@@ -68,7 +68,7 @@ pub(super) struct Rotation<'a> {
 /// Does what is due of the object's key rotation, after its tokens ended with `tokens`. Updates the keys in `facts`.
 pub async fn rotate(ctx: &Context, id: &ObjectRef, facts: &mut Facts, tokens: &[TokenOutcome]) -> Rotated {
     let schedule = Schedule::of_spec(&facts.user.spec);
-    if schedule.is_none() && matches!(facts.keys.ledger, Ok(None)) && !gather::holds_keys(&facts.user) {
+    if schedule.is_none() && matches!(facts.keys.ledger, Ok(None)) && !finalizer::is_set(&facts.user, FINALIZER) {
         return Rotated::default();
     }
     let now = facts.clock.theirs(ctx.clock.now());
@@ -432,11 +432,10 @@ impl<'a> Rotation<'a> {
         }
     }
 
-    /// Says in an Event and in the log what became of a key.
+    /// Says in an Event and in the log what became of a key or a user.
     pub(super) async fn tell(&self, warning: bool, reason: Reason, text: String) {
-        tracing::info!(object = %self.id, %reason, "{text}");
         let event = EventDraft { warning, reason, text };
-        self.ctx.writer.event(&*self.user, "Rotate", event).await;
+        self.ctx.tell(&self.user, "Rotate", event).await;
     }
 
     pub(super) fn ledger(&self) -> Result<Ledger, Stop> {
@@ -450,18 +449,24 @@ impl<'a> Rotation<'a> {
         let at = LedgerRef {
             namespace: self.namespace()?,
             name: &name,
+            label: LABEL_KEY_LEDGER,
             owner: self.user.metadata.uid.as_deref().unwrap_or_default(),
-            stored: self.stored.as_ref().map(|stored| reference(&name, stored)),
+            stored: self.stored.as_ref().map(|stored| stored.secret(&name)),
         };
-        let written = self.ctx.writer.write_ledger(&at, ledger).await;
-        self.stored = Some(written.map_err(|error| self.write_failed(&error))?);
+        let written = self.ctx.writer.write_ledger(&at, ledger.data()).await;
+        let (uid, resource_version) = written.map_err(|error| self.write_failed(&error))?;
+        self.stored = Some(StoredLedger {
+            ledger,
+            uid,
+            resource_version,
+        });
         Ok(())
     }
 
     /// Deletes the ledger.
     pub(super) async fn drop_ledger(&mut self) -> Result<(), Stop> {
         if let Some(stored) = &self.stored {
-            let secret = reference(&self.ledger_name(), stored);
+            let secret = stored.secret(&self.ledger_name());
             let deleted = self.ctx.writer.delete_secret(self.namespace()?, &secret).await;
             deleted.map_err(|error| self.write_failed(&error))?;
         }
@@ -470,56 +475,35 @@ impl<'a> Rotation<'a> {
     }
 
     pub(super) async fn set_finalizer(&mut self, present: bool) -> Result<(), Stop> {
-        if gather::holds_keys(&self.user) == present {
-            return Ok(());
-        }
-        let version = self.ctx.writer.set_finalizer(&self.user, present).await;
-        let version = version.map_err(|error| self.write_failed(&error))?;
-        let metadata = &mut Arc::make_mut(&mut self.user).metadata;
-        let finalizers = metadata.finalizers.get_or_insert_default();
-        finalizers.retain(|other| other != FINALIZER);
-        if present {
-            finalizers.push(FINALIZER.to_owned());
-        }
-        metadata.resource_version = Some(version.clone());
+        let written = finalizer::set(self.ctx, &mut self.user, FINALIZER, present).await;
+        let written = written.map_err(|error| self.write_failed(&error))?;
         // The event of a removal wakes the object: another key signs now, so its tokens are planned again.
-        if present {
-            self.written.push(version);
-        }
+        self.written.extend(written.filter(|_| present));
         Ok(())
     }
 
     fn write_failed(&self, error: &WriteError) -> Stop {
         error.log(self.id, "the key ledger or the finalizer");
-        error.reason_for_keys().into()
+        error.reason_for_ledger().into()
     }
 
     pub(super) fn namespace(&self) -> Result<&'a str, Stop> {
         let namespace = self.ctx.operator_namespace.as_deref();
-        Ok(namespace.ok_or(Reason::KeyLedgerUnavailable)?)
+        Ok(namespace.ok_or(Reason::LedgerUnavailable)?)
     }
 
     fn ledger_name(&self) -> String {
-        gather::ledger_name(self.user.metadata.uid.as_deref().unwrap_or_default())
+        gather::key_ledger_name(self.user.metadata.uid.as_deref().unwrap_or_default())
     }
 
     /// The present time by the clock of the instance.
     pub(super) fn now(&self, instance: &ZitadelInstance) -> Timestamp {
-        let skew = self.ctx.connections.skew(&instance.name_any());
-        skew.theirs(self.ctx.clock.now())
+        self.ctx.server_time(instance)
     }
 
     /// The rotation continues later.
     pub(super) fn deferred(&self, instance: &ZitadelInstance, wait: Duration) -> Stop {
         Stop::deferred(Reason::KeyRotationInProgress, later(self.now(instance), wait))
-    }
-}
-
-fn reference(name: &str, stored: &StoredLedger) -> SecretRef {
-    SecretRef {
-        name: name.to_owned(),
-        uid: stored.uid.clone(),
-        resource_version: stored.resource_version.clone(),
     }
 }
 

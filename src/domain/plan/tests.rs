@@ -299,14 +299,14 @@ fn claims_of_a_jwt_must_match_whatever_its_record_says() {
 
 /// The token has the audience of the ZITADEL API, which is allowed and whose project ID is known.
 fn with_api(facts: &mut Facts) {
-    facts.allowed_audiences = Ok(allowed(&["1", "2"], true));
+    facts.allowed = Ok(allowed(&["1", "2"], true));
     token(facts, 0).zitadel_api = Some(true);
     facts.zitadel_project_id = Some("99".into());
 }
 
 /// Every project is allowed, except that of the ZITADEL API.
 fn any_project(facts: &mut Facts) {
-    facts.allowed_audiences = Ok(allowed(&["*"], false));
+    facts.allowed = Ok(allowed(&["*"], false));
 }
 
 fn foreign(facts: &mut Facts, kind: &str, name: &str, uid: &str) {
@@ -330,13 +330,13 @@ fn missing_or_forbidden_prerequisite_refuses_the_token() {
     ];
     #[rustfmt::skip]
     let refusals: &[Refusal] = &[
-        ("access withdrawn", |f| f.allowed_audiences = Ok(allowed(&[], false)), "AccessDenied"),
+        ("access withdrawn", |f| f.allowed = Ok(allowed(&[], false)), "AccessDenied"),
         ("a project not allowed", |f| token(f, 0).project_ids.push("3".into()), "AccessDenied"),
         ("the API not allowed", |f| token(f, 0).zitadel_api = Some(true), "AccessDenied"),
         ("the API's own project", |f| f.zitadel_project_id = Some("1".into()), "AccessDenied"),
-        ("denied, and no key", |f| { f.allowed_audiences = Ok(allowed(&[], false)); f.key = Err(Reason::KeyNotJSON); }, "AccessDenied"),
+        ("denied, and no key", |f| { f.allowed = Ok(allowed(&[], false)); f.key = Err(Reason::KeyNotJSON); }, "AccessDenied"),
         ("no instance", |f| f.instance = Err(Reason::InstanceMissing), "InstanceMissing"),
-        ("namespace not known", |f| f.allowed_audiences = Err(Reason::NamespaceMissing), "NamespaceMissing"),
+        ("namespace not known", |f| f.allowed = Err(Reason::NamespaceMissing), "NamespaceMissing"),
         ("operator's namespace", |f| f.in_operator_namespace = true, "OperatorNamespace"),
         ("no key", |f| f.key = Err(Reason::KeySecretMissing), "KeySecretMissing"),
         ("invalid key", |f| f.key = Err(Reason::KeyNotJSON), "KeyNotJSON"),
@@ -348,7 +348,7 @@ fn missing_or_forbidden_prerequisite_refuses_the_token() {
         ("invalid organization", |f| token(f, 0).organization_id = Some("1:x".into()), "InvalidSpec"),
         ("two projects in one", |f| { token(f, 0).project_ids = vec!["1:aud urn:x".into()]; any_project(f); }, "InvalidSpec"),
         ("suspended", |f| user(f).spec.suspend = Some(true), "Suspended"),
-        ("suspended, and denied", |f| { user(f).spec.suspend = Some(true); f.allowed_audiences = Ok(allowed(&[], false)); }, "Suspended"),
+        ("suspended, and denied", |f| { user(f).spec.suspend = Some(true); f.allowed = Ok(allowed(&[], false)); }, "Suspended"),
     ];
     for (name, refuse, expected) in refusals {
         for (place, secret) in secrets.iter().enumerate() {
@@ -641,14 +641,14 @@ fn last_check_before_a_mint_uses_the_real_project_id() {
     let rows: &[Row] = &[
         ("a project", |_| {}, Ok(&["1"])),
         ("the API by number, any project allowed", |f| { any_project(f); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
-        ("the API by number, listed as a project", |f| { f.allowed_audiences = Ok(allowed(&["1", "2", "99"], false)); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
-        ("the API by number, allowed", |f| { f.allowed_audiences = Ok(allowed(&["1", "2"], true)); token(f, 0).project_ids.push("99".into()); }, Ok(&["1", "99"])),
+        ("the API by number, listed as a project", |f| { f.allowed = Ok(allowed(&["1", "2", "99"], false)); token(f, 0).project_ids.push("99".into()); }, Err(Reason::AccessDenied)),
+        ("the API by number, allowed", |f| { f.allowed = Ok(allowed(&["1", "2"], true)); token(f, 0).project_ids.push("99".into()); }, Ok(&["1", "99"])),
         ("the API by alias", with_api, Ok(&["1", "99"])),
         ("pinned to the real ID", |f| instance(f).spec.zitadel_project_id = Some("99".into()), Ok(&["1"])),
         ("pinned to another ID", |f| instance(f).spec.zitadel_project_id = Some("98".into()), Err(Reason::ProjectIDMismatch)),
         ("no key", |f| f.key = Err(Reason::KeyNotJSON), Err(Reason::KeyNotJSON)),
         ("no instance", |f| f.instance = Err(Reason::InstanceMissing), Err(Reason::InstanceMissing)),
-        ("no namespace", |f| f.allowed_audiences = Err(Reason::NamespaceMissing), Err(Reason::NamespaceMissing)),
+        ("no namespace", |f| f.allowed = Err(Reason::NamespaceMissing), Err(Reason::NamespaceMissing)),
     ];
     for (name, change, wanted) in rows {
         let mut facts = empty();

@@ -39,11 +39,11 @@ fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome
 /// Computes the report and feeds its status back through JSON. The time is never a whole second.
 fn reconcile(facts: &mut Facts, seconds: i64, outcomes: &[Outcome]) -> Report {
     let now = at(seconds) + SignedDuration::from_millis(700);
-    let first = report(facts, outcomes, None, now);
+    let first = report(facts, outcomes, None, None, now);
     let json = serde_json::to_value(&first.status).expect("JSON");
     assert!(!json.to_string().contains(".7"), "times are whole seconds: {json}");
     user(facts).status = serde_json::from_value(json).expect("a status");
-    let again = report(facts, outcomes, None, now);
+    let again = report(facts, outcomes, None, None, now);
     assert_eq!(
         Some(&again.status),
         facts.user.status.as_ref(),
@@ -403,7 +403,7 @@ fn owner_is_warned_before_the_key_expires() {
     }
     // The operator replaces a key that it rotates on schedule.
     let rotation = Rotation::new(Reason::KeyRotationOnSchedule);
-    let report = report(&facts, &issued, Some(&rotation), at(30 * DAY));
+    let report = report(&facts, &issued, Some(&rotation), None, at(30 * DAY));
     assert_eq!(
         condition(&report.status, "KeyValid").map(|key| &*key.reason),
         Some("KeyUsable")
@@ -419,7 +419,7 @@ fn rotation_has_conditions_events_and_a_retry_of_its_own() {
             next,
             ..Rotation::new(reason)
         };
-        let report = report(&facts, &issued, Some(&rotation), at(9));
+        let report = report(&facts, &issued, Some(&rotation), None, at(9));
         let user = user(&mut facts);
         user.status = Some(report.status.clone());
         let rotated = condition(&report.status, "KeyRotated").expect("KeyRotated");
@@ -644,10 +644,10 @@ fn extreme_times_in_clock_and_status_do_not_panic() {
             for reason in Reason::ALL {
                 let mut facts = filled(&["a"]);
                 let outcomes = [outcome(&facts, 0, *reason, LIFETIME)];
-                let mut status = report(&facts, &outcomes, None, written).status;
+                let mut status = report(&facts, &outcomes, None, None, written).status;
                 status.tokens[0].failing_since = Some(time(written));
                 user(&mut facts).status = Some(status);
-                let status = report(&facts, &outcomes, None, now).status;
+                let status = report(&facts, &outcomes, None, None, now).status;
                 let since = status.tokens[0].failing_since.iter();
                 let transitions = status.conditions.iter().map(|c| &c.last_transition_time);
                 assert!(transitions.chain(since).all(|at| at.0 <= now), "{reason}: {status:?}");

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use reqwest::Method;
 use serde_json::{Value, json};
 use zitadel_tokens::domain::manager_role::{ManagerRoles, RoleScope};
-use zitadel_tokens::zitadel::APIError;
+use zitadel_tokens::zitadel::{APIError, InstanceManager};
 
 use super::set;
 use crate::client::Caller;
@@ -40,16 +40,16 @@ impl<'a> Roles<'a> {
             user: server.user(Kind::Opaque).await.user_id,
         };
         let Caller { client, token } = &this.admin;
-        let scope = RoleScope::Instance;
-        if client.list_roles(token, &this.user, &scope).await != Err(APIError::Unavailable) {
+        if client.list_roles(token, &this.user).await != Err(APIError::Unavailable) {
             return Some(this);
         }
         let absent = Err(APIError::Unavailable);
-        let set = this.set(&scope, &["IAM_OWNER_VIEWER"]).await;
-        assert_eq!(set, absent);
+        let scope = RoleScope::Instance;
+        let roles = ["IAM_OWNER_VIEWER"];
+        assert_eq!(this.create(&scope, &roles).await, absent);
+        assert_eq!(this.update(&scope, &roles).await, absent);
         assert_eq!(client.remove_roles(token, &this.user, &scope).await, absent);
-        let own = client.own_administrators(token, &this.user).await;
-        assert_eq!(own.map(drop), absent);
+        assert_eq!(client.list_instance_managers(token).await.map(drop), absent);
         None
     }
 
@@ -86,13 +86,12 @@ impl<'a> Roles<'a> {
         ]
     }
 
-    async fn set(&self, scope: &RoleScope, roles: &[&str]) -> Result<(), APIError> {
-        self.set_as(&self.admin, &self.user, scope, roles).await
+    async fn create(&self, scope: &RoleScope, roles: &[&str]) -> Result<(), APIError> {
+        create_as(&self.admin, &self.user, scope, roles).await
     }
 
-    async fn set_as(&self, caller: &Caller, user: &str, scope: &RoleScope, roles: &[&str]) -> Result<(), APIError> {
-        let roles = roles.iter().map(|role| (*role).to_owned()).collect();
-        caller.client.set_roles(&caller.token, user, scope, &roles).await
+    async fn update(&self, scope: &RoleScope, roles: &[&str]) -> Result<(), APIError> {
+        update_as(&self.admin, &self.user, scope, roles).await
     }
 
     async fn remove(&self, scope: &RoleScope) -> Result<(), APIError> {
@@ -102,10 +101,26 @@ impl<'a> Roles<'a> {
 
     /// Waits until the user has exactly these roles.
     async fn has(&self, scope: &RoleScope, wanted: BTreeSet<String>) {
-        let Caller { client, token } = &self.admin;
-        let listed = async || client.list_roles(token, &self.user, scope).await.expect("visible");
+        let listed = async || roles_as(&self.admin, &self.user, scope).await;
         takes_effect(listed, |roles| *roles == wanted).await;
     }
+}
+
+async fn create_as(caller: &Caller, user: &str, scope: &RoleScope, roles: &[&str]) -> Result<(), APIError> {
+    let roles = roles.iter().map(|role| (*role).to_owned()).collect();
+    caller.client.create_roles(&caller.token, user, scope, &roles).await
+}
+
+async fn update_as(caller: &Caller, user: &str, scope: &RoleScope, roles: &[&str]) -> Result<(), APIError> {
+    let roles = roles.iter().map(|role| (*role).to_owned()).collect();
+    caller.client.update_roles(&caller.token, user, scope, &roles).await
+}
+
+/// The roles of a user in one scope, as far as the caller sees them.
+async fn roles_as(caller: &Caller, user: &str, scope: &RoleScope) -> BTreeSet<String> {
+    let listed = caller.client.list_roles(&caller.token, user).await.expect("a list");
+    let here = listed.into_iter().find(|held| held.scope == *scope);
+    here.map(|held| held.roles).unwrap_or_default()
 }
 
 #[tokio::test]
@@ -115,29 +130,32 @@ async fn roles_are_granted_changed_and_removed_at_each_level() {
         for Level { scope, resource, roles } in these.levels().await {
             let [first, second] = roles;
             these.has(&scope, set([])).await;
+            let absent = these.update(&scope, &[first]).await;
+            assert_eq!(absent, Err(APIError::IsNoManager), "{scope:?}");
+            assert_eq!(these.create(&scope, &[first]).await, Ok(()), "{scope:?}");
+            these.has(&scope, set([first])).await;
+            for roles in [&roles[..1], &roles[..]] {
+                let present = these.create(&scope, roles).await;
+                assert_eq!(present, Err(APIError::IsManager), "{scope:?}");
+            }
             // The second call changes nothing.
             for _ in 0..2 {
-                assert_eq!(these.set(&scope, &[first]).await, Ok(()), "{scope:?}");
-                these.has(&scope, set([first])).await;
+                assert_eq!(these.update(&scope, &roles).await, Ok(()), "{scope:?}");
+                these.has(&scope, set(roles)).await;
             }
-            assert_eq!(these.set(&scope, &roles).await, Ok(()), "{scope:?}");
-            these.has(&scope, set(roles)).await;
             // The same roles in another order, as a person may have set them.
             let token = server.administrator_token();
             let body = json!({"userId": these.user, "resource": resource, "roles": [second, first]});
             let turned = server.ask(Some(token), Method::POST, UPDATE, Some(body)).await;
             assert_eq!(turned.outcome(), "200", "{turned:?}");
             these.has(&scope, set(roles)).await;
-            assert_eq!(these.set(&scope, &roles).await, Ok(()), "{scope:?}");
-            assert_eq!(these.set(&scope, &[second]).await, Ok(()), "{scope:?}");
+            assert_eq!(these.update(&scope, &roles).await, Ok(()), "{scope:?}");
+            assert_eq!(these.update(&scope, &[second]).await, Ok(()), "{scope:?}");
             these.has(&scope, set([second])).await;
 
             for _ in 0..2 {
                 assert_eq!(these.remove(&scope).await, Ok(()), "{scope:?}");
             }
-            these.has(&scope, set([])).await;
-            assert_eq!(these.set(&scope, &[first]).await, Ok(()), "{scope:?}");
-            assert_eq!(these.set(&scope, &[]).await, Ok(()), "{scope:?}");
             these.has(&scope, set([])).await;
         }
     })
@@ -151,22 +169,24 @@ async fn unknown_roles_users_and_resources_differ() {
         let levels = these.levels().await;
         for Level { scope, roles, .. } in &levels {
             let [first, _] = *roles;
-            for member in [false, true] {
-                for wrong in ["NO_SUCH_ROLE", "SYSTEM_OWNER"] {
-                    let refused = these.set(scope, &[first, wrong]).await;
-                    assert_eq!(refused, Err(APIError::UnknownRole), "{scope:?} {wrong} {member}");
-                }
-                assert_eq!(these.set(scope, &[first]).await, Ok(()), "{scope:?}");
+            let wrong = ["NO_SUCH_ROLE", "SYSTEM_OWNER"];
+            for wrong in wrong {
+                let refused = these.create(scope, &[first, wrong]).await;
+                assert_eq!(refused, Err(APIError::UnknownRole), "{scope:?} {wrong}");
             }
-            let unknown = these.set_as(&these.admin, UNKNOWN, scope, &[first]).await;
+            assert_eq!(these.create(scope, &[first]).await, Ok(()), "{scope:?}");
+            for wrong in wrong {
+                let refused = these.update(scope, &[first, wrong]).await;
+                assert_eq!(refused, Err(APIError::UnknownRole), "{scope:?} {wrong}");
+            }
+            let unknown = create_as(&these.admin, UNKNOWN, scope, &[first]).await;
             assert_eq!(unknown, Err(APIError::UnknownUser), "{scope:?}");
-            let Caller { client, token } = &these.admin;
-            assert_eq!(client.list_roles(token, UNKNOWN, scope).await, Ok(set([])));
+            assert_eq!(roles_as(&these.admin, UNKNOWN, scope).await, set([]));
             these.remove(scope).await.expect("removed");
         }
         // A role of another level.
         let organization = &levels[1].scope;
-        let refused = these.set(organization, &["IAM_OWNER_VIEWER"]).await;
+        let refused = these.create(organization, &["IAM_OWNER_VIEWER"]).await;
         assert_eq!(refused, Err(APIError::UnknownRole));
 
         let RoleScope::Project(project_id) = levels[2].scope.clone() else {
@@ -185,7 +205,7 @@ async fn unknown_roles_users_and_resources_differ() {
             (project, "PROJECT_OWNER", APIError::UnknownProject),
             (grant, "PROJECT_GRANT_OWNER", APIError::UnknownProjectGrant),
         ] {
-            assert_eq!(these.set(&scope, &[role]).await, Err(error), "{scope:?}");
+            assert_eq!(these.create(&scope, &[role]).await, Err(error), "{scope:?}");
         }
     })
     .await;
@@ -202,15 +222,15 @@ async fn a_caller_without_the_permission_grants_and_removes_nothing() {
         let Caller { client, token } = &caller;
         for Level { scope, roles, .. } in &levels {
             // Another user, so that creation is refused too.
-            let new = these.set_as(&caller, &key.user_id, scope, &roles[..1]).await;
+            let new = create_as(&caller, &key.user_id, scope, &roles[..1]).await;
             assert_eq!(new, Err(APIError::Forbidden), "{scope:?}");
-            these.set(scope, &roles[..1]).await.expect("granted");
+            these.create(scope, &roles[..1]).await.expect("granted");
             these.has(scope, set([roles[0]])).await;
-            let changed = these.set_as(&caller, &these.user, scope, roles).await;
+            let changed = update_as(&caller, &these.user, scope, roles).await;
             assert_eq!(changed, Err(APIError::Forbidden), "{scope:?}");
             let removed = client.remove_roles(token, &these.user, scope).await;
             assert_eq!(removed, Err(APIError::Forbidden), "{scope:?}");
-            assert_eq!(client.list_roles(token, &these.user, scope).await, Ok(set([])));
+            assert_eq!(roles_as(&caller, &these.user, scope).await, set([]));
             these.has(scope, set([roles[0]])).await;
         }
         // Without roles to remove, ZITADEL checks the permission for the instance only.
@@ -224,17 +244,12 @@ async fn a_caller_without_the_permission_grants_and_removes_nothing() {
         }
 
         let organization = &levels[1].scope;
-        let granted = these.set_as(&these.admin, &key.user_id, organization, &["ORG_OWNER_VIEWER"]);
+        let granted = create_as(&these.admin, &key.user_id, organization, &["ORG_OWNER_VIEWER"]);
         granted.await.expect("granted");
-        let visible = async || {
-            client
-                .list_roles(token, &these.user, organization)
-                .await
-                .expect("a list")
-        };
+        let visible = async || roles_as(&caller, &these.user, organization).await;
         takes_effect(visible, |roles| !roles.is_empty()).await;
         for Level { scope, roles, .. } in &levels[..3] {
-            let changed = these.set_as(&caller, &these.user, scope, roles).await;
+            let changed = update_as(&caller, &these.user, scope, roles).await;
             assert_eq!(changed, Err(APIError::Forbidden), "{scope:?}");
         }
         for Level { scope, .. } in &levels {
@@ -250,20 +265,20 @@ async fn a_caller_sees_its_own_roles() {
         let Some(these) = Roles::on(server).await else { return };
         let Caller { client, token } = &these.admin;
         let me = client.who_am_i(token).await.expect("known");
-        let own = client.own_administrators(token, &me).await.expect("a list");
+        let own = client.list_roles(token, &me).await.expect("a list");
         let instance = own.iter().find(|held| held.scope == RoleScope::Instance);
         assert!(instance.is_some_and(|held| held.roles.contains("IAM_OWNER")), "{own:?}");
 
         let key = server.user(Kind::Jwt).await;
         let caller = server.caller(&key).await;
         let own = async || {
-            let own = caller.client.own_administrators(&caller.token, &key.user_id).await;
+            let own = caller.client.list_roles(&caller.token, &key.user_id).await;
             own.expect("a list").into_iter().collect::<BTreeSet<_>>()
         };
         assert_eq!(own().await, BTreeSet::new());
         let mut wanted = BTreeSet::new();
         for Level { scope, roles, .. } in these.levels().await {
-            let granted = these.set_as(&these.admin, &key.user_id, &scope, &roles).await;
+            let granted = create_as(&these.admin, &key.user_id, &scope, &roles).await;
             assert_eq!(granted, Ok(()), "{scope:?}");
             wanted.insert(ManagerRoles {
                 scope,
@@ -271,6 +286,14 @@ async fn a_caller_sees_its_own_roles() {
             });
         }
         takes_effect(own, |own| *own == wanted).await;
+        // Among those with roles of the instance is this user, with its organization. Without roles, a caller sees none.
+        let organization = server.organization();
+        let managers = async || client.list_instance_managers(token).await.expect("a list");
+        let is_listed =
+            |manager: &InstanceManager| manager.user_id == key.user_id && manager.organization_id == organization;
+        takes_effect(managers, |managers| managers.iter().any(is_listed)).await;
+        let other = server.caller(&server.user(Kind::Opaque).await).await;
+        assert_eq!(other.client.list_instance_managers(&other.token).await, Ok(Vec::new()));
     })
     .await;
 }

@@ -108,7 +108,7 @@ impl<'a> Made<'a> {
         let scope = RoleScope::Organization(self.server.organization().to_owned());
         let Caller { client, token } = &self.admin;
         let roles = [role.to_owned()].into();
-        let granted = client.set_roles(token, &key.user_id, &scope, &roles).await;
+        let granted = client.create_roles(token, &key.user_id, &scope, &roles).await;
         granted.expect("granted");
         let caller = self.server.caller(&key).await;
         (key, caller)

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use zitadel_tokens::domain::answer::Format;
 use zitadel_tokens::domain::failure::Failure;
 use zitadel_tokens::domain::key;
-use zitadel_tokens::domain::manager_role::RoleScope;
+use zitadel_tokens::domain::manager_role::{ManagerRoles, RoleScope};
 use zitadel_tokens::domain::user::Machine;
 use zitadel_tokens::zitadel::{APIError, NewUser};
 
@@ -57,11 +57,11 @@ impl Place {
         self.admin.client.create_machine_user(&self.admin.token, new).await
     }
 
-    async fn set_roles(&self, role: &str) -> Result<(), APIError> {
+    async fn update_roles(&self, role: &str) -> Result<(), APIError> {
         let Caller { client, token } = &self.admin;
         let roles = [role.to_owned()].into();
         client
-            .set_roles(token, &self.own_id, &RoleScope::Instance, &roles)
+            .update_roles(token, &self.own_id, &RoleScope::Instance, &roles)
             .await
     }
 
@@ -83,16 +83,14 @@ async fn a_server_can_have_users_without_manager_roles() {
     let Caller { client, token } = &place.admin;
     assert_eq!(place.create().await, Ok(()));
     let absent = Err(APIError::Unavailable);
-    assert_eq!(place.set_roles("IAM_OWNER").await, absent);
+    assert_eq!(place.update_roles("IAM_OWNER").await, absent);
     let scope = RoleScope::Instance;
     assert_eq!(client.remove_roles(token, NEW, &scope).await, absent);
-    assert_eq!(client.list_roles(token, NEW, &scope).await.map(drop), absent);
-    let own = client.own_administrators(token, &place.own_id).await;
-    assert_eq!(own.map(drop), absent);
+    assert_eq!(client.list_roles(token, NEW).await.map(drop), absent);
 
     // An upgrade needs no restart of the operator.
     place.issuer.settings(json!({"internalPermissionV2": true})).await;
-    assert_eq!(place.set_roles("IAM_OWNER").await, Ok(()));
+    assert_eq!(place.update_roles("IAM_OWNER").await, Ok(()));
 }
 
 /// The chosen id tells the operator that its first request was served.
@@ -115,25 +113,26 @@ async fn a_creation_whose_answer_was_lost_is_recognized() {
 }
 
 #[tokio::test]
-async fn roles_are_updated_if_a_lost_request_created_them() {
+async fn roles_that_a_lost_request_created_are_recognized() {
     let place = Place::new().await;
     assert_eq!(place.create().await, Ok(()));
     let Caller { client, token } = &place.admin;
     let scope = RoleScope::Organization(place.organization.clone());
-    let set = async |role: &str| {
-        let roles = [role.to_owned()].into();
-        client.set_roles(token, NEW, &scope, &roles).await
-    };
+    let roles = ["ORG_OWNER".to_owned()].into();
     let path = format!("{ADMINISTRATORS}/CreateAdministrator");
     place
         .issuer
         .fault(json!({"path": path, "times": 1, "afterHandling": true, "reset": true}))
         .await;
-    assert_eq!(set("ORG_OWNER").await, Err(APIError::Failed(Failure::Broken)));
-    assert_eq!(set("ORG_OWNER_VIEWER").await, Ok(()));
+    let lost = client.create_roles(token, NEW, &scope, &roles).await;
+    assert_eq!(lost, Err(APIError::Failed(Failure::Broken)));
+    let again = client.create_roles(token, NEW, &scope, &roles).await;
+    assert_eq!(again, Err(APIError::IsManager));
     place.issuer.settled().await;
-    let roles = client.list_roles(token, NEW, &scope).await;
-    assert_eq!(roles, Ok(["ORG_OWNER_VIEWER".to_owned()].into()));
+    assert_eq!(
+        client.list_roles(token, NEW).await,
+        Ok(vec![ManagerRoles { scope, roles }])
+    );
 }
 
 /// Only the error id of ZITADEL counts as absence: a proxy answers 404 too.
@@ -211,7 +210,7 @@ async fn an_endless_list_is_not_read() {
         .fault(json!({"path": path, "status": 200, "body": body}))
         .await;
     let Caller { client, token } = &place.admin;
-    let own = client.own_administrators(token, &place.own_id).await;
+    let own = client.list_roles(token, &place.own_id).await;
     assert_eq!(own, Err(APIError::TooMany));
     let asked = place.issuer.requests().await;
     assert_eq!(asked.iter().filter(|request| request.path == path).count(), 4);

@@ -1,0 +1,640 @@
+//! Grants manager roles to the user of an object with the administrator of its instance, and revokes them. The ledger names
+//! each role before ZITADEL hears of it, so that a crash leaves no role behind
+//! (`docs/adr/0022-manager-roles-are-granted-by-a-ledger.md`). `domain/role_ledger.rs` decides what changes.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
+
+use crate::api::metadata::{LABEL_ROLE_LEDGER, ROLES_FINALIZER};
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::controller::Context;
+use crate::controller::instance::admin::{Admin, Refused};
+use crate::controller::service_user::act::is_current;
+use crate::controller::service_user::key_session::{Session, Stop};
+use crate::controller::service_user::provision::confirm;
+use crate::controller::service_user::{finalizer, gather};
+use crate::controller::write::{LedgerRef, WriteError};
+use crate::domain::admin_credential::sees_managers_of_instance;
+use crate::domain::facts::Facts;
+use crate::domain::key_rotation::Outcome;
+use crate::domain::manager_role::{self, ManagerRoles, RoleScope, WantedRoles};
+use crate::domain::object_ref::ObjectRef;
+use crate::domain::reason::Reason;
+use crate::domain::report::EventDraft;
+use crate::domain::role_ledger::{MOST_SCOPES, RoleChange, RoleLedger, StoredRoles};
+use crate::domain::role_report::{BACKOFF, RoleOutcome};
+use crate::domain::time::shifted;
+use crate::domain::validate;
+use crate::zitadel::APIError;
+
+/// Longest time for the roles in one reconcile. The status of the tokens waits for it.
+const ROLES_TIMEOUT: Duration = Duration::from_mins(2);
+
+/// When to look again for a change that ZITADEL does not show yet.
+const SHOWN_SOON: SignedDuration = SignedDuration::from_secs(1);
+
+/// What a reconcile did for the manager roles.
+#[derive(Default)]
+pub struct Granted {
+    /// How the roles stand. `None` if the object has none.
+    pub outcome: Option<RoleOutcome>,
+    /// Resource versions of the object that this wrote.
+    pub written: Vec<String>,
+    /// Number of requests to ZITADEL.
+    pub requests: usize,
+}
+
+/// The manager roles of one object.
+pub(super) struct Grants<'a> {
+    ctx: &'a Context,
+    id: &'a ObjectRef,
+    /// The object, with the resource version of the last write.
+    user: Arc<ZitadelServiceUser>,
+    /// The ledger as it is stored.
+    stored: Option<StoredRoles>,
+    session: Session<'a>,
+    written: Vec<String>,
+}
+
+impl From<Stop> for RoleOutcome {
+    fn from(Stop(outcome): Stop) -> Self {
+        outcome.into()
+    }
+}
+
+impl From<Reason> for RoleOutcome {
+    fn from(reason: Reason) -> Self {
+        Outcome::new(reason).into()
+    }
+}
+
+/// Grants and revokes what is due. Updates the object in `facts`.
+pub async fn grant(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted {
+    let spec_has_roles = !facts.user.spec.manager_roles.is_empty();
+    if !spec_has_roles && matches!(facts.roles, Ok(None)) && !finalizer::is_set(&facts.user, ROLES_FINALIZER) {
+        return Granted::default();
+    }
+    let now = facts.clock.theirs(ctx.clock.now());
+    let waits = facts.pending_retries.get(BACKOFF);
+    let waits = waits.filter(|retry| retry.until > now).map(|retry| retry.reason);
+    let stored = facts.roles.as_ref().ok().cloned().flatten();
+    let mut grants = Grants::new(ctx, id, facts.user.clone(), stored);
+    let outcome = match (obstacle(facts), waits) {
+        (Some(outcome), _) => Some(outcome.into()),
+        (None, Some(reason)) => Some(RoleOutcome {
+            outcome: Outcome::deferred(reason),
+            scope: ctx.memory.failed_role(id),
+        }),
+        (None, None) => {
+            let advanced = tokio::time::timeout(ROLES_TIMEOUT, grants.advance(facts)).await;
+            // Every step can be repeated.
+            let advanced = advanced.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
+            let outcome = advanced.unwrap_or_else(Some);
+            ctx.memory
+                .note_failed_role(id, outcome.as_ref().and_then(|outcome| outcome.scope.clone()));
+            facts.user = grants.user.clone();
+            outcome
+        }
+    };
+    Granted {
+        outcome,
+        written: grants.written,
+        requests: grants.session.requests(),
+    }
+}
+
+/// Why the roles have to wait, if they have.
+fn obstacle(facts: &Facts) -> Option<Outcome> {
+    if facts.is_suspended() {
+        return Some(Outcome::waiting(Reason::Suspended));
+    }
+    // Nothing tells that the Secret was repaired.
+    let ledger = facts.roles.as_ref().err().map(|reason| Outcome::new(*reason));
+    let instance = facts.instance.as_ref().err();
+    let others = instance.or(facts.allowed.as_ref().err());
+    ledger.or(others.map(|reason| Outcome::waiting(*reason)))
+}
+
+impl<'a> Grants<'a> {
+    fn new(ctx: &'a Context, id: &'a ObjectRef, user: Arc<ZitadelServiceUser>, stored: Option<StoredRoles>) -> Self {
+        Self {
+            ctx,
+            id,
+            user,
+            stored,
+            session: Session::new(ctx, id),
+            written: Vec::new(),
+        }
+    }
+
+    /// Gives the user the roles of the spec that the policies allow, and takes those that the operator granted and that are
+    /// no longer among them. Returns nothing if the object no longer has roles.
+    async fn advance(&mut self, facts: &Facts) -> Result<Option<RoleOutcome>, RoleOutcome> {
+        let instance = facts.instance.clone()?;
+        let allowed = facts.allowed.as_ref().map_err(|reason| *reason)?;
+        validate::manager_roles(&facts.user.spec).map_err(|_| Reason::InvalidSpec)?;
+        if self.stored.is_some() {
+            // Someone may have removed it.
+            self.set_finalizer(true).await?;
+        }
+        self.revoke_former(facts, &instance).await?;
+        let wanted = manager_role::wanted(&facts.user.spec, allowed);
+        let in_ledger = self.stored.as_ref().map(|stored| stored.ledger.user_id.clone());
+        let in_key = facts.key.as_ref().map(|key| key.user_id.clone());
+        let user_id = in_key.or_else(|reason| in_ledger.ok_or(*reason));
+        let grants_some = wanted.iter().any(|wanted| !wanted.roles.is_empty());
+        if let Ok(user_id) = &user_id {
+            let hash = manager_role::hash(&wanted, user_id);
+            let (request, now) = (facts.renew_request(), self.ctx.server_time(&instance));
+            let is_due = match &self.stored {
+                Some(stored) => stored.ledger.is_due(&hash, request.as_deref(), now),
+                None => grants_some,
+            };
+            if is_due {
+                if !is_current(self.ctx, self.id, facts) {
+                    // The next reconcile, within seconds, decides anew.
+                    return Err(Reason::APIServerUnavailable.into());
+                }
+                let applied = self.apply(facts, &instance, wanted.clone(), user_id).await?;
+                self.confirm(applied, &hash, request, now).await?;
+            }
+        } else if grants_some {
+            return Err(user_id.err().unwrap_or(Reason::Internal).into());
+        }
+        let is_empty = self.stored.as_ref().is_none_or(|s| s.ledger.scopes.is_empty());
+        if is_empty && !grants_some {
+            self.forget().await?;
+            if facts.user.spec.manager_roles.is_empty() {
+                return Ok(None);
+            }
+        }
+        if let Some(denied) = wanted.into_iter().find(|wanted| !wanted.denied.is_empty()) {
+            return Err(RoleOutcome {
+                outcome: Outcome::new(Reason::ManagerRolesDenied),
+                scope: Some(Box::new(denied.scope)),
+            });
+        }
+        Ok(Some(Reason::ManagerRolesGranted.into()))
+    }
+
+    /// Brings ZITADEL in line with `wanted`. Returns the ledger after it, and the first failure.
+    async fn apply(
+        &mut self,
+        facts: &Facts,
+        instance: &Arc<ZitadelInstance>,
+        wanted: Vec<WantedRoles>,
+        user_id: &str,
+    ) -> Result<Applied, RoleOutcome> {
+        let admin = self.session.administrator(instance).await?;
+        if admin.user_id == user_id {
+            return Err(Reason::UserIsAdministrator.into());
+        }
+        let (wanted, mut failed) = self.unprivileged(&admin, wanted).await?;
+        let held = self.session.leading(list(&admin, user_id)).await?;
+        let mut ledger = match &self.stored {
+            Some(stored) => stored.ledger.clone(),
+            None => self.new_ledger(instance, user_id),
+        };
+        let mut changes = ledger.changes(&wanted, &held);
+        if changes.iter().any(RoleChange::needs_proof)
+            && let Err(reason) = self.prove(facts, instance, &admin, user_id).await
+        {
+            failed.get_or_insert(reason);
+            changes = changes.into_iter().map(RoleChange::unproven).collect();
+        }
+        let now = self.ctx.server_time(instance);
+        let before = ledger.clone();
+        let mut needed = Vec::new();
+        for change in changes {
+            let granted = before.granted(&change.scope);
+            if let Some((since, at)) = change.lags(granted, now) {
+                failed.get_or_insert(not_shown(since, at, now, &change.scope));
+            } else if !change.is_needed() {
+                ledger.set(change.confirmed());
+            } else if granted.is_some() || ledger.scopes.len() < MOST_SCOPES {
+                ledger.set(change.intent(now));
+                needed.push(change);
+            } else {
+                // The ledger is full until other roles are revoked.
+                failed.get_or_insert(not_shown(now, Timestamp::MAX, now, &change.scope));
+            }
+        }
+        if !needed.is_empty() {
+            self.set_finalizer(true).await?;
+            self.store(&ledger).await?;
+        }
+        let mut accepted = Vec::new();
+        for change in needed {
+            match self.session.leading(request(&admin, user_id, &change)).await {
+                Ok(()) => accepted.push(change),
+                Err(stop) => {
+                    // ZITADEL may have carried out a request whose answer is lost.
+                    if stop.0.reason.is_permanent() {
+                        ledger.restore(&change.scope, &before);
+                    }
+                    failed.get_or_insert(at_scope(stop, &change.scope));
+                }
+            }
+        }
+        if !accepted.is_empty() {
+            let held = self.session.leading(list(&admin, user_id)).await?;
+            for change in &accepted {
+                if roles_in(&held, &change.scope) == change.target {
+                    ledger.set(change.confirmed());
+                } else {
+                    failed.get_or_insert(not_shown(now, Timestamp::MAX, now, &change.scope));
+                }
+            }
+        }
+        Ok(Applied {
+            ledger,
+            failed,
+            accepted,
+        })
+    }
+
+    /// Stores what was applied, and tells of it.
+    async fn confirm(
+        &mut self,
+        applied: Applied,
+        hash: &str,
+        request: Option<String>,
+        now: Timestamp,
+    ) -> Result<(), RoleOutcome> {
+        let Applied {
+            mut ledger,
+            failed,
+            accepted,
+        } = applied;
+        if failed.is_none() {
+            ledger.applied = Some(hash.to_owned());
+            ledger.request = request;
+            ledger.checked = Some(now);
+        }
+        let is_stored = |stored: &StoredRoles| stored.ledger == ledger;
+        // After a failure, a ledger without roles would say nothing.
+        let is_needed = failed.is_none() || !ledger.scopes.is_empty();
+        if !self.stored.as_ref().map_or(!is_needed, is_stored) {
+            self.set_finalizer(true).await?;
+            self.store(&ledger).await?;
+        }
+        for change in &accepted {
+            self.tell_change(&ledger.instance, change).await;
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Leaves out the roles with which the user could take over the instance, unless a policy allows them in any case. Also
+    /// returns why the first of them is left out.
+    async fn unprivileged(
+        &self,
+        admin: &Admin,
+        mut wanted: Vec<WantedRoles>,
+    ) -> Result<(Vec<WantedRoles>, Option<RoleOutcome>), RoleOutcome> {
+        let mut privileged = None;
+        let mut failed = None;
+        for wanted in &mut wanted {
+            if wanted.if_unprivileged.is_empty() {
+                continue;
+            }
+            if privileged.is_none() {
+                privileged = Some(self.session.leading(Privileged::of(admin)).await?);
+            }
+            if privileged.as_ref().is_none_or(|places| places.contains(&wanted.scope)) {
+                wanted.roles.retain(|role| !wanted.if_unprivileged.contains(role));
+                wanted.exclusive = false;
+                let denied = Stop::from(Reason::PrivilegedRolesDenied);
+                failed.get_or_insert(at_scope(denied, &wanted.scope));
+            }
+        }
+        Ok((wanted, failed))
+    }
+
+    /// Makes sure that the roles go to a user that the operator created, or whose key the object has: ZITADEL accepts it,
+    /// and for this user. Otherwise a key file with the id of another user would give roles to that user.
+    async fn prove(
+        &mut self,
+        facts: &Facts,
+        instance: &Arc<ZitadelInstance>,
+        admin: &Admin,
+        user_id: &str,
+    ) -> Result<(), RoleOutcome> {
+        let key = facts.key.clone()?;
+        if facts.user.spec.user.is_some() {
+            let ledger = facts.keys.ledger.as_ref().ok().and_then(Option::as_ref);
+            let managed = ledger.and_then(|stored| stored.ledger.managed.as_ref());
+            let managed = managed.filter(|managed| managed.created).ok_or(Reason::UserNotReady)?;
+            let now = self.ctx.server_time(instance);
+            self.session.leading(confirm(admin, user_id, managed, now)).await?;
+            return Ok(());
+        }
+        self.session.open_too(instance, &key).await?;
+        if self.session.who_am_i().await? == user_id {
+            Ok(())
+        } else {
+            Err(Reason::TokenMismatch.into())
+        }
+    }
+
+    /// Revokes the roles of the ledger if they were granted to another user or by another issuer.
+    async fn revoke_former(&mut self, facts: &Facts, present: &Arc<ZitadelInstance>) -> Result<(), RoleOutcome> {
+        let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
+            return Ok(());
+        };
+        let user_id = facts.key.as_ref().map_or(&ledger.user_id, |key| &key.user_id);
+        if ledger.is_of(&present.spec.issuer, user_id) {
+            return Ok(());
+        }
+        if gather::is_abandoned(&self.user) {
+            self.report_left(&ledger).await;
+        } else {
+            let instance = self.instance_of(&ledger, Some(present)).ok_or(Reason::OldRolesRemain)?;
+            self.revoke_all(&instance).await?;
+        }
+        self.drop_ledger().await?;
+        Ok(())
+    }
+
+    /// Revokes everything that the ledger names.
+    async fn revoke_all(&mut self, instance: &Arc<ZitadelInstance>) -> Result<(), RoleOutcome> {
+        let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
+            return Ok(());
+        };
+        if ledger.scopes.is_empty() {
+            return Ok(());
+        }
+        let admin = self.session.administrator(instance).await?;
+        let held = self.session.leading(list(&admin, &ledger.user_id)).await?;
+        let now = self.ctx.server_time(instance);
+        let mut failed = None;
+        for change in ledger.changes(&[], &held) {
+            // What the list does not show yet must not be taken for a role of someone else.
+            if let Some((since, at)) = change.lags(ledger.granted(&change.scope), now) {
+                failed.get_or_insert(not_shown(since, at, now, &change.scope));
+            } else if change.is_needed() {
+                let requested = request(&admin, &ledger.user_id, &change);
+                match self.session.leading(requested).await {
+                    Ok(()) => self.tell_change(&ledger.instance, &change).await,
+                    Err(stop) => drop(failed.get_or_insert(at_scope(stop, &change.scope))),
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// The instance that the roles of the ledger belong to.
+    fn instance_of(&self, ledger: &RoleLedger, present: Option<&Arc<ZitadelInstance>>) -> Option<Arc<ZitadelInstance>> {
+        gather::instance_of(self.ctx, &ledger.instance, &ledger.issuer, present)
+    }
+
+    async fn tell_change(&self, instance: &str, change: &RoleChange) {
+        let part = |verb: &str, roles: Vec<&str>| {
+            if roles.is_empty() {
+                String::new()
+            } else {
+                format!(" {verb} {}.", roles.join(", "))
+            }
+        };
+        let added: Vec<&str> = change.added().map(String::as_str).collect();
+        let removed: Vec<&str> = change.removed().map(String::as_str).collect();
+        if added.is_empty() && removed.is_empty() {
+            return;
+        }
+        self.ctx.metrics.roles_changed(instance, added.len(), removed.len());
+        let (granted, revoked) = (part("granted", added), part("revoked", removed));
+        let text = format!("Manager roles, {}:{granted}{revoked}", change.scope);
+        self.tell(false, Reason::ManagerRolesGranted, text).await;
+    }
+
+    /// Names the roles that stay in ZITADEL.
+    async fn report_left(&self, ledger: &RoleLedger) {
+        let reason = Reason::RolesLeftBehind;
+        let lines = ledger.scopes.iter().map(|granted| {
+            let roles: Vec<&str> = granted.roles.iter().map(String::as_str).collect();
+            format!("{}: {}", granted.scope, roles.join(", "))
+        });
+        let lines: Vec<String> = lines.collect();
+        if lines.is_empty() {
+            return;
+        }
+        let mut text = format!("{} User {}, {}.", reason.advice(), ledger.user_id, lines.join("; "));
+        // The API server rejects a longer note.
+        text.truncate(text.floor_char_boundary(1_000));
+        self.tell(true, reason, text).await;
+    }
+
+    async fn tell(&self, warning: bool, reason: Reason, text: String) {
+        let event = EventDraft { warning, reason, text };
+        self.ctx.tell(&self.user, "Grant", event).await;
+    }
+
+    fn new_ledger(&self, instance: &ZitadelInstance, user_id: &str) -> RoleLedger {
+        let cluster = self.ctx.cluster_name.as_deref();
+        let object = cluster.map_or_else(|| self.id.to_string(), |cluster| format!("{cluster}/{}", self.id));
+        RoleLedger::new(object, &instance.name_any(), &instance.spec.issuer, user_id)
+    }
+
+    /// Writes the ledger. If another process wrote it meanwhile, this one stops.
+    async fn store(&mut self, ledger: &RoleLedger) -> Result<(), RoleOutcome> {
+        let name = self.ledger_name();
+        let at = LedgerRef {
+            namespace: self.home()?,
+            name: &name,
+            label: LABEL_ROLE_LEDGER,
+            owner: self.user.metadata.uid.as_deref().unwrap_or_default(),
+            stored: self.stored.as_ref().map(|stored| stored.secret(&name)),
+        };
+        let written = self.ctx.writer.write_ledger(&at, ledger.data()).await;
+        let (uid, resource_version) = written.map_err(|error| self.write_failed(&error))?;
+        self.ctx.memory.note_roles(self.id, true);
+        self.stored = Some(StoredRoles {
+            ledger: ledger.clone(),
+            uid,
+            resource_version,
+        });
+        Ok(())
+    }
+
+    /// Removes the ledger, then the finalizer.
+    async fn forget(&mut self) -> Result<(), RoleOutcome> {
+        self.drop_ledger().await?;
+        self.set_finalizer(false).await
+    }
+
+    async fn drop_ledger(&mut self) -> Result<(), RoleOutcome> {
+        if let Some(stored) = self.stored.take() {
+            let secret = stored.secret(&self.ledger_name());
+            let deleted = self.ctx.writer.delete_secret(self.home()?, &secret).await;
+            deleted.map_err(|error| self.write_failed(&error))?;
+            self.ctx.memory.note_roles(self.id, false);
+        }
+        Ok(())
+    }
+
+    async fn set_finalizer(&mut self, present: bool) -> Result<(), RoleOutcome> {
+        let written = finalizer::set(self.ctx, &mut self.user, ROLES_FINALIZER, present).await;
+        let written = written.map_err(|error| self.write_failed(&error))?;
+        self.written.extend(written);
+        Ok(())
+    }
+
+    fn write_failed(&self, error: &WriteError) -> RoleOutcome {
+        error.log(self.id, "the role ledger or the finalizer");
+        error.reason_for_ledger().into()
+    }
+
+    fn home(&self) -> Result<&'a str, RoleOutcome> {
+        let namespace = self.ctx.operator_namespace.as_deref();
+        namespace.ok_or_else(|| Reason::LedgerUnavailable.into())
+    }
+
+    fn ledger_name(&self) -> String {
+        gather::role_ledger_name(self.user.metadata.uid.as_deref().unwrap_or_default())
+    }
+}
+
+/// What a reconcile changed at ZITADEL.
+struct Applied {
+    /// The ledger to store.
+    ledger: RoleLedger,
+    /// The first failure.
+    failed: Option<RoleOutcome>,
+    /// The changes that ZITADEL accepted.
+    accepted: Vec<RoleChange>,
+}
+
+/// ZITADEL may show a change soon, and certainly does at `until`. The operator asks again after as long as it has waited.
+fn not_shown(since: Timestamp, until: Timestamp, now: Timestamp, scope: &RoleScope) -> RoleOutcome {
+    let waited = now.duration_since(since).max(SHOWN_SOON);
+    let at = until.min(shifted(now, waited));
+    at_scope(Stop::deferred(Reason::ManagerRolesNotShown, at), scope)
+}
+
+fn at_scope(Stop(outcome): Stop, scope: &RoleScope) -> RoleOutcome {
+    RoleOutcome {
+        outcome,
+        scope: Some(Box::new(scope.clone())),
+    }
+}
+
+fn roles_in(held: &[ManagerRoles], scope: &RoleScope) -> BTreeSet<String> {
+    let held = held.iter().find(|held| held.scope == *scope);
+    held.map(|held| held.roles.clone()).unwrap_or_default()
+}
+
+/// The reason of an error about manager roles.
+fn refused(error: APIError) -> Refused {
+    match error {
+        APIError::Rejected
+        | APIError::UnknownOrganization
+        | APIError::UnknownProject
+        | APIError::UnknownProjectGrant
+        | APIError::UnknownRole => Reason::ManagerRolesRejected.into(),
+        APIError::UnknownUser => Reason::UserMissing.into(),
+        // The list was outdated or is cut short, or the administrator does not see the roles.
+        APIError::IsManager | APIError::IsNoManager | APIError::TooMany => Reason::ManagerRolesNotShown.into(),
+        error => error.into(),
+    }
+}
+
+async fn list(admin: &Admin, user_id: &str) -> Result<Vec<ManagerRoles>, Refused> {
+    admin.client.list_roles(&admin.token, user_id).await.map_err(refused)
+}
+
+async fn request(admin: &Admin, user_id: &str, change: &RoleChange) -> Result<(), Refused> {
+    let (client, token, scope) = (&admin.client, &admin.token, &change.scope);
+    let done = match (change.held.is_empty(), change.target.is_empty()) {
+        (_, true) => client.remove_roles(token, user_id, scope).await,
+        (true, false) => client.create_roles(token, user_id, scope, &change.target).await,
+        (false, false) => client.update_roles(token, user_id, scope, &change.target).await,
+    };
+    done.map_err(refused)
+}
+
+/// Where the holder of some roles could take over the instance.
+struct Privileged {
+    /// The organizations of the users with roles of the instance, of the administrator, and of ZITADEL's own project. `None`
+    /// if the administrator may not list them.
+    organizations: Option<BTreeSet<String>>,
+    /// The project of ZITADEL's own applications.
+    project_id: String,
+}
+
+impl Privileged {
+    async fn of(admin: &Admin) -> Result<Self, Refused> {
+        let (client, token) = (&admin.client, &admin.token);
+        let project_id = client.project_id_as(token).await.map_err(refused)?;
+        let mut organizations = None;
+        if sees_managers_of_instance(&admin.roles().await?) {
+            let own = client.user(token, &admin.user_id).await.map_err(refused)?;
+            let managers = client.list_instance_managers(token).await.map_err(refused)?;
+            let owner = match client.organization_of_project(token, &project_id).await {
+                Err(APIError::Unavailable) => None,
+                owner => owner.map_err(refused)?,
+            };
+            let all = managers.into_iter().map(|manager| manager.organization_id);
+            let others = [own.map(|user| user.organization_id), owner];
+            let all: BTreeSet<String> = all.chain(others.map(Option::unwrap_or_default)).collect();
+            // An organization that ZITADEL does not name could be any.
+            organizations = (!all.contains("")).then_some(all);
+        }
+        Ok(Self {
+            organizations,
+            project_id,
+        })
+    }
+
+    fn contains(&self, scope: &RoleScope) -> bool {
+        match scope {
+            RoleScope::Organization(id) => self.organizations.as_ref().is_none_or(|all| all.contains(id)),
+            RoleScope::Project(id) => *id == self.project_id,
+            RoleScope::Instance | RoleScope::ProjectGrant { .. } => false,
+        }
+    }
+}
+
+/// Revokes the roles of a deleted object, or leaves them if the object asks for that. Returns the object with the resource
+/// version of the last write.
+pub(super) async fn revoke(
+    ctx: &Context,
+    id: &ObjectRef,
+    user: Arc<ZitadelServiceUser>,
+    leave: bool,
+) -> (Granted, Arc<ZitadelServiceUser>) {
+    let mut grants = Grants::new(ctx, id, user, None);
+    let revoked = tokio::time::timeout(ROLES_TIMEOUT, grants.revoke_deleted(leave)).await;
+    // Every step can be repeated.
+    let revoked = revoked.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
+    let granted = Granted {
+        outcome: revoked.err(),
+        written: grants.written,
+        requests: grants.session.requests(),
+    };
+    (granted, grants.user)
+}
+
+impl Grants<'_> {
+    async fn revoke_deleted(&mut self, leave: bool) -> Result<(), RoleOutcome> {
+        let stored = gather::role_ledger(self.ctx, &self.user).await;
+        match stored.map_err(|_| Reason::APIServerUnavailable)? {
+            Ok(stored) => self.stored = stored,
+            // What an unreadable ledger names is unknown, and its Secret stays for a person to look at.
+            Err(_) if leave => {}
+            Err(reason) => return Err(reason.into()),
+        }
+        if let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) {
+            if leave {
+                self.report_left(&ledger).await;
+            } else {
+                let present = self.ctx.cache.instance(&self.user.spec.instance_ref.name).ok();
+                let instance = self.instance_of(&ledger, present.as_ref());
+                self.revoke_all(&instance.ok_or(Reason::InstanceMissing)?).await?;
+            }
+        }
+        self.forget().await
+    }
+}
