@@ -67,7 +67,7 @@ pub struct ZitadelAccessPolicySpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audiences: Option<Audiences>,
 
-    /// Service users that the operator may create for the selected namespaces. If absent, the policy allows none.
+    /// Service users that the operator may create or take over for the selected namespaces. If absent, the policy allows none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users: Option<Users>,
 
@@ -118,13 +118,15 @@ pub struct AllowedRoles {
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub granted_organization_ids: Vec<String>,
 
-    /// Also allows `ORG_OWNER`, `ORG_USER_MANAGER` and the roles whose names end in `_IMPERSONATOR` in an organization
-    /// that a user with roles of the instance belongs to. Their holders can act as that user. Default false.
+    /// Also allows privileged roles, with which their holder could take over the instance. These are `ORG_OWNER`,
+    /// `ORG_USER_MANAGER`, `ORG_SETTINGS_MANAGER` and `ORG_` roles that end in `_IMPERSONATOR` in the organization of a
+    /// user with roles of the instance, of the administrator or of ZITADEL's own project; and `PROJECT_OWNER` and
+    /// `PROJECT_OWNER_GLOBAL` in that project. Default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_privileged: Option<bool>,
 }
 
-/// Service users that a policy allows the operator to create.
+/// Service users that a policy allows the operator to create or take over.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Users {

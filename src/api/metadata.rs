@@ -22,8 +22,8 @@ pub const ANNOTATION_RENEW_REQUEST: &str = "zitadel-tokens.dev/renew-request";
 /// Annotation of a `ZitadelServiceUser`: an opaque value. A new value requests a rotation of the key.
 pub const ANNOTATION_ROTATE_REQUEST: &str = "zitadel-tokens.dev/rotate-request";
 
-/// Annotation of a `ZitadelServiceUser`: its UID. The operator then gives up the keys, the user and the roles that it made
-/// for the object, and leaves them at ZITADEL.
+/// Annotation of a `ZitadelServiceUser`: its UID. The operator then gives up the keys and the user that it made for the
+/// object, and leaves them at ZITADEL.
 pub const ANNOTATION_ABANDON: &str = "zitadel-tokens.dev/abandon";
 
 /// Annotation of the Secret with an admin credential: the name of the `ZitadelInstance` that may use it.

@@ -108,9 +108,9 @@ pub struct ZitadelServiceUserSpec {
     #[x_kube(validation = scopes_once())]
     pub manager_roles: Vec<ManagerRole>,
 
-    /// What happens at ZITADEL to what the operator made when this object is deleted. `Delete` (the default) revokes the
-    /// roles in `spec.managerRoles`, and deletes the user in `spec.user` that the operator created or removes the keys.
-    /// `Orphan` leaves the roles and the user, and the keys until they expire.
+    /// What happens at ZITADEL to what the operator made when this object is deleted. `Delete` (the default) deletes the
+    /// user in `spec.user` that the operator created, or removes the keys. `Orphan` leaves the user, and the keys until they
+    /// expire. The roles in `spec.managerRoles` are revoked in any case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion_policy: Option<UserDeletionPolicy>,
 
@@ -173,8 +173,8 @@ pub struct ManagedUser {
     #[schemars(length(min = 1, max = 200), regex(pattern = USERNAME_PATTERN))]
     pub username: Option<String>,
 
-    /// ID of a service user that the operator takes over instead of creating one. An administrator must have set the
-    /// metadata `zitadel-tokens.dev/owner` of this user to `<cluster>/<namespace>/<name>` of this object, and a
+    /// ID of a service user that the operator takes over instead of creating one. A manager of the organization must have
+    /// set the metadata `zitadel-tokens.dev/owner` of this user to `<cluster>/<namespace>/<name>` of this object, and a
     /// `ZitadelAccessPolicy` must allow its username. Humans, the administrator and users with roles of the instance are
     /// refused. The operator never deletes this user, and changes only the fields that are set here. Immutable.
     #[serde(default, rename = "existingUserID", skip_serializing_if = "Option::is_none")]
@@ -299,7 +299,7 @@ pub struct KeyRotation {
 pub enum UserDeletionPolicy {
     /// The operator removes it before the object disappears.
     Delete,
-    /// Roles and users stay, and keys until they expire.
+    /// Users stay, and keys until they expire.
     Orphan,
 }
 

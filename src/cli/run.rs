@@ -284,6 +284,7 @@ fn candidate(
 async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown) {
     // Time for a request in flight, and for the write of its token.
     let drain = || ctx.connections.longest_timeout() + TIME_TO_WRITE;
+    find_lost_roles(ctx.clone());
     let (users, instances) = (ctx.users.clone(), ctx.instances.clone());
     tokio::join!(
         users.work(
@@ -330,13 +331,18 @@ fn key_generator(users: &Arc<Queue>) -> Arc<KeyGenerator> {
 
 /// Runs when this process becomes the leader. The previous leader may have stopped at any point, so everything is
 /// reconciled. Unwritten tokens of this process are kept (docs/adr/0009-unwritten-tokens-are-kept.md).
-fn take_over(ctx: &Context) {
+fn take_over(ctx: &Arc<Context>) {
     ctx.memory.retain(|id| ctx.cache.user(id).is_some());
     // The former leader may have changed every key.
     ctx.keys.clear();
     ctx.key_generator.clear();
     ctx.connections.forget_reconciles();
     reconcile_all(ctx);
+    find_lost_roles(ctx.clone());
+}
+
+fn find_lost_roles(ctx: Arc<Context>) {
+    tokio::spawn(async move { service_user::find_lost_roles(&ctx).await });
 }
 
 /// Runs after the clock was set or the machine was suspended. Timers now stand for wrong times, and the skews of the

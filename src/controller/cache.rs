@@ -200,6 +200,14 @@ impl Cache {
         found.map(|(id, _)| id.clone()).collect()
     }
 
+    /// UIDs of the service users that show by their finalizer that they have manager roles.
+    #[must_use]
+    pub fn holders_of_roles(&self) -> HashSet<Box<str>> {
+        let known = self.read();
+        let holders = known.users.values().filter(|user| user.holds.roles);
+        holders.map(|user| user.uid.clone()).collect()
+    }
+
     /// The service users of an instance.
     #[must_use]
     pub fn users_of(&self, instance: &str) -> Vec<ObjectRef> {

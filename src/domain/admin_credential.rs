@@ -1,7 +1,7 @@
 //! The admin credential of an instance: a key file or a personal access token in a Secret of the operator's namespace, and
 //! what its user may do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 
@@ -79,18 +79,15 @@ pub fn may_manage_users(roles: &[ManagerRoles], organization_id: &str) -> bool {
     })
 }
 
-/// Whether a user with these roles may list the users with roles of the instance. Without that permission, ZITADEL returns
-/// a shorter list instead of an error.
+/// Whether a user with these roles of the instance may list all managers. Without that permission, ZITADEL returns a
+/// shorter list instead of an error.
 #[must_use]
-pub fn sees_managers_of_instance(roles: &[ManagerRoles]) -> bool {
-    let mut of_instance = roles.iter().filter(|held| held.scope == RoleScope::Instance);
-    of_instance.any(|held| held.roles.contains("IAM_OWNER") || held.roles.contains("IAM_OWNER_VIEWER"))
+pub fn sees_all_managers(of_instance: &BTreeSet<String>) -> bool {
+    of_instance.contains("IAM_OWNER") || of_instance.contains("IAM_OWNER_VIEWER")
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use serde_json::json;
 
     use super::*;

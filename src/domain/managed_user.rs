@@ -45,10 +45,11 @@ pub fn default_username(cluster: &str, id: &ObjectRef) -> String {
 }
 
 impl Desired {
-    /// What `user` asks for.
+    /// What `user` asks for. A user that exists keeps its username, also if the cluster got another name.
     #[must_use]
-    pub fn of(user: &ManagedUser, cluster: &str, id: &ObjectRef) -> Self {
-        let username = user.username.clone();
+    pub fn of(user: &ManagedUser, cluster: &str, id: &ObjectRef, existing: Option<&Managed>) -> Self {
+        let username = existing.map(|managed| managed.username.clone());
+        let username = username.or_else(|| user.username.clone());
         let username = username.unwrap_or_else(|| default_username(cluster, id));
         Self {
             organization_id: user.organization_id.clone(),
@@ -148,7 +149,7 @@ mod tests {
     fn defaults_come_from_cluster_and_object() {
         let desired = |user: serde_json::Value| {
             let user: ManagedUser = serde_json::from_value(user).expect("a user");
-            Desired::of(&user, "prod", &ObjectRef::new("shop", "billing"))
+            Desired::of(&user, "prod", &ObjectRef::new("shop", "billing"), None)
         };
         let plain = desired(json!({"organizationID": "1"}));
         assert_eq!(
@@ -174,6 +175,11 @@ mod tests {
             ..found.clone()
         };
         assert_eq!(adopted.for_user(&found), kept);
+        // The cluster got another name.
+        let user: ManagedUser = serde_json::from_value(json!({"organizationID": "1"})).expect("a user");
+        let existing = plain.planned(at(0));
+        let renamed = Desired::of(&user, "other", &ObjectRef::new("shop", "billing"), Some(&existing));
+        assert_eq!((renamed.hash(), &renamed.username), (plain.hash(), &plain.username));
         let named =
             desired(json!({"organizationID": "1", "username": "ci", "displayName": "CI", "accessTokenType": "Opaque"}));
         assert_eq!((&*named.username, &*named.machine.name), ("ci", "CI"));

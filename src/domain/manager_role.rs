@@ -90,7 +90,7 @@ pub struct ManagerRoles {
 impl ManagerRoles {
     /// Each role with what it is for, as the status shows it.
     pub fn lines(&self) -> impl Iterator<Item = String> {
-        self.roles.iter().map(|role| format!("{role}: {}", self.scope))
+        self.roles.iter().map(|role| format!("{}: {}", shown(role), self.scope))
     }
 }
 
@@ -110,10 +110,22 @@ pub struct WantedRoles {
     pub exclusive: bool,
 }
 
+/// The name of a role as messages show it. Names of custom roles are the server's text, so others are not quoted.
+#[must_use]
+pub fn shown(role: &str) -> &str {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    if (1..=64).contains(&role.len()) && role.bytes().all(plain) {
+        role
+    } else {
+        "another role"
+    }
+}
+
 /// Whether the holder of a role can act as other users of its scope: with a new key or password, by impersonation, with an
 /// identity provider of its own, or, in the project of ZITADEL's own applications, by changing where their logins lead
 /// (`docs/adr/0022-manager-roles-are-granted-by-a-ledger.md`).
-fn takes_over_users(scope: &RoleScope, role: &str) -> bool {
+#[must_use]
+pub fn takes_over_users(scope: &RoleScope, role: &str) -> bool {
     match scope {
         RoleScope::Organization(_) => {
             matches!(role, "ORG_OWNER" | "ORG_USER_MANAGER" | "ORG_SETTINGS_MANAGER") || role.ends_with("_IMPERSONATOR")
@@ -122,6 +134,26 @@ fn takes_over_users(scope: &RoleScope, role: &str) -> bool {
         // Each role of the instance is privileged, and a policy has to name it.
         RoleScope::Instance | RoleScope::ProjectGrant { .. } => false,
     }
+}
+
+/// What the operator granted, as far as the policies still allow it, whatever the spec asks for.
+#[must_use]
+pub fn still_allowed<'a>(
+    granted: impl IntoIterator<Item = (&'a RoleScope, &'a BTreeSet<String>)>,
+    allowed: &Allowed,
+) -> Vec<WantedRoles> {
+    let entries = granted.into_iter().map(|(scope, roles)| {
+        let is_denied = |role: &String| allowed.role_access(scope, role) == RoleAccess::Denied;
+        let (denied, roles) = roles.iter().cloned().partition(is_denied);
+        WantedRoles {
+            scope: scope.clone(),
+            roles,
+            if_unprivileged: BTreeSet::new(),
+            denied,
+            exclusive: false,
+        }
+    });
+    entries.collect()
 }
 
 /// What the spec asks for, as far as the policies allow it. Entries without a scope are left out (`validate.rs` refuses

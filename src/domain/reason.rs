@@ -156,7 +156,7 @@ reasons! {
         "Create a new key in ZITADEL and replace the content of the Secret.";
     KeyRejected: Eventual, Key,
         "ZITADEL rejected the assertion signed with this key, or failed to process it: up to v4.13 ZITADEL returns the same error when an Action throws.",
-        "Check that the key still exists in ZITADEL for this user and belongs to this instance. If not, create a new key. If it does, check ZITADEL's log and its Actions.";
+        "Check that the key still exists in ZITADEL for this user and belongs to this instance. If not, create a new key; with spec.user, the operator does that within about half an hour. If it does, check ZITADEL's log and its Actions.";
     KeyRotationOnSchedule: No, Object,
         "The operator rotates the key on schedule.",
         "No action needed.";
@@ -171,7 +171,7 @@ reasons! {
         "Upgrade ZITADEL, or remove spec.keyRotation and rotate the key yourself.";
     KeyManagementForbidden: Rare, Object,
         "ZITADEL refuses to let the service user manage its own keys. The operator does not rotate the key.",
-        "Allow it in ZITADEL, or remove spec.keyRotation and rotate the key yourself.";
+        "Allow it in ZITADEL, or remove spec.keyRotation and rotate the key yourself. With spec.user, give the administrator a role that manages the user.";
     NewKeyRejected: Eventual, Object,
         "ZITADEL rejects token requests with the new key. The operator keeps the key before it, and replaces the new key after ten minutes.",
         "If this persists, check ZITADEL's log and its Actions.";
@@ -188,8 +188,8 @@ reasons! {
         "The key now belongs to another user or issuer, and the operator could not remove the keys that it made for the former one.",
         "Make the former user and ZitadelInstance available, or annotate the object with zitadel-tokens.dev/abandon: <its UID>, which leaves the keys at ZITADEL.";
     KeyLedgerInvalid: Permanent, Object,
-        "The Secret service-user-key-<UID of the object> in the operator's namespace was edited or damaged. The operator does not rotate the key, and uses the key in spec.keySecretRef.",
-        "Restore the Secret from a backup. If there is none, delete it: the operator then starts again with the key in spec.keySecretRef, and the keys that it made before stay at ZITADEL until they expire.";
+        "The Secret service-user-key-<UID of the object> in the operator's namespace was edited or damaged. The operator does not rotate the key, and uses the key in spec.keySecretRef. With spec.user, it requests no token.",
+        "Restore the Secret from a backup. If there is none, delete it: the operator then starts again with the key in spec.keySecretRef, and the keys that it made before stay at ZITADEL until they expire. With spec.user, UserConflict follows: read docs/managed-users.md first.";
     LedgerWriteFailed: Transient, Object,
         "The Kubernetes API server refuses to write the Secret in which the operator keeps its keys of the user, or the roles that it granted, or refuses the finalizer of the object.",
         "Check that the operator's namespace exists, and check quotas, admission policies and the operator's permissions there and on service users.";
@@ -216,22 +216,22 @@ reasons! {
         "No action needed.";
     UserNotReady: Transient, Key,
         "The operator has not yet created the service user in spec.user, or has no key of it that works.",
-        "See the condition UserReady.";
+        "On tokens and roles, the condition UserReady says why. If it lasts longer than half an hour, check the administrator in spec.adminCredential and the user in ZITADEL.";
     UserDenied: Permanent, Object,
         "No ZitadelAccessPolicy of the instance lets the operator create or take over this service user for the namespace.",
         "Ask the platform team for a ZitadelAccessPolicy with users.organizationIDs and, for a username other than the default, users.usernamePattern.";
     UserConflict: Eventual, Object,
         "ZITADEL has a user with this username already, or the metadata of the user names another owner. The operator takes over no user by its name.",
-        "Set another spec.user.username, or spec.user.existingUserID, in a new object. Or remove the user in ZITADEL.";
+        "If the user is the operator's, restore its metadata zitadel-tokens.dev/owner to <cluster>/<namespace>/<name>. Otherwise set another spec.user.username, or spec.user.existingUserID, in a new object, or remove the user in ZITADEL.";
     UserNotAdoptable: Eventual, Object,
         "The operator does not take over the user in spec.user.existingUserID: it does not exist, is a human or the administrator, belongs to another organization, has roles of the instance, or its metadata zitadel-tokens.dev/owner does not name this object.",
-        "Check the ID, and have an administrator set the metadata zitadel-tokens.dev/owner of the user to <cluster>/<namespace>/<name> of this object.";
+        "Check the ID, and have a manager of the organization set the metadata zitadel-tokens.dev/owner of the user to <cluster>/<namespace>/<name> of this object.";
     UserRejected: Permanent, Object,
         "ZITADEL rejects the service user in spec.user: the organization does not exist, or a value is not accepted.",
         "Correct spec.user.organizationID, spec.user.username and the other fields of spec.user.";
     UserMissing: Permanent, Object,
         "The service user no longer exists in ZITADEL.",
-        "Find out in ZITADEL who deleted it. To have a new user created, delete the object and create it again.";
+        "Find out in ZITADEL who deleted it. To have a new user created, delete the object and create it again without existingUserID.";
     UserLeftBehind: No, Object,
         "A service user of the operator stays in ZITADEL: the object asks for it, or the metadata of the user names another owner.",
         "Remove the user in ZITADEL, if nobody needs it.";
@@ -243,7 +243,7 @@ reasons! {
         "Ask the platform team for a ZitadelAccessPolicy with managerRoles, or remove the roles from spec.managerRoles.";
     PrivilegedRolesDenied: Permanent, Object,
         "With this role, the user could act as a user with roles of the instance, as the administrator in spec.adminCredential, or as any user who logs in to ZITADEL's console. Or that administrator may not list the users with roles of the instance.",
-        "Grant the role in another organization or project. Or ask the platform team for a ZitadelAccessPolicy with managerRoles[].allowPrivileged, or for an administrator with a role that docs/manager-roles.md lists for this.";
+        "Grant the role in another organization or project. Or ask the platform team for a ZitadelAccessPolicy with managerRoles[].allowPrivileged, or for an administrator with a role that docs/manager-roles.md lists for this. That needs ZITADEL 4.6.";
     UserIsAdministrator: Permanent, Object,
         "The key belongs to the administrator in spec.adminCredential of the ZitadelInstance, whose roles the operator does not change.",
         "Use a service user of its own for the workload.";
@@ -255,22 +255,19 @@ reasons! {
         "No action needed, unless it persists: then the administrator in spec.adminCredential may not list these roles.";
     OldRolesRemain: Permanent, Object,
         "The user or the issuer changed, and the operator could not revoke the roles that it granted to the former user.",
-        "Restore the former ZitadelInstance with its admin credential, or annotate the object with zitadel-tokens.dev/abandon: <its UID>, which leaves the roles in ZITADEL.";
-    RolesLeftBehind: No, Object,
-        "Manager roles that the operator granted stay in ZITADEL: deletionPolicy is Orphan, or the annotation zitadel-tokens.dev/abandon asks for it.",
-        "Remove them in ZITADEL, if the user does not need them.";
+        "Restore the former ZitadelInstance with its admin credential. Or have the platform team delete the Secret service-user-roles-<UID of the object> in the operator's namespace, which leaves the roles in ZITADEL.";
     RoleLedgerInvalid: Permanent, Object,
         "The Secret service-user-roles-<UID of the object> in the operator's namespace was edited or damaged. The operator neither grants nor revokes roles.",
         "Restore the Secret from a backup. If there is none, delete it and remove by hand the roles of the user that it should not have.";
     ClusterUnnamed: Permanent, Object,
-        "The operator does not know the name of its cluster, which is part of each service user that it creates.",
+        "The operator does not know the name of its cluster, which is part of the name and the metadata of each service user in spec.user.",
         "Start the operator with --cluster-name.";
     AdminCredentialReady: No, Object,
         "ZITADEL accepts the credential in spec.adminCredential.",
         "No action needed.";
     CredentialMissing: Permanent, Object,
-        "The ZitadelInstance has no spec.adminCredential, or the Secret or entry that it names does not exist in the operator's namespace.",
-        "Set spec.adminCredential of the ZitadelInstance, and create the Secret in the operator's namespace.";
+        "The ZitadelInstance has no spec.adminCredential, the Secret or entry that it names does not exist in the operator's namespace, several entries exist and none is named, or the operator does not know its own namespace.",
+        "Set spec.adminCredential of the ZitadelInstance, create the Secret in the operator's namespace, and start the operator with --namespace.";
     CredentialNotBound: Permanent, Object,
         "The annotations of the Secret in spec.adminCredential do not allow its use: they name another ZitadelInstance or another destination.",
         "Annotate the Secret with zitadel-tokens.dev/instance: <name of the ZitadelInstance> and zitadel-tokens.dev/send-to: <issuer>, or <endpoint> for <issuer>; then \" as <tlsServerName>\" and \" via <proxy>\" if spec.connection sets them.";
@@ -284,7 +281,7 @@ reasons! {
         "The user of spec.adminCredential lacks the manager role that this needs.",
         "Give it a role that docs/managed-users.md lists for service users, or docs/manager-roles.md for manager roles.";
     NotSupportedByServer: Rare, Object,
-        "The server lacks an API that this needs. ZITADEL has all of them since version 4.5.",
+        "The server lacks an API that this needs. ZITADEL has all of them since version 4.6.",
         "Upgrade ZITADEL.";
     UserInactive: Eventual, Key,
         "The service user is deactivated or locked in ZITADEL.",

@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 use crate::domain::key;
 use crate::domain::key_rotation::lags_until;
 use crate::domain::manager_role::{ManagerRoles, RoleScope, WantedRoles};
+use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::stored::Stored;
 use crate::domain::time::shifted;
+use crate::domain::validate::is_name;
 
 /// The version that the operator writes.
 const VERSION: u32 = 1;
@@ -97,6 +99,14 @@ impl RoleLedger {
         }
     }
 
+    /// The object.
+    #[must_use]
+    pub fn object_ref(&self) -> Option<ObjectRef> {
+        let mut parts = self.object.rsplit('/');
+        let (name, namespace) = (parts.next()?, parts.next()?);
+        (is_name(name) && is_name(namespace)).then(|| ObjectRef::new(namespace, name))
+    }
+
     /// Whether the Secret of a ledger has an entry with this name.
     #[must_use]
     pub fn has_entry(name: &str) -> bool {
@@ -119,7 +129,7 @@ impl RoleLedger {
     #[must_use]
     pub fn data(&self) -> BTreeMap<&'static str, SecretSlice<u8>> {
         // A struct of strings, numbers and times always serializes.
-        let text = serde_json::to_vec_pretty(self).unwrap_or_default();
+        let text = serde_json::to_vec(self).unwrap_or_default();
         BTreeMap::from([(LEDGER, text.into())])
     }
 
@@ -144,6 +154,16 @@ impl RoleLedger {
     #[must_use]
     pub fn granted(&self, scope: &RoleScope) -> Option<&GrantedRoles> {
         self.scopes.iter().find(|granted| granted.scope == *scope)
+    }
+
+    /// Whether the operator granted roles that are no longer wanted.
+    #[must_use]
+    pub fn exceeds(&self, wanted: &[WantedRoles]) -> bool {
+        let is_wanted = |granted: &GrantedRoles| {
+            let wanted = wanted.iter().find(|wanted| wanted.scope == granted.scope);
+            wanted.is_some_and(|wanted| granted.roles.is_subset(&wanted.roles))
+        };
+        !self.scopes.iter().all(is_wanted)
     }
 
     /// Replaces the entry of a scope. An entry without roles is removed.
@@ -244,7 +264,8 @@ impl RoleChange {
     /// invisible, so they are revoked too.
     #[must_use]
     pub fn is_needed(&self) -> bool {
-        self.target != self.held || (self.target.is_empty() && !self.before.is_empty())
+        let revokes = self.granted != self.before;
+        self.target != self.held || (self.target.is_empty() && revokes)
     }
 
     /// Whether the change does more than to take roles from the user that the operator granted to it: it adds roles, claims
@@ -411,6 +432,7 @@ mod tests {
             prop_assert!(unproven.removed().all(|role| granted.contains(role) && !now.contains(role)));
             prop_assert!(unproven.granted.is_subset(&granted));
             prop_assert!(!unproven.needs_proof());
+            prop_assert!(!unproven.is_needed() || unproven.before != unproven.granted);
             if !change.needs_proof() {
                 prop_assert_eq!(&unproven.target, &change.target);
             }
@@ -451,6 +473,20 @@ mod tests {
         assert_eq!(unseen.lags(Some(&granted), at(30)), None);
         let seen = change(&["A"], &["A"], None);
         assert_eq!(seen.lags(Some(&granted), at(0)), None);
+    }
+
+    #[test]
+    fn ledger_names_its_object() {
+        let named = |object: &str| RoleLedger {
+            object: object.into(),
+            ..ledger(set(&["A"]))
+        };
+        let id = Some(ObjectRef::new("shop", "billing"));
+        assert_eq!(named("shop/billing").object_ref(), id);
+        assert_eq!(named("prod/shop/billing").object_ref(), id);
+        for object in ["", "billing", "shop/", "shop/../billing"] {
+            assert_eq!(named(object).object_ref(), None, "{object}");
+        }
     }
 
     #[test]

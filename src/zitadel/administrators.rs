@@ -88,33 +88,55 @@ impl Administrator {
     }
 }
 
-/// A user with manager roles of the instance.
+/// A user with manager roles in a scope.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InstanceManager {
+pub struct Manager {
     /// The id of the user.
     pub user_id: String,
     /// The organization that the user belongs to. Empty if ZITADEL does not tell it.
     pub organization_id: String,
+    /// Names of the roles.
+    pub roles: BTreeSet<String>,
 }
 
 impl ZitadelClient {
-    /// The roles of a user in all scopes. A scope without roles does not prove that the user has none there: ZITADEL also
-    /// leaves out what the caller may not see. A caller always sees its own roles.
-    pub async fn list_roles(&self, token: &APIToken, user_id: &str) -> Result<Vec<ManagerRoles>, APIError> {
-        let filters = json!([{"inUserIdsFilter": {"ids": [user_id]}}]);
+    /// The roles of a user in one scope. An empty set does not prove that the user has none: ZITADEL also answers so if the
+    /// caller may not see them. A list of all scopes could be made too long by anyone who may add members somewhere.
+    pub async fn list_roles(
+        &self,
+        token: &APIToken,
+        user_id: &str,
+        scope: &RoleScope,
+    ) -> Result<BTreeSet<String>, APIError> {
+        let filters = json!([{"inUserIdsFilter": {"ids": [user_id]}}, {"resource": resource(scope)}]);
         let listed = self.list_administrators(token, &filters).await?;
         let of_user = listed.into_iter().filter(|entry| entry.user.id == user_id);
+        let mut here = of_user
+            .filter_map(Administrator::roles)
+            .filter(|held| held.scope == *scope);
+        Ok(here.next().map(|held| held.roles).unwrap_or_default())
+    }
+
+    /// The roles of the user of the token in all scopes. A caller always sees its own roles.
+    pub async fn list_own_roles(&self, token: &APIToken, own_id: &str) -> Result<Vec<ManagerRoles>, APIError> {
+        let filters = json!([{"inUserIdsFilter": {"ids": [own_id]}}]);
+        let listed = self.list_administrators(token, &filters).await?;
+        let of_user = listed.into_iter().filter(|entry| entry.user.id == own_id);
         Ok(of_user.filter_map(Administrator::roles).collect())
     }
 
-    /// The users with manager roles of the instance, as far as the caller may see them.
-    pub async fn list_instance_managers(&self, token: &APIToken) -> Result<Vec<InstanceManager>, APIError> {
-        let filters = json!([{"resource": resource(&RoleScope::Instance)}]);
+    /// The users with roles in a scope, as far as the caller may see them.
+    pub async fn list_managers(&self, token: &APIToken, scope: &RoleScope) -> Result<Vec<Manager>, APIError> {
+        let filters = json!([{"resource": resource(scope)}]);
         let listed = self.list_administrators(token, &filters).await?;
-        let of_instance = listed.into_iter().filter(|entry| entry.instance);
-        let managers = of_instance.map(|entry| InstanceManager {
-            user_id: entry.user.id,
-            organization_id: entry.user.organization_id,
+        let managers = listed.into_iter().filter_map(|entry| {
+            let (user_id, organization_id) = (entry.user.id.clone(), entry.user.organization_id.clone());
+            let held = entry.roles().filter(|held| held.scope == *scope)?;
+            Some(Manager {
+                user_id,
+                organization_id,
+                roles: held.roles,
+            })
         });
         Ok(managers.collect())
     }

@@ -16,7 +16,7 @@ mod token;
 mod transport;
 mod users;
 
-pub use administrators::InstanceManager;
+pub use administrators::Manager;
 pub use api_call::{APIToken, MOST_LISTED};
 pub use api_error::APIError;
 pub use circuit_breaker::{Breaker, Permit};

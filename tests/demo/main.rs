@@ -131,7 +131,7 @@ async fn call_zitadel(
         apply(
             cluster,
             &what,
-            &example(file).replace("69234237810729000", &organization),
+            &example(file).replace("69234237810729030", &organization),
         );
     }
 

@@ -352,8 +352,8 @@ async fn other_owner_old_server_and_orphan_are_reported() {
     world.issuer.settings(json!({"userV2": false})).await;
     managed.user("orders", json!({})).await;
     managed.user_is("orders", "False", "NotSupportedByServer").await;
-    managed.deleted("orders").await;
     world.issuer.settings(json!({"userV2": true})).await;
+    managed.deleted("orders").await;
 
     // The user stays if the object asks for it.
     let orphan = Patch::Merge(json!({"spec": {"deletionPolicy": "Orphan"}}));

@@ -1,8 +1,10 @@
 //! Manager roles that the operator grants with the admin credential of the instance.
 
-use kube::ResourceExt;
-use kube::api::{Patch, PatchParams};
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
+use zitadel_tokens::api::ZitadelServiceUser;
 
 use crate::support::eventually;
 use crate::support::issuer::User;
@@ -384,7 +386,7 @@ async fn deletion_revokes_what_the_ledger_names() {
     let user = key_user(&managed).await;
     managed.with_roles("billing", &user, entry.clone()).await;
     managed.roles_are("billing", "True", "ManagerRolesGranted").await;
-    // Neither a forged status, nor a withdrawn policy, nor suspension matter.
+    // Neither a forged status nor suspension matter.
     let victim = key_user(&managed).await;
     world
         .issuer
@@ -404,9 +406,6 @@ async fn deletion_revokes_what_the_ledger_names() {
         .await
         .expect("patched");
     managed.roles_are("billing", "Unknown", "Suspended").await;
-    managed.allow_roles(json!([])).await;
-    world.sentinel().await;
-    has(&managed, &user.id, &organization, &["ORG_OWNER"]).await;
 
     // It waits for a working credential, and says so.
     world.issuer.remove_key(&managed.admin.id, &managed.admin.key_id).await;
@@ -416,27 +415,37 @@ async fn deletion_revokes_what_the_ledger_names() {
             condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "CredentialRejected")
         })
         .await;
-    let (_, key) = world.issuer.key(&managed.admin.id, json!({})).await;
+    let (key_id, key) = world.issuer.key(&managed.admin.id, json!({})).await;
     managed.credential(&key).await;
     world.user_gone("billing").await;
     has(&managed, &user.id, &organization, &[]).await;
     has(&managed, &victim.id, &organization, &["ORG_OWNER"]).await;
 
-    // Or the roles stay, and an Event names them.
+    // Nor can the tenant leave the roles in ZITADEL. Only the platform team can, who owns the ledger.
     managed
         .allow_roles(json!([allowed_on(&organization, &["ORG_OWNER"])]))
         .await;
     managed.with_roles("orders", &user, entry).await;
-    let message = managed.roles_are("orders", "True", "ManagerRolesGranted").await;
-    assert_eq!(message, "The user has the roles in spec.managerRoles in ZITADEL.");
-    let uid = world.users().get("orders").await.expect("there").uid().expect("a UID");
+    managed.roles_are("orders", "True", "ManagerRolesGranted").await;
+    let orphan = Patch::Merge(json!({"spec": {"deletionPolicy": "Orphan"}}));
+    let patched = world.users().patch("orders", &params, &orphan).await.expect("patched");
+    let uid = patched.uid().expect("a UID");
     world.annotate("orders", "abandon", &uid).await;
-    managed.deleted("orders").await;
+    world.issuer.remove_key(&managed.admin.id, &key_id).await;
+    world.delete("orders").await;
+    let waits = |user: &ZitadelServiceUser| {
+        condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "CredentialRejected")
+    };
+    world.user_until("orders", waits).await;
+    let secrets: Api<Secret> = Api::namespaced(world.client.clone(), &world.home());
+    let ledger = format!("service-user-roles-{uid}");
+    secrets
+        .delete(&ledger, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    world.annotate("orders", "abandon", "again").await;
+    world.user_gone("orders").await;
     has(&managed, &user.id, &organization, &["ORG_OWNER"]).await;
-    eventually("an Event", async || {
-        world.events("orders").await.contains("Warning RolesLeftBehind")
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -492,11 +501,75 @@ async fn server_without_the_api_says_so_and_serves_tokens() {
     managed.deleted("billing").await;
 }
 
-/// A manifest that replaces the object drops the finalizer.
+/// A tenant tries to keep a role that the platform team withdraws, or that its object no longer justifies.
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_finalizer_does_not_lose_the_roles() {
-    let (managed, organization) = owned("finalizer").await;
+async fn tenant_cannot_keep_a_role() {
+    let (managed, organization) = owned("keep").await;
     let world: &World = &managed.world;
+    let allowed = json!([allowed_on(&organization, &["ORG_OWNER"])]);
+    let entry = json!([roles_on(&organization, &["ORG_OWNER"])]);
+    let user = key_user(&managed).await;
+    let merge = async |change: Value| {
+        let params = PatchParams::default();
+        world
+            .users()
+            .patch("billing", &params, &Patch::Merge(change))
+            .await
+            .expect("patched");
+    };
+    let granted = async || {
+        managed.allow_roles(allowed.clone()).await;
+        managed.with_roles("billing", &user, entry.clone()).await;
+        merge(json!({"spec": {"suspend": null}})).await;
+        managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+    };
+    let revoked = async || has(&managed, &user.id, &organization, &[]).await;
+
+    // A suspended object keeps its roles, but only as long as the policies allow them.
+    granted().await;
+    merge(json!({"spec": {"suspend": true, "managerRoles": null}})).await;
+    managed.roles_are("billing", "Unknown", "Suspended").await;
+    assert_eq!(
+        world.issuer.manager_roles(&user.id, &on(&organization)).await,
+        ["ORG_OWNER"]
+    );
+    managed.allow_roles(json!([])).await;
+    revoked().await;
+
+    // An instance that does not exist has no policies.
+    granted().await;
+    merge(json!({"spec": {"instanceRef": {"name": "nope"}}})).await;
+    revoked().await;
+
+    // The operator does not read an object that is too large.
+    granted().await;
+    let text = "\u{1}".repeat(16_000);
+    let mut large = one_token("billing-token");
+    large["tokens"][0]["secret"]["template"] = json!({"a": text, "b": text, "c": text, "d": text});
+    merge(json!({"spec": large})).await;
+    world.ready("billing", "False", "ObjectUnreadable").await;
+    revoked().await;
+    merge(json!({"spec": one_token("billing-token")})).await;
+
+    // A manifest that replaces the object drops the finalizer.
+    granted().await;
+    merge(json!({"metadata": {"finalizers": null}, "spec": {"managerRoles": null}})).await;
+    revoked().await;
+
+    // The object is suspended, loses its finalizer, and is deleted.
+    granted().await;
+    merge(json!({"spec": {"suspend": true}})).await;
+    managed.roles_are("billing", "Unknown", "Suspended").await;
+    merge(json!({"metadata": {"finalizers": null}})).await;
+    managed.deleted("billing").await;
+    revoked().await;
+}
+
+/// Whoever may add members to some project could make the list of all roles of a user too long.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_memberships_elsewhere_do_not_stop_a_revocation() {
+    let (managed, organization) = owned("many").await;
+    let world = &managed.world;
     managed
         .allow_roles(json!([allowed_on(&organization, &["ORG_OWNER"])]))
         .await;
@@ -505,11 +578,71 @@ async fn lost_finalizer_does_not_lose_the_roles() {
         .with_roles("billing", &user, json!([roles_on(&organization, &["ORG_OWNER"])]))
         .await;
     managed.roles_are("billing", "True", "ManagerRolesGranted").await;
-    let replaced = json!({"metadata": {"finalizers": null}, "spec": {"managerRoles": null}});
-    world
-        .users()
-        .patch("billing", &PatchParams::default(), &Patch::Merge(replaced))
-        .await
-        .expect("patched");
+    let path = format!("{ADMINISTRATORS}/ListAdministrators");
+    let before = world.issuer.requests().await.len();
+    managed.allow_roles(json!([])).await;
     has(&managed, &user.id, &organization, &[]).await;
+    // Each list names one resource, so that only one entry matches.
+    let asked = world.issuer.requests().await;
+    let lists = asked.iter().skip(before).filter(|request| request.path == path).count();
+    assert!((1..=4).contains(&lists), "{lists}");
+}
+
+/// The administrator lives in an organization whose owner lives in another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_can_take_over_a_privileged_user_is_privileged_too() {
+    let (managed, organization) = owned("hops").await;
+    let world = &managed.world;
+    let owner = world.issuer.user(json!({"organizationId": organization})).await;
+    let in_admins = on(&managed.organization);
+    world
+        .issuer
+        .set_manager_roles(&owner.id, &in_admins, &["ORG_OWNER"])
+        .await;
+    managed
+        .allow_roles(json!([allowed_on(&organization, &["ORG_OWNER"])]))
+        .await;
+    let user = key_user(&managed).await;
+    managed
+        .with_roles("billing", &user, json!([roles_on(&organization, &["ORG_OWNER"])]))
+        .await;
+    managed.roles_are("billing", "False", "PrivilegedRolesDenied").await;
+    has(&managed, &user.id, &organization, &[]).await;
+    world
+        .issuer
+        .set_manager_roles(&owner.id, &in_admins, &["ORG_OWNER_VIEWER"])
+        .await;
+    world.renew("billing").await;
+    managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+    has(&managed, &user.id, &organization, &["ORG_OWNER"]).await;
+}
+
+/// The next process finds the ledgers of objects that do not show that they have roles.
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_of_an_object_that_vanished_without_an_operator_are_revoked() {
+    let (managed, organization) = owned("vanished").await;
+    managed
+        .allow_roles(json!([allowed_on(&organization, &["ORG_OWNER"])]))
+        .await;
+    let users = [key_user(&managed).await, key_user(&managed).await];
+    for (name, user) in ["billing", "orders"].iter().zip(&users) {
+        let entry = json!([roles_on(&organization, &["ORG_OWNER"])]);
+        managed.with_roles(name, user, entry).await;
+        managed.roles_are(name, "True", "ManagerRolesGranted").await;
+    }
+    managed.operator.kill();
+    let world = &managed.world;
+    let dropped = json!({"metadata": {"finalizers": null}, "spec": {"managerRoles": null}});
+    for name in ["billing", "orders"] {
+        let params = PatchParams::default();
+        let patched = world.users().patch(name, &params, &Patch::Merge(&dropped)).await;
+        patched.expect("patched");
+    }
+    world.delete("billing").await;
+    world.user_gone("billing").await;
+    let operator = world.rotating_operator_with(&CLUSTER).await;
+    let managed = Managed { operator, ..managed };
+    for user in &users {
+        has(&managed, &user.id, &organization, &[]).await;
+    }
 }

@@ -1,5 +1,6 @@
 //! The administrator of an instance. Its credential is read, checked and used for one reconcile, and written nowhere.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
@@ -11,7 +12,7 @@ use crate::controller::instance::connect;
 use crate::controller::read::ReadError;
 use crate::domain::admin_credential::{self, AdminCredential};
 use crate::domain::failure::{Failure, classify};
-use crate::domain::manager_role::ManagerRoles;
+use crate::domain::manager_role::{ManagerRoles, RoleScope};
 use crate::domain::reason::Reason;
 use crate::zitadel::{APIError, APIToken, ZitadelClient};
 
@@ -100,15 +101,33 @@ impl Admin {
         Ok(Self { client, token, user_id })
     }
 
-    /// The manager roles of the administrator.
+    /// The manager roles of the administrator in one scope.
+    pub async fn roles_in(&self, scope: &RoleScope) -> Result<BTreeSet<String>, Refused> {
+        Ok(self.client.list_roles(&self.token, &self.user_id, scope).await?)
+    }
+
+    /// All manager roles of the administrator, for people to read. Others may give it so many that they cannot be listed;
+    /// those of the instance then stand for all.
     pub async fn roles(&self) -> Result<Vec<ManagerRoles>, Refused> {
-        Ok(self.client.list_roles(&self.token, &self.user_id).await?)
+        match self.client.list_own_roles(&self.token, &self.user_id).await {
+            Ok(roles) => Ok(roles),
+            Err(APIError::TooMany | APIError::Failed(Failure::Malformed)) => {
+                let scope = RoleScope::Instance;
+                let roles = self.roles_in(&scope).await?;
+                Ok(vec![ManagerRoles { scope, roles }])
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Fails unless the administrator may manage the users of an organization. Only then does a 404 mean that a user does not
     /// exist.
     pub async fn may_manage_users(&self, organization_id: &str) -> Result<(), Refused> {
-        let roles = self.roles().await?;
+        let mut roles = Vec::new();
+        for scope in [RoleScope::Instance, RoleScope::Organization(organization_id.to_owned())] {
+            let held = self.roles_in(&scope).await?;
+            roles.push(ManagerRoles { scope, roles: held });
+        }
         if admin_credential::may_manage_users(&roles, organization_id) {
             Ok(())
         } else {

@@ -1,6 +1,7 @@
 //! Removes what the operator has made at ZITADEL for a service user that is being deleted: first the manager roles, then the
 //! keys or the user, and each time the ledger and at last the finalizer. Policies and suspension do not matter here: a
-//! deletion must leave neither roles nor keys behind.
+//! deletion must leave neither roles nor keys behind. Keys and the user can be left at ZITADEL on request. Roles cannot: the
+//! platform team allowed them to an object that is going away.
 
 use std::sync::Arc;
 
@@ -28,16 +29,19 @@ pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUse
     let left = abandoned || user.spec.deletion_policy == Some(UserDeletionPolicy::Orphan);
     let waits = |what: &str| {
         let retry = pending.get(what)?;
-        (retry.until > ctx.clock.now() && !abandoned).then(|| Outcome::deferred(retry.reason))
+        let goes_on = abandoned && what == key_rotation::BACKOFF;
+        (retry.until > ctx.clock.now() && !goes_on).then(|| Outcome::deferred(retry.reason))
     };
     let mut done = Done::forget();
     let mut user = user;
-    if finalizer::is_set(&user, ROLES_FINALIZER) {
+    let uid = user.metadata.uid.clone().unwrap_or_default();
+    let may_have = finalizer::is_set(&user, ROLES_FINALIZER) || ctx.memory.role_ledgers(id).contains(&uid);
+    if may_have || !user.spec.manager_roles.is_empty() {
         let failed = if let Some(outcome) = waits(role_report::BACKOFF) {
             let scope = ctx.memory.failed_role(id);
             Some(RoleOutcome { outcome, scope })
         } else {
-            let (revoked, revoked_from) = grant::revoke(ctx, id, user, left).await;
+            let (revoked, revoked_from) = grant::revoke(ctx, id, user).await;
             user = revoked_from;
             done.written = revoked.written;
             done.mints = revoked.requests;

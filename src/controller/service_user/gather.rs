@@ -102,6 +102,10 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         return Ok(Gathered::Gone);
     }
     if refused {
+        if finalizer::is_set(&user, ROLES_FINALIZER) {
+            ctx.memory
+                .note_roles(id, user.metadata.uid.as_deref().unwrap_or_default(), true);
+        }
         return Ok(over_limit(&user));
     }
     let clock = ctx.connections.skew(&instance_name);
@@ -233,7 +237,12 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
         // The status reports this, because only an administrator can grant the permission.
         Err(ReadError::Forbidden) => (
             KeyState::none(Reason::SecretsForbidden),
-            Err(Reason::SecretsForbidden),
+            // Without roles, the object has no condition about them.
+            if facts.user.spec.manager_roles.is_empty() {
+                Ok(None)
+            } else {
+                Err(Reason::SecretsForbidden)
+            },
             BTreeMap::new(),
         ),
         Err(error) => return Err(error),
@@ -266,21 +275,31 @@ pub async fn key_ledger(
     available(ctx.reader.key_ledger(namespace, &key_ledger_name(uid)).await)
 }
 
-/// The role ledger of an object. An object without manager roles has one only as long as it has the operator's finalizer.
+/// The role ledger of an object. An object without manager roles has one only as long as it has the operator's finalizer, or
+/// as this process knows.
 pub async fn role_ledger(
     ctx: &Context,
     user: &ZitadelServiceUser,
 ) -> Result<Result<Option<StoredRoles>, Reason>, ReadError> {
-    let id = reference(user);
+    let (id, uid) = (reference(user), user.metadata.uid.clone().unwrap_or_default());
     let may_have = !user.spec.manager_roles.is_empty() || finalizer::is_set(user, ROLES_FINALIZER);
-    if !may_have && !ctx.memory.has_roles(&id) {
+    if !may_have && !ctx.memory.role_ledgers(&id).contains(&uid) {
         return Ok(Ok(None));
     }
-    let (Some(namespace), Some(uid)) = (&ctx.operator_namespace, &user.metadata.uid) else {
+    read_roles(ctx, &id, &uid).await
+}
+
+/// The role ledger of the object with this UID.
+pub async fn read_roles(
+    ctx: &Context,
+    id: &ObjectRef,
+    uid: &str,
+) -> Result<Result<Option<StoredRoles>, Reason>, ReadError> {
+    let Some(namespace) = &ctx.operator_namespace else {
         return Ok(Err(Reason::LedgerUnavailable));
     };
     let read = available(ctx.reader.role_ledger(namespace, &role_ledger_name(uid)).await)?;
-    ctx.memory.note_roles(&id, matches!(read, Ok(Some(_))));
+    ctx.memory.note_roles(id, uid, !matches!(read, Ok(None)));
     Ok(read)
 }
 

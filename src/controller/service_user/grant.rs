@@ -10,6 +10,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use crate::api::metadata::{LABEL_ROLE_LEDGER, ROLES_FINALIZER};
+use crate::api::service_user::{InstanceRef, ZitadelServiceUserSpec};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::instance::admin::{Admin, Refused};
@@ -18,10 +19,11 @@ use crate::controller::service_user::key_session::{Session, Stop};
 use crate::controller::service_user::provision::confirm;
 use crate::controller::service_user::{finalizer, gather};
 use crate::controller::write::{LedgerRef, WriteError};
-use crate::domain::admin_credential::sees_managers_of_instance;
+use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::facts::Facts;
+use crate::domain::failure::Failure;
 use crate::domain::key_rotation::Outcome;
-use crate::domain::manager_role::{self, ManagerRoles, RoleScope, WantedRoles};
+use crate::domain::manager_role::{self, ManagerRoles, RoleScope, WantedRoles, shown, takes_over_users};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
@@ -33,6 +35,9 @@ use crate::zitadel::APIError;
 
 /// Longest time for the roles in one reconcile. The status of the tokens waits for it.
 const ROLES_TIMEOUT: Duration = Duration::from_mins(2);
+
+/// With more organizations, all count as privileged.
+const MOST_PRIVILEGED: usize = 32;
 
 /// When to look again for a change that ZITADEL does not show yet.
 const SHOWN_SOON: SignedDuration = SignedDuration::from_secs(1);
@@ -74,6 +79,17 @@ impl From<Reason> for RoleOutcome {
 
 /// Grants and revokes what is due. Updates the object in `facts`.
 pub async fn grant(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted {
+    let mut granted = grant_served(ctx, id, facts).await;
+    // A former object of this name may have had roles.
+    if ctx.memory.role_ledgers(id).iter().any(|uid| uid != facts.uid()) {
+        let lost = revoke_lost(ctx, id, Some(facts.uid())).await;
+        granted.requests += lost.requests;
+        granted.outcome = granted.outcome.or(lost.outcome);
+    }
+    granted
+}
+
+async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted {
     let spec_has_roles = !facts.user.spec.manager_roles.is_empty();
     if !spec_has_roles && matches!(facts.roles, Ok(None)) && !finalizer::is_set(&facts.user, ROLES_FINALIZER) {
         return Granted::default();
@@ -84,8 +100,15 @@ pub async fn grant(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted 
     let stored = facts.roles.as_ref().ok().cloned().flatten();
     let mut grants = Grants::new(ctx, id, facts.user.clone(), stored);
     let outcome = match (obstacle(facts), waits) {
-        (Some(outcome), _) => Some(outcome.into()),
-        (None, Some(reason)) => Some(RoleOutcome {
+        (Some(outcome), None) => {
+            let enforced = tokio::time::timeout(ROLES_TIMEOUT, grants.enforce(facts)).await;
+            let enforced = enforced.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
+            let outcome = enforced.err().unwrap_or(outcome.into());
+            ctx.memory.note_failed_role(id, outcome.scope.clone());
+            facts.user = grants.user.clone();
+            Some(outcome)
+        }
+        (_, Some(reason)) => Some(RoleOutcome {
             outcome: Outcome::deferred(reason),
             scope: ctx.memory.failed_role(id),
         }),
@@ -189,16 +212,17 @@ impl<'a> Grants<'a> {
         wanted: Vec<WantedRoles>,
         user_id: &str,
     ) -> Result<Applied, RoleOutcome> {
-        let admin = self.session.administrator(instance).await?;
-        if admin.user_id == user_id {
-            return Err(Reason::UserIsAdministrator.into());
-        }
-        let (wanted, mut failed) = self.unprivileged(&admin, wanted).await?;
-        let held = self.session.leading(list(&admin, user_id)).await?;
         let mut ledger = match &self.stored {
             Some(stored) => stored.ledger.clone(),
             None => self.new_ledger(instance, user_id),
         };
+        // Other requests of the object must not delay a revocation.
+        let admin = self.session.administrator(instance, !ledger.exceeds(&wanted)).await?;
+        if admin.user_id == user_id {
+            return Err(Reason::UserIsAdministrator.into());
+        }
+        let (wanted, mut failed) = self.unprivileged(&admin, wanted, &ledger).await;
+        let held = self.list(&admin, &ledger, &wanted).await?;
         let mut changes = ledger.changes(&wanted, &held);
         if changes.iter().any(RoleChange::needs_proof)
             && let Err(reason) = self.prove(facts, instance, &admin, user_id).await
@@ -220,7 +244,7 @@ impl<'a> Grants<'a> {
                 needed.push(change);
             } else {
                 // The ledger is full until other roles are revoked.
-                failed.get_or_insert(not_shown(now, Timestamp::MAX, now, &change.scope));
+                failed.get_or_insert(at_scope(Reason::ManagerRolesNotShown.into(), &change.scope));
             }
         }
         if !needed.is_empty() {
@@ -229,7 +253,7 @@ impl<'a> Grants<'a> {
         }
         let mut accepted = Vec::new();
         for change in needed {
-            match self.session.leading(request(&admin, user_id, &change)).await {
+            match self.session.ask(request(&admin, user_id, &change)).await {
                 Ok(()) => accepted.push(change),
                 Err(stop) => {
                     // ZITADEL may have carried out a request whose answer is lost.
@@ -241,9 +265,9 @@ impl<'a> Grants<'a> {
             }
         }
         if !accepted.is_empty() {
-            let held = self.session.leading(list(&admin, user_id)).await?;
             for change in &accepted {
-                if roles_in(&held, &change.scope) == change.target {
+                let shown = self.session.ask(roles_in(&admin, user_id, &change.scope)).await;
+                if shown.is_ok_and(|shown| shown == change.target) {
                     ledger.set(change.confirmed());
                 } else {
                     failed.get_or_insert(not_shown(now, Timestamp::MAX, now, &change.scope));
@@ -289,29 +313,39 @@ impl<'a> Grants<'a> {
     }
 
     /// Leaves out the roles with which the user could take over the instance, unless a policy allows them in any case. Also
-    /// returns why the first of them is left out.
+    /// returns why the first of them is left out. If that cannot be found out, only new roles are left out.
     async fn unprivileged(
         &self,
         admin: &Admin,
         mut wanted: Vec<WantedRoles>,
-    ) -> Result<(Vec<WantedRoles>, Option<RoleOutcome>), RoleOutcome> {
-        let mut privileged = None;
+        ledger: &RoleLedger,
+    ) -> (Vec<WantedRoles>, Option<RoleOutcome>) {
+        if wanted.iter().all(|wanted| wanted.if_unprivileged.is_empty()) {
+            return (wanted, None);
+        }
+        let privileged = self.session.ask(Privileged::of(admin, &ledger.user_id)).await;
         let mut failed = None;
+        let (privileged, keeps) = match privileged {
+            Ok(privileged) => (Some(privileged), false),
+            Err(stop) => {
+                failed = Some(stop.into());
+                (None, true)
+            }
+        };
         for wanted in &mut wanted {
-            if wanted.if_unprivileged.is_empty() {
+            let is_privileged = privileged.as_ref().is_none_or(|places| places.contains(&wanted.scope));
+            if wanted.if_unprivileged.is_empty() || !is_privileged {
                 continue;
             }
-            if privileged.is_none() {
-                privileged = Some(self.session.leading(Privileged::of(admin)).await?);
-            }
-            if privileged.as_ref().is_none_or(|places| places.contains(&wanted.scope)) {
-                wanted.roles.retain(|role| !wanted.if_unprivileged.contains(role));
-                wanted.exclusive = false;
-                let denied = Stop::from(Reason::PrivilegedRolesDenied);
-                failed.get_or_insert(at_scope(denied, &wanted.scope));
-            }
+            let granted = ledger.granted(&wanted.scope);
+            let stays = |role: &String| keeps && granted.is_some_and(|granted| granted.roles.contains(role));
+            wanted
+                .roles
+                .retain(|role| !wanted.if_unprivileged.contains(role) || stays(role));
+            wanted.exclusive = false;
+            failed.get_or_insert(at_scope(Reason::PrivilegedRolesDenied.into(), &wanted.scope));
         }
-        Ok((wanted, failed))
+        (wanted, failed)
     }
 
     /// Makes sure that the roles go to a user that the operator created, or whose key the object has: ZITADEL accepts it,
@@ -329,7 +363,7 @@ impl<'a> Grants<'a> {
             let managed = ledger.and_then(|stored| stored.ledger.managed.as_ref());
             let managed = managed.filter(|managed| managed.created).ok_or(Reason::UserNotReady)?;
             let now = self.ctx.server_time(instance);
-            self.session.leading(confirm(admin, user_id, managed, now)).await?;
+            self.session.ask(confirm(admin, user_id, managed, now)).await?;
             return Ok(());
         }
         self.session.open_too(instance, &key).await?;
@@ -349,41 +383,101 @@ impl<'a> Grants<'a> {
         if ledger.is_of(&present.spec.issuer, user_id) {
             return Ok(());
         }
-        if gather::is_abandoned(&self.user) {
-            self.report_left(&ledger).await;
-        } else {
-            let instance = self.instance_of(&ledger, Some(present)).ok_or(Reason::OldRolesRemain)?;
-            self.revoke_all(&instance).await?;
-        }
+        let instance = self.instance_of(&ledger, Some(present)).ok_or(Reason::OldRolesRemain)?;
+        self.revoke_all(&instance).await?;
         self.drop_ledger().await?;
         Ok(())
     }
 
-    /// Revokes everything that the ledger names.
-    async fn revoke_all(&mut self, instance: &Arc<ZitadelInstance>) -> Result<(), RoleOutcome> {
+    /// Revokes what the policies no longer allow, although something stops all other changes: a tenant must not be able to
+    /// keep a role by suspending its object, or by naming an instance that does not exist.
+    async fn enforce(&mut self, facts: &Facts) -> Result<(), RoleOutcome> {
         let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
             return Ok(());
         };
-        if ledger.scopes.is_empty() {
+        let is_moved = facts.user.spec.instance_ref.name != ledger.instance;
+        let instance = match &facts.instance {
+            Ok(instance) if instance.spec.issuer == ledger.issuer => {
+                if instance.spec.suspend == Some(true) {
+                    return Ok(());
+                }
+                instance.clone()
+            }
+            Err(_) if !is_moved => return Ok(()),
+            // Nobody tells when the policies of the former instance change.
+            _ => {
+                let former = self.instance_of(&ledger, None).ok_or(Reason::OldRolesRemain)?;
+                self.revoke_all(&former).await?;
+                return self.drop_ledger().await;
+            }
+        };
+        let Ok(allowed) = &facts.allowed else { return Ok(()) };
+        let granted = ledger.scopes.iter().map(|granted| (&granted.scope, &granted.roles));
+        let kept = manager_role::still_allowed(granted, allowed);
+        if kept.iter().all(|kept| kept.denied.is_empty()) {
             return Ok(());
         }
-        let admin = self.session.administrator(instance).await?;
-        let held = self.session.leading(list(&admin, &ledger.user_id)).await?;
+        let left = self.revoke_except(&instance, &kept).await?;
+        self.store(&left).await
+    }
+
+    /// Revokes everything that the ledger names.
+    async fn revoke_all(&mut self, instance: &Arc<ZitadelInstance>) -> Result<(), RoleOutcome> {
+        self.revoke_except(instance, &[]).await.map(drop)
+    }
+
+    /// Revokes what the ledger names, except for some roles. Returns the ledger after that.
+    async fn revoke_except(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        kept: &[WantedRoles],
+    ) -> Result<RoleLedger, RoleOutcome> {
+        let stored = self.stored.as_ref().ok_or(Reason::Internal)?;
+        let mut ledger = stored.ledger.clone();
+        if ledger.scopes.is_empty() {
+            return Ok(ledger);
+        }
+        // Other requests of the object must not delay this one.
+        let admin = self.session.administrator(instance, false).await?;
+        let held = self.list(&admin, &ledger, &[]).await?;
         let now = self.ctx.server_time(instance);
         let mut failed = None;
-        for change in ledger.changes(&[], &held) {
+        for change in ledger.changes(kept, &held).into_iter().map(RoleChange::unproven) {
             // What the list does not show yet must not be taken for a role of someone else.
             if let Some((since, at)) = change.lags(ledger.granted(&change.scope), now) {
                 failed.get_or_insert(not_shown(since, at, now, &change.scope));
-            } else if change.is_needed() {
-                let requested = request(&admin, &ledger.user_id, &change);
-                match self.session.leading(requested).await {
-                    Ok(()) => self.tell_change(&ledger.instance, &change).await,
-                    Err(stop) => drop(failed.get_or_insert(at_scope(stop, &change.scope))),
-                }
+                continue;
             }
+            if change.is_needed() {
+                if let Err(stop) = self.session.ask(request(&admin, &ledger.user_id, &change)).await {
+                    failed.get_or_insert(at_scope(stop, &change.scope));
+                    continue;
+                }
+                self.tell_change(&ledger.instance, &change).await;
+            }
+            ledger.set(change.confirmed());
         }
-        failed.map_or(Ok(()), Err)
+        failed.map_or(Ok(ledger), Err)
+    }
+
+    /// The roles that ZITADEL shows in the scopes of the ledger and in those of `wanted`.
+    async fn list(
+        &self,
+        admin: &Admin,
+        ledger: &RoleLedger,
+        wanted: &[WantedRoles],
+    ) -> Result<Vec<ManagerRoles>, RoleOutcome> {
+        let former = ledger.scopes.iter().map(|granted| &granted.scope);
+        let scopes: BTreeSet<&RoleScope> = wanted.iter().map(|wanted| &wanted.scope).chain(former).collect();
+        let mut held = Vec::new();
+        for scope in scopes {
+            let roles = self.session.ask(roles_in(admin, &ledger.user_id, scope)).await;
+            held.push(ManagerRoles {
+                scope: scope.clone(),
+                roles: roles.map_err(|stop| at_scope(stop, scope))?,
+            });
+        }
+        Ok(held)
     }
 
     /// The instance that the roles of the ledger belong to.
@@ -399,36 +493,21 @@ impl<'a> Grants<'a> {
                 format!(" {verb} {}.", roles.join(", "))
             }
         };
-        let added: Vec<&str> = change.added().map(String::as_str).collect();
-        let removed: Vec<&str> = change.removed().map(String::as_str).collect();
+        let added: Vec<&str> = change.added().map(|role| shown(role)).collect();
+        let removed: Vec<&str> = change.removed().map(|role| shown(role)).collect();
         if added.is_empty() && removed.is_empty() {
             return;
         }
         self.ctx.metrics.roles_changed(instance, added.len(), removed.len());
         let (granted, revoked) = (part("granted", added), part("revoked", removed));
-        let text = format!("Manager roles, {}:{granted}{revoked}", change.scope);
-        self.tell(false, Reason::ManagerRolesGranted, text).await;
-    }
-
-    /// Names the roles that stay in ZITADEL.
-    async fn report_left(&self, ledger: &RoleLedger) {
-        let reason = Reason::RolesLeftBehind;
-        let lines = ledger.scopes.iter().map(|granted| {
-            let roles: Vec<&str> = granted.roles.iter().map(String::as_str).collect();
-            format!("{}: {}", granted.scope, roles.join(", "))
-        });
-        let lines: Vec<String> = lines.collect();
-        if lines.is_empty() {
-            return;
-        }
-        let mut text = format!("{} User {}, {}.", reason.advice(), ledger.user_id, lines.join("; "));
+        let mut text = format!("Manager roles, {}:{granted}{revoked}", change.scope);
         // The API server rejects a longer note.
         text.truncate(text.floor_char_boundary(1_000));
-        self.tell(true, reason, text).await;
-    }
-
-    async fn tell(&self, warning: bool, reason: Reason, text: String) {
-        let event = EventDraft { warning, reason, text };
+        let event = EventDraft {
+            warning: false,
+            reason: Reason::ManagerRolesGranted,
+            text,
+        };
         self.ctx.tell(&self.user, "Grant", event).await;
     }
 
@@ -445,12 +524,12 @@ impl<'a> Grants<'a> {
             namespace: self.home()?,
             name: &name,
             label: LABEL_ROLE_LEDGER,
-            owner: self.user.metadata.uid.as_deref().unwrap_or_default(),
+            owner: self.uid(),
             stored: self.stored.as_ref().map(|stored| stored.secret(&name)),
         };
         let written = self.ctx.writer.write_ledger(&at, ledger.data()).await;
         let (uid, resource_version) = written.map_err(|error| self.write_failed(&error))?;
-        self.ctx.memory.note_roles(self.id, true);
+        self.ctx.memory.note_roles(self.id, self.uid(), true);
         self.stored = Some(StoredRoles {
             ledger: ledger.clone(),
             uid,
@@ -470,7 +549,7 @@ impl<'a> Grants<'a> {
             let secret = stored.secret(&self.ledger_name());
             let deleted = self.ctx.writer.delete_secret(self.home()?, &secret).await;
             deleted.map_err(|error| self.write_failed(&error))?;
-            self.ctx.memory.note_roles(self.id, false);
+            self.ctx.memory.note_roles(self.id, self.uid(), false);
         }
         Ok(())
     }
@@ -493,7 +572,11 @@ impl<'a> Grants<'a> {
     }
 
     fn ledger_name(&self) -> String {
-        gather::role_ledger_name(self.user.metadata.uid.as_deref().unwrap_or_default())
+        gather::role_ledger_name(self.uid())
+    }
+
+    fn uid(&self) -> &str {
+        self.user.metadata.uid.as_deref().unwrap_or_default()
     }
 }
 
@@ -521,11 +604,6 @@ fn at_scope(Stop(outcome): Stop, scope: &RoleScope) -> RoleOutcome {
     }
 }
 
-fn roles_in(held: &[ManagerRoles], scope: &RoleScope) -> BTreeSet<String> {
-    let held = held.iter().find(|held| held.scope == *scope);
-    held.map(|held| held.roles.clone()).unwrap_or_default()
-}
-
 /// The reason of an error about manager roles.
 fn refused(error: APIError) -> Refused {
     match error {
@@ -541,8 +619,9 @@ fn refused(error: APIError) -> Refused {
     }
 }
 
-async fn list(admin: &Admin, user_id: &str) -> Result<Vec<ManagerRoles>, Refused> {
-    admin.client.list_roles(&admin.token, user_id).await.map_err(refused)
+async fn roles_in(admin: &Admin, user_id: &str, scope: &RoleScope) -> Result<BTreeSet<String>, Refused> {
+    let listed = admin.client.list_roles(&admin.token, user_id, scope).await;
+    listed.map_err(refused)
 }
 
 async fn request(admin: &Admin, user_id: &str, change: &RoleChange) -> Result<(), Refused> {
@@ -557,35 +636,58 @@ async fn request(admin: &Admin, user_id: &str, change: &RoleChange) -> Result<()
 
 /// Where the holder of some roles could take over the instance.
 struct Privileged {
-    /// The organizations of the users with roles of the instance, of the administrator, and of ZITADEL's own project. `None`
-    /// if the administrator may not list them.
+    /// The organizations with users through whom this is possible: users with roles of the instance, the administrator, those
+    /// who can change ZITADEL's own project, and those who can take over one of these. `None` if they cannot be found out.
     organizations: Option<BTreeSet<String>>,
     /// The project of ZITADEL's own applications.
     project_id: String,
 }
 
 impl Privileged {
-    async fn of(admin: &Admin) -> Result<Self, Refused> {
-        let (client, token) = (&admin.client, &admin.token);
-        let project_id = client.project_id_as(token).await.map_err(refused)?;
-        let mut organizations = None;
-        if sees_managers_of_instance(&admin.roles().await?) {
-            let own = client.user(token, &admin.user_id).await.map_err(refused)?;
-            let managers = client.list_instance_managers(token).await.map_err(refused)?;
-            let owner = match client.organization_of_project(token, &project_id).await {
-                Err(APIError::Unavailable) => None,
-                owner => owner.map_err(refused)?,
-            };
-            let all = managers.into_iter().map(|manager| manager.organization_id);
-            let others = [own.map(|user| user.organization_id), owner];
-            let all: BTreeSet<String> = all.chain(others.map(Option::unwrap_or_default)).collect();
-            // An organization that ZITADEL does not name could be any.
-            organizations = (!all.contains("")).then_some(all);
-        }
+    /// Leaves out `user_id`, which cannot gain anything by taking over itself.
+    async fn of(admin: &Admin, user_id: &str) -> Result<Self, Refused> {
+        let project_id = admin.client.project_id_as(&admin.token).await.map_err(refused)?;
+        let organizations = match Self::organizations(admin, user_id, &project_id).await {
+            // The list is too long, or the server is older than the API for projects.
+            Err(APIError::TooMany | APIError::Unavailable | APIError::Failed(Failure::Malformed)) => None,
+            found => found.map_err(refused)?,
+        };
         Ok(Self {
             organizations,
             project_id,
         })
+    }
+
+    async fn organizations(
+        admin: &Admin,
+        user_id: &str,
+        project_id: &str,
+    ) -> Result<Option<BTreeSet<String>>, APIError> {
+        let (client, token) = (&admin.client, &admin.token);
+        let own_roles = client.list_roles(token, &admin.user_id, &RoleScope::Instance).await?;
+        if !sees_all_managers(&own_roles) {
+            return Ok(None);
+        }
+        let own = client.user(token, &admin.user_id).await?;
+        let owner = client.organization_of_project(token, project_id).await?;
+        let first = [own.map(|user| user.organization_id), owner];
+        let mut found: BTreeSet<String> = first.map(Option::unwrap_or_default).into();
+        let mut scopes = vec![RoleScope::Instance, RoleScope::Project(project_id.to_owned())];
+        scopes.extend(found.iter().cloned().map(RoleScope::Organization));
+        while let Some(scope) = scopes.pop() {
+            for manager in client.list_managers(token, &scope).await? {
+                let takes_over = |role: &String| scope == RoleScope::Instance || takes_over_users(&scope, role);
+                let counts = manager.user_id != user_id && manager.roles.iter().any(takes_over);
+                if counts && found.insert(manager.organization_id.clone()) {
+                    scopes.push(RoleScope::Organization(manager.organization_id));
+                }
+            }
+            // An organization that ZITADEL does not name could be any.
+            if found.contains("") || found.len() > MOST_PRIVILEGED {
+                return Ok(None);
+            }
+        }
+        Ok(Some(found))
     }
 
     fn contains(&self, scope: &RoleScope) -> bool {
@@ -597,16 +699,15 @@ impl Privileged {
     }
 }
 
-/// Revokes the roles of a deleted object, or leaves them if the object asks for that. Returns the object with the resource
-/// version of the last write.
+/// Revokes the roles of a deleted object, whatever its finalizers say: a tenant can remove them. Returns the object with the
+/// resource version of the last write.
 pub(super) async fn revoke(
     ctx: &Context,
     id: &ObjectRef,
     user: Arc<ZitadelServiceUser>,
-    leave: bool,
 ) -> (Granted, Arc<ZitadelServiceUser>) {
     let mut grants = Grants::new(ctx, id, user, None);
-    let revoked = tokio::time::timeout(ROLES_TIMEOUT, grants.revoke_deleted(leave)).await;
+    let revoked = tokio::time::timeout(ROLES_TIMEOUT, grants.revoke_deleted()).await;
     // Every step can be repeated.
     let revoked = revoked.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
     let granted = Granted {
@@ -617,24 +718,64 @@ pub(super) async fn revoke(
     (granted, grants.user)
 }
 
-impl Grants<'_> {
-    async fn revoke_deleted(&mut self, leave: bool) -> Result<(), RoleOutcome> {
-        let stored = gather::role_ledger(self.ctx, &self.user).await;
-        match stored.map_err(|_| Reason::APIServerUnavailable)? {
-            Ok(stored) => self.stored = stored,
-            // What an unreadable ledger names is unknown, and its Secret stays for a person to look at.
-            Err(_) if leave => {}
-            Err(reason) => return Err(reason.into()),
+/// Revokes the roles of objects of this name that the operator does not serve: they vanished, are unreadable, or belong to
+/// another instance now. Only `served` keeps its roles.
+pub async fn revoke_lost(ctx: &Context, id: &ObjectRef, served: Option<&str>) -> Granted {
+    let mut lost = Granted::default();
+    for uid in ctx.memory.role_ledgers(id) {
+        if served == Some(&*uid) {
+            continue;
         }
+        let mut grants = Grants::new(ctx, id, Arc::new(vanished(id, uid)), None);
+        let revoked = tokio::time::timeout(ROLES_TIMEOUT, grants.revoke_vanished()).await;
+        let revoked = revoked.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
+        lost.requests += grants.session.requests();
+        if let Err(outcome) = revoked {
+            tracing::warn!(object = %id, reason = %outcome.outcome.reason, "manager roles of an object that is not served could not be revoked");
+            lost.outcome.get_or_insert(outcome);
+        }
+    }
+    lost
+}
+
+/// What is known of an object that cannot be read.
+fn vanished(id: &ObjectRef, uid: String) -> ZitadelServiceUser {
+    let spec = ZitadelServiceUserSpec {
+        instance_ref: InstanceRef { name: String::new() },
+        key_secret_ref: None,
+        user: None,
+        key_rotation: None,
+        manager_roles: Vec::new(),
+        deletion_policy: None,
+        suspend: None,
+        tokens: Vec::new(),
+    };
+    let mut user = ZitadelServiceUser::new(&id.name, spec);
+    user.metadata.namespace = Some(id.namespace.to_string());
+    user.metadata.uid = Some(uid);
+    user
+}
+
+impl Grants<'_> {
+    async fn revoke_deleted(&mut self) -> Result<(), RoleOutcome> {
+        let stored = gather::role_ledger(self.ctx, &self.user).await;
+        self.stored = stored.map_err(|_| Reason::APIServerUnavailable)??;
         if let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) {
-            if leave {
-                self.report_left(&ledger).await;
-            } else {
-                let present = self.ctx.cache.instance(&self.user.spec.instance_ref.name).ok();
-                let instance = self.instance_of(&ledger, present.as_ref());
-                self.revoke_all(&instance.ok_or(Reason::InstanceMissing)?).await?;
-            }
+            let present = self.ctx.cache.instance(&self.user.spec.instance_ref.name).ok();
+            let instance = self.instance_of(&ledger, present.as_ref());
+            self.revoke_all(&instance.ok_or(Reason::InstanceMissing)?).await?;
         }
         self.forget().await
+    }
+
+    async fn revoke_vanished(&mut self) -> Result<(), RoleOutcome> {
+        let stored = gather::read_roles(self.ctx, self.id, self.uid()).await;
+        self.stored = stored.map_err(|_| Reason::APIServerUnavailable)??;
+        let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
+            return Ok(());
+        };
+        let instance = self.instance_of(&ledger, None);
+        self.revoke_all(&instance.ok_or(Reason::InstanceMissing)?).await?;
+        self.drop_ledger().await
     }
 }

@@ -145,7 +145,9 @@ impl<'a> Session<'a> {
             claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
         }
         let permit = client.limits().breaker().admit(self.id).map_err(|open| {
-            ctx.requests.give_back(self.id);
+            if claims {
+                ctx.requests.give_back(self.id);
+            }
             defer(open.reason, open.retry_in)
         })?;
         self.may_begin()?;
@@ -195,7 +197,7 @@ impl<'a> Session<'a> {
         }
         self.open = None;
         let managed = ledger.managed.as_ref().ok_or(Reason::Internal)?;
-        let admin = self.administrator(instance).await?;
+        let admin = self.administrator(instance, true).await?;
         // An administrator that may see the user may also see its keys.
         self.leading(confirm(&admin, user_id, managed, now)).await?;
         let Admin { client, token, .. } = admin;
@@ -208,9 +210,9 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Begins a session of the administrator. It counts like a token request of the object, so that changes in a loop do not
-    /// cost the server more.
-    pub(super) async fn administrator(&self, instance: &Arc<ZitadelInstance>) -> Result<Admin, Stop> {
+    /// Begins a session of the administrator. If it `claims`, it counts like a token request of the object, so that changes in
+    /// a loop do not cost the server more.
+    pub(super) async fn administrator(&self, instance: &Arc<ZitadelInstance>, claims: bool) -> Result<Admin, Stop> {
         let ctx = self.ctx;
         let now = ctx.connections.skew(&instance.name_any()).theirs(ctx.clock.now());
         let defer = |reason, wait| Stop::deferred(reason, later(now, wait));
@@ -218,10 +220,20 @@ impl<'a> Session<'a> {
         if opened.is_some_and(|client| client.limits().breaker().is_open()) {
             return Err(defer(Reason::InstanceUnreachable, WHILE_OPEN));
         }
-        let claimed = ctx.requests.claim(self.id);
-        claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
+        if claims {
+            let claimed = ctx.requests.claim(self.id);
+            claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
+        }
+        self.ask(Admin::of(ctx, instance)).await
+    }
+
+    /// Counts a request and waits for it, as long as this process is the leader and has time for it.
+    pub(super) async fn ask<T, E>(&self, request: impl Future<Output = Result<T, E>>) -> Result<T, Stop>
+    where
+        Stop: From<E>,
+    {
         self.may_begin()?;
-        self.leading(Admin::of(ctx, instance)).await
+        self.leading(request).await
     }
 
     /// Waits for requests, as long as this process is the leader.

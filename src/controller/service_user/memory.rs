@@ -1,7 +1,7 @@
 //! State of service users that is only in memory: unwritten tokens and recent requests. It is lost when the process
 //! ends, so a crash costs the requests in flight.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use k8s_openapi::jiff::Timestamp;
@@ -27,8 +27,9 @@ pub struct Memory {
 /// The memory of the manager roles of one object.
 #[derive(Default)]
 struct RoleMemory {
-    /// Whether it has a ledger. A manifest that replaces an object drops the finalizer, but not the roles.
-    in_ledger: bool,
+    /// UIDs of the objects of this name that have a ledger. A tenant can drop the finalizer and delete the object, but not
+    /// the roles.
+    ledgers: BTreeSet<String>,
     /// The scope of the last failure. The status names it until the next attempt.
     failed: Option<Box<RoleScope>>,
 }
@@ -122,15 +123,23 @@ impl Memory {
         self.change(id, token, |memory| memory.unscheduled.push(Instant::now()));
     }
 
-    /// Records whether an object has a role ledger.
-    pub fn note_roles(&self, id: &ObjectRef, in_ledger: bool) {
-        self.roles().entry(id.clone()).or_default().in_ledger = in_ledger;
+    /// Records whether the object with this UID has a role ledger.
+    pub fn note_roles(&self, id: &ObjectRef, uid: &str, in_ledger: bool) {
+        let mut all = self.roles();
+        if in_ledger {
+            all.entry(id.clone()).or_default().ledgers.insert(uid.to_owned());
+        } else if let Some(roles) = all.get_mut(id) {
+            roles.ledgers.remove(uid);
+        }
     }
 
-    /// Whether an object has a role ledger, as far as this process knows.
+    /// UIDs of the objects of this name that have a role ledger, as far as this process knows.
     #[must_use]
-    pub fn has_roles(&self, id: &ObjectRef) -> bool {
-        self.roles().get(id).is_some_and(|roles| roles.in_ledger)
+    pub fn role_ledgers(&self, id: &ObjectRef) -> BTreeSet<String> {
+        self.roles()
+            .get(id)
+            .map(|roles| roles.ledgers.clone())
+            .unwrap_or_default()
     }
 
     /// Records the scope of the last failure, if it concerned one.
@@ -144,10 +153,14 @@ impl Memory {
         self.roles().get(id)?.failed.clone()
     }
 
-    /// Forgets an object that no longer exists or that this operator does not serve.
+    /// Forgets an object that no longer exists or that this operator does not serve. Role ledgers are remembered until their
+    /// roles are revoked.
     pub fn forget(&self, id: &ObjectRef) {
         self.forget_tokens(id);
-        self.roles().remove(id);
+        let mut all = self.roles();
+        if all.get(id).is_some_and(|roles| roles.ledgers.is_empty()) {
+            all.remove(id);
+        }
     }
 
     /// Forgets the tokens of an object that is being deleted.
@@ -159,7 +172,8 @@ impl Memory {
     /// forget deleted objects one by one.
     pub fn retain(&self, is_there: impl Fn(&ObjectRef) -> bool) {
         self.lock().retain(|id, _| is_there(id));
-        self.roles().retain(|id, _| is_there(id));
+        self.roles()
+            .retain(|id, roles| !roles.ledgers.is_empty() || is_there(id));
     }
 
     fn change(&self, id: &ObjectRef, token: &str, change: impl FnOnce(&mut TokenMemory)) {

@@ -7,6 +7,7 @@ mod gather;
 mod grant;
 mod key_memory;
 mod key_session;
+mod lost_roles;
 mod memory;
 mod mint;
 mod other_keys;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 pub use act::TIME_TO_WRITE;
 pub use key_memory::KeyMemory;
+pub use lost_roles::find as find_lost_roles;
 pub use memory::Memory;
 
 use crate::api::service_user::{READY, UP_TO_DATE, ZitadelServiceUserStatus};
@@ -26,14 +28,14 @@ use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
 use crate::domain::facts::Facts;
-use crate::domain::key_rotation;
+use crate::domain::key_rotation::{self, Outcome};
 use crate::domain::key_rotation_report::is_about_user;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::plan;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
-use crate::domain::role_report;
+use crate::domain::role_report::{self, RoleOutcome};
 use gather::Gathered;
 use grant::Granted;
 use rotate::Rotated;
@@ -58,27 +60,9 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
         // The first reconcile of the instance wakes this service user.
         return Done::aborted(None);
     }
-    let mut facts = match gather::gather(ctx, id, pending_retries.clone()).await {
-        Ok(Gathered::Facts(facts)) => *facts,
-        // The status already says so. Nothing to do until the object changes.
-        Ok(Gathered::Refused { reported: true, .. }) => return Done::forget(),
-        Ok(Gathered::Refused { reason, generation, .. }) => return refuse(ctx, id, reason, generation).await,
-        Ok(Gathered::Deleted(user)) => {
-            ctx.memory.forget_tokens(id);
-            return Box::pin(clean_up::clean_up(ctx, id, user, &pending_retries)).await;
-        }
-        Ok(Gathered::Gone) => {
-            ctx.memory.forget(id);
-            ctx.keys.forget(id);
-            if ctx.cache.is_terminating(&id.namespace) {
-                ctx.writer.forget_namespace(&id.namespace);
-            }
-            return Done::forget();
-        }
-        Err(error) => {
-            tracing::warn!(object = %id, %error, "could not read the state of the service user");
-            return Done::aborted(Some(Reason::APIServerUnavailable));
-        }
+    let mut facts = match facts_or_done(ctx, id, &pending_retries).await {
+        Ok(facts) => *facts,
+        Err(done) => return done,
     };
     let mut rotated = Rotated::default();
     // A user that has no key gets one before its tokens are planned.
@@ -153,6 +137,69 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
         written,
         mints: acted.mints + rotated.requests + granted.requests,
         aborted: acted.outdated,
+        ..Done::default()
+    }
+}
+
+/// The facts about an object that the operator serves, or what it did with another one.
+async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingRetries) -> Result<Box<Facts>, Done> {
+    let done = match gather::gather(ctx, id, pending_retries.clone()).await {
+        Ok(Gathered::Facts(facts)) => return Ok(facts),
+        Ok(Gathered::Refused {
+            reason,
+            generation,
+            reported,
+        }) => {
+            let done = if reported {
+                // The status already says so. Nothing to do until the object changes.
+                Done::forget()
+            } else {
+                refuse(ctx, id, reason, generation).await
+            };
+            revoke_lost(ctx, id, pending_retries, done).await
+        }
+        Ok(Gathered::Deleted(user)) => {
+            ctx.memory.forget_tokens(id);
+            Box::pin(clean_up::clean_up(ctx, id, user, pending_retries)).await
+        }
+        Ok(Gathered::Gone) => {
+            ctx.memory.forget(id);
+            ctx.keys.forget(id);
+            if ctx.cache.is_terminating(&id.namespace) {
+                ctx.writer.forget_namespace(&id.namespace);
+            }
+            revoke_lost(ctx, id, pending_retries, Done::forget()).await
+        }
+        Err(error) => {
+            tracing::warn!(object = %id, %error, "could not read the state of the service user");
+            Done::aborted(Some(Reason::APIServerUnavailable))
+        }
+    };
+    Err(done)
+}
+
+/// Revokes the manager roles of an object that the operator does not serve.
+async fn revoke_lost(ctx: &Context, id: &ObjectRef, pending: &PendingRetries, done: Done) -> Done {
+    let waits = pending.get(role_report::BACKOFF);
+    let waits = waits.filter(|retry| retry.until > ctx.clock.now());
+    if ctx.memory.role_ledgers(id).is_empty() {
+        return done;
+    }
+    let failed = if let Some(retry) = waits {
+        let outcome = Outcome::deferred(retry.reason);
+        Some(RoleOutcome::from(outcome))
+    } else {
+        Box::pin(grant::revoke_lost(ctx, id, None)).await.outcome
+    };
+    let Some(failed) = failed.and_then(|outcome| outcome.failed()) else {
+        ctx.memory.forget(id);
+        return done;
+    };
+    let mut wake = done.wake;
+    wake.failed.push(failed);
+    Done {
+        wake,
+        written: done.written,
         ..Done::default()
     }
 }

@@ -13,7 +13,7 @@ use crate::controller::service_user::act::is_current;
 use crate::controller::service_user::key_session::Stop;
 use crate::controller::service_user::rotate::{Rotation, random};
 use crate::domain::access::Allowed;
-use crate::domain::admin_credential::sees_managers_of_instance;
+use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{Ledger, Managed};
 use crate::domain::key_rotation::{self, Outcome};
@@ -58,20 +58,17 @@ impl Rotation<'_> {
             };
         };
         validate::key_source(&facts.user.spec).map_err(|_| Reason::InvalidSpec)?;
-        let desired = Desired::of(user, cluster, self.id);
+        let desired = Desired::of(user, cluster, self.id, managed);
         let now = self.now(instance);
         if managed.is_some_and(|managed| !desired.is_to_be_checked(managed, now)) {
             return Ok(());
         }
         let is_applied = managed.is_some_and(|managed| desired.is_applied(managed));
         let allowed = facts.allowed.as_ref().map_err(|reason| *reason)?;
+        let is_default = user.username.is_none() && user.existing_user_id.is_none();
         let default = default_username(cluster, self.id);
-        // The username of a user that is taken over becomes known then.
-        let username = managed
-            .filter(|managed| managed.created)
-            .map(|managed| &managed.username);
-        let username = username.unwrap_or(&desired.username);
-        if !allowed.allows_user(&desired.organization_id, username, &default) {
+        let default = if is_default { &desired.username } else { &default };
+        if !allowed.allows_user(&desired.organization_id, &desired.username, default) {
             // What exists stays after a policy was withdrawn.
             return if is_applied {
                 Ok(())
@@ -108,7 +105,7 @@ impl Rotation<'_> {
         allowed: &Allowed,
         now: Timestamp,
     ) -> Result<(), Stop> {
-        let admin = self.session.administrator(instance).await?;
+        let admin = self.session.administrator(instance, true).await?;
         if self.stored.is_none() {
             self.set_finalizer(true).await?;
             let user_id = desired.existing_id.clone().or_else(random_id).ok_or(Reason::Internal)?;
@@ -165,7 +162,7 @@ impl Rotation<'_> {
         if managed.adopted {
             return self.leave_user(instance, ledger, managed, now).await;
         }
-        let admin = self.session.administrator(instance).await?;
+        let admin = self.session.administrator(instance, true).await?;
         let is_gone = self
             .session
             .leading(delete(&admin, &ledger.user_id, managed, now))
@@ -194,8 +191,8 @@ impl Rotation<'_> {
         match self.session.open_admin(instance, ledger, now).await {
             Ok(()) => self.remove_own(instance, ledger).await,
             Err(Stop(outcome)) if outcome.reason == Reason::UserMissing => Ok(()),
-            // Another owner has the user.
-            Err(Stop(outcome)) if outcome.reason == Reason::UserConflict => {
+            // Another owner has the user, or it removed its metadata.
+            Err(Stop(outcome)) if [Reason::UserConflict, Reason::AdminForbidden].contains(&outcome.reason) => {
                 self.remove_all(instance, ledger, None).await
             }
             Err(stop) => Err(stop),
@@ -309,12 +306,12 @@ async fn may_adopt(admin: &Admin, user_id: &str, managed: &Managed, allowed: &Al
     if !allowed.allows_user(&managed.organization_id, &user.username, &managed.username) {
         return Err(Reason::UserDenied.into());
     }
-    if !sees_managers_of_instance(&admin.roles().await?) {
+    let scope = RoleScope::Instance;
+    if !sees_all_managers(&admin.roles_in(&scope).await?) {
         return Err(Reason::AdminForbidden.into());
     }
-    let roles = client.list_roles(token, user_id).await?;
-    let is_manager = roles.iter().any(|held| held.scope == RoleScope::Instance);
-    if is_manager || admin.user_id == user_id {
+    let roles = client.list_roles(token, user_id, &scope).await?;
+    if !roles.is_empty() || admin.user_id == user_id {
         return Err(Reason::UserNotAdoptable.into());
     }
     Ok(user.username)

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use reqwest::Method;
 use serde_json::{Value, json};
 use zitadel_tokens::domain::manager_role::{ManagerRoles, RoleScope};
-use zitadel_tokens::zitadel::{APIError, InstanceManager};
+use zitadel_tokens::zitadel::{APIError, Manager};
 
 use super::set;
 use crate::client::Caller;
@@ -40,16 +40,16 @@ impl<'a> Roles<'a> {
             user: server.user(Kind::Opaque).await.user_id,
         };
         let Caller { client, token } = &this.admin;
-        if client.list_roles(token, &this.user).await != Err(APIError::Unavailable) {
+        let scope = RoleScope::Instance;
+        if client.list_roles(token, &this.user, &scope).await != Err(APIError::Unavailable) {
             return Some(this);
         }
         let absent = Err(APIError::Unavailable);
-        let scope = RoleScope::Instance;
         let roles = ["IAM_OWNER_VIEWER"];
         assert_eq!(this.create(&scope, &roles).await, absent);
         assert_eq!(this.update(&scope, &roles).await, absent);
         assert_eq!(client.remove_roles(token, &this.user, &scope).await, absent);
-        assert_eq!(client.list_instance_managers(token).await.map(drop), absent);
+        assert_eq!(client.list_managers(token, &scope).await.map(drop), absent);
         None
     }
 
@@ -118,9 +118,8 @@ async fn update_as(caller: &Caller, user: &str, scope: &RoleScope, roles: &[&str
 
 /// The roles of a user in one scope, as far as the caller sees them.
 async fn roles_as(caller: &Caller, user: &str, scope: &RoleScope) -> BTreeSet<String> {
-    let listed = caller.client.list_roles(&caller.token, user).await.expect("a list");
-    let here = listed.into_iter().find(|held| held.scope == *scope);
-    here.map(|held| held.roles).unwrap_or_default()
+    let listed = caller.client.list_roles(&caller.token, user, scope).await;
+    listed.expect("a list")
 }
 
 #[tokio::test]
@@ -265,14 +264,14 @@ async fn a_caller_sees_its_own_roles() {
         let Some(these) = Roles::on(server).await else { return };
         let Caller { client, token } = &these.admin;
         let me = client.who_am_i(token).await.expect("known");
-        let own = client.list_roles(token, &me).await.expect("a list");
+        let own = client.list_own_roles(token, &me).await.expect("a list");
         let instance = own.iter().find(|held| held.scope == RoleScope::Instance);
         assert!(instance.is_some_and(|held| held.roles.contains("IAM_OWNER")), "{own:?}");
 
         let key = server.user(Kind::Jwt).await;
         let caller = server.caller(&key).await;
         let own = async || {
-            let own = caller.client.list_roles(&caller.token, &key.user_id).await;
+            let own = caller.client.list_own_roles(&caller.token, &key.user_id).await;
             own.expect("a list").into_iter().collect::<BTreeSet<_>>()
         };
         assert_eq!(own().await, BTreeSet::new());
@@ -286,14 +285,23 @@ async fn a_caller_sees_its_own_roles() {
             });
         }
         takes_effect(own, |own| *own == wanted).await;
-        // Among those with roles of the instance is this user, with its organization. Without roles, a caller sees none.
+        // Among the managers of each scope is this user, with its organization. Without roles, a caller sees none.
         let organization = server.organization();
-        let managers = async || client.list_instance_managers(token).await.expect("a list");
-        let is_listed =
-            |manager: &InstanceManager| manager.user_id == key.user_id && manager.organization_id == organization;
-        takes_effect(managers, |managers| managers.iter().any(is_listed)).await;
         let other = server.caller(&server.user(Kind::Opaque).await).await;
-        assert_eq!(other.client.list_instance_managers(&other.token).await, Ok(Vec::new()));
+        for ManagerRoles { scope, roles } in wanted {
+            let managers = async || client.list_managers(token, &scope).await.expect("a list");
+            let is_listed = |manager: &Manager| {
+                manager.user_id == key.user_id && manager.organization_id == organization && manager.roles == roles
+            };
+            takes_effect(managers, |managers| managers.iter().any(is_listed)).await;
+            let visible = other.client.list_managers(&other.token, &scope).await;
+            assert_eq!(visible, Ok(Vec::new()), "{scope}");
+        }
+        // The owner of a project.
+        let project = server.project().await;
+        let owner = client.organization_of_project(token, &project).await;
+        assert_eq!(owner, Ok(Some(organization.to_owned())));
+        assert_eq!(client.organization_of_project(token, UNKNOWN).await, Ok(None));
     })
     .await;
 }

@@ -1,0 +1,54 @@
+//! Finds role ledgers whose objects vanished, or lost their finalizer, while no operator ran. A tenant could otherwise keep
+//! the roles (`docs/adr/0022-manager-roles-are-granted-by-a-ledger.md`).
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::ListParams;
+use kube::{Api, ResourceExt};
+
+use crate::api::metadata::LABEL_ROLE_LEDGER;
+use crate::controller::Context;
+use crate::controller::service_user::gather;
+
+/// How long to wait after a failure.
+const RETRY: Duration = Duration::from_mins(1);
+
+/// Reads the ledgers of objects that do not show that they have roles, and wakes these objects. Their reconcile revokes the
+/// roles.
+pub async fn find(ctx: &Context) {
+    let Some(namespace) = &ctx.operator_namespace else {
+        return;
+    };
+    let api: Api<Secret> = Api::namespaced(ctx.client.clone(), namespace);
+    let params = ListParams::default().labels(LABEL_ROLE_LEDGER);
+    let listed = loop {
+        match api.list_metadata(&params).await {
+            Ok(listed) => break listed,
+            Err(kube::Error::Api(status)) if status.code == 403 => {
+                tracing::warn!(
+                    namespace,
+                    "the operator may not list its ledgers: it cannot find roles of lost objects"
+                );
+                return;
+            }
+            Err(_) => tokio::time::sleep(RETRY).await,
+        }
+    };
+    let known = ctx.cache.holders_of_roles();
+    for secret in listed {
+        let uid = secret.labels().get(LABEL_ROLE_LEDGER).cloned().unwrap_or_default();
+        if known.contains(&*uid) || secret.name_any() != gather::role_ledger_name(&uid) {
+            continue;
+        }
+        let Ok(Ok(Some(stored))) = ctx.reader.role_ledger(namespace, &secret.name_any()).await else {
+            tracing::warn!(secret = secret.name_any(), "a role ledger could not be read");
+            continue;
+        };
+        if let Some(id) = stored.ledger.object_ref() {
+            tracing::info!(object = %id, "the object has manager roles and does not show it");
+            ctx.memory.note_roles(&id, &uid, true);
+            ctx.users.changed(&id, None);
+        }
+    }
+}
