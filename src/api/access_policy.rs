@@ -120,8 +120,8 @@ pub struct AllowedRoles {
 
     /// Also allows privileged roles, with which their holder could take over the instance. These are `ORG_OWNER`,
     /// `ORG_USER_MANAGER`, `ORG_SETTINGS_MANAGER` and `ORG_` roles that end in `_IMPERSONATOR` in the organization of a
-    /// user with roles of the instance, of the administrator or of ZITADEL's own project; and `PROJECT_OWNER` and
-    /// `PROJECT_OWNER_GLOBAL` in that project. Default false.
+    /// user with roles of the instance, of the administrator, of ZITADEL's own project, or of a user who could take over one
+    /// of these; and `PROJECT_OWNER` and `PROJECT_OWNER_GLOBAL` in that project. Default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_privileged: Option<bool>,
 }

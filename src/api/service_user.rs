@@ -114,8 +114,8 @@ pub struct ZitadelServiceUserSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion_policy: Option<UserDeletionPolicy>,
 
-    /// If true, the operator changes no Secret of this object, requests no tokens, rotates no key, and neither grants nor
-    /// revokes roles. A deletion still removes what the operator made at ZITADEL. Default false.
+    /// If true, the operator changes no Secret of this object, requests no tokens, rotates no key, and grants no roles. It
+    /// still revokes roles that no policy allows. A deletion still removes what the operator made at ZITADEL. Default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,
 

@@ -179,7 +179,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         instances.clone(),
         keys.clone(),
         arguments.namespace.clone(),
-        within,
+        within.clone(),
     ));
     let context = Arc::new(Context {
         clock,
@@ -196,6 +196,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         requests: Requests::default(),
         metrics,
         allowed_metadata: Arc::new(allowed),
+        watched_namespaces: within,
         cluster_name: Some(arguments.cluster_name).filter(|name| !name.is_empty()),
         operator_namespace: arguments.namespace,
         serves_some_instances_only,

@@ -73,6 +73,8 @@ pub struct Context {
     pub allowed_metadata: Arc<AllowList>,
     /// The namespace that the operator runs in, if it is known.
     pub operator_namespace: Option<String>,
+    /// The namespaces that the operator watches. `None` means all.
+    pub watched_namespaces: Vec<Option<String>>,
     /// The name of the cluster, if it is known.
     pub cluster_name: Option<String>,
     /// Whether a missing instance may belong to another operator.
@@ -114,6 +116,13 @@ impl Context {
     pub async fn tell(&self, user: &ZitadelServiceUser, action: &str, event: EventDraft) {
         tracing::info!(object = %reference(user), reason = %event.reason, "{}", event.text);
         self.writer.event(user, action, event).await;
+    }
+
+    /// Whether this operator watches the service users of a namespace.
+    #[must_use]
+    pub fn watches(&self, namespace: &str) -> bool {
+        let mut watched = self.watched_namespaces.iter().map(Option::as_deref);
+        watched.any(|watched| watched.is_none_or(|watched| watched == namespace))
     }
 
     /// Whether this operator serves the service users of this instance. A missing instance may belong to another

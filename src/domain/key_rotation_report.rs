@@ -4,14 +4,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
 use crate::api::ZitadelServiceUser;
-use crate::api::metadata::ANNOTATION_ABANDON;
+use crate::api::metadata::{ANNOTATION_ABANDON, ROLE_LEDGER_PREFIX};
 use crate::api::service_user::{
     FOREIGN_CREDENTIALS, KEY_ROTATED, KeyRotationStatus, READY, USER_READY, ZitadelServiceUserStatus,
 };
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{Ledger, ListedKey, OwnKey};
 use crate::domain::key_rotation::{Outcome, Schedule};
-use crate::domain::manager_role::RoleScope;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::retry::Retry;
@@ -165,12 +164,13 @@ impl Fate {
     }
 }
 
-/// Why the deletion of an object waits: a merge patch of its status, and the sentence.
+/// Why the deletion of an object waits: a merge patch of its status, and the sentence. `roles` says which manager roles it
+/// waits for, if it does.
 #[must_use]
 pub fn deletion_waits(
     user: &ZitadelServiceUser,
     reason: Reason,
-    scope: Option<&RoleScope>,
+    roles: Option<&str>,
     now: Timestamp,
 ) -> (serde_json::Value, String) {
     let uid = user.metadata.uid.as_deref().unwrap_or_default();
@@ -181,10 +181,15 @@ pub fn deletion_waits(
         }
         _ => reason.advice(),
     };
-    let place = scope.map_or_else(String::new, |scope| format!("Roles to revoke, {scope}: "));
-    let text = format!(
-        "The deletion waits until the operator has removed what it made at ZITADEL. {place}{why} To delete the object and leave that, annotate it with {ANNOTATION_ABANDON}: {uid}"
-    );
+    let begins = "The deletion waits until the operator has removed what it made at ZITADEL.";
+    let text = match roles {
+        Some(place) => format!(
+            "{begins} {place}: {why} To delete the object and leave the roles, the platform team can delete the Secret {ROLE_LEDGER_PREFIX}{uid} in the operator's namespace."
+        ),
+        None => {
+            format!("{begins} {why} To delete the object and leave that, annotate it with {ANNOTATION_ABANDON}: {uid}")
+        }
+    };
     let generation = user.metadata.generation;
     let condition = Condition {
         type_: READY.to_owned(),

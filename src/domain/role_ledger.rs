@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::key;
 use crate::domain::key_rotation::lags_until;
-use crate::domain::manager_role::{ManagerRoles, RoleScope, WantedRoles};
+use crate::domain::manager_role::{RoleScope, WantedRoles};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::stored::Stored;
@@ -180,23 +180,11 @@ impl RoleLedger {
         self.scopes.extend(from.granted(scope).cloned());
     }
 
-    /// What is to change: in the scopes of `wanted`, and in those where the operator granted roles. `held` is what ZITADEL
-    /// shows.
+    /// What is to change in a scope. `held` is what ZITADEL shows there.
     #[must_use]
-    pub fn changes(&self, wanted: &[WantedRoles], held: &[ManagerRoles]) -> Vec<RoleChange> {
-        let former = self.scopes.iter().map(|granted| &granted.scope);
-        let scopes: BTreeSet<&RoleScope> = wanted.iter().map(|wanted| &wanted.scope).chain(former).collect();
-        let change = |scope: &RoleScope| {
-            let wanted = wanted.iter().find(|wanted| wanted.scope == *scope);
-            let held = held.iter().find(|held| held.scope == *scope);
-            RoleChange::new(
-                scope,
-                wanted,
-                self.granted(scope),
-                held.map(|held| held.roles.clone()).unwrap_or_default(),
-            )
-        };
-        scopes.into_iter().map(change).collect()
+    pub fn change(&self, scope: &RoleScope, wanted: &[WantedRoles], held: BTreeSet<String>) -> RoleChange {
+        let wanted = wanted.iter().find(|wanted| wanted.scope == *scope);
+        RoleChange::new(scope, wanted, self.granted(scope), held)
     }
 }
 
@@ -363,12 +351,7 @@ mod tests {
             .into_iter()
             .map(|(roles, exclusive)| wanted(set(roles), exclusive))
             .collect();
-        let held = [ManagerRoles {
-            scope: scope(),
-            roles: set(held),
-        }];
-        let mut changes = ledger(set(granted)).changes(&wanted, &held);
-        changes.pop().expect("one scope")
+        ledger(set(granted)).change(&scope(), &wanted, set(held))
     }
 
     #[test]
@@ -413,9 +396,8 @@ mod tests {
         fn change_converges_and_keeps_the_roles_of_others(granted in roles(), held in roles(), now in roles(), exclusive: bool) {
             let ledger = ledger(granted.clone());
             let wanted = [wanted(now.clone(), exclusive)];
-            let held = [ManagerRoles { scope: scope(), roles: held }];
-            let change = ledger.changes(&wanted, &held).pop().expect("one scope");
-            let held = &held[0].roles;
+            let change = ledger.change(&scope(), &wanted, held.clone());
+            let held = &held;
             prop_assert!(change.target.is_superset(&now));
             prop_assert!(change.granted.is_subset(&now));
             if exclusive {
@@ -439,8 +421,7 @@ mod tests {
             for entry in [change.confirmed(), change.intent(at(0))] {
                 let mut ledger = ledger.clone();
                 ledger.set(entry);
-                let held = [ManagerRoles { scope: scope(), roles: change.target.clone() }];
-                let again = ledger.changes(&wanted, &held).pop().expect("one scope");
+                let again = ledger.change(&scope(), &wanted, change.target.clone());
                 prop_assert_eq!(&again.target, &change.target);
                 prop_assert_eq!(&again.granted, &change.granted);
             }

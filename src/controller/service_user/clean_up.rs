@@ -85,7 +85,13 @@ async fn waiting(
     let mut failed: Vec<Failed> = outcome.failed(what).into_iter().collect();
     let mut written = done.written;
     if outcome.reason != Reason::NotLeading {
-        match tell(ctx, id, user, outcome.reason, scope.as_deref()).await {
+        let place = || {
+            scope.map_or("Roles to revoke".to_owned(), |scope| {
+                format!("Roles to revoke, {scope}")
+            })
+        };
+        let roles = (what == role_report::BACKOFF).then(place);
+        match tell(ctx, id, user, outcome.reason, roles.as_deref()).await {
             Ok(version) => written.extend(version),
             Err(reason) => failed.push(Failed::now("", reason)),
         }
@@ -140,9 +146,9 @@ async fn tell(
     id: &ObjectRef,
     user: &ZitadelServiceUser,
     reason: Reason,
-    scope: Option<&RoleScope>,
+    roles: Option<&str>,
 ) -> Result<Option<String>, Reason> {
-    let (patch, text) = key_rotation_report::deletion_waits(user, reason, scope, ctx.clock.now());
+    let (patch, text) = key_rotation_report::deletion_waits(user, reason, roles, ctx.clock.now());
     let conditions = user.status.iter().flat_map(|status| &status.conditions);
     if conditions.into_iter().any(|condition| condition.message == text) {
         return Ok(None);

@@ -14,16 +14,18 @@ use crate::api::service_user::{InstanceRef, ZitadelServiceUserSpec};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::instance::admin::{Admin, Refused};
+use crate::controller::read::ReadUser;
 use crate::controller::service_user::act::is_current;
 use crate::controller::service_user::key_session::{Session, Stop};
 use crate::controller::service_user::provision::confirm;
 use crate::controller::service_user::{finalizer, gather};
 use crate::controller::write::{LedgerRef, WriteError};
+use crate::domain::access::Allowed;
 use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::facts::Facts;
 use crate::domain::failure::Failure;
 use crate::domain::key_rotation::Outcome;
-use crate::domain::manager_role::{self, ManagerRoles, RoleScope, WantedRoles, shown, takes_over_users};
+use crate::domain::manager_role::{self, RoleScope, WantedRoles, shown, takes_over_users};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
@@ -38,6 +40,9 @@ const ROLES_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// With more organizations, all count as privileged.
 const MOST_PRIVILEGED: usize = 32;
+
+/// How long a new object waits after the roles of a former one were revoked.
+const AFTER_FORMER: SignedDuration = SignedDuration::from_secs(5);
 
 /// When to look again for a change that ZITADEL does not show yet.
 const SHOWN_SOON: SignedDuration = SignedDuration::from_secs(1);
@@ -79,24 +84,36 @@ impl From<Reason> for RoleOutcome {
 
 /// Grants and revokes what is due. Updates the object in `facts`.
 pub async fn grant(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted {
-    let mut granted = grant_served(ctx, id, facts).await;
+    let now = facts.clock.theirs(ctx.clock.now());
+    let waits = facts.pending_retries.get(BACKOFF);
+    let waits = waits.filter(|retry| retry.until > now).map(|retry| retry.reason);
     // A former object of this name may have had roles.
-    if ctx.memory.role_ledgers(id).iter().any(|uid| uid != facts.uid()) {
-        let lost = revoke_lost(ctx, id, Some(facts.uid())).await;
-        granted.requests += lost.requests;
-        granted.outcome = granted.outcome.or(lost.outcome);
+    let has_former = ctx.memory.role_ledgers(id).iter().any(|uid| uid != facts.uid());
+    if !has_former || waits.is_some() {
+        return grant_served(ctx, id, facts, waits).await;
     }
-    granted
+    let former = revoke_lost(ctx, id, Found::Served(facts.uid())).await;
+    if former.outcome.is_none() {
+        // ZITADEL may still show these roles, which would then count as granted by others.
+        let outcome = Stop::deferred(Reason::ManagerRolesNotShown, shifted(now, AFTER_FORMER));
+        return Granted {
+            outcome: Some(outcome.into()),
+            ..former
+        };
+    }
+    let granted = grant_served(ctx, id, facts, waits).await;
+    Granted {
+        outcome: former.outcome,
+        requests: former.requests + granted.requests,
+        ..granted
+    }
 }
 
-async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted {
+async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts, waits: Option<Reason>) -> Granted {
     let spec_has_roles = !facts.user.spec.manager_roles.is_empty();
     if !spec_has_roles && matches!(facts.roles, Ok(None)) && !finalizer::is_set(&facts.user, ROLES_FINALIZER) {
         return Granted::default();
     }
-    let now = facts.clock.theirs(ctx.clock.now());
-    let waits = facts.pending_retries.get(BACKOFF);
-    let waits = waits.filter(|retry| retry.until > now).map(|retry| retry.reason);
     let stored = facts.roles.as_ref().ok().cloned().flatten();
     let mut grants = Grants::new(ctx, id, facts.user.clone(), stored);
     let outcome = match (obstacle(facts), waits) {
@@ -216,14 +233,16 @@ impl<'a> Grants<'a> {
             Some(stored) => stored.ledger.clone(),
             None => self.new_ledger(instance, user_id),
         };
+        // The object may name another ZitadelInstance of the same issuer now.
+        ledger.instance = instance.name_any();
         // Other requests of the object must not delay a revocation.
         let admin = self.session.administrator(instance, !ledger.exceeds(&wanted)).await?;
         if admin.user_id == user_id {
             return Err(Reason::UserIsAdministrator.into());
         }
         let (wanted, mut failed) = self.unprivileged(&admin, wanted, &ledger).await;
-        let held = self.list(&admin, &ledger, &wanted).await?;
-        let mut changes = ledger.changes(&wanted, &held);
+        let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
+        failed = failed.or(unlisted);
         if changes.iter().any(RoleChange::needs_proof)
             && let Err(reason) = self.prove(facts, instance, &admin, user_id).await
         {
@@ -411,7 +430,13 @@ impl<'a> Grants<'a> {
                 return self.drop_ledger().await;
             }
         };
-        let Ok(allowed) = &facts.allowed else { return Ok(()) };
+        let none = Allowed::default();
+        let allowed = match &facts.allowed {
+            Ok(allowed) => allowed,
+            // No selector matches these labels.
+            Err(Reason::NamespaceLabelsTooLarge) => &none,
+            Err(_) => return Ok(()),
+        };
         let granted = ledger.scopes.iter().map(|granted| (&granted.scope, &granted.roles));
         let kept = manager_role::still_allowed(granted, allowed);
         if kept.iter().all(|kept| kept.denied.is_empty()) {
@@ -439,10 +464,9 @@ impl<'a> Grants<'a> {
         }
         // Other requests of the object must not delay this one.
         let admin = self.session.administrator(instance, false).await?;
-        let held = self.list(&admin, &ledger, &[]).await?;
+        let (changes, mut failed) = self.changes(&admin, &ledger, kept).await;
         let now = self.ctx.server_time(instance);
-        let mut failed = None;
-        for change in ledger.changes(kept, &held).into_iter().map(RoleChange::unproven) {
+        for change in changes.into_iter().map(RoleChange::unproven) {
             // What the list does not show yet must not be taken for a role of someone else.
             if let Some((since, at)) = change.lags(ledger.granted(&change.scope), now) {
                 failed.get_or_insert(not_shown(since, at, now, &change.scope));
@@ -457,27 +481,33 @@ impl<'a> Grants<'a> {
             }
             ledger.set(change.confirmed());
         }
-        failed.map_or(Ok(ledger), Err)
+        match failed {
+            None => Ok(ledger),
+            Some(failed) => {
+                self.store(&ledger).await?;
+                Err(failed)
+            }
+        }
     }
 
-    /// The roles that ZITADEL shows in the scopes of the ledger and in those of `wanted`.
-    async fn list(
+    /// What is to change in the scopes of the ledger and in those of `wanted`. A scope that ZITADEL does not show is left out,
+    /// and is the failure that this returns.
+    async fn changes(
         &self,
         admin: &Admin,
         ledger: &RoleLedger,
         wanted: &[WantedRoles],
-    ) -> Result<Vec<ManagerRoles>, RoleOutcome> {
+    ) -> (Vec<RoleChange>, Option<RoleOutcome>) {
         let former = ledger.scopes.iter().map(|granted| &granted.scope);
         let scopes: BTreeSet<&RoleScope> = wanted.iter().map(|wanted| &wanted.scope).chain(former).collect();
-        let mut held = Vec::new();
+        let (mut changes, mut failed) = (Vec::new(), None);
         for scope in scopes {
-            let roles = self.session.ask(roles_in(admin, &ledger.user_id, scope)).await;
-            held.push(ManagerRoles {
-                scope: scope.clone(),
-                roles: roles.map_err(|stop| at_scope(stop, scope))?,
-            });
+            match self.session.ask(roles_in(admin, &ledger.user_id, scope)).await {
+                Ok(held) => changes.push(ledger.change(scope, wanted, held)),
+                Err(stop) => drop(failed.get_or_insert(at_scope(stop, scope))),
+            }
         }
-        Ok(held)
+        (changes, failed)
     }
 
     /// The instance that the roles of the ledger belong to.
@@ -718,16 +748,27 @@ pub(super) async fn revoke(
     (granted, grants.user)
 }
 
+/// What a reconcile found out about the present object of a name.
+#[derive(Clone, Copy)]
+pub enum Found<'a> {
+    /// The operator serves the object with this UID.
+    Served(&'a str),
+    /// The API server returned the object, and the operator does not serve it.
+    Refused,
+    /// The operator does not know the object, or it belongs to another operator. The cache may be behind.
+    Unknown,
+}
+
 /// Revokes the roles of objects of this name that the operator does not serve: they vanished, are unreadable, or belong to
-/// another instance now. Only `served` keeps its roles.
-pub async fn revoke_lost(ctx: &Context, id: &ObjectRef, served: Option<&str>) -> Granted {
+/// another instance now.
+pub async fn revoke_lost(ctx: &Context, id: &ObjectRef, found: Found<'_>) -> Granted {
     let mut lost = Granted::default();
     for uid in ctx.memory.role_ledgers(id) {
-        if served == Some(&*uid) {
+        if matches!(found, Found::Served(served) if served == uid) {
             continue;
         }
         let mut grants = Grants::new(ctx, id, Arc::new(vanished(id, uid)), None);
-        let revoked = tokio::time::timeout(ROLES_TIMEOUT, grants.revoke_vanished()).await;
+        let revoked = tokio::time::timeout(ROLES_TIMEOUT, grants.revoke_vanished(found)).await;
         let revoked = revoked.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
         lost.requests += grants.session.requests();
         if let Err(outcome) = revoked {
@@ -768,14 +809,32 @@ impl Grants<'_> {
         self.forget().await
     }
 
-    async fn revoke_vanished(&mut self) -> Result<(), RoleOutcome> {
+    async fn revoke_vanished(&mut self, found: Found<'_>) -> Result<(), RoleOutcome> {
         let stored = gather::read_roles(self.ctx, self.id, self.uid()).await;
         self.stored = stored.map_err(|_| Reason::APIServerUnavailable)??;
         let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
             return Ok(());
         };
+        if matches!(found, Found::Unknown) && self.is_alive(&ledger).await? {
+            return Ok(());
+        }
         let instance = self.instance_of(&ledger, None);
         self.revoke_all(&instance.ok_or(Reason::InstanceMissing)?).await?;
         self.drop_ledger().await
+    }
+
+    /// Whether the object exists after all, and still belongs to the instance of its ledger. Its event then wakes it.
+    async fn is_alive(&self, ledger: &RoleLedger) -> Result<bool, RoleOutcome> {
+        let read = self
+            .ctx
+            .reader
+            .user(self.id)
+            .await
+            .map_err(|_| Reason::APIServerUnavailable)?;
+        let Some(ReadUser::Readable(user)) = read else {
+            return Ok(false);
+        };
+        let is_same = user.metadata.uid.as_deref() == Some(self.uid()) && user.metadata.deletion_timestamp.is_none();
+        Ok(is_same && user.spec.instance_ref.name == ledger.instance)
     }
 }

@@ -10,6 +10,7 @@ use kube::{Api, ResourceExt};
 use crate::api::metadata::LABEL_ROLE_LEDGER;
 use crate::controller::Context;
 use crate::controller::service_user::gather;
+use crate::domain::object_ref::ObjectRef;
 
 /// How long to wait after a failure.
 const RETRY: Duration = Duration::from_mins(1);
@@ -45,7 +46,9 @@ pub async fn find(ctx: &Context) {
             tracing::warn!(secret = secret.name_any(), "a role ledger could not be read");
             continue;
         };
-        if let Some(id) = stored.ledger.object_ref() {
+        // Another operator may keep its ledgers in the same namespace.
+        let is_ours = |id: &ObjectRef| ctx.watches(&id.namespace) && ctx.serves(&stored.ledger.instance);
+        if let Some(id) = stored.ledger.object_ref().filter(is_ours) {
             tracing::info!(object = %id, "the object has manager roles and does not show it");
             ctx.memory.note_roles(&id, &uid, true);
             ctx.users.changed(&id, None);

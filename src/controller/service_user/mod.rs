@@ -37,7 +37,7 @@ use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
 use crate::domain::role_report::{self, RoleOutcome};
 use gather::Gathered;
-use grant::Granted;
+use grant::{Found, Granted};
 use rotate::Rotated;
 
 /// Longest time for the Events of one reconcile.
@@ -156,7 +156,7 @@ async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingR
             } else {
                 refuse(ctx, id, reason, generation).await
             };
-            revoke_lost(ctx, id, pending_retries, done).await
+            revoke_lost(ctx, id, pending_retries, (done, Found::Refused)).await
         }
         Ok(Gathered::Deleted(user)) => {
             ctx.memory.forget_tokens(id);
@@ -168,7 +168,7 @@ async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingR
             if ctx.cache.is_terminating(&id.namespace) {
                 ctx.writer.forget_namespace(&id.namespace);
             }
-            revoke_lost(ctx, id, pending_retries, Done::forget()).await
+            revoke_lost(ctx, id, pending_retries, (Done::forget(), Found::Unknown)).await
         }
         Err(error) => {
             tracing::warn!(object = %id, %error, "could not read the state of the service user");
@@ -179,7 +179,12 @@ async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingR
 }
 
 /// Revokes the manager roles of an object that the operator does not serve.
-async fn revoke_lost(ctx: &Context, id: &ObjectRef, pending: &PendingRetries, done: Done) -> Done {
+async fn revoke_lost(
+    ctx: &Context,
+    id: &ObjectRef,
+    pending: &PendingRetries,
+    (done, found): (Done, Found<'_>),
+) -> Done {
     let waits = pending.get(role_report::BACKOFF);
     let waits = waits.filter(|retry| retry.until > ctx.clock.now());
     if ctx.memory.role_ledgers(id).is_empty() {
@@ -189,7 +194,7 @@ async fn revoke_lost(ctx: &Context, id: &ObjectRef, pending: &PendingRetries, do
         let outcome = Outcome::deferred(retry.reason);
         Some(RoleOutcome::from(outcome))
     } else {
-        Box::pin(grant::revoke_lost(ctx, id, None)).await.outcome
+        Box::pin(grant::revoke_lost(ctx, id, found)).await.outcome
     };
     let Some(failed) = failed.and_then(|outcome| outcome.failed()) else {
         ctx.memory.forget(id);
@@ -200,6 +205,7 @@ async fn revoke_lost(ctx: &Context, id: &ObjectRef, pending: &PendingRetries, do
     Done {
         wake,
         written: done.written,
+        aborted: done.aborted,
         ..Done::default()
     }
 }

@@ -254,6 +254,7 @@ impl Process {
             metrics: Metrics::register(&mut Registry::default(), Counter::default(), Arc::new(|| true)),
             allowed_metadata: fixtures::facts(&NAMES).allowed_metadata,
             operator_namespace: None,
+            watched_namespaces: vec![None],
             cluster_name: None,
             serves_some_instances_only: false,
             writes_instance_status: true,
