@@ -181,9 +181,9 @@ pub fn wanted(spec: &ZitadelServiceUserSpec, allowed: &Allowed) -> Vec<WantedRol
     entries.collect()
 }
 
-/// A hash of what is to be granted, to notice that it changed.
+/// A hash of what is to be granted, to whom and by which instance, to notice that it changed.
 #[must_use]
-pub fn hash(wanted: &[WantedRoles], user_id: &str) -> String {
+pub fn hash(wanted: &[WantedRoles], instance: &str, user_id: &str) -> String {
     let lines = wanted.iter().map(|wanted| {
         let roles: Vec<&str> = wanted.roles.iter().map(String::as_str).collect();
         let depends: Vec<&str> = wanted.if_unprivileged.iter().map(String::as_str).collect();
@@ -192,7 +192,11 @@ pub fn hash(wanted: &[WantedRoles], user_id: &str) -> String {
     });
     let mut lines: Vec<String> = lines.collect();
     lines.sort_unstable();
-    hash::of(std::iter::once(user_id.as_bytes()).chain(lines.iter().map(String::as_bytes)))
+    hash::of(
+        [instance.as_bytes(), user_id.as_bytes()]
+            .into_iter()
+            .chain(lines.iter().map(String::as_bytes)),
+    )
 }
 
 #[cfg(test)]
@@ -286,10 +290,10 @@ mod tests {
         );
         let mut turned = wanted.clone();
         turned.reverse();
-        assert_eq!(hash(&wanted, "7"), hash(&turned, "7"));
+        assert_eq!(hash(&wanted, "main", "7"), hash(&turned, "main", "7"));
         turned[0].exclusive = true;
-        assert_ne!(hash(&wanted, "7"), hash(&turned, "7"));
-        assert_ne!(hash(&wanted, "7"), hash(&wanted, "8"));
+        assert_ne!(hash(&wanted, "main", "7"), hash(&turned, "main", "7"));
+        assert_ne!(hash(&wanted, "main", "7"), hash(&wanted, "main", "8"));
     }
 
     #[test]

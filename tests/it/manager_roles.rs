@@ -548,6 +548,11 @@ async fn tenant_cannot_keep_a_role() {
     large["tokens"][0]["secret"]["template"] = json!({"a": text, "b": text, "c": text, "d": text});
     merge(json!({"spec": large})).await;
     world.ready("billing", "False", "ObjectUnreadable").await;
+    assert_eq!(
+        world.issuer.manager_roles(&user.id, &on(&organization)).await,
+        ["ORG_OWNER"]
+    );
+    managed.allow_roles(json!([])).await;
     revoked().await;
     merge(json!({"spec": one_token("billing-token")})).await;
 

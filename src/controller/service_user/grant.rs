@@ -14,7 +14,7 @@ use crate::api::service_user::{InstanceRef, ZitadelServiceUserSpec};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::instance::admin::{Admin, Refused};
-use crate::controller::read::ReadUser;
+use crate::controller::read::{ReadError, ReadUser};
 use crate::controller::service_user::act::is_current;
 use crate::controller::service_user::key_session::{Session, Stop};
 use crate::controller::service_user::provision::confirm;
@@ -23,7 +23,6 @@ use crate::controller::write::{LedgerRef, WriteError};
 use crate::domain::access::Allowed;
 use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::facts::Facts;
-use crate::domain::failure::Failure;
 use crate::domain::key_rotation::Outcome;
 use crate::domain::manager_role::{self, RoleScope, WantedRoles, shown, takes_over_users};
 use crate::domain::object_ref::ObjectRef;
@@ -89,15 +88,25 @@ pub async fn grant(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted 
     let waits = waits.filter(|retry| retry.until > now).map(|retry| retry.reason);
     // A former object of this name may have had roles.
     let has_former = ctx.memory.role_ledgers(id).iter().any(|uid| uid != facts.uid());
-    if !has_former || waits.is_some() {
+    if !has_former {
         return grant_served(ctx, id, facts, waits).await;
+    }
+    if let Some(reason) = waits {
+        let outcome = Outcome::deferred(reason);
+        return Granted {
+            outcome: Some(outcome.into()),
+            ..Granted::default()
+        };
     }
     let former = revoke_lost(ctx, id, Found::Served(facts.uid())).await;
     if former.outcome.is_none() {
+        let stored = facts.roles.as_ref().ok().cloned().flatten();
+        let mut grants = Grants::new(ctx, id, facts.user.clone(), stored);
+        let compared_again = grants.forget_comparison().await;
         // ZITADEL may still show these roles, which would then count as granted by others.
         let outcome = Stop::deferred(Reason::ManagerRolesNotShown, shifted(now, AFTER_FORMER));
         return Granted {
-            outcome: Some(outcome.into()),
+            outcome: Some(compared_again.err().unwrap_or(outcome.into())),
             ..former
         };
     }
@@ -114,6 +123,7 @@ async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts, waits: O
     if !spec_has_roles && matches!(facts.roles, Ok(None)) && !finalizer::is_set(&facts.user, ROLES_FINALIZER) {
         return Granted::default();
     }
+    let now = facts.clock.theirs(ctx.clock.now());
     let stored = facts.roles.as_ref().ok().cloned().flatten();
     let mut grants = Grants::new(ctx, id, facts.user.clone(), stored);
     let outcome = match (obstacle(facts), waits) {
@@ -140,6 +150,12 @@ async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts, waits: O
             outcome
         }
     };
+    // What is to be revoked must not wait for hours.
+    let holds_roles = grants.stored.is_some();
+    let outcome = outcome.map(|RoleOutcome { outcome, scope }| RoleOutcome {
+        outcome: if holds_roles { outcome.with_keys(now) } else { outcome },
+        scope,
+    });
     Granted {
         outcome,
         written: grants.written,
@@ -188,7 +204,7 @@ impl<'a> Grants<'a> {
         let user_id = in_key.or_else(|reason| in_ledger.ok_or(*reason));
         let grants_some = wanted.iter().any(|wanted| !wanted.roles.is_empty());
         if let Ok(user_id) = &user_id {
-            let hash = manager_role::hash(&wanted, user_id);
+            let hash = manager_role::hash(&wanted, &instance.name_any(), user_id);
             let (request, now) = (facts.renew_request(), self.ctx.server_time(&instance));
             let is_due = match &self.stored {
                 Some(stored) => stored.ledger.is_due(&hash, request.as_deref(), now),
@@ -235,15 +251,21 @@ impl<'a> Grants<'a> {
         };
         // The object may name another ZitadelInstance of the same issuer now.
         ledger.instance = instance.name_any();
-        // Other requests of the object must not delay a revocation.
-        let admin = self.session.administrator(instance, !ledger.exceeds(&wanted)).await?;
+        let (admin, throttled) = self.administrator(instance, &ledger, &wanted).await?;
         if admin.user_id == user_id {
             return Err(Reason::UserIsAdministrator.into());
         }
-        let (wanted, mut failed) = self.unprivileged(&admin, wanted, &ledger).await;
+        let only_revokes = throttled.is_some();
+        let (wanted, mut failed) = if only_revokes {
+            (wanted, throttled)
+        } else {
+            self.unprivileged(&admin, wanted, &ledger).await
+        };
         let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
         failed = failed.or(unlisted);
-        if changes.iter().any(RoleChange::needs_proof)
+        if only_revokes {
+            changes = changes.into_iter().map(RoleChange::unproven).collect();
+        } else if changes.iter().any(RoleChange::needs_proof)
             && let Err(reason) = self.prove(facts, instance, &admin, user_id).await
         {
             failed.get_or_insert(reason);
@@ -298,6 +320,24 @@ impl<'a> Grants<'a> {
             failed,
             accepted,
         })
+    }
+
+    /// Begins a session of the administrator. If the object has made too many requests, and there is something to revoke, the
+    /// session is for that only. Also returns why.
+    async fn administrator(
+        &self,
+        instance: &Arc<ZitadelInstance>,
+        ledger: &RoleLedger,
+        wanted: &[WantedRoles],
+    ) -> Result<(Admin, Option<RoleOutcome>), RoleOutcome> {
+        match self.session.administrator(instance, true).await {
+            Ok(admin) => Ok((admin, None)),
+            Err(stop) if stop.0.reason == Reason::RequestsThrottled && ledger.exceeds(wanted) => {
+                let admin = self.session.administrator(instance, false).await?;
+                Ok((admin, Some(stop.into())))
+            }
+            Err(stop) => Err(stop.into()),
+        }
     }
 
     /// Stores what was applied, and tells of it.
@@ -408,6 +448,15 @@ impl<'a> Grants<'a> {
         Ok(())
     }
 
+    /// The next reconcile compares the roles with ZITADEL again.
+    async fn forget_comparison(&mut self) -> Result<(), RoleOutcome> {
+        let Some(mut ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
+            return Ok(());
+        };
+        ledger.applied = None;
+        self.store(&ledger).await
+    }
+
     /// Revokes what the policies no longer allow, although something stops all other changes: a tenant must not be able to
     /// keep a role by suspending its object, or by naming an instance that does not exist.
     async fn enforce(&mut self, facts: &Facts) -> Result<(), RoleOutcome> {
@@ -430,8 +479,18 @@ impl<'a> Grants<'a> {
                 return self.drop_ledger().await;
             }
         };
+        self.revoke_denied(&instance, &ledger, &facts.allowed).await
+    }
+
+    /// Revokes what the ledger names and no policy allows.
+    async fn revoke_denied(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        ledger: &RoleLedger,
+        allowed: &Result<Allowed, Reason>,
+    ) -> Result<(), RoleOutcome> {
         let none = Allowed::default();
-        let allowed = match &facts.allowed {
+        let allowed = match allowed {
             Ok(allowed) => allowed,
             // No selector matches these labels.
             Err(Reason::NamespaceLabelsTooLarge) => &none,
@@ -442,7 +501,7 @@ impl<'a> Grants<'a> {
         if kept.iter().all(|kept| kept.denied.is_empty()) {
             return Ok(());
         }
-        let left = self.revoke_except(&instance, &kept).await?;
+        let left = self.revoke_except(instance, &kept).await?;
         self.store(&left).await
     }
 
@@ -678,8 +737,7 @@ impl Privileged {
     async fn of(admin: &Admin, user_id: &str) -> Result<Self, Refused> {
         let project_id = admin.client.project_id_as(&admin.token).await.map_err(refused)?;
         let organizations = match Self::organizations(admin, user_id, &project_id).await {
-            // The list is too long, or the server is older than the API for projects.
-            Err(APIError::TooMany | APIError::Unavailable | APIError::Failed(Failure::Malformed)) => None,
+            Err(APIError::TooMany) => None,
             found => found.map_err(refused)?,
         };
         Ok(Self {
@@ -818,19 +876,32 @@ impl Grants<'_> {
         if matches!(found, Found::Unknown) && self.is_alive(&ledger).await? {
             return Ok(());
         }
-        let instance = self.instance_of(&ledger, None);
-        self.revoke_all(&instance.ok_or(Reason::InstanceMissing)?).await?;
+        let instance = self.instance_of(&ledger, None).ok_or(Reason::InstanceMissing)?;
+        // Of an unreadable object it is known which instance it names, so that changes of policies wake it.
+        let known = self.ctx.cache.user(self.id);
+        if matches!(found, Found::Refused) && known.is_some_and(|known| *known.instance == *ledger.instance) {
+            let allowed = self.ctx.cache.allowed(&ledger.instance, &self.id.namespace);
+            return self.revoke_denied(&instance, &ledger, &allowed).await;
+        }
+        self.revoke_all(&instance).await?;
         self.drop_ledger().await
     }
 
     /// Whether the object exists after all, and still belongs to the instance of its ledger. Its event then wakes it.
     async fn is_alive(&self, ledger: &RoleLedger) -> Result<bool, RoleOutcome> {
-        let read = self
-            .ctx
-            .reader
-            .user(self.id)
-            .await
-            .map_err(|_| Reason::APIServerUnavailable)?;
+        let read = match self.ctx.reader.user(self.id).await {
+            Ok(read) => read,
+            // The Role of the operator can be gone together with the namespace.
+            Err(ReadError::Forbidden) => {
+                let namespace = &self.id.namespace;
+                let exists = self.ctx.cache.allowed(&ledger.instance, namespace) != Err(Reason::NamespaceMissing);
+                if !exists || self.ctx.cache.is_terminating(namespace) {
+                    return Ok(false);
+                }
+                return Err(Reason::SecretsForbidden.into());
+            }
+            Err(ReadError::Unavailable) => return Err(Reason::APIServerUnavailable.into()),
+        };
         let Some(ReadUser::Readable(user)) = read else {
             return Ok(false);
         };

@@ -11,6 +11,7 @@ use crate::api::metadata::LABEL_ROLE_LEDGER;
 use crate::controller::Context;
 use crate::controller::service_user::gather;
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::role_ledger::RoleLedger;
 
 /// How long to wait after a failure.
 const RETRY: Duration = Duration::from_mins(1);
@@ -36,22 +37,35 @@ pub async fn find(ctx: &Context) {
             Err(_) => tokio::time::sleep(RETRY).await,
         }
     };
-    let known = ctx.cache.holders_of_roles();
-    for secret in listed {
-        let uid = secret.labels().get(LABEL_ROLE_LEDGER).cloned().unwrap_or_default();
-        if known.contains(&*uid) || secret.name_any() != gather::role_ledger_name(&uid) {
-            continue;
+    let mut unread = listed.items;
+    while !unread.is_empty() {
+        let known = ctx.cache.holders_of_roles();
+        let mut failed = Vec::new();
+        for secret in unread {
+            let uid = secret.labels().get(LABEL_ROLE_LEDGER).cloned().unwrap_or_default();
+            if known.contains(&*uid) || secret.name_any() != gather::role_ledger_name(&uid) {
+                continue;
+            }
+            match ctx.reader.role_ledger(namespace, &secret.name_any()).await {
+                Ok(Ok(Some(stored))) => wake(ctx, &uid, &stored.ledger),
+                Ok(Ok(None)) => {}
+                Ok(Err(_)) => tracing::warn!(secret = secret.name_any(), "a role ledger is invalid"),
+                Err(_) => failed.push(secret),
+            }
         }
-        let Ok(Ok(Some(stored))) = ctx.reader.role_ledger(namespace, &secret.name_any()).await else {
-            tracing::warn!(secret = secret.name_any(), "a role ledger could not be read");
-            continue;
-        };
-        // Another operator may keep its ledgers in the same namespace.
-        let is_ours = |id: &ObjectRef| ctx.watches(&id.namespace) && ctx.serves(&stored.ledger.instance);
-        if let Some(id) = stored.ledger.object_ref().filter(is_ours) {
-            tracing::info!(object = %id, "the object has manager roles and does not show it");
-            ctx.memory.note_roles(&id, &uid, true);
-            ctx.users.changed(&id, None);
+        unread = failed;
+        if !unread.is_empty() {
+            tokio::time::sleep(RETRY).await;
         }
+    }
+}
+
+fn wake(ctx: &Context, uid: &str, ledger: &RoleLedger) {
+    // Another operator may keep its ledgers in the same namespace.
+    let is_ours = |id: &ObjectRef| ctx.watches(&id.namespace) && ctx.serves(&ledger.instance);
+    if let Some(id) = ledger.object_ref().filter(is_ours) {
+        tracing::info!(object = %id, "the object has manager roles and does not show it");
+        ctx.memory.note_roles(&id, uid, true);
+        ctx.users.changed(&id, None);
     }
 }

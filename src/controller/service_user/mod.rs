@@ -196,7 +196,10 @@ async fn revoke_lost(
     } else {
         Box::pin(grant::revoke_lost(ctx, id, found)).await.outcome
     };
-    let Some(failed) = failed.and_then(|outcome| outcome.failed()) else {
+    // What is to be revoked must not wait for hours.
+    let now = ctx.clock.now();
+    let failed = failed.and_then(|RoleOutcome { outcome, .. }| outcome.with_keys(now).failed(role_report::BACKOFF));
+    let Some(failed) = failed else {
         ctx.memory.forget(id);
         return done;
     };
