@@ -12,7 +12,7 @@ use crate::controller::Context;
 use crate::controller::queue::Done;
 use crate::controller::service_user::key_session::Stop;
 use crate::controller::service_user::rotate::{ROTATION_TIMEOUT, Rotation};
-use crate::controller::service_user::{finalizer, gather, grant};
+use crate::controller::service_user::{finalizer, gather, revoke};
 use crate::domain::key_ledger::Managed;
 use crate::domain::key_rotation::{self, Outcome};
 use crate::domain::key_rotation_report;
@@ -41,7 +41,7 @@ pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUse
             let scope = ctx.memory.failed_role(id);
             Some(RoleOutcome { outcome, scope })
         } else {
-            let (revoked, revoked_from) = grant::revoke(ctx, id, user).await;
+            let (revoked, revoked_from) = revoke::revoke(ctx, id, user).await;
             user = revoked_from;
             done.written = revoked.written;
             done.mints = revoked.requests;

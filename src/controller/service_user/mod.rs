@@ -11,8 +11,11 @@ mod lost_roles;
 mod memory;
 mod mint;
 mod other_keys;
+mod privileged;
 mod provision;
 mod remove_keys;
+mod revoke;
+mod roles;
 mod rotate;
 
 use std::sync::Arc;
@@ -37,7 +40,8 @@ use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
 use crate::domain::role_report::{self, RoleOutcome};
 use gather::Gathered;
-use grant::{Found, Granted};
+use revoke::Found;
+use roles::Granted;
 use rotate::Rotated;
 
 /// Longest time for the Events of one reconcile.
@@ -194,7 +198,7 @@ async fn revoke_lost(
         let outcome = Outcome::deferred(retry.reason);
         Some(RoleOutcome::from(outcome))
     } else {
-        Box::pin(grant::revoke_lost(ctx, id, found)).await.outcome
+        Box::pin(revoke::revoke_lost(ctx, id, found)).await.outcome
     };
     // What is to be revoked must not wait for hours.
     let now = ctx.clock.now();
