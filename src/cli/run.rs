@@ -285,7 +285,9 @@ fn candidate(
 async fn work(ctx: Arc<Context>, leadership: LeadershipGuard, shutdown: Shutdown) {
     // Time for a request in flight, and for the write of its token.
     let drain = || ctx.connections.longest_timeout() + TIME_TO_WRITE;
-    find_lost_roles(ctx.clone());
+    if leadership.is_leading() {
+        find_lost_roles(ctx.clone());
+    }
     let (users, instances) = (ctx.users.clone(), ctx.instances.clone());
     tokio::join!(
         users.work(

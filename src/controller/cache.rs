@@ -138,7 +138,7 @@ impl Cache {
         self.read().instances.get(id)?.as_ref().err().copied()?
     }
 
-    /// The audiences that the access policies of `instance` allow `namespace`. An error if the labels of the namespace
+    /// What the access policies of `instance` allow `namespace`. An error if the labels of the namespace
     /// are not known.
     pub fn allowed(&self, instance: &str, namespace: &str) -> Result<Allowed, Reason> {
         let known = self.read();

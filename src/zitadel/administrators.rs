@@ -109,20 +109,15 @@ impl ZitadelClient {
         scope: &RoleScope,
     ) -> Result<BTreeSet<String>, APIError> {
         let filters = json!([{"inUserIdsFilter": {"ids": [user_id]}}, {"resource": resource(scope)}]);
-        let listed = self.list_administrators(token, &filters).await?;
-        let of_user = listed.into_iter().filter(|entry| entry.user.id == user_id);
-        let mut here = of_user
-            .filter_map(Administrator::roles)
-            .filter(|held| held.scope == *scope);
-        Ok(here.next().map(|held| held.roles).unwrap_or_default())
+        let held = self.list_roles_of(token, user_id, &filters).await?;
+        let here = held.into_iter().find(|held| held.scope == *scope);
+        Ok(here.map(|held| held.roles).unwrap_or_default())
     }
 
     /// The roles of the user of the token in all scopes. A caller always sees its own roles.
     pub async fn list_own_roles(&self, token: &APIToken, own_id: &str) -> Result<Vec<ManagerRoles>, APIError> {
         let filters = json!([{"inUserIdsFilter": {"ids": [own_id]}}]);
-        let listed = self.list_administrators(token, &filters).await?;
-        let of_user = listed.into_iter().filter(|entry| entry.user.id == own_id);
-        Ok(of_user.filter_map(Administrator::roles).collect())
+        self.list_roles_of(token, own_id, &filters).await
     }
 
     /// The users with roles in a scope, as far as the caller may see them.
@@ -195,6 +190,17 @@ impl ZitadelClient {
     async fn call_administrators(&self, method: &str, body: &Value, token: &APIToken) -> Result<Answer, Failure> {
         self.send(Call::PostJSON(body), &format!("{SERVICE}/{method}"), token)
             .await
+    }
+
+    async fn list_roles_of(
+        &self,
+        token: &APIToken,
+        user_id: &str,
+        filters: &Value,
+    ) -> Result<Vec<ManagerRoles>, APIError> {
+        let listed = self.list_administrators(token, filters).await?;
+        let of_user = listed.into_iter().filter(|entry| entry.user.id == user_id);
+        Ok(of_user.filter_map(Administrator::roles).collect())
     }
 
     async fn list_administrators(&self, token: &APIToken, filters: &Value) -> Result<Vec<Administrator>, APIError> {

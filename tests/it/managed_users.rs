@@ -356,9 +356,9 @@ async fn other_owner_old_server_and_orphan_are_reported() {
     managed.deleted("orders").await;
 
     // The user stays if the object asks for it.
-    let orphan = Patch::Merge(json!({"spec": {"deletionPolicy": "Orphan"}}));
-    let patched = world.users().patch("billing", &PatchParams::default(), &orphan).await;
-    patched.expect("patched");
+    world
+        .merge("billing", json!({"spec": {"deletionPolicy": "Orphan"}}))
+        .await;
     managed.deleted("billing").await;
     assert_eq!(managed.users().await.len(), 1);
     eventually("an Event", async || {

@@ -399,12 +399,7 @@ async fn deletion_revokes_what_the_ledger_names() {
         .patch_status("billing", &params, &Patch::Merge(&forged))
         .await;
     forged.expect("written");
-    let suspend = Patch::Merge(json!({"spec": {"suspend": true}}));
-    world
-        .users()
-        .patch("billing", &params, &suspend)
-        .await
-        .expect("patched");
+    world.merge("billing", json!({"spec": {"suspend": true}})).await;
     managed.roles_are("billing", "Unknown", "Suspended").await;
 
     // It waits for a working credential, and says so.
@@ -421,15 +416,14 @@ async fn deletion_revokes_what_the_ledger_names() {
     has(&managed, &user.id, &organization, &[]).await;
     has(&managed, &victim.id, &organization, &["ORG_OWNER"]).await;
 
-    // Nor can the tenant leave the roles in ZITADEL. Only the platform team can, who owns the ledger.
+    // The tenant cannot leave the roles in ZITADEL. The platform team can, by deleting the ledger.
     managed
         .allow_roles(json!([allowed_on(&organization, &["ORG_OWNER"])]))
         .await;
     managed.with_roles("orders", &user, entry).await;
     managed.roles_are("orders", "True", "ManagerRolesGranted").await;
-    let orphan = Patch::Merge(json!({"spec": {"deletionPolicy": "Orphan"}}));
-    let patched = world.users().patch("orders", &params, &orphan).await.expect("patched");
-    let uid = patched.uid().expect("a UID");
+    let orphan = json!({"spec": {"deletionPolicy": "Orphan"}});
+    let uid = world.merge("orders", orphan).await.uid().expect("a UID");
     world.annotate("orders", "abandon", &uid).await;
     world.issuer.remove_key(&managed.admin.id, &key_id).await;
     world.delete("orders").await;
@@ -464,16 +458,8 @@ async fn crash_after_the_request_leaves_no_role_behind() {
     has(&managed, &user.id, &organization, &["ORG_OWNER"]).await;
     managed.operator.kill();
     // The next process knows that it granted the role: without its entry, it is revoked.
-    managed
-        .world
-        .users()
-        .patch(
-            "billing",
-            &PatchParams::default(),
-            &Patch::Merge(json!({"spec": {"managerRoles": null}})),
-        )
-        .await
-        .expect("patched");
+    let dropped = json!({"spec": {"managerRoles": null}});
+    managed.world.merge("billing", dropped).await;
     let operator = managed.world.rotating_operator_with(&CLUSTER).await;
     let managed = Managed { operator, ..managed };
     has(&managed, &user.id, &organization, &[]).await;
@@ -509,14 +495,7 @@ async fn tenant_cannot_keep_a_role() {
     let allowed = json!([allowed_on(&organization, &["ORG_OWNER"])]);
     let entry = json!([roles_on(&organization, &["ORG_OWNER"])]);
     let user = key_user(&managed).await;
-    let merge = async |change: Value| {
-        let params = PatchParams::default();
-        world
-            .users()
-            .patch("billing", &params, &Patch::Merge(change))
-            .await
-            .expect("patched");
-    };
+    let merge = async |change: Value| world.merge("billing", change).await;
     let granted = async || {
         managed.allow_roles(allowed.clone()).await;
         managed.with_roles("billing", &user, entry.clone()).await;
@@ -570,9 +549,9 @@ async fn tenant_cannot_keep_a_role() {
     revoked().await;
 }
 
-/// Whoever may add members to some project could make the list of all roles of a user too long.
+/// A list of all roles of a user could be made too long by every user who may add members to some project.
 #[tokio::test(flavor = "multi_thread")]
-async fn many_memberships_elsewhere_do_not_stop_a_revocation() {
+async fn revocation_lists_roles_scope_by_scope() {
     let (managed, organization) = owned("many").await;
     let world = &managed.world;
     managed
@@ -595,7 +574,7 @@ async fn many_memberships_elsewhere_do_not_stop_a_revocation() {
 
 /// The administrator lives in an organization whose owner lives in another one.
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_can_take_over_a_privileged_user_is_privileged_too() {
+async fn user_who_can_take_over_a_privileged_user_is_privileged_too() {
     let (managed, organization) = owned("hops").await;
     let world = &managed.world;
     let owner = world.issuer.user(json!({"organizationId": organization})).await;
@@ -639,9 +618,7 @@ async fn roles_of_an_object_that_vanished_without_an_operator_are_revoked() {
     let world = &managed.world;
     let dropped = json!({"metadata": {"finalizers": null}, "spec": {"managerRoles": null}});
     for name in ["billing", "orders"] {
-        let params = PatchParams::default();
-        let patched = world.users().patch(name, &params, &Patch::Merge(&dropped)).await;
-        patched.expect("patched");
+        world.merge(name, dropped.clone()).await;
     }
     world.delete("billing").await;
     world.user_gone("billing").await;

@@ -266,11 +266,14 @@ impl World {
     /// Sets one of the operator's annotations on a service user.
     pub async fn annotate(&self, name: &str, annotation: &str, value: &str) {
         let request = json!({"metadata": {"annotations": {format!("zitadel-tokens.dev/{annotation}"): value}}});
-        let patch = Patch::Merge(&request);
-        self.users()
-            .patch(name, &PatchParams::default(), &patch)
-            .await
-            .expect("annotated");
+        self.merge(name, request).await;
+    }
+
+    /// Changes a service user by a merge patch, as another client would.
+    pub async fn merge(&self, name: &str, change: Value) -> ZitadelServiceUser {
+        let patch = Patch::Merge(&change);
+        let patched = self.users().patch(name, &PatchParams::default(), &patch).await;
+        patched.expect("patched")
     }
 
     /// Deletes a service user, which may wait for its finalizer.

@@ -3,7 +3,6 @@
 //! (`docs/adr/0022-manager-roles-are-granted-by-a-ledger.md`). `domain/role_ledger.rs` decides what changes.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
@@ -16,20 +15,17 @@ use crate::controller::service_user::act::is_current;
 use crate::controller::service_user::finalizer;
 use crate::controller::service_user::key_session::Stop;
 use crate::controller::service_user::provision::confirm;
-use crate::controller::service_user::revoke::{Found, revoke_lost};
-use crate::controller::service_user::roles::{Granted, Roles, at_scope, not_shown, request, roles_in};
+use crate::controller::service_user::revoke::{Present, revoke_lost};
+use crate::controller::service_user::roles::{Granted, Roles, at_scope, in_time, not_shown, request, roles_in};
 use crate::domain::facts::Facts;
 use crate::domain::key_rotation::Outcome;
 use crate::domain::manager_role::{self, WantedRoles};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
-use crate::domain::role_ledger::{MOST_SCOPES, RoleChange, RoleLedger, StoredRoles};
+use crate::domain::role_ledger::{MOST_SCOPES, RoleChange, RoleLedger};
 use crate::domain::role_report::{BACKOFF, RoleOutcome};
 use crate::domain::time::shifted;
 use crate::domain::validate;
-
-/// Longest time for the roles in one reconcile. The status of the tokens waits for it.
-pub(super) const ROLES_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// How long a new object waits after the roles of a former one were revoked.
 const AFTER_FORMER: SignedDuration = SignedDuration::from_secs(5);
@@ -51,7 +47,7 @@ pub async fn grant(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted 
             ..Granted::default()
         };
     }
-    let former = revoke_lost(ctx, id, Found::Served(facts.uid())).await;
+    let former = revoke_lost(ctx, id, Present::Served(facts.uid())).await;
     if former.outcome.is_none() {
         let stored = facts.roles.as_ref().ok().cloned().flatten();
         let mut roles = Roles::new(ctx, id, facts.user.clone(), stored);
@@ -79,29 +75,20 @@ async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts, waits: O
     let now = facts.clock.theirs(ctx.clock.now());
     let stored = facts.roles.as_ref().ok().cloned().flatten();
     let mut roles = Roles::new(ctx, id, facts.user.clone(), stored);
-    let outcome = match (obstacle(facts), waits) {
-        (Some(outcome), None) => {
-            let enforced = tokio::time::timeout(ROLES_TIMEOUT, roles.enforce(facts)).await;
-            let enforced = enforced.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
-            let outcome = enforced.err().unwrap_or(outcome.into());
-            ctx.memory.note_failed_role(id, outcome.scope.clone());
-            facts.user = roles.user.clone();
-            Some(outcome)
-        }
-        (_, Some(reason)) => Some(RoleOutcome {
+    let outcome = if let Some(reason) = waits {
+        Some(RoleOutcome {
             outcome: Outcome::deferred(reason),
             scope: ctx.memory.failed_role(id),
-        }),
-        (None, None) => {
-            let advanced = tokio::time::timeout(ROLES_TIMEOUT, roles.advance(facts)).await;
-            // Every step can be repeated.
-            let advanced = advanced.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
-            let outcome = advanced.unwrap_or_else(Some);
-            ctx.memory
-                .note_failed_role(id, outcome.as_ref().and_then(|outcome| outcome.scope.clone()));
-            facts.user = roles.user.clone();
-            outcome
-        }
+        })
+    } else {
+        let outcome = match obstacle(facts) {
+            Some(obstacle) => Some(in_time(roles.enforce(facts)).await.err().unwrap_or(obstacle.into())),
+            None => in_time(roles.advance(facts)).await.unwrap_or_else(Some),
+        };
+        let scope = outcome.as_ref().and_then(|outcome| outcome.scope.clone());
+        ctx.memory.note_failed_role(id, scope);
+        facts.user = roles.user.clone();
+        outcome
     };
     // What is to be revoked must not wait for hours.
     let holds_roles = roles.stored.is_some();
@@ -247,14 +234,12 @@ impl Roles<'_> {
                 }
             }
         }
-        if !accepted.is_empty() {
-            for change in &accepted {
-                let shown = self.session.ask(roles_in(&admin, user_id, &change.scope)).await;
-                if shown.is_ok_and(|shown| shown == change.target) {
-                    ledger.set(change.confirmed());
-                } else {
-                    failed.get_or_insert(not_shown(now, Timestamp::MAX, now, &change.scope));
-                }
+        for change in &accepted {
+            let shown = self.session.ask(roles_in(&admin, user_id, &change.scope)).await;
+            if shown.is_ok_and(|shown| shown == change.target) {
+                ledger.set(change.confirmed());
+            } else {
+                failed.get_or_insert(not_shown(now, Timestamp::MAX, now, &change.scope));
             }
         }
         Ok(Applied {
@@ -300,10 +285,8 @@ impl Roles<'_> {
             ledger.request = request;
             ledger.checked = Some(now);
         }
-        let is_stored = |stored: &StoredRoles| stored.ledger == ledger;
-        // After a failure, a ledger without roles would say nothing.
-        let is_needed = failed.is_none() || !ledger.scopes.is_empty();
-        if !self.stored.as_ref().map_or(!is_needed, is_stored) {
+        // After a failure, a new ledger without roles would say nothing.
+        if self.stored.is_some() || failed.is_none() || !ledger.scopes.is_empty() {
             self.set_finalizer(true).await?;
             self.store(&ledger).await?;
         }

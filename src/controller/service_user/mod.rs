@@ -40,7 +40,7 @@ use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
 use crate::domain::role_report::{self, RoleOutcome};
 use gather::Gathered;
-use revoke::Found;
+use revoke::Present;
 use roles::Granted;
 use rotate::Rotated;
 
@@ -160,7 +160,7 @@ async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingR
             } else {
                 refuse(ctx, id, reason, generation).await
             };
-            revoke_lost(ctx, id, pending_retries, (done, Found::Refused)).await
+            revoke_lost(ctx, id, pending_retries, (done, Present::Refused)).await
         }
         Ok(Gathered::Deleted(user)) => {
             ctx.memory.forget_tokens(id);
@@ -172,7 +172,7 @@ async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingR
             if ctx.cache.is_terminating(&id.namespace) {
                 ctx.writer.forget_namespace(&id.namespace);
             }
-            revoke_lost(ctx, id, pending_retries, (Done::forget(), Found::Unknown)).await
+            revoke_lost(ctx, id, pending_retries, (Done::forget(), Present::Unknown)).await
         }
         Err(error) => {
             tracing::warn!(object = %id, %error, "could not read the state of the service user");
@@ -187,7 +187,7 @@ async fn revoke_lost(
     ctx: &Context,
     id: &ObjectRef,
     pending: &PendingRetries,
-    (done, found): (Done, Found<'_>),
+    (done, present): (Done, Present<'_>),
 ) -> Done {
     let waits = pending.get(role_report::BACKOFF);
     let waits = waits.filter(|retry| retry.until > ctx.clock.now());
@@ -198,7 +198,7 @@ async fn revoke_lost(
         let outcome = Outcome::deferred(retry.reason);
         Some(RoleOutcome::from(outcome))
     } else {
-        Box::pin(revoke::revoke_lost(ctx, id, found)).await.outcome
+        Box::pin(revoke::revoke_lost(ctx, id, present)).await.outcome
     };
     // What is to be revoked must not wait for hours.
     let now = ctx.clock.now();

@@ -8,8 +8,7 @@ use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::read::{ReadError, ReadUser};
 use crate::controller::service_user::gather;
-use crate::controller::service_user::grant::ROLES_TIMEOUT;
-use crate::controller::service_user::roles::{Granted, Roles, at_scope, not_shown, request};
+use crate::controller::service_user::roles::{Granted, Roles, at_scope, in_time, not_shown, request};
 use crate::domain::access::Allowed;
 use crate::domain::facts::Facts;
 use crate::domain::manager_role::{self, WantedRoles};
@@ -26,9 +25,7 @@ pub(super) async fn revoke(
     user: Arc<ZitadelServiceUser>,
 ) -> (Granted, Arc<ZitadelServiceUser>) {
     let mut roles = Roles::new(ctx, id, user, None);
-    let revoked = tokio::time::timeout(ROLES_TIMEOUT, roles.revoke_deleted()).await;
-    // Every step can be repeated.
-    let revoked = revoked.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
+    let revoked = in_time(roles.revoke_deleted()).await;
     let granted = Granted {
         outcome: revoked.err(),
         written: roles.written,
@@ -39,7 +36,7 @@ pub(super) async fn revoke(
 
 /// What a reconcile found out about the present object of a name.
 #[derive(Clone, Copy)]
-pub enum Found<'a> {
+pub enum Present<'a> {
     /// The operator serves the object with this UID.
     Served(&'a str),
     /// The API server returned the object, and the operator does not serve it.
@@ -50,15 +47,14 @@ pub enum Found<'a> {
 
 /// Revokes the roles of objects of this name that the operator does not serve: they vanished, are unreadable, or belong to
 /// another instance now.
-pub async fn revoke_lost(ctx: &Context, id: &ObjectRef, found: Found<'_>) -> Granted {
+pub async fn revoke_lost(ctx: &Context, id: &ObjectRef, present: Present<'_>) -> Granted {
     let mut lost = Granted::default();
     for uid in ctx.memory.role_ledgers(id) {
-        if matches!(found, Found::Served(served) if served == uid) {
+        if matches!(present, Present::Served(served) if served == uid) {
             continue;
         }
         let mut roles = Roles::new(ctx, id, Arc::new(vanished(id, uid)), None);
-        let revoked = tokio::time::timeout(ROLES_TIMEOUT, roles.revoke_vanished(found)).await;
-        let revoked = revoked.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()));
+        let revoked = in_time(roles.revoke_vanished(present)).await;
         lost.requests += roles.session.requests();
         if let Err(outcome) = revoked {
             tracing::warn!(object = %id, reason = %outcome.outcome.reason, "manager roles of an object that is not served could not be revoked");
@@ -102,8 +98,7 @@ impl Roles<'_> {
         }
         let instance = self.instance_of(&ledger, Some(present)).ok_or(Reason::OldRolesRemain)?;
         self.revoke_all(&instance).await?;
-        self.drop_ledger().await?;
-        Ok(())
+        self.drop_ledger().await
     }
 
     /// Revokes what the policies no longer allow, although something stops all other changes: a tenant must not be able to
@@ -209,19 +204,19 @@ impl Roles<'_> {
         self.forget().await
     }
 
-    async fn revoke_vanished(&mut self, found: Found<'_>) -> Result<(), RoleOutcome> {
+    async fn revoke_vanished(&mut self, present: Present<'_>) -> Result<(), RoleOutcome> {
         let stored = gather::read_roles(self.ctx, self.id, self.uid()).await;
         self.stored = stored.map_err(|_| Reason::APIServerUnavailable)??;
         let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
             return Ok(());
         };
-        if matches!(found, Found::Unknown) && self.is_alive(&ledger).await? {
+        if matches!(present, Present::Unknown) && self.is_alive(&ledger).await? {
             return Ok(());
         }
         let instance = self.instance_of(&ledger, None).ok_or(Reason::InstanceMissing)?;
         // Of an unreadable object it is known which instance it names, so that changes of policies wake it.
         let known = self.ctx.cache.user(self.id);
-        if matches!(found, Found::Refused) && known.is_some_and(|known| *known.instance == *ledger.instance) {
+        if matches!(present, Present::Refused) && known.is_some_and(|known| *known.instance == *ledger.instance) {
             let allowed = self.ctx.cache.allowed(&ledger.instance, &self.id.namespace);
             return self.revoke_denied(&instance, &ledger, &allowed).await;
         }

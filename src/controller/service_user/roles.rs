@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
@@ -21,6 +22,9 @@ use crate::domain::role_ledger::{RoleChange, RoleLedger, StoredRoles};
 use crate::domain::role_report::RoleOutcome;
 use crate::domain::time::shifted;
 use crate::zitadel::APIError;
+
+/// Longest time for the roles in one reconcile. The status of the tokens waits for it.
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// When to look again for a change that ZITADEL does not show yet.
 const SHOWN_SOON: SignedDuration = SignedDuration::from_secs(1);
@@ -132,8 +136,11 @@ impl<'a> Roles<'a> {
         self.ctx.tell(&self.user, "Grant", event).await;
     }
 
-    /// Writes the ledger. If another process wrote it meanwhile, this one stops.
+    /// Writes the ledger, unless it is stored already. If another process wrote it meanwhile, this one stops.
     pub(super) async fn store(&mut self, ledger: &RoleLedger) -> Result<(), RoleOutcome> {
+        if self.stored.as_ref().is_some_and(|stored| stored.ledger == *ledger) {
+            return Ok(());
+        }
         let name = self.ledger_name();
         let at = LedgerRef {
             namespace: self.home()?,
@@ -176,23 +183,32 @@ impl<'a> Roles<'a> {
         Ok(())
     }
 
-    pub(super) fn write_failed(&self, error: &WriteError) -> RoleOutcome {
+    fn write_failed(&self, error: &WriteError) -> RoleOutcome {
         error.log(self.id, "the role ledger or the finalizer");
         error.reason_for_ledger().into()
     }
 
-    pub(super) fn home(&self) -> Result<&'a str, RoleOutcome> {
+    fn home(&self) -> Result<&'a str, RoleOutcome> {
         let namespace = self.ctx.operator_namespace.as_deref();
         namespace.ok_or_else(|| Reason::LedgerUnavailable.into())
     }
 
-    pub(super) fn ledger_name(&self) -> String {
+    fn ledger_name(&self) -> String {
         gather::role_ledger_name(self.uid())
     }
 
     pub(super) fn uid(&self) -> &str {
         self.user.metadata.uid.as_deref().unwrap_or_default()
     }
+}
+
+/// Ends a step that takes too long. Every step can be repeated. Boxed, because most objects have no roles and need no room
+/// for this.
+pub(super) fn in_time<T>(
+    step: impl Future<Output = Result<T, RoleOutcome>>,
+) -> impl Future<Output = Result<T, RoleOutcome>> {
+    let step = tokio::time::timeout(TIMEOUT, Box::pin(step));
+    async { step.await.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into())) }
 }
 
 /// ZITADEL may show a change soon, and certainly does at `until`. The operator asks again after as long as it has waited.
