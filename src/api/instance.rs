@@ -5,6 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
 use crate::api::rules::{DURATION_PATTERN, ID_PATTERN, NAME_PATTERN, ORIGIN_PATTERN};
+use crate::api::service_user::{KeyRotation, KeyRotationStatus};
 
 /// Condition: ZITADEL accepts the credential in `spec.adminCredential`.
 pub const ADMIN_CREDENTIAL_READY: &str = "AdminCredentialReady";
@@ -84,6 +85,13 @@ pub struct AdminCredential {
     /// issuer, or `<endpoint> for <issuer>`, then ` as <tlsServerName>` and ` via <proxy>` if set), so that nobody can send
     /// the credential elsewhere by editing this object.
     pub secret_ref: CredentialRef,
+
+    /// Rotates the key of the administrator: the operator creates keys at ZITADEL, keeps them in the Secret
+    /// `admin-key-<name of this object>` in its own namespace, and signs with them instead of the key in `secretRef`. That
+    /// Secret must stay: its annotations also apply to these keys, and its key takes over when the rotation ends. Needs a
+    /// key file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_rotation: Option<KeyRotation>,
 }
 
 /// Reference to the entry of a Secret in the operator's namespace.
@@ -91,6 +99,8 @@ pub struct AdminCredential {
 pub struct CredentialRef {
     /// Name of the Secret.
     #[schemars(length(min = 1, max = 253), regex(pattern = NAME_PATTERN))]
+    #[x_kube(validation = Rule::new("!self.startsWith('admin-key-') && !self.startsWith('service-user-')")
+        .message("spec.adminCredential.secretRef.name: must not start with admin-key- or service-user-, like the operator's own Secrets"))]
     pub name: String,
 
     /// Key of the entry. Optional if the Secret has exactly one entry.
@@ -206,7 +216,9 @@ pub struct ZitadelInstanceStatus {
     pub observed_generation: Option<i64>,
 
     /// `Ready`: the server's discovery document is available and states this issuer. `AdminCredentialReady`, with
-    /// `spec.adminCredential` only: ZITADEL accepts the credential.
+    /// `spec.adminCredential` only: ZITADEL accepts the credential. `KeyRotated`, with `spec.adminCredential.keyRotation`,
+    /// or as long as the operator has keys of the administrator: it rotates the key on schedule. `ForeignCredentials`: the number of the
+    /// administrator's keys and personal access tokens that this operator did not make has grown.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -243,6 +255,14 @@ pub struct AdminCredentialStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub roles: Vec<String>,
+
+    /// ID of the key in use. Absent with a personal access token.
+    #[serde(default, rename = "keyID", skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+
+    /// State of the key rotation, as long as the operator has keys of the administrator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_rotation: Option<KeyRotationStatus>,
 }
 
 impl ZitadelInstance {

@@ -19,7 +19,8 @@ pub const ANNOTATION_RECORD: &str = "zitadel-tokens.dev/record";
 /// Annotation of a `ZitadelServiceUser`: an opaque value. A new value requests a refresh of every token.
 pub const ANNOTATION_RENEW_REQUEST: &str = "zitadel-tokens.dev/renew-request";
 
-/// Annotation of a `ZitadelServiceUser`: an opaque value. A new value requests a rotation of the key.
+/// Annotation of a `ZitadelServiceUser` or a `ZitadelInstance`: an opaque value. A new value requests a rotation of the key,
+/// of an instance that of its administrator.
 pub const ANNOTATION_ROTATE_REQUEST: &str = "zitadel-tokens.dev/rotate-request";
 
 /// Annotation of a `ZitadelServiceUser`: its UID. The operator then gives up the keys and the user that it made for the
@@ -38,11 +39,14 @@ pub const METADATA_OWNER: &str = "zitadel-tokens.dev/owner";
 /// Finalizer of a `ZitadelServiceUser` for which the operator has made keys at ZITADEL.
 pub const FINALIZER: &str = "zitadel-tokens.dev/keys";
 
-/// Label of a key ledger. The value is the UID of its `ZitadelServiceUser`.
+/// Label of a key ledger. The value is the UID of its `ZitadelServiceUser`, or the name of its `ZitadelInstance`.
 pub const LABEL_KEY_LEDGER: &str = "zitadel-tokens.dev/key-ledger";
 
 /// Prefix of the name of a key ledger, before the UID of its `ZitadelServiceUser`.
 pub const KEY_LEDGER_PREFIX: &str = "service-user-key-";
+
+/// Prefix of the name of the key ledger of an administrator, before the name of its `ZitadelInstance`.
+pub const ADMIN_LEDGER_PREFIX: &str = "admin-key-";
 
 /// Finalizer of a `ZitadelServiceUser` for which the operator has granted manager roles.
 pub const ROLES_FINALIZER: &str = "zitadel-tokens.dev/manager-roles";

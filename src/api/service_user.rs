@@ -263,29 +263,29 @@ pub enum RoleMode {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.overlap) || duration(self.overlap) < duration(self.interval)")
-        .message(at("spec.keyRotation.overlap", rules::ROTATION_OVERLAP).as_str()),
+        .message(at("keyRotation.overlap", rules::ROTATION_OVERLAP).as_str()),
     validation = Rule::new("!has(self.keyLifetime) || duration(self.keyLifetime) > duration(self.interval) + (has(self.overlap) ? duration(self.overlap) : duration('1h'))")
-        .message(at("spec.keyRotation.keyLifetime", rules::ROTATION_LIFETIME).as_str())
+        .message(at("keyRotation.keyLifetime", rules::ROTATION_LIFETIME).as_str())
 )]
 pub struct KeyRotation {
     /// Time between two rotations, such as `720h`. A rotation is up to a tenth earlier, so that rotations spread.
     #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
     #[x_kube(validation = Rule::new("duration(self) >= duration('1h') && duration(self) <= duration('8760h')")
-        .message(at("spec.keyRotation.interval", rules::ROTATION_INTERVAL).as_str()))]
+        .message(at("keyRotation.interval", rules::ROTATION_INTERVAL).as_str()))]
     pub interval: String,
 
     /// How long a replaced key stays at ZITADEL. Default `1h`, or half of a shorter interval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
     #[x_kube(validation = Rule::new("duration(self) >= duration('10s')")
-        .message(at("spec.keyRotation.overlap", rules::ROTATION_OVERLAP).as_str()))]
+        .message(at("keyRotation.overlap", rules::ROTATION_OVERLAP).as_str()))]
     pub overlap: Option<String>,
 
     /// Lifetime of a key at ZITADEL. Default: three times the interval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32), regex(pattern = DURATION_PATTERN))]
     #[x_kube(validation = Rule::new("duration(self) <= duration('26280h')")
-        .message(at("spec.keyRotation.keyLifetime", rules::ROTATION_LIFETIME).as_str()))]
+        .message(at("keyRotation.keyLifetime", rules::ROTATION_LIFETIME).as_str()))]
     pub key_lifetime: Option<String>,
 
     /// If true, the operator removes at ZITADEL the key that the rotation began with, after the overlap and if no other
@@ -557,7 +557,7 @@ pub struct KeyRotationStatus {
     pub last_handled_rotate_request: Option<String>,
 
     /// Number of keys and personal access tokens of the user at ZITADEL that this operator did not make, counted at each
-    /// rotation. The key in `keySecretRef` is not among them.
+    /// rotation. The key in the Secret of the spec is not among them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub foreign_credentials: Option<i32>,
 }

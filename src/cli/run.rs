@@ -15,11 +15,12 @@ use crate::controller::cache::Cache;
 use crate::controller::crd_version;
 use crate::controller::instance::Connections;
 use crate::controller::key_generator::KeyGenerator;
+use crate::controller::key_rotation::KeyMemory;
 use crate::controller::metrics::objects::Objects;
 use crate::controller::metrics::{Metrics, Queues};
 use crate::controller::queue::Queue;
 use crate::controller::read::Reader;
-use crate::controller::service_user::{KeyMemory, Memory, TIME_TO_WRITE};
+use crate::controller::service_user::{Memory, TIME_TO_WRITE};
 use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests, instance, service_user};
@@ -192,7 +193,7 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         users: users.clone(),
         memory: Memory::default(),
         keys,
-        key_generator: key_generator(&users),
+        key_generator: key_generator(&users, &instances),
         requests: Requests::default(),
         metrics,
         allowed_metadata: Arc::new(allowed),
@@ -326,9 +327,15 @@ fn flag() -> (Arc<AtomicBool>, Probe) {
 }
 
 /// Generates keys and wakes the object that waits for one.
-fn key_generator(users: &Arc<Queue>) -> Arc<KeyGenerator> {
-    let users = users.clone();
-    let wake = move |id: &ObjectRef| users.wake_failing(vec![id.clone()], Recovery::Key);
+fn key_generator(users: &Arc<Queue>, instances: &Arc<Queue>) -> Arc<KeyGenerator> {
+    let (users, instances) = (users.clone(), instances.clone());
+    let wake = move |id: &ObjectRef| {
+        if id.namespace.is_empty() {
+            instances.wake(id);
+        } else {
+            users.wake_failing(vec![id.clone()], Recovery::Key);
+        }
+    };
     Arc::new(KeyGenerator::new(key::generate, Box::new(wake)))
 }
 

@@ -123,19 +123,18 @@ impl Reader {
         }
     }
 
-    /// Reads the keys in all entries of a Secret.
-    pub async fn keys_in(&self, namespace: &str, name: &str) -> Result<Vec<ServiceKey>, ReadError> {
+    /// Reads the keys in all entries of a Secret. `None` if it has too many entries.
+    pub async fn keys_in(&self, namespace: &str, name: &str) -> Result<Option<Vec<ServiceKey>>, ReadError> {
         let read = self.get::<Secret, _>(namespace, name, |text| {
             let secret: SecretText<'_> = serde_json::from_str(text).ok()?;
             let entries = pick(secret.data, MOST_ENTRIES + 1, |_| true);
-            // More may hide a key.
-            (entries.len() <= MOST_ENTRIES).then(|| {
+            Some((entries.len() <= MOST_ENTRIES).then(|| {
                 let files = entries.into_iter().filter_map(|(_, raw)| decoded(raw, key::MAX_BYTES));
                 files.filter_map(|file| key::parse(file.expose_secret()).ok()).collect()
-            })
+            }))
         });
         read.await?
-            .map_or(Ok(Vec::new()), |keys| keys.ok_or(ReadError::Unavailable))
+            .map_or(Ok(Some(Vec::new())), |keys| keys.ok_or(ReadError::Unavailable))
     }
 
     /// Reads the key ledger with this name.

@@ -11,12 +11,12 @@ use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
-use crate::api::metadata::{KEY_LEDGER_PREFIX, ROLE_LEDGER_PREFIX};
+use crate::api::metadata::{ADMIN_LEDGER_PREFIX, ANNOTATION_ROTATE_REQUEST, KEY_LEDGER_PREFIX, ROLE_LEDGER_PREFIX};
 use crate::api::{ZitadelAccessPolicy, ZitadelInstance};
 use crate::controller::cache::{Applied, Cache, Kind, KnownNamespace, SecretSummary};
 use crate::controller::guarded::Guarded;
+use crate::controller::key_rotation::KeyMemory;
 use crate::controller::queue::Queue;
-use crate::controller::service_user::KeyMemory;
 use crate::controller::watch::{List, WatchError, endless};
 use crate::controller::watched::{WatchedNamespace, WatchedSecret, WatchedUser};
 use crate::domain::object_ref::ObjectRef;
@@ -303,7 +303,7 @@ impl Triggers {
 
     fn credential_may_have_changed(&self, secret: &ObjectRef, version: &str) {
         // A ledger is no credential, whatever an instance names.
-        let is_ledger = [KEY_LEDGER_PREFIX, ROLE_LEDGER_PREFIX]
+        let is_ledger = [KEY_LEDGER_PREFIX, ADMIN_LEDGER_PREFIX, ROLE_LEDGER_PREFIX]
             .iter()
             .any(|prefix| secret.name.starts_with(prefix));
         if self.home.as_deref() != Some(&*secret.namespace) || is_ledger {
@@ -334,6 +334,10 @@ impl Triggers {
 
     pub(crate) fn secret_gone(&self, id: &ObjectRef) {
         self.credential_may_have_changed(id, "");
+        let of_admin = id.name.strip_prefix(ADMIN_LEDGER_PREFIX);
+        if let Some(instance) = of_admin.filter(|_| self.home.as_deref() == Some(&*id.namespace)) {
+            self.instances.changed(&ObjectRef::new("", instance), None);
+        }
         for user in self.cache.secret_gone(id) {
             self.key_may_have_changed(&user, id);
             self.users.changed(&user, None);
@@ -351,9 +355,11 @@ where
     }
 }
 
-/// Drops annotations, which the operator does not read and which take most of an object's memory.
+/// Drops annotations that the operator does not read. They take most of an object's memory.
 fn trimmed(mut instance: ZitadelInstance) -> ZitadelInstance {
-    instance.metadata.annotations = None;
+    if let Some(annotations) = &mut instance.metadata.annotations {
+        annotations.retain(|key, _| key == ANNOTATION_ROTATE_REQUEST);
+    }
     instance
 }
 

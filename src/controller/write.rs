@@ -206,7 +206,7 @@ impl Writer {
         let mut secret = json!({
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": {"name": at.name, "labels": {LABEL_MANAGED_BY: MANAGER, at.label: at.owner}},
+            "metadata": {"name": at.name, "labels": {LABEL_MANAGED_BY: MANAGER, at.label: at.key}},
             "type": "Opaque",
         });
         let request = Request::new(Secret::url_path(&(), Some(at.namespace)));
@@ -531,10 +531,10 @@ pub struct LedgerRef<'a> {
     pub namespace: &'a str,
     /// Name of the Secret.
     pub name: &'a str,
-    /// The label that names the service user.
+    /// Its label, ...
     pub label: &'static str,
-    /// UID of the service user.
-    pub owner: &'a str,
+    /// ... with this value.
+    pub key: &'a str,
     /// The Secret that the write replaces. `None` to create it.
     pub stored: Option<SecretRef>,
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 
 use crate::api::metadata::{ANNOTATION_RENEW_REQUEST, ANNOTATION_ROTATE_REQUEST};
@@ -175,22 +176,7 @@ impl Facts {
     /// annotations of a Secret together are limited to 256 KiB, as on the object, and the record is only one of them.
     #[must_use]
     pub fn renew_request(&self) -> Option<String> {
-        self.request(ANNOTATION_RENEW_REQUEST)
-    }
-
-    /// The rotate request of the object, in the form of [`Self::renew_request`].
-    #[must_use]
-    pub fn rotate_request(&self) -> Option<String> {
-        self.request(ANNOTATION_ROTATE_REQUEST)
-    }
-
-    fn request(&self, annotation: &str) -> Option<String> {
-        let annotations = self.user.metadata.annotations.as_ref()?;
-        let request = annotations.get(annotation)?;
-        if request.len() <= LONGEST_REQUEST {
-            return Some(request.clone());
-        }
-        Some(hash::of([request.as_bytes()]))
+        request(&self.user.metadata, ANNOTATION_RENEW_REQUEST)
     }
 
     /// The token that the record in the Secret describes, whether or not it matches the current request. `None` if the
@@ -219,4 +205,18 @@ impl Facts {
         let seed = format!("{}/{}", self.uid(), token.name);
         Schedule::new(issued, expires, refresh_at, &seed)
     }
+}
+
+/// The rotate request of an object, in the form of [`Facts::renew_request`].
+#[must_use]
+pub fn rotate_request(metadata: &ObjectMeta) -> Option<String> {
+    request(metadata, ANNOTATION_ROTATE_REQUEST)
+}
+
+fn request(metadata: &ObjectMeta, annotation: &str) -> Option<String> {
+    let request = metadata.annotations.as_ref()?.get(annotation)?;
+    if request.len() <= LONGEST_REQUEST {
+        return Some(request.clone());
+    }
+    Some(hash::of([request.as_bytes()]))
 }

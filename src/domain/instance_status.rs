@@ -6,18 +6,27 @@ use k8s_openapi::jiff::Timestamp;
 use crate::api::ZitadelInstance;
 use crate::api::instance::{ADMIN_CREDENTIAL_READY, AdminCredentialStatus, ZitadelInstanceStatus};
 use crate::domain::clock_skew::Skew;
+use crate::domain::key_rotation_report::KeyCondition;
 use crate::domain::reason::Reason;
 use crate::domain::retry::Retry;
 use crate::domain::time::whole_seconds;
 
+/// What a reconcile found out about the admin credential.
+pub struct AdminState {
+    /// Its user, or why ZITADEL does not accept it.
+    pub accepted: Result<AdminCredentialStatus, Reason>,
+    /// The conditions about the rotation of its key.
+    pub key_conditions: Vec<KeyCondition>,
+}
+
 /// The status of `instance` after discovery. `discovered` is the path of the token endpoint or the reason for the
-/// failure; `admin` is the user of the admin credential, if the spec has one. `now` is by the operator's own clock.
+/// failure; `admin` is what is known of the admin credential, if the spec has one. `now` is by the operator's own clock.
 #[must_use]
 pub fn status(
     instance: &ZitadelInstance,
     discovered: &Result<String, Reason>,
     zitadel_project_id: Option<&str>,
-    admin: Option<&Result<AdminCredentialStatus, Reason>>,
+    admin: Option<&AdminState>,
     skew: Skew,
     now: Timestamp,
 ) -> ZitadelInstanceStatus {
@@ -50,17 +59,25 @@ pub fn status(
         }
     };
     let mut conditions = vec![condition("Ready", value, reason, message)];
-    conditions.extend(admin.map(|admin| match admin {
-        Ok(_) => {
-            let reason = Reason::AdminCredentialReady;
-            condition(ADMIN_CREDENTIAL_READY, "True", reason, reason.meaning().to_owned())
-        }
-        Err(reason) => condition(ADMIN_CREDENTIAL_READY, "False", *reason, reason.advice()),
-    }));
+    if let Some(admin) = admin {
+        let (value, reason) = match &admin.accepted {
+            Ok(_) => ("True", Reason::AdminCredentialReady),
+            Err(reason) => ("False", *reason),
+        };
+        let all = [(ADMIN_CREDENTIAL_READY, value, reason)];
+        let all = all.into_iter().chain(admin.key_conditions.iter().copied());
+        conditions.extend(all.map(|(kind, value, reason)| {
+            let message = match reason.retry() {
+                Retry::No => reason.meaning().to_owned(),
+                _ => reason.advice(),
+            };
+            condition(kind, value, reason, message)
+        }));
+    }
     ZitadelInstanceStatus {
         observed_generation: instance.metadata.generation,
         conditions,
-        admin_credential: admin.and_then(|admin| admin.as_ref().ok().cloned()),
+        admin_credential: admin.and_then(|admin| admin.accepted.as_ref().ok().cloned()),
         token_endpoint: discovered
             .as_ref()
             .ok()

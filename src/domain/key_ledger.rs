@@ -420,6 +420,15 @@ impl Ledger {
         self.bootstrap = Some(BootstrapKey::of(bootstrap));
     }
 
+    /// Has the bootstrap key sign again. The operator's keys are still to be removed.
+    pub fn give_way_to(&mut self, bootstrap: &ServiceKey) {
+        self.forget_previous(false);
+        self.previous = self.current.take();
+        self.forget_previous(false);
+        self.settled = false;
+        self.adopt(bootstrap);
+    }
+
     /// Adds a generated key, which ZITADEL does not know yet.
     pub fn begin(&mut self, private: PrivateKey, expires_at: Timestamp, request: Option<String>, now: Timestamp) {
         self.pending_request = request;

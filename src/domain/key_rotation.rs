@@ -60,8 +60,8 @@ pub struct Schedule {
     pub delete_bootstrap_key: bool,
 }
 
-/// The keys of a service user as the operator read them.
-#[derive(Debug)]
+/// The keys of an object as the operator read them.
+#[derive(Clone, Debug)]
 pub struct KeyState {
     /// The key in the Secret of the spec.
     pub bootstrap: Result<ServiceKey, Reason>,

@@ -1,4 +1,4 @@
-//! What the status of a service user and its Events say about the key rotation.
+//! What the status of an object and its Events say about the key rotation.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -16,54 +16,71 @@ use crate::domain::report::EventDraft;
 use crate::domain::retry::Retry;
 use crate::domain::time::whole_seconds;
 
-/// The part of the status. `None` without a ledger.
+/// The part of the status of an object that has a ledger. `seed` is its UID.
 #[must_use]
-pub fn status(facts: &Facts) -> Option<KeyRotationStatus> {
-    let ledger = ledger(facts)?;
+pub fn status(ledger: &Ledger, schedule: Option<&Schedule>, seed: &str) -> KeyRotationStatus {
     let time = |at| Time(whole_seconds(at));
-    let schedule = Schedule::of_spec(&facts.user.spec).flatten();
     let current = ledger.current.as_ref();
     let due = schedule
         .zip(current)
-        .map(|(schedule, current)| schedule.due(current, facts.uid()));
-    Some(KeyRotationStatus {
+        .map(|(schedule, current)| schedule.due(current, seed));
+    KeyRotationStatus {
         rotated_at: current.map(|current| time(current.since)),
         rotate_at: due.map(time),
         last_handled_rotate_request: ledger.request.clone(),
         foreign_credentials: ledger.foreign.and_then(|count| i32::try_from(count.now).ok()),
-    })
+    }
 }
 
-/// Kind, status and reason of the conditions.
+/// The part of the status of a service user. `None` without a ledger.
+#[must_use]
+pub fn user_status(facts: &Facts) -> Option<KeyRotationStatus> {
+    let schedule = Schedule::of_spec(&facts.user.spec).flatten();
+    Some(status(ledger(facts)?, schedule.as_ref(), facts.uid()))
+}
+
+/// Kind, status and reason of a condition.
+pub type KeyCondition = (&'static str, &'static str, Reason);
+
+/// The conditions of an object that rotates its key.
 ///
 /// | condition | status | reason |
 /// |---|---|---|
 /// | `KeyRotated` | whether the key is rotated on schedule; `Unknown` while suspended | `KeyRotationOnSchedule`, or why not |
-/// | `UserReady` | with `spec.user` only: whether the user exists as the spec describes it | `UserReady`, or why not |
 /// | `ForeignCredentials` | whether the number of foreign credentials grew at the last count | `ForeignCredentials`, `NoForeignCredentials` |
 #[must_use]
-pub fn conditions(facts: &Facts, rotation: &Outcome) -> Vec<(&'static str, &'static str, Reason)> {
+pub fn conditions(ledger: Option<&Ledger>, rotation: &Outcome) -> Vec<KeyCondition> {
     let value = match rotation.reason {
         Reason::Suspended => "Unknown",
         reason if reason.retry() == Retry::No => "True",
         _ => "False",
     };
     let mut all = vec![(KEY_ROTATED, value, rotation.reason)];
-    if facts.user.spec.user.is_some() {
-        let exists = ledger(facts).and_then(|ledger| ledger.managed.as_ref());
-        let is_ready = exists.is_some_and(|user| user.created) && facts.key.is_ok();
-        all.push(if is_ready && !is_about_user(rotation.reason) {
-            (USER_READY, "True", Reason::UserReady)
-        } else {
-            (USER_READY, "False", rotation.reason)
-        });
-    }
-    if let Some(count) = ledger(facts).and_then(|ledger| ledger.foreign) {
+    if let Some(count) = ledger.and_then(|ledger| ledger.foreign) {
         all.push(if count.now > count.before {
             (FOREIGN_CREDENTIALS, "True", Reason::ForeignCredentials)
         } else {
             (FOREIGN_CREDENTIALS, "False", Reason::NoForeignCredentials)
         });
+    }
+    all
+}
+
+/// The conditions of a service user: [`conditions`], and with `spec.user` the condition `UserReady`, whether the user exists
+/// as the spec describes it. Its reason is `UserReady`, or why not.
+#[must_use]
+pub fn user_conditions(facts: &Facts, rotation: &Outcome) -> Vec<KeyCondition> {
+    let mut all = conditions(ledger(facts), rotation);
+    if facts.user.spec.user.is_some() {
+        let exists = ledger(facts).and_then(|ledger| ledger.managed.as_ref());
+        let is_ready = exists.is_some_and(|user| user.created) && facts.key.is_ok();
+        let user = if is_ready && !is_about_user(rotation.reason) {
+            (USER_READY, "True", Reason::UserReady)
+        } else {
+            (USER_READY, "False", rotation.reason)
+        };
+        // After `KeyRotated`.
+        all.insert(1, user);
     }
     all
 }

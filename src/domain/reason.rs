@@ -164,14 +164,14 @@ reasons! {
         "A rotation of the key has begun and is not finished. Tokens are requested with the key before it.",
         "No action needed.";
     KeyRotationInvalid: Permanent, Object,
-        "spec.keyRotation violates a rule: overlap must be shorter than interval, and keyLifetime longer than both together.",
-        "Correct spec.keyRotation.";
+        "keyRotation in the spec violates a rule: overlap must be shorter than interval, and keyLifetime longer than both together.",
+        "Correct keyRotation.";
     KeyManagementUnavailable: Rare, Object,
         "The server has no API for keys of the user itself, which ZITADEL has since version 4. The operator does not rotate the key.",
-        "Upgrade ZITADEL, or remove spec.keyRotation and rotate the key yourself.";
+        "Upgrade ZITADEL, or remove keyRotation from the spec and rotate the key yourself.";
     KeyManagementForbidden: Rare, Object,
         "ZITADEL refuses to let the service user manage its own keys. The operator does not rotate the key.",
-        "Allow it in ZITADEL, or remove spec.keyRotation and rotate the key yourself. With spec.user, give the administrator a role that manages the user.";
+        "Allow it in ZITADEL, or remove keyRotation from the spec and rotate the key yourself. With spec.user, give the administrator a role that manages the user.";
     NewKeyRejected: Eventual, Object,
         "ZITADEL rejects token requests with the new key. The operator keeps the key before it, and replaces the new key after ten minutes.",
         "If this persists, check ZITADEL's log and its Actions.";
@@ -179,17 +179,17 @@ reasons! {
         "ZITADEL's list of the user's keys or personal access tokens has 1000 entries or more, or lacks the key that the operator signs with. The operator removes no key.",
         "Remove unused keys and personal access tokens of the user in ZITADEL.";
     BootstrapKeyInUse: Permanent, Object,
-        "The operator does not remove the bootstrap key at ZITADEL, because another ZitadelServiceUser uses it.",
-        "Create a key for each ZitadelServiceUser, or set spec.keyRotation.deleteBootstrapKey to false.";
+        "The operator does not remove the bootstrap key at ZITADEL, because another ZitadelServiceUser or the administrator of a ZitadelInstance uses it too.",
+        "Create a key for each of them, or set keyRotation.deleteBootstrapKey to false.";
     BootstrapKeyNeeded: Permanent, Object,
-        "spec.keyRotation was removed, and spec.keySecretRef names no key that can take over. The operator keeps using its last key until that key expires.",
-        "Create a key in ZITADEL and store its file in the Secret, or set spec.keyRotation again.";
+        "keyRotation was removed from the spec, and the Secret that the spec names has no key that can take over. The operator keeps using its last key until that key expires.",
+        "Create a key in ZITADEL and store its file in the Secret, or set keyRotation again.";
     OldKeysRemain: Permanent, Object,
         "The key now belongs to another user or issuer, and the operator could not remove the keys that it made for the former one.",
-        "Make the former user and ZitadelInstance available, or annotate the object with zitadel-tokens.dev/abandon: <its UID>, which leaves the keys at ZITADEL.";
+        "Make the former user and ZitadelInstance available. Or leave the keys at ZITADEL: annotate the ZitadelServiceUser with zitadel-tokens.dev/abandon: <its UID>, or delete the Secret admin-key-<name of the ZitadelInstance> in the operator's namespace.";
     KeyLedgerInvalid: Permanent, Object,
-        "The Secret service-user-key-<UID of the object> in the operator's namespace was edited or damaged. The operator does not rotate the key, and uses the key in spec.keySecretRef. With spec.user, it requests no token.",
-        "Restore the Secret from a backup. If there is none, delete it: the operator then starts again with the key in spec.keySecretRef, and the keys that it made before stay at ZITADEL until they expire. With spec.user, UserConflict follows: read docs/managed-users.md first.";
+        "The Secret in which the operator keeps its keys was edited or damaged: service-user-key-<UID of the object> or, for an administrator, admin-key-<name of the ZitadelInstance>, in the operator's namespace. The operator does not rotate the key, and uses the key in the Secret that the spec names. With spec.user, it requests no token.",
+        "Restore the Secret from a backup. If there is none, delete it: the operator then starts again with the key in the Secret that the spec names, if that still works, and the keys that it made before stay at ZITADEL until they expire. With spec.user, UserConflict follows: read docs/managed-users.md first.";
     LedgerWriteFailed: Transient, Object,
         "The Kubernetes API server refuses to write the Secret in which the operator keeps its keys of the user, or the roles that it granted, or refuses the finalizer of the object.",
         "Check that the operator's namespace exists, and check quotas, admission policies and the operator's permissions there and on service users.";
@@ -200,8 +200,8 @@ reasons! {
         "ZITADEL no longer accepts the key that the operator made. The operator signs with an older key and replaces the lost one.",
         "If the key was removed, find out in ZITADEL who removed it.";
     BootstrapKeyRemoved: No, Object,
-        "The operator removed the bootstrap key at ZITADEL, as spec.keyRotation.deleteBootstrapKey asks.",
-        "No action needed. The Secret in spec.keySecretRef may be deleted.";
+        "The operator removed the bootstrap key at ZITADEL, as keyRotation.deleteBootstrapKey in the spec asks.",
+        "No action needed. The Secret in spec.keySecretRef of a ZitadelServiceUser may be deleted, but not the one in spec.adminCredential of a ZitadelInstance.";
     KeysLeftBehind: No, Object,
         "Keys that the operator made stay at ZITADEL: the object was deleted, or the annotation zitadel-tokens.dev/abandon asks for it, or ZITADEL accepts none of them.",
         "Remove them in ZITADEL, or wait until they expire.";
@@ -277,6 +277,9 @@ reasons! {
     CredentialRejected: Eventual, Object,
         "ZITADEL rejects the credential in spec.adminCredential: it was removed or has expired, or its user is deactivated.",
         "Create a new key or personal access token for the administrator, and store it in the Secret.";
+    KeyFileNeeded: Permanent, Object,
+        "The Secret in spec.adminCredential holds a personal access token, and spec.adminCredential.keyRotation is set. The operator rotates only keys.",
+        "Store a key file (JSON) of the administrator in the Secret, or remove keyRotation.";
     AdminForbidden: Permanent, Object,
         "The user of spec.adminCredential lacks the manager role that this needs.",
         "Give it a role that docs/managed-users.md lists for service users, or docs/manager-roles.md for manager roles.";

@@ -68,7 +68,7 @@ pub fn report(
         user_id: key.map(|k| k.user_id.clone()),
         key_id: key.map(|k| k.key_id.clone()),
         key_expires_at: key.and_then(|k| k.expires).map(time),
-        key_rotation: rotation.and_then(|_| key_rotation_report::status(facts)),
+        key_rotation: rotation.and_then(|_| key_rotation_report::user_status(facts)),
         expires_at: tokens.iter().filter_map(|t| t.expires_at.clone()).min(),
         renew_at: tokens.iter().filter_map(|t| t.renew_at.clone()).min(),
         tokens_ready: Some(format!("{ready}/{}", outcomes.len())),
@@ -251,7 +251,7 @@ fn conditions(
     }
     for (kind, value, reason) in rotation
         .into_iter()
-        .flat_map(|r| key_rotation_report::conditions(facts, r))
+        .flat_map(|r| key_rotation_report::user_conditions(facts, r))
     {
         let message = if reason.retry() == Retry::No {
             reason.meaning().to_owned()

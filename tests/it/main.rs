@@ -6,6 +6,7 @@
 mod support;
 
 mod access;
+mod admin_rotation;
 mod amplification;
 mod api_server;
 mod architecture;

@@ -1,5 +1,7 @@
 //! Key rotation: the operator replaces the key of a service user with keys of its own.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{DeleteParams, ListParams, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
@@ -8,7 +10,7 @@ use zitadel_tokens::api::ZitadelServiceUser;
 
 use crate::support::eventually;
 use crate::support::issuer::User;
-use crate::support::world::{World, condition, one_token};
+use crate::support::world::{World, condition, everything, one_token};
 
 /// A service user that rotates its key, with one token in the Secret `NAME-token`.
 async fn rotating(world: &World, name: &str, rotation: Value) -> User {
@@ -258,6 +260,44 @@ async fn objects_that_share_a_user_rotate_independently() {
         let mut keys = key_ids(&world, &user).await;
         keys.sort();
         keys == left
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn key_secret_with_many_entries_neither_hides_a_key_nor_keeps_others_alive() {
+    let world = World::new("rotation-many").await;
+    let _operator = world.rotating_operator().await;
+    world.allow(world.selector_of_namespace(), everything()).await;
+    world.instance().await;
+    let user = world.issuer.user(json!({"tokenType": "JWT"})).await;
+    world.key_secret("billing-key", &user).await;
+    // No policy allows these objects a token, so no reconcile reads their key Secrets.
+    let tenant = World::beside(&world, "tenant").await;
+    let mut entries: BTreeMap<String, &str> = (0..65).map(|n| (format!("{n}.json"), "{}")).collect();
+    entries.insert("key.json".to_owned(), &user.key);
+    tenant.secret("many", json!(entries)).await;
+    for (name, entry) in [("sharing", "key.json"), ("other", "0.json")] {
+        let mut spec = one_token(&format!("{name}-token"));
+        spec["keySecretRef"] = json!({"name": "many", "key": entry});
+        tenant.service_user(name, spec).await.expect("accepted");
+        tenant.ready(name, "False", "AccessDenied").await;
+    }
+
+    let rotation = json!({"interval": "1h", "overlap": "10s", "deleteBootstrapKey": true});
+    apply(&world, "billing", rotation).await;
+    rotated(&world, "billing", "False", "BootstrapKeyInUse").await;
+    // What a rotation replaced is removed nevertheless.
+    let second = rotate(&world, "billing", "1").await;
+    eventually("the first key is gone", async || {
+        let keys = key_ids(&world, &user).await;
+        keys.len() == 2 && keys.contains(&second) && keys.contains(&user.key_id)
+    })
+    .await;
+    tenant.delete("sharing").await;
+    let third = rotate(&world, "billing", "2").await;
+    eventually("the bootstrap key is gone", async || {
+        key_ids(&world, &user).await == [third.clone()]
     })
     .await;
 }

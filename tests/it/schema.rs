@@ -175,14 +175,14 @@ const USERS: &[Case] = &[
 
     ("a rotation", |o| spec(o)["keyRotation"] = json!({"interval": "1h"}), None),
     ("a rotation with everything", |o| spec(o)["keyRotation"] = json!({"interval": "720h", "overlap": "24h", "keyLifetime": "745h", "deleteBootstrapKey": true}), None),
-    ("an interval below an hour", |o| spec(o)["keyRotation"] = json!({"interval": "59m"}), Some("spec.keyRotation.interval: must be at least 1h")),
-    ("an interval above a year", |o| spec(o)["keyRotation"] = json!({"interval": "8761h"}), Some("spec.keyRotation.interval: must be at least 1h")),
+    ("an interval below an hour", |o| spec(o)["keyRotation"] = json!({"interval": "59m"}), Some("keyRotation.interval: must be at least 1h")),
+    ("an interval above a year", |o| spec(o)["keyRotation"] = json!({"interval": "8761h"}), Some("keyRotation.interval: must be at least 1h")),
     ("an interval in days", |o| spec(o)["keyRotation"] = json!({"interval": "30d"}), Some("spec.keyRotation.interval")),
-    ("an overlap below ten seconds", |o| spec(o)["keyRotation"] = json!({"interval": "1h", "overlap": "9s"}), Some("spec.keyRotation.overlap: must be at least 10s")),
-    ("an overlap as long as the interval", |o| spec(o)["keyRotation"] = json!({"interval": "1h", "overlap": "1h"}), Some("spec.keyRotation.overlap: must be at least 10s")),
-    ("a lifetime of interval and overlap", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "overlap": "2h", "keyLifetime": "26h"}), Some("spec.keyRotation.keyLifetime: must be longer")),
-    ("a lifetime of interval and default overlap", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "keyLifetime": "25h"}), Some("spec.keyRotation.keyLifetime: must be longer")),
-    ("a lifetime above three years", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "keyLifetime": "26281h"}), Some("spec.keyRotation.keyLifetime: must be longer")),
+    ("an overlap below ten seconds", |o| spec(o)["keyRotation"] = json!({"interval": "1h", "overlap": "9s"}), Some("keyRotation.overlap: must be at least 10s")),
+    ("an overlap as long as the interval", |o| spec(o)["keyRotation"] = json!({"interval": "1h", "overlap": "1h"}), Some("keyRotation.overlap: must be at least 10s")),
+    ("a lifetime of interval and overlap", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "overlap": "2h", "keyLifetime": "26h"}), Some("keyRotation.keyLifetime: must be longer")),
+    ("a lifetime of interval and default overlap", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "keyLifetime": "25h"}), Some("keyRotation.keyLifetime: must be longer")),
+    ("a lifetime above three years", |o| spec(o)["keyRotation"] = json!({"interval": "24h", "keyLifetime": "26281h"}), Some("keyRotation.keyLifetime: must be longer")),
     ("keys that stay", |o| spec(o)["deletionPolicy"] = json!("Orphan"), None),
 
     ("no audience", |o| token(o)["projectIDs"] = json!([]), Some("name at least one audience")),
@@ -468,7 +468,7 @@ fn operator_refuses_by_itself_what_guards_a_key_an_access_or_its_memory() {
 }
 
 /// Hash of the schema of version 1, without descriptions.
-const SCHEMA: (u32, &str) = (1, "d0df67a5da57974a8a36002fdda38a6f");
+const SCHEMA: (u32, &str) = (1, "d816966a1faac4f51ccea0d240e58912");
 
 /// An operator must be able to tell that the installed CRDs are older than it.
 #[test]
@@ -576,6 +576,9 @@ const INSTANCES: &[Case] = &[
     ("65 concurrent requests", |o| connection(o, "maxConcurrentRequests", json!(65)), Some("spec.connection.maxConcurrentRequests")),
     ("the highest limits", |o| spec(o)["connection"] = json!({"allowInsecureHTTP": true, "requestsPerSecond": 1000, "burst": 10000, "maxConcurrentRequests": 64}), None),
     ("an admin credential", |o| spec(o)["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}}), None),
+    ("an admin credential in a ledger", |o| spec(o)["adminCredential"] = json!({"secretRef": {"name": "admin-key-main"}}), Some("must not start with admin-key-")),
+    ("an admin credential with rotation", |o| spec(o)["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}, "keyRotation": {"interval": "720h"}}), None),
+    ("an admin credential with a short rotation", |o| spec(o)["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}, "keyRotation": {"interval": "59m"}}), Some("keyRotation.interval: must be at least 1h")),
     ("an admin credential in another namespace", |o| spec(o)["adminCredential"] = json!({"secretRef": {"name": "a/b"}}), Some("spec.adminCredential.secretRef.name")),
     ("a pinned id", |o| spec(o)["zitadelProjectID"] = json!("69234237810729019"), None),
     ("an invalid pinned id", |o| spec(o)["zitadelProjectID"] = json!("1 2"), Some("spec.zitadelProjectID")),

@@ -4,14 +4,17 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
-use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
 use crate::controller::Context;
+use crate::controller::evidence::judge;
 use crate::controller::instance::connect;
-use crate::controller::read::ReadError;
-use crate::domain::admin_credential::{self, AdminCredential};
+use crate::controller::instance::credential::{self, Credential};
+use crate::controller::session::note_rejection;
+use crate::controller::triggers::reference;
+use crate::domain::admin_credential;
 use crate::domain::failure::{Failure, classify};
+use crate::domain::key::ServiceKey;
 use crate::domain::manager_role::{ManagerRoles, RoleScope};
 use crate::domain::reason::Reason;
 use crate::zitadel::{APIError, APIToken, ZitadelClient};
@@ -46,14 +49,7 @@ impl From<Reason> for Refused {
 
 impl From<Failure> for Refused {
     fn from(failure: Failure) -> Self {
-        let reason = match classify(failure, false) {
-            Reason::KeyRejected | Reason::UserInactive => Reason::CredentialRejected,
-            reason => reason,
-        };
-        Self {
-            reason,
-            not_before: failure.retry_after(),
-        }
+        Self::classified(classify(failure, false), failure)
     }
 }
 
@@ -72,28 +68,45 @@ impl From<APIError> for Refused {
     }
 }
 
+impl Refused {
+    fn classified(reason: Reason, failure: Failure) -> Self {
+        let reason = match reason {
+            Reason::KeyRejected | Reason::UserInactive => Reason::CredentialRejected,
+            reason => reason,
+        };
+        Self {
+            reason,
+            not_before: failure.retry_after(),
+        }
+    }
+}
+
 impl Admin {
     /// Begins a session with the credential of the instance.
     pub async fn of(ctx: &Context, instance: &ZitadelInstance) -> Result<Self, Refused> {
-        let credential = instance.spec.admin_credential.as_ref();
-        let reference = &credential.ok_or(Reason::CredentialMissing)?.secret_ref;
-        let namespace = ctx.operator_namespace.as_deref().ok_or(Reason::CredentialMissing)?;
-        let read = ctx
-            .reader
-            .credential(namespace, &reference.name, reference.key.as_deref());
-        let text = read.await.map_err(|error| match error {
-            ReadError::Forbidden => Reason::CredentialMissing,
-            ReadError::Unavailable => Reason::APIServerUnavailable,
-        })?;
-        let (annotations, entry) = text.ok_or(Reason::CredentialMissing)?;
-        let credential = admin_credential::read(&annotations, entry.as_ref(), &instance.name_any(), &instance.spec)?;
+        let credential = credential::read(ctx, instance).await?;
+        Self::with(ctx, instance, &credential).await
+    }
+
+    /// Begins a session with a credential that was read.
+    pub async fn with(ctx: &Context, instance: &ZitadelInstance, credential: &Credential) -> Result<Self, Refused> {
         let client = connect(ctx, instance).await?;
         // Discovery confirms the issuer before a credential is sent.
         client.discovery().await?;
         let (token, user_id) = match credential {
-            AdminCredential::Key(key) => (client.api_token(&key).await?, key.user_id.clone()),
-            AdminCredential::Token(text) => {
-                let token = APIToken::personal(&text).ok_or(Reason::CredentialInvalid)?;
+            Credential::Keys(keys) => {
+                let mut key = credential::signer(ctx, instance, keys)?;
+                let mut ended = token(ctx, instance, &client, &key).await;
+                // ZITADEL may have rejected the key for long by now.
+                let next = credential::signer(ctx, instance, keys)?;
+                if ended.is_err() && next.key_id != key.key_id {
+                    ended = token(ctx, instance, &client, &next).await;
+                    key = next;
+                }
+                (ended?, key.user_id)
+            }
+            Credential::Token(text, _) => {
+                let token = APIToken::personal(text).ok_or(Reason::CredentialInvalid)?;
                 let user_id = client.who_am_i(&token).await?;
                 (token, user_id)
             }
@@ -134,4 +147,24 @@ impl Admin {
             Err(Reason::AdminForbidden.into())
         }
     }
+}
+
+/// Requests a token with a key of the administrator. A key of the operator that ZITADEL rejects for long is replaced.
+async fn token(
+    ctx: &Context,
+    instance: &ZitadelInstance,
+    client: &ZitadelClient,
+    key: &ServiceKey,
+) -> Result<APIToken, Refused> {
+    let id = reference(instance);
+    let failure = match client.api_token(key).await {
+        Ok(token) => {
+            ctx.keys.accepted(&id, &key.key_id);
+            return Ok(token);
+        }
+        Err(failure) => failure,
+    };
+    let (reason, _) = judge(ctx, client, failure).await;
+    note_rejection(ctx, client, &id, &key.key_id, reason).await;
+    Err(Refused::classified(reason, failure))
 }

@@ -2,10 +2,10 @@
 
 pub mod admin;
 mod connect;
+pub mod credential;
+mod rotate;
 
 use std::sync::Arc;
-
-use k8s_openapi::jiff::Timestamp;
 
 pub use connect::{Connections, Wakeup, connect};
 
@@ -14,17 +14,20 @@ use crate::api::instance::AdminCredentialStatus;
 use crate::api::service_user::READY;
 use crate::controller::Context;
 use crate::controller::instance::admin::{Admin, Refused};
+use crate::controller::instance::credential::Credential;
 use crate::controller::queue::Done;
 use crate::domain::backoff::Recovery;
 use crate::domain::clock_skew::Skew;
 use crate::domain::failure::{Failure, classify};
-use crate::domain::instance_status::status;
+use crate::domain::instance_status::{AdminState, status};
+use crate::domain::key_ledger::Ledger;
+use crate::domain::key_rotation::BACKOFF;
+use crate::domain::key_rotation_report;
 use crate::domain::manager_role::ManagerRoles;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::refusal;
 use crate::domain::retry::{Failed, Wake};
-use crate::domain::time::shifted;
 
 /// Most roles of the administrator that the status shows.
 const MOST_ROLES: usize = 16;
@@ -36,6 +39,8 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         Err(Reason::InstanceMissing) => {
             ctx.connections.close(&id.name);
             ctx.metrics.forget(&id.name);
+            ctx.keys.forget(&id);
+            ctx.key_generator.forget(&id);
             return Done::forget();
         }
         Err(_) => return unreadable(&ctx, &id).await,
@@ -70,42 +75,27 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         None => {}
     }
     // The service users do not wait for this.
-    let admin = match &discovered {
+    let checked = match &discovered {
         Ok(_) if instance.spec.admin_credential.is_some() && instance.spec.suspend != Some(true) => {
-            Some(check_admin(&ctx, &instance).await)
+            Some(check_admin(&ctx, &id, &instance).await)
         }
         _ => None,
     };
-    let admin_status = admin
-        .as_ref()
-        .map(|admin| admin.as_ref().map_err(|refused| refused.reason).cloned());
-    let with_admin = status(
-        &instance,
-        &discovered,
-        project_id.as_deref(),
-        admin_status.as_ref(),
-        skew,
-        now,
-    );
-    wanted.status = Some(with_admin);
-    // The queue uses the local clock.
-    let ours = |at: Option<Timestamp>| at.map(|at| shifted(at, -skew.usable()));
-    let failed = discovered.err().map(|reason| Failed {
-        not_before: ours(retry_after),
+    let state = checked.as_ref().map(|checked| &checked.state);
+    wanted.status = Some(status(&instance, &discovered, project_id.as_deref(), state, skew, now));
+    let leads = checked.as_ref().is_none_or(|checked| checked.leads);
+    let mut wake = checked.map(|checked| checked.wake).unwrap_or_default();
+    wake.failed.extend(discovered.err().map(|reason| Failed {
+        not_before: retry_after,
         ..Failed::now("", reason)
-    });
-    let admin = admin.and_then(Result::err).map(|refused| Failed {
-        not_before: ours(refused.not_before),
-        ..Failed::now("adminCredential", refused.reason)
-    });
+    }));
     let mut done = Done {
-        wake: Wake {
-            at: None,
-            failed: failed.into_iter().chain(admin).collect(),
-        },
+        // The queue uses the local clock.
+        wake: wake.shifted(-skew.usable()),
         ..Done::default()
     };
-    if ctx.writes_instance_status && instance.status != wanted.status {
+    // If another replica leads, it writes the status.
+    if leads && ctx.writes_instance_status && instance.status != wanted.status {
         match ctx.writer.replace_instance_status(&wanted).await {
             Ok(version) => done.written.push(version),
             Err(error) => {
@@ -117,9 +107,73 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
     done
 }
 
-/// Finds out who the administrator is and what it may do.
-async fn check_admin(ctx: &Context, instance: &ZitadelInstance) -> Result<AdminCredentialStatus, Refused> {
-    let admin = Admin::of(ctx, instance).await?;
+/// What a reconcile did with the admin credential.
+struct Checked {
+    state: AdminState,
+    /// When to check it again, by the clock of the server.
+    wake: Wake,
+    /// Whether this replica still leads.
+    leads: bool,
+}
+
+/// Finds out who the administrator is and what it may do, and rotates its key.
+async fn check_admin(ctx: &Context, id: &ObjectRef, instance: &Arc<ZitadelInstance>) -> Checked {
+    let mut credential = credential::read(ctx, instance).await;
+    let admin = match &credential {
+        Ok(credential) => who_is_admin(ctx, instance, credential).await,
+        Err(reason) => Err((*reason).into()),
+    };
+    let rotation = match (&admin, &mut credential) {
+        (Ok(_), Ok(credential)) => rotate::rotate(ctx, id, instance, credential).await,
+        (Err(refused), credential) => rotate::waits(instance, credential.as_ref().ok(), refused.reason),
+        (Ok(_), Err(_)) => None,
+    };
+    let credential = credential.ok();
+    let ledger = credential.as_ref().and_then(Credential::ledger);
+    // Keys of a former administrator are not shown as keys of this one.
+    let is_former = |ledger: &&Ledger| match &admin {
+        Ok(admin) => !ledger.is_of(&instance.spec.issuer, &admin.user_id),
+        Err(_) => false,
+    };
+    let ledger = ledger.filter(|ledger| !is_former(ledger));
+    let schedule = rotate::schedule(instance).and_then(Result::ok);
+    let accepted = admin.as_ref().map_err(|refused| refused.reason);
+    let accepted = accepted.map(|status| AdminCredentialStatus {
+        key_id: credential
+            .as_ref()
+            .and_then(|credential| credential.key_id(ctx, instance)),
+        key_rotation: ledger.map(|ledger| key_rotation_report::status(ledger, schedule.as_ref(), &id.name)),
+        ..status.clone()
+    });
+    let about_keys = rotation
+        .iter()
+        .flat_map(|outcome| key_rotation_report::conditions(ledger, outcome));
+    let state = AdminState {
+        accepted,
+        key_conditions: about_keys.collect(),
+    };
+    let failed = admin.err().map(|refused| Failed {
+        not_before: refused.not_before,
+        ..Failed::now("adminCredential", refused.reason)
+    });
+    let failed_rotation = rotation.as_ref().and_then(|outcome| outcome.failed(BACKOFF));
+    Checked {
+        state,
+        wake: Wake {
+            at: rotation.as_ref().and_then(|outcome| outcome.next),
+            failed: failed.into_iter().chain(failed_rotation).collect(),
+        },
+        leads: rotation.is_none_or(|outcome| outcome.reason != Reason::NotLeading),
+    }
+}
+
+/// The administrator and its roles.
+async fn who_is_admin(
+    ctx: &Context,
+    instance: &ZitadelInstance,
+    credential: &Credential,
+) -> Result<AdminCredentialStatus, Refused> {
+    let admin = Admin::with(ctx, instance, credential).await?;
     let roles = admin.roles().await?;
     let mut roles: Vec<String> = roles.iter().flat_map(ManagerRoles::lines).collect();
     roles.sort_unstable();
@@ -127,6 +181,7 @@ async fn check_admin(ctx: &Context, instance: &ZitadelInstance) -> Result<AdminC
     Ok(AdminCredentialStatus {
         user_id: admin.user_id,
         roles,
+        ..AdminCredentialStatus::default()
     })
 }
 

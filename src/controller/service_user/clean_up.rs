@@ -9,12 +9,12 @@ use crate::api::ZitadelServiceUser;
 use crate::api::metadata::{FINALIZER, ROLES_FINALIZER};
 use crate::api::service_user::UserDeletionPolicy;
 use crate::controller::Context;
+use crate::controller::key_rotation::Rotation;
 use crate::controller::queue::Done;
-use crate::controller::service_user::key_session::Stop;
-use crate::controller::service_user::rotate::{ROTATION_TIMEOUT, Rotation};
 use crate::controller::service_user::{finalizer, gather, revoke};
+use crate::controller::session::{Stop, in_time};
 use crate::domain::key_ledger::Managed;
-use crate::domain::key_rotation::{self, Outcome};
+use crate::domain::key_rotation::{self, KeyState, Outcome};
 use crate::domain::key_rotation_report;
 use crate::domain::manager_role::RoleScope;
 use crate::domain::object_ref::ObjectRef;
@@ -54,18 +54,16 @@ pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUse
         }
     }
     if finalizer::is_set(&user, FINALIZER) {
-        let mut rotation = Rotation::new(ctx, id, user, None);
+        let mut rotation = Rotation::new(ctx, id, user, KeyState::none(Reason::KeySecretMissing));
         let ended = if let Some(outcome) = waits(key_rotation::BACKOFF) {
             Err(Stop(outcome))
         } else {
-            let removed = tokio::time::timeout(ROTATION_TIMEOUT, remove(&mut rotation, left)).await;
-            // Every step can be repeated.
-            removed.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into()))
+            in_time(remove(&mut rotation, left)).await
         };
         done.written.append(&mut rotation.written);
         done.mints += rotation.session.requests();
         if let Err(Stop(outcome)) = ended {
-            return waiting(ctx, id, &rotation.user, (outcome, key_rotation::BACKOFF, None), done).await;
+            return waiting(ctx, id, &rotation.holder, (outcome, key_rotation::BACKOFF, None), done).await;
         }
     }
     ctx.memory.forget(id);
@@ -107,17 +105,16 @@ async fn waiting(
     }
 }
 
-async fn remove(rotation: &mut Rotation<'_>, left: bool) -> Result<(), Stop> {
+async fn remove(rotation: &mut Rotation<'_, Arc<ZitadelServiceUser>>, left: bool) -> Result<(), Stop> {
     let ctx = rotation.ctx;
-    let spec = rotation.user.spec.clone();
-    let stored = gather::key_ledger(ctx, &rotation.user).await;
+    let stored = gather::key_ledger(ctx, &rotation.holder).await;
     match stored.map_err(|_| Reason::APIServerUnavailable)? {
-        Ok(stored) => rotation.stored = stored,
+        Ok(stored) => rotation.keys.ledger = Ok(stored),
         // What an unreadable ledger names is unknown, and its Secret stays for a person to look at.
         Err(_) if left => {}
         Err(reason) => return Err(reason.into()),
     }
-    if let Some(ledger) = rotation.stored.as_ref().map(|stored| stored.ledger.clone()) {
+    if let Some(ledger) = rotation.stored().map(|stored| stored.ledger.clone()) {
         if left {
             rotation.report_left_keys(&ledger).await;
             // A user that was not taken over is none of the operator's.
@@ -126,12 +123,12 @@ async fn remove(rotation: &mut Rotation<'_>, left: bool) -> Result<(), Stop> {
                 rotation.report_left_user(&ledger).await;
             }
         } else {
-            let present = ctx.cache.instance(&spec.instance_ref.name).ok();
+            let present = ctx.cache.instance(&rotation.holder.spec.instance_ref.name).ok();
             let instance = rotation.instance_of(&ledger, present.as_ref());
             let instance = instance.ok_or(Reason::InstanceMissing)?;
             match &ledger.managed {
                 Some(managed) => rotation.delete_user(&instance, &ledger, managed).await?,
-                None => rotation.remove_all(&instance, &ledger, Some(&spec)).await?,
+                None => rotation.remove_all(&instance, &ledger, true).await?,
             }
         }
     }

@@ -9,13 +9,14 @@ use crate::api::metadata::{ANNOTATION_ABANDON, FINALIZER, KEY_LEDGER_PREFIX, ROL
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
+use crate::controller::key_rotation;
 use crate::controller::read::{ReadError, ReadUser};
 use crate::controller::service_user::finalizer;
 use crate::controller::triggers::reference;
 use crate::domain::facts::Facts;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::StoredLedger;
-use crate::domain::key_rotation::{self, KeyState};
+use crate::domain::key_rotation::KeyState;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::Wanted;
 use crate::domain::plan;
@@ -311,6 +312,7 @@ fn available<L>(read: Result<Result<Option<L>, Reason>, ReadError>) -> Result<Re
 }
 
 /// Name of the Secret that holds the key ledger of the object with this UID.
+#[must_use]
 pub fn key_ledger_name(uid: &str) -> String {
     format!("{KEY_LEDGER_PREFIX}{uid}")
 }
@@ -322,18 +324,8 @@ pub fn role_ledger_name(uid: &str) -> String {
 
 /// The key that signs for the object.
 pub fn signer(ctx: &Context, id: &ObjectRef, facts: &Facts) -> Result<ServiceKey, Reason> {
-    // By a clock that is not trusted, nothing has expired.
-    let now = facts.clock.certain(ctx.clock.now());
-    let is_unusable = |key: &ServiceKey| {
-        let expired = key.expires.zip(now).is_some_and(|(expires, now)| expires <= now);
-        expired || ctx.keys.is_rejected_for_long(id, &key.key_id)
-    };
-    let key = key_rotation::signer(&facts.keys, facts.issuer(), is_unusable)?;
-    if facts.user.spec.user.is_some() && is_unusable(&key) {
-        // The administrator adds another one.
-        return Err(Reason::UserNotReady);
-    }
-    Ok(key)
+    let has_administrator = facts.user.spec.user.is_some();
+    key_rotation::signer(ctx, id, &facts.keys, facts.issuer(), facts.clock, has_administrator)
 }
 
 /// Whether the deletion of the object waits until the operator has removed what it made for it.

@@ -1,16 +1,15 @@
 //! One token request, in four steps: admit, send, classify, record.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 
 use crate::api::ZitadelInstance;
-use crate::controller::Context;
+use crate::controller::evidence::{Evidence, judge, record_evidence};
 use crate::controller::instance::connect;
 use crate::controller::service_user::act::Job;
-use crate::controller::service_user::key_session::note_rejection;
+use crate::controller::session::note_rejection;
 use crate::domain::answer::{Expected, Minted, accept};
 use crate::domain::clock_skew::is_news;
 use crate::domain::facts::Outcome;
@@ -19,7 +18,7 @@ use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::{self, MintRequest};
 use crate::domain::reason::Reason;
 use crate::domain::secret_draft;
-use crate::domain::time::shifted;
+use crate::domain::time::later;
 use crate::zitadel::{Exchanged, Permit, ZitadelClient};
 
 /// A request that may be sent.
@@ -38,15 +37,6 @@ enum SendError {
     Discovery(Failure),
     /// The token request failed, or a prerequisite: the key, the project id, a policy.
     Request(Failure),
-}
-
-/// What a request says about the host.
-#[derive(Clone, Copy)]
-pub(super) enum Evidence {
-    Healthy,
-    Failure(Failure),
-    DiscoveryFailure(Failure),
-    Nothing,
 }
 
 /// A response, judged.
@@ -193,47 +183,4 @@ impl Job<'_> {
         let may = self.ctx.writer.leadership().may_begin();
         may.then_some(()).ok_or(Reason::NotLeading)
     }
-}
-
-/// The reason of a failed token request, and what it says about the host. Discovery tells a refused key from an outage.
-pub(super) async fn judge(ctx: &Context, client: &ZitadelClient, failure: Failure) -> (Reason, Evidence) {
-    let mut discovery_works = false;
-    if failure.is_ambiguous() {
-        let discovered = client.discover().await.map(drop);
-        discovery_works = discovered.is_ok();
-        ctx.record_discovery(client, discovered);
-    }
-    let evidence = match failure {
-        _ if discovery_works => Evidence::Nothing,
-        Failure::Known(_) => Evidence::Nothing,
-        _ if failure.is_refusal() => Evidence::Healthy,
-        _ => Evidence::Failure(failure),
-    };
-    (classify(failure, discovery_works), evidence)
-}
-
-/// Tells the circuit breaker what a token request says about the host. Returns whether the status of the instance may be
-/// outdated.
-pub(super) fn record_evidence(ctx: &Context, client: &ZitadelClient, permit: Permit, evidence: Evidence) -> bool {
-    let name = &client.settings().name;
-    match evidence {
-        Evidence::Healthy => {
-            if permit.record_success() {
-                ctx.breaker_closed(client.limits().breaker());
-            }
-            // Service users may wait for an instance that is not Ready.
-            return !ctx.connections.is_ready(name);
-        }
-        Evidence::Failure(failure) => permit.record_failure(failure, client.retry_in(failure)),
-        Evidence::DiscoveryFailure(failure) => {
-            permit.record_discovery_failure(name, failure, client.retry_in(failure));
-        }
-        Evidence::Nothing => drop(permit),
-    }
-    false
-}
-
-/// `time` plus `by`.
-pub(super) fn later(time: Timestamp, by: Duration) -> Timestamp {
-    shifted(time, SignedDuration::try_from(by).unwrap_or(SignedDuration::MAX))
 }

@@ -5,15 +5,11 @@ mod clean_up;
 mod finalizer;
 mod gather;
 mod grant;
-mod key_memory;
-mod key_session;
 mod lost_roles;
 mod memory;
 mod mint;
-mod other_keys;
 mod privileged;
 mod provision;
-mod remove_keys;
 mod revoke;
 mod roles;
 mod rotate;
@@ -22,12 +18,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use act::TIME_TO_WRITE;
-pub use key_memory::KeyMemory;
+pub use gather::{instance_of, key_ledger_name};
 pub use lost_roles::find as find_lost_roles;
 pub use memory::Memory;
+pub use provision::confirm;
 
 use crate::api::service_user::{READY, UP_TO_DATE, ZitadelServiceUserStatus};
 use crate::controller::Context;
+use crate::controller::key_rotation::Rotated;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
 use crate::domain::facts::Facts;
@@ -42,7 +40,6 @@ use crate::domain::role_report::{self, RoleOutcome};
 use gather::Gathered;
 use revoke::Present;
 use roles::Granted;
-use rotate::Rotated;
 
 /// Longest time for the Events of one reconcile.
 const TIME_FOR_EVENTS: Duration = Duration::from_secs(2);

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
-use crate::api::ZitadelInstance;
 use crate::api::metadata::METADATA_OWNER;
+use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::instance::admin::{Admin, Refused};
+use crate::controller::key_rotation::{Rotation, random};
 use crate::controller::service_user::act::is_current;
-use crate::controller::service_user::key_session::Stop;
-use crate::controller::service_user::rotate::{Rotation, random};
+use crate::controller::session::Stop;
 use crate::domain::access::Allowed;
 use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::facts::Facts;
@@ -34,20 +34,19 @@ impl From<Refused> for Stop {
     }
 }
 
-impl Rotation<'_> {
+impl Rotation<'_, Arc<ZitadelServiceUser>> {
     /// Makes sure that the user in `spec.user` exists in ZITADEL as the spec describes it.
     pub(super) async fn provision(&mut self, facts: &Facts, instance: &Arc<ZitadelInstance>) -> Result<(), Stop> {
         let Some(user) = &facts.user.spec.user else {
             return Ok(());
         };
         if self
-            .stored
-            .as_ref()
+            .stored()
             .is_some_and(|stored| stored.ledger.issuer != instance.spec.issuer)
         {
             return Err(Reason::OldKeysRemain.into());
         }
-        let managed = self.stored.as_ref().and_then(|stored| stored.ledger.managed.as_ref());
+        let managed = self.stored().and_then(|stored| stored.ledger.managed.as_ref());
         let exists = managed.is_some_and(|managed| managed.created);
         let Some(cluster) = self.ctx.cluster_name.as_deref() else {
             // The user still rotates its own keys.
@@ -106,7 +105,7 @@ impl Rotation<'_> {
         now: Timestamp,
     ) -> Result<(), Stop> {
         let admin = self.session.administrator(instance, true).await?;
-        if self.stored.is_none() {
+        if self.stored().is_none() {
             self.set_finalizer(true).await?;
             let user_id = desired.existing_id.clone().or_else(random_id).ok_or(Reason::Internal)?;
             let instance_name = instance.metadata.name.as_deref().unwrap_or_default();
@@ -171,7 +170,7 @@ impl Rotation<'_> {
             self.ctx.metrics.user_changed(&instance.name_any(), false);
         } else {
             // Another owner has the user. The operator's keys of it are removed nevertheless.
-            self.remove_all(instance, ledger, None).await?;
+            self.remove_all(instance, ledger, false).await?;
             self.report_left_user(ledger).await;
         }
         Ok(())
@@ -193,7 +192,7 @@ impl Rotation<'_> {
             Err(Stop(outcome)) if outcome.reason == Reason::UserMissing => Ok(()),
             // Another owner has the user, or it removed its metadata.
             Err(Stop(outcome)) if [Reason::UserConflict, Reason::AdminForbidden].contains(&outcome.reason) => {
-                self.remove_all(instance, ledger, None).await
+                self.remove_all(instance, ledger, false).await
             }
             Err(stop) => Err(stop),
         }
@@ -236,7 +235,7 @@ async fn find(admin: &Admin, user_id: &str, managed: &Managed) -> Result<Found, 
 }
 
 /// The user, if it is the one that the operator created.
-pub(super) async fn confirm(admin: &Admin, user_id: &str, managed: &Managed, now: Timestamp) -> Result<User, Refused> {
+pub async fn confirm(admin: &Admin, user_id: &str, managed: &Managed, now: Timestamp) -> Result<User, Refused> {
     let reason = match find(admin, user_id, managed).await? {
         Found::Ours(user) => return Ok(user),
         Found::Foreign => return Err(Reason::UserConflict.into()),

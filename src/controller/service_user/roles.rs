@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
@@ -10,9 +9,9 @@ use crate::api::metadata::{LABEL_ROLE_LEDGER, ROLES_FINALIZER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
 use crate::controller::instance::admin::{Admin, Refused};
-use crate::controller::service_user::key_session::{Session, Stop};
+use crate::controller::ledger::{self, Place};
 use crate::controller::service_user::{finalizer, gather};
-use crate::controller::write::{LedgerRef, WriteError};
+use crate::controller::session::{Session, Stop};
 use crate::domain::key_rotation::Outcome;
 use crate::domain::manager_role::{RoleScope, WantedRoles, shown};
 use crate::domain::object_ref::ObjectRef;
@@ -22,9 +21,6 @@ use crate::domain::role_ledger::{RoleChange, RoleLedger, StoredRoles};
 use crate::domain::role_report::RoleOutcome;
 use crate::domain::time::shifted;
 use crate::zitadel::APIError;
-
-/// Longest time for the roles in one reconcile. The status of the tokens waits for it.
-const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// When to look again for a change that ZITADEL does not show yet.
 const SHOWN_SOON: SignedDuration = SignedDuration::from_secs(1);
@@ -136,27 +132,14 @@ impl<'a> Roles<'a> {
         self.ctx.tell(&self.user, "Grant", event).await;
     }
 
-    /// Writes the ledger, unless it is stored already. If another process wrote it meanwhile, this one stops.
-    pub(super) async fn store(&mut self, ledger: &RoleLedger) -> Result<(), RoleOutcome> {
-        if self.stored.as_ref().is_some_and(|stored| stored.ledger == *ledger) {
+    /// Writes the ledger, unless it is stored already.
+    pub(super) async fn store(&mut self, new: &RoleLedger) -> Result<(), RoleOutcome> {
+        if self.stored.as_ref().is_some_and(|stored| stored.ledger == *new) {
             return Ok(());
         }
-        let name = self.ledger_name();
-        let at = LedgerRef {
-            namespace: self.home()?,
-            name: &name,
-            label: LABEL_ROLE_LEDGER,
-            owner: self.uid(),
-            stored: self.stored.as_ref().map(|stored| stored.secret(&name)),
-        };
-        let written = self.ctx.writer.write_ledger(&at, ledger.data()).await;
-        let (uid, resource_version) = written.map_err(|error| self.write_failed(&error))?;
+        let stored = ledger::store(self.ctx, &self.place(), self.stored.as_ref(), new.clone(), new.data()).await?;
         self.ctx.memory.note_roles(self.id, self.uid(), true);
-        self.stored = Some(StoredRoles {
-            ledger: ledger.clone(),
-            uid,
-            resource_version,
-        });
+        self.stored = Some(stored);
         Ok(())
     }
 
@@ -168,47 +151,31 @@ impl<'a> Roles<'a> {
 
     pub(super) async fn drop_ledger(&mut self) -> Result<(), RoleOutcome> {
         if let Some(stored) = self.stored.take() {
-            let secret = stored.secret(&self.ledger_name());
-            let deleted = self.ctx.writer.delete_secret(self.home()?, &secret).await;
-            deleted.map_err(|error| self.write_failed(&error))?;
+            ledger::delete(self.ctx, &self.place(), &stored).await?;
             self.ctx.memory.note_roles(self.id, self.uid(), false);
         }
         Ok(())
     }
 
+    fn place(&self) -> Place<'_> {
+        Place {
+            id: self.id,
+            name: gather::role_ledger_name(self.uid()),
+            label: LABEL_ROLE_LEDGER,
+            key: self.uid(),
+        }
+    }
+
     pub(super) async fn set_finalizer(&mut self, present: bool) -> Result<(), RoleOutcome> {
         let written = finalizer::set(self.ctx, &mut self.user, ROLES_FINALIZER, present).await;
-        let written = written.map_err(|error| self.write_failed(&error))?;
-        self.written.extend(written);
+        self.written
+            .extend(written.map_err(|error| ledger::failed(self.id, &error))?);
         Ok(())
-    }
-
-    fn write_failed(&self, error: &WriteError) -> RoleOutcome {
-        error.log(self.id, "the role ledger or the finalizer");
-        error.reason_for_ledger().into()
-    }
-
-    fn home(&self) -> Result<&'a str, RoleOutcome> {
-        let namespace = self.ctx.operator_namespace.as_deref();
-        namespace.ok_or_else(|| Reason::LedgerUnavailable.into())
-    }
-
-    fn ledger_name(&self) -> String {
-        gather::role_ledger_name(self.uid())
     }
 
     pub(super) fn uid(&self) -> &str {
         self.user.metadata.uid.as_deref().unwrap_or_default()
     }
-}
-
-/// Ends a step that takes too long. Every step can be repeated. Boxed, because most objects have no roles and need no room
-/// for this.
-pub(super) fn in_time<T>(
-    step: impl Future<Output = Result<T, RoleOutcome>>,
-) -> impl Future<Output = Result<T, RoleOutcome>> {
-    let step = tokio::time::timeout(TIMEOUT, Box::pin(step));
-    async { step.await.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into())) }
 }
 
 /// ZITADEL may show a change soon, and certainly does at `until`. The operator asks again after as long as it has waited.

@@ -31,10 +31,11 @@ use crate::cli::run::{RECONCILE_TIMEOUT, after_clock_jump, queue_of_instances, q
 use crate::controller::cache::Cache;
 use crate::controller::instance::{self, Connections};
 use crate::controller::key_generator::KeyGenerator;
+use crate::controller::key_rotation::KeyMemory;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Load;
 use crate::controller::read::Reader;
-use crate::controller::service_user::{self, KeyMemory, Memory};
+use crate::controller::service_user::{self, Memory};
 use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests};
@@ -107,6 +108,8 @@ struct State {
     reconcile_began: Duration,
     /// Value of `events` at the start of the current reconcile.
     events_at_reconcile: usize,
+    /// Value of `undetected_clock_step` at the start of the current reconcile, which plans by one estimate of the clock.
+    clock_step_at_reconcile: Duration,
     requests_since_event: usize,
     violations: Vec<String>,
 }
@@ -171,6 +174,7 @@ impl State {
     fn reconcile_begins(&mut self) {
         self.reconcile_began = self.elapsed();
         self.events_at_reconcile = self.events;
+        self.clock_step_at_reconcile = self.undetected_clock_step;
     }
 }
 
@@ -423,6 +427,7 @@ impl World {
             reconciles: 0,
             reconcile_began: Duration::ZERO,
             events_at_reconcile: 0,
+            clock_step_at_reconcile: Duration::ZERO,
             requests_since_event: 0,
             violations: Vec::new(),
         };

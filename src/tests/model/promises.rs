@@ -187,7 +187,8 @@ impl State {
             self.violation(format!("a token is requested with the old key {}", issued.key_id));
         }
         // The operator goes by its estimate of the server's clock, which is wrong while a step is undetected.
-        let latest = now + SLACK.min(Duration::from_secs(2)) + self.undetected_clock_step;
+        let clock_step = self.undetected_clock_step.max(self.clock_step_at_reconcile);
+        let latest = now + SLACK.min(Duration::from_secs(2)) + clock_step;
         let is_due = |state: &Self, token: &Token| {
             let last = state.entries.get(&token.name).and_then(|entry| entry.last.as_ref());
             last.into_iter()

@@ -412,12 +412,17 @@ async fn stolen_service_account_token_can_write_only_key_ledgers_in_its_own_name
     let own: Api<Secret> = Api::namespaced(stolen.clone(), &home);
     let ledger = json!({"metadata": {"name": format!("service-user-key-{UID}"), "labels": {"zitadel-tokens.dev/key-ledger": UID}}});
     assert_eq!(create(&own, ledger.clone()).await, Ok(()));
+    let label = json!({"zitadel-tokens.dev/key-ledger": "main"});
+    let of_admin = json!({"metadata": {"name": "admin-key-main", "labels": label}});
+    assert_eq!(create(&own, of_admin.clone()).await, Ok(()));
+    let of_another = with(&of_admin, "/metadata/name", json!("admin-key-other"));
     let another = with(&ledger, "/metadata/name", json!("zitadel-admin"));
     let unlabelled = with(&ledger, "/metadata/labels", json!({}));
     let typed = merged(&ledger, &json!({"type": "example.com/other"}));
     for (secret, message) in [
         (owned, "only Secrets with its own keys"),
         (another, "only Secrets with its own keys"),
+        (of_another, "only Secrets with its own keys"),
         (unlabelled, "only Secrets with its own keys"),
         (typed, "only Secrets of type Opaque"),
     ] {
@@ -432,6 +437,10 @@ async fn stolen_service_account_token_can_write_only_key_ledgers_in_its_own_name
     let refused = own.delete("zitadel-admin", &DeleteParams::default()).await;
     let refused = refused.expect_err("refused").to_string();
     assert!(refused.contains("only Secrets with its own keys"), "{refused}");
+    let secret = serde_json::from_value(of_admin).expect("a Secret");
+    admins.create(&PostParams::default(), &secret).await.expect("created");
+    let deleted = own.delete("admin-key-main", &DeleteParams::default()).await;
+    deleted.expect("a ledger");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,5 @@
-//! Requests about the keys of one ZITADEL user, with a token for ZITADEL's own API. The token lives as long as the
-//! session, at most one reconcile, and is written nowhere.
+//! Requests about one ZITADEL user and its keys, with a token for ZITADEL's own API. The token lives as long as the session,
+//! at most one reconcile, and is written nowhere.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,27 +10,32 @@ use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
 use crate::controller::Context;
+use crate::controller::evidence::{Evidence, judge, record_evidence};
 use crate::controller::instance::admin::Admin;
 use crate::controller::instance::connect;
-use crate::controller::service_user::mint::{Evidence, judge, later, record_evidence};
-use crate::controller::service_user::provision::confirm;
+use crate::controller::service_user::confirm;
 use crate::domain::failure::classify;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::{Ledger, ListedKey};
 use crate::domain::key_rotation::Outcome;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
+use crate::domain::time::later;
 use crate::zitadel::{APIError, APIToken, ZitadelClient};
 
 /// How long the administrator sends nothing to a host whose circuit breaker is open.
 const WHILE_OPEN: Duration = Duration::from_secs(10);
 
+/// Longest time for the keys, or for the roles, of an object in one reconcile. The status of its tokens waits for it.
+const TIMEOUT: Duration = Duration::from_mins(2);
+
 /// Why a step could not be done.
-pub(super) struct Stop(pub(super) Outcome);
+pub struct Stop(pub Outcome);
 
 impl Stop {
     /// The step was not attempted. It is due at this time.
-    pub(super) fn deferred(reason: Reason, at: Timestamp) -> Self {
+    #[must_use]
+    pub fn deferred(reason: Reason, at: Timestamp) -> Self {
         Self(Outcome {
             not_before: Some(at),
             ..Outcome::deferred(reason)
@@ -55,7 +60,7 @@ impl From<APIError> for Stop {
 }
 
 /// A session at ZITADEL's API.
-pub(super) struct Session<'a> {
+pub struct Session<'a> {
     ctx: &'a Context,
     id: &'a ObjectRef,
     open: Option<Open>,
@@ -73,7 +78,7 @@ struct Open {
 
 /// The signer of requests about the keys of a user.
 #[derive(Clone)]
-pub(super) enum Signer {
+pub enum Signer {
     /// The user itself, with this key.
     Key(ServiceKey),
     /// The administrator of the instance: the user has no key that works.
@@ -82,7 +87,8 @@ pub(super) enum Signer {
 
 impl Signer {
     /// The id of the key, or an empty one.
-    pub(super) fn key_id(&self) -> &str {
+    #[must_use]
+    pub fn key_id(&self) -> &str {
         match self {
             Self::Key(key) => &key.key_id,
             Self::Admin => "",
@@ -91,7 +97,8 @@ impl Signer {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(ctx: &'a Context, id: &'a ObjectRef) -> Self {
+    /// A session that is not open yet.
+    pub fn new(ctx: &'a Context, id: &'a ObjectRef) -> Self {
         Self {
             ctx,
             id,
@@ -101,28 +108,28 @@ impl<'a> Session<'a> {
     }
 
     /// Number of requests so far.
-    pub(super) fn requests(&self) -> usize {
+    pub fn requests(&self) -> usize {
         self.requests.load(Ordering::Relaxed)
     }
 
     /// The key that the session was opened with.
-    pub(super) fn key_id(&self) -> Option<&str> {
+    pub fn key_id(&self) -> Option<&str> {
         self.open.as_ref()?.key_id.as_deref()
     }
 
     /// Drops the token.
-    pub(super) fn close(&mut self) {
+    pub fn close(&mut self) {
         self.open = None;
     }
 
     /// Requests a token with `key`, unless the session has one.
-    pub(super) async fn open(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey) -> Result<(), Stop> {
+    pub async fn open(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey) -> Result<(), Stop> {
         self.request(instance, key, true).await
     }
 
     /// The same after [`Self::administrator`], which has claimed the requests of this reconcile. An object that is throttled
     /// would otherwise never get both.
-    pub(super) async fn open_too(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey) -> Result<(), Stop> {
+    pub async fn open_too(&mut self, instance: &Arc<ZitadelInstance>, key: &ServiceKey) -> Result<(), Stop> {
         self.request(instance, key, false).await
     }
 
@@ -184,7 +191,7 @@ impl<'a> Session<'a> {
     }
 
     /// Opens the session as the administrator, for the keys of the user that the ledger names.
-    pub(super) async fn open_admin(
+    pub async fn open_admin(
         &mut self,
         instance: &Arc<ZitadelInstance>,
         ledger: &Ledger,
@@ -212,7 +219,7 @@ impl<'a> Session<'a> {
 
     /// Begins a session of the administrator. If it `claims`, it counts like a token request of the object, so that changes in
     /// a loop do not cost the server more.
-    pub(super) async fn administrator(&self, instance: &Arc<ZitadelInstance>, claims: bool) -> Result<Admin, Stop> {
+    pub async fn administrator(&self, instance: &Arc<ZitadelInstance>, claims: bool) -> Result<Admin, Stop> {
         let ctx = self.ctx;
         let now = ctx.connections.skew(&instance.name_any()).theirs(ctx.clock.now());
         let defer = |reason, wait| Stop::deferred(reason, later(now, wait));
@@ -228,7 +235,7 @@ impl<'a> Session<'a> {
     }
 
     /// Counts a request and waits for it, as long as this process is the leader and has time for it.
-    pub(super) async fn ask<T, E>(&self, request: impl Future<Output = Result<T, E>>) -> Result<T, Stop>
+    pub async fn ask<T, E>(&self, request: impl Future<Output = Result<T, E>>) -> Result<T, Stop>
     where
         Stop: From<E>,
     {
@@ -237,7 +244,7 @@ impl<'a> Session<'a> {
     }
 
     /// Waits for requests, as long as this process is the leader.
-    pub(super) async fn leading<T, E>(&self, requests: impl Future<Output = Result<T, E>>) -> Result<T, Stop>
+    pub async fn leading<T, E>(&self, requests: impl Future<Output = Result<T, E>>) -> Result<T, Stop>
     where
         Stop: From<E>,
     {
@@ -248,7 +255,7 @@ impl<'a> Session<'a> {
     }
 
     /// All keys of the user. The list counts only if it has the key of the session: otherwise it may be cut short.
-    pub(super) async fn list(&self) -> Result<Vec<ListedKey>, Stop> {
+    pub async fn list(&self) -> Result<Vec<ListedKey>, Stop> {
         let open = self.begin()?;
         let listed = self.leading(open.client.list_keys(&open.token, &open.user_id)).await?;
         let has_signer = |id: &String| listed.iter().any(|key| key.key_id == *id);
@@ -260,28 +267,28 @@ impl<'a> Session<'a> {
     }
 
     /// Adds a public key (PEM). Returns its id.
-    pub(super) async fn add(&self, public: &str, expires: Timestamp) -> Result<String, Stop> {
+    pub async fn add(&self, public: &str, expires: Timestamp) -> Result<String, Stop> {
         let open = self.begin()?;
         let added = open.client.add_key(&open.token, &open.user_id, public, expires);
         self.leading(added).await
     }
 
     /// Removes a key.
-    pub(super) async fn remove(&self, key_id: &str) -> Result<(), Stop> {
+    pub async fn remove(&self, key_id: &str) -> Result<(), Stop> {
         let open = self.begin()?;
         let removed = open.client.remove_key(&open.token, &open.user_id, key_id);
         self.leading(removed).await
     }
 
     /// The number of the user's personal access tokens.
-    pub(super) async fn count_personal_tokens(&self) -> Result<usize, Stop> {
+    pub async fn count_personal_tokens(&self) -> Result<usize, Stop> {
         let open = self.begin()?;
         let counted = open.client.count_personal_tokens(&open.token, &open.user_id);
         self.leading(counted).await
     }
 
     /// The id of the user that the token of the session belongs to.
-    pub(super) async fn who_am_i(&self) -> Result<String, Stop> {
+    pub async fn who_am_i(&self) -> Result<String, Stop> {
         let open = self.begin()?;
         self.leading(open.client.who_am_i(&open.token)).await
     }
@@ -301,14 +308,15 @@ impl<'a> Session<'a> {
     }
 }
 
+/// Ends steps that take too long. Every step can be repeated. Boxed, because most objects have neither keys nor roles of the
+/// operator and need no room for this.
+pub fn in_time<T, E: From<Reason>>(steps: impl Future<Output = Result<T, E>>) -> impl Future<Output = Result<T, E>> {
+    let steps = tokio::time::timeout(TIMEOUT, Box::pin(steps));
+    async { steps.await.unwrap_or_else(|_| Err(Reason::InstanceUnreachable.into())) }
+}
+
 /// Counts a rejection of a key, unless the server may be out of order.
-pub(super) async fn note_rejection(
-    ctx: &Context,
-    client: &ZitadelClient,
-    id: &ObjectRef,
-    key_id: &str,
-    reason: Reason,
-) {
+pub async fn note_rejection(ctx: &Context, client: &ZitadelClient, id: &ObjectRef, key_id: &str, reason: Reason) {
     if reason != Reason::KeyRejected {
         return;
     }

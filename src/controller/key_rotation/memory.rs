@@ -1,4 +1,4 @@
-//! What this process remembers about keys: which ids each service user uses, and which keys ZITADEL rejects. After a
+//! What this process remembers about keys: which ids each object uses, and which keys ZITADEL rejects. After a
 //! restart no key counts as rejected, and what other objects use is read again.
 
 use std::collections::{BTreeMap, BTreeSet};

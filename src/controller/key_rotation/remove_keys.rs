@@ -5,32 +5,28 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::api::ZitadelInstance;
-use crate::api::service_user::ZitadelServiceUserSpec;
-use crate::controller::read::ReadError;
-use crate::controller::service_user::gather;
-use crate::controller::service_user::key_session::Stop;
-use crate::controller::service_user::rotate::Rotation;
-use crate::domain::facts::Facts;
+use crate::controller::key_rotation::{Holder, Rotation};
+use crate::controller::service_user::instance_of;
+use crate::controller::session::Stop;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::Ledger;
 use crate::domain::key_rotation;
 use crate::domain::reason::Reason;
-use crate::domain::validate;
 
-impl Rotation<'_> {
+impl<H: Holder> Rotation<'_, H> {
     /// Removes the keys of the former user or issuer with one of them.
-    pub(super) async fn remove_former(&mut self, facts: &Facts, present: &Arc<ZitadelInstance>) -> Result<(), Stop> {
+    pub(super) async fn remove_former(&mut self, present: &Arc<ZitadelInstance>) -> Result<(), Stop> {
         let ledger = self.ledger()?;
-        if gather::is_abandoned(&self.user) {
+        if self.holder.is_abandoned() {
             self.report_left_keys(&ledger).await;
             return self.drop_ledger().await;
         }
         // A key that was put in by mistake must not cost the keys that work.
-        let bootstrap = facts.keys.bootstrap.clone()?;
+        let bootstrap = self.keys.bootstrap.clone()?;
         self.session.open(present, &bootstrap).await?;
         let instance = self.instance_of(&ledger, Some(present));
         let instance = instance.ok_or(Reason::OldKeysRemain)?;
-        let removed = self.remove_all(&instance, &ledger, None).await;
+        let removed = self.remove_all(&instance, &ledger, false).await;
         removed.map_err(|Stop(outcome)| match outcome.reason {
             Reason::KeyRejected | Reason::UserInactive => Stop::from(Reason::OldKeysRemain),
             _ => Stop(outcome),
@@ -50,34 +46,37 @@ impl Rotation<'_> {
             Reason::KeyRejected => Stop::from(Reason::BootstrapKeyNeeded),
             _ => Stop(outcome),
         })?;
+        // After a crash, the operator must not sign with a key that it has removed.
+        let mut ledger = ledger;
+        ledger.give_way_to(bootstrap);
+        self.store(ledger.clone()).await?;
         self.remove_own(instance, &ledger).await?;
         self.drop_ledger().await
     }
 
     /// The instance that the keys of the ledger belong to.
-    pub(super) fn instance_of(
+    pub(in crate::controller) fn instance_of(
         &self,
         ledger: &Ledger,
         present: Option<&Arc<ZitadelInstance>>,
     ) -> Option<Arc<ZitadelInstance>> {
-        gather::instance_of(self.ctx, &ledger.instance, &ledger.issuer, present)
+        instance_of(self.ctx, &ledger.instance, &ledger.issuer, present)
     }
 
-    /// Removes all keys of the ledger at ZITADEL, with the first of them that still works, or else with the bootstrap key.
-    pub(super) async fn remove_all(
+    /// Removes all keys of the ledger at ZITADEL, with the first of them that still works, or else with the bootstrap key if
+    /// it may be used.
+    pub(in crate::controller) async fn remove_all(
         &mut self,
         instance: &Arc<ZitadelInstance>,
         ledger: &Ledger,
-        bootstrap: Option<&ZitadelServiceUserSpec>,
+        with_bootstrap: bool,
     ) -> Result<(), Stop> {
         // It may be open for another user.
         self.session.close();
         let mut keys: Vec<ServiceKey> = ledger.own().filter_map(|own| ledger.service_key(own)).collect();
         let mut rejected = self.open_first(instance, &keys).await?;
-        if self.session.key_id().is_none()
-            && let Some(spec) = bootstrap
-        {
-            let bootstrap = self.bootstrap_key(spec).await?;
+        if self.session.key_id().is_none() && with_bootstrap {
+            let bootstrap = self.holder.bootstrap_key(self.ctx).await?;
             let bootstrap: Vec<_> = bootstrap
                 .into_iter()
                 .filter(|key| key.user_id == ledger.user_id)
@@ -114,21 +113,12 @@ impl Rotation<'_> {
         Ok(rejected)
     }
 
-    /// The key in the Secret of the spec, if there is a usable one.
-    async fn bootstrap_key(&self, spec: &ZitadelServiceUserSpec) -> Result<Option<ServiceKey>, Stop> {
-        let reference = spec.key_secret_ref.as_ref();
-        let Some(reference) = reference.filter(|_| validate::key_source(spec).is_ok()) else {
-            return Ok(None);
-        };
-        match self.ctx.reader.key(&self.id.namespace, reference).await {
-            Ok(key) => Ok(key.ok()),
-            Err(ReadError::Forbidden) => Err(Reason::SecretsForbidden.into()),
-            Err(ReadError::Unavailable) => Err(Reason::APIServerUnavailable.into()),
-        }
-    }
-
     /// Removes all keys of the ledger with the present token: that of the token last.
-    pub(super) async fn remove_own(&mut self, instance: &Arc<ZitadelInstance>, ledger: &Ledger) -> Result<(), Stop> {
+    pub(in crate::controller) async fn remove_own(
+        &mut self,
+        instance: &Arc<ZitadelInstance>,
+        ledger: &Ledger,
+    ) -> Result<(), Stop> {
         let listed = match self.session.list().await {
             Ok(listed) => listed,
             // Those whose ids are known can be removed nevertheless.
@@ -153,7 +143,7 @@ impl Rotation<'_> {
     }
 
     /// Names the keys that stay at ZITADEL.
-    pub(super) async fn report_left_keys(&self, ledger: &Ledger) {
+    pub(in crate::controller) async fn report_left_keys(&self, ledger: &Ledger) {
         let (keys, user_id) = (ledger.left_keys().join(", "), &ledger.user_id);
         if keys.is_empty() {
             return;

@@ -1,0 +1,81 @@
+//! Reads the admin credential of an instance: a personal access token, or the key in its Secret and those that the operator
+//! made instead of it.
+
+use kube::ResourceExt;
+use secrecy::SecretString;
+
+use crate::api::ZitadelInstance;
+use crate::api::metadata::ADMIN_LEDGER_PREFIX;
+use crate::controller::Context;
+use crate::controller::key_rotation;
+use crate::controller::read::ReadError;
+use crate::controller::triggers::reference;
+use crate::domain::admin_credential::{self, AdminCredential};
+use crate::domain::key::ServiceKey;
+use crate::domain::key_ledger::Ledger;
+use crate::domain::key_rotation::KeyState;
+use crate::domain::reason::Reason;
+
+/// A credential as it is stored.
+pub enum Credential {
+    /// Keys, with which the operator requests tokens.
+    Keys(Box<KeyState>),
+    /// A personal access token, and whether the operator holds keys nevertheless.
+    Token(SecretString, bool),
+}
+
+impl Credential {
+    /// The id of the key that signs.
+    pub fn key_id(&self, ctx: &Context, instance: &ZitadelInstance) -> Option<String> {
+        match self {
+            Self::Keys(keys) => signer(ctx, instance, keys).ok().map(|key| key.key_id),
+            Self::Token(..) => None,
+        }
+    }
+
+    /// The operator's keys.
+    #[must_use]
+    pub fn ledger(&self) -> Option<&Ledger> {
+        match self {
+            Self::Keys(keys) => keys.ledger.as_ref().ok()?.as_ref().map(|stored| &stored.ledger),
+            Self::Token(..) => None,
+        }
+    }
+}
+
+/// Reads the credential. The annotations of its Secret also say where the operator's own keys may be sent to.
+pub async fn read(ctx: &Context, instance: &ZitadelInstance) -> Result<Credential, Reason> {
+    let credential = instance.spec.admin_credential.as_ref();
+    let secret = &credential.ok_or(Reason::CredentialMissing)?.secret_ref;
+    let namespace = ctx.operator_namespace.as_deref().ok_or(Reason::CredentialMissing)?;
+    let read = ctx.reader.credential(namespace, &secret.name, secret.key.as_deref());
+    let (annotations, entry) = read.await.map_err(unreadable)?.ok_or(Reason::CredentialMissing)?;
+    let credential = admin_credential::read(&annotations, entry.as_ref(), &instance.name_any(), &instance.spec)?;
+    let name = format!("{ADMIN_LEDGER_PREFIX}{}", instance.name_any());
+    let ledger = ctx.reader.key_ledger(namespace, &name).await.map_err(unreadable)?;
+    Ok(match credential {
+        AdminCredential::Token(token) => {
+            ctx.keys.forget(&reference(instance));
+            Credential::Token(token, !matches!(ledger, Ok(None)))
+        }
+        AdminCredential::Key(key) => {
+            let bootstrap = Ok(*key);
+            let keys = KeyState { bootstrap, ledger };
+            ctx.keys.uses(&reference(instance), &keys);
+            Credential::Keys(Box::new(keys))
+        }
+    })
+}
+
+fn unreadable(error: ReadError) -> Reason {
+    match error {
+        ReadError::Forbidden => Reason::CredentialMissing,
+        ReadError::Unavailable => Reason::APIServerUnavailable,
+    }
+}
+
+/// The key that signs for the administrator.
+pub fn signer(ctx: &Context, instance: &ZitadelInstance, keys: &KeyState) -> Result<ServiceKey, Reason> {
+    let skew = ctx.connections.skew(&instance.name_any());
+    key_rotation::signer(ctx, &reference(instance), keys, &instance.spec.issuer, skew, false)
+}

@@ -1,0 +1,108 @@
+//! Rotates the key of the administrator of an instance.
+
+use std::sync::Arc;
+
+use kube::ResourceExt;
+
+use crate::api::ZitadelInstance;
+use crate::api::metadata::ADMIN_LEDGER_PREFIX;
+use crate::controller::Context;
+use crate::controller::instance::credential::Credential;
+use crate::controller::key_rotation::{Holder, Rotation, Terms};
+use crate::controller::session::{Stop, in_time};
+use crate::controller::write::WriteError;
+use crate::domain::facts::rotate_request;
+use crate::domain::key::ServiceKey;
+use crate::domain::key_rotation::{Outcome, Schedule};
+use crate::domain::object_ref::ObjectRef;
+use crate::domain::reason::Reason;
+use crate::domain::report::EventDraft;
+
+impl Holder for Arc<ZitadelInstance> {
+    const LEDGER_PREFIX: &str = ADMIN_LEDGER_PREFIX;
+
+    /// The name: an instance that is deleted and created again still has a key that works.
+    fn ledger_key(&self) -> &str {
+        self.metadata.name.as_deref().unwrap_or_default()
+    }
+
+    /// The ledger outlives the instance.
+    async fn set_finalizer(&mut self, _: &Context, _: bool) -> Result<Option<String>, WriteError> {
+        Ok(None)
+    }
+
+    async fn bootstrap_key(&self, _: &Context) -> Result<Option<ServiceKey>, Stop> {
+        Ok(None)
+    }
+
+    fn is_abandoned(&self) -> bool {
+        false
+    }
+
+    async fn tell(&self, _: &Context, event: EventDraft) {
+        // Nobody looks for Events of a cluster-scoped object, which are in the namespace `default`.
+        let (object, reason) = (self.name_any(), event.reason);
+        if event.warning {
+            tracing::warn!(object, %reason, "the key of the administrator: {}", event.text);
+        } else {
+            tracing::info!(object, %reason, "the key of the administrator: {}", event.text);
+        }
+    }
+}
+
+/// The schedule of the admin credential, or why there is none. `None` if its key is not rotated.
+pub fn schedule(instance: &ZitadelInstance) -> Option<Result<Schedule, Reason>> {
+    let rotation = instance.spec.admin_credential.as_ref()?.key_rotation.as_ref()?;
+    Some(Schedule::of(rotation).ok_or(Reason::KeyRotationInvalid))
+}
+
+/// How the rotation stands while ZITADEL does not accept the credential for this reason. Nothing if the key is not rotated.
+pub fn waits(instance: &ZitadelInstance, credential: Option<&Credential>, reason: Reason) -> Option<Outcome> {
+    // Without a usable ledger, that is the more important reason.
+    let damaged = match credential {
+        Some(Credential::Keys(keys)) => keys.ledger.as_ref().err().copied(),
+        _ => None,
+    };
+    let holds_keys = credential.is_some_and(|credential| credential.ledger().is_some());
+    let rotates = schedule(instance).is_some() || holds_keys || damaged.is_some();
+    rotates.then(|| Outcome::waiting(damaged.unwrap_or(reason)))
+}
+
+/// Does what is due of the rotation, and updates the keys. Returns nothing if the key is not rotated.
+pub async fn rotate(
+    ctx: &Context,
+    id: &ObjectRef,
+    instance: &Arc<ZitadelInstance>,
+    credential: &mut Credential,
+) -> Option<Outcome> {
+    let schedule = schedule(instance);
+    let keys = match credential {
+        Credential::Keys(keys) => keys,
+        Credential::Token(_, holds_keys) => {
+            return (schedule.is_some() || *holds_keys).then(|| Outcome::new(Reason::KeyFileNeeded));
+        }
+    };
+    let schedule = match schedule {
+        None if matches!(keys.ledger, Ok(None)) => return None,
+        None => None,
+        Some(Ok(schedule)) => Some(schedule),
+        Some(Err(reason)) => return Some(Outcome::new(reason)),
+    };
+    let mut rotation = Rotation::new(ctx, id, instance.clone(), (**keys).clone());
+    let is_current = || ctx.cache.instance(&id.name).is_ok_and(|now| now.spec == instance.spec);
+    let terms = Terms {
+        instance: instance.clone(),
+        schedule,
+        request: rotate_request(&instance.metadata),
+        has_administrator: false,
+        is_current: &is_current,
+    };
+    let advanced = in_time(rotation.advance(&terms)).await;
+    let outcome = advanced.unwrap_or_else(|Stop(outcome)| Some(outcome));
+    **keys = rotation.keys.clone();
+    let rotated = rotation.ended(outcome, ctx.server_time(instance));
+    if !rotated.wants_key {
+        ctx.key_generator.forget(id);
+    }
+    rotated.outcome
+}
