@@ -9,11 +9,11 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
-use crate::controller::Context;
 use crate::controller::evidence::{Evidence, judge, record_evidence};
 use crate::controller::instance::admin::Admin;
 use crate::controller::instance::connect;
 use crate::controller::service_user::confirm;
+use crate::controller::{Context, Requests};
 use crate::domain::failure::classify;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::{Ledger, ListedKey};
@@ -63,6 +63,7 @@ impl From<APIError> for Stop {
 pub struct Session<'a> {
     ctx: &'a Context,
     id: &'a ObjectRef,
+    limit: &'a Requests,
     open: Option<Open>,
     requests: AtomicUsize,
 }
@@ -97,11 +98,12 @@ impl Signer {
 }
 
 impl<'a> Session<'a> {
-    /// A session that is not open yet.
-    pub fn new(ctx: &'a Context, id: &'a ObjectRef) -> Self {
+    /// A session that is not open yet. The object may open sessions within `limit`.
+    pub fn new(ctx: &'a Context, id: &'a ObjectRef, limit: &'a Requests) -> Self {
         Self {
             ctx,
             id,
+            limit,
             open: None,
             requests: AtomicUsize::new(0),
         }
@@ -148,12 +150,12 @@ impl<'a> Session<'a> {
         self.open = None;
         let defer = |reason, wait| Stop::deferred(reason, later(client.skew().theirs(ctx.clock.now()), wait));
         if claims {
-            let claimed = ctx.requests.claim(self.id);
+            let claimed = self.limit.claim(self.id);
             claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
         }
         let permit = client.limits().breaker().admit(self.id).map_err(|open| {
             if claims {
-                ctx.requests.give_back(self.id);
+                self.limit.give_back(self.id);
             }
             defer(open.reason, open.retry_in)
         })?;
@@ -228,7 +230,7 @@ impl<'a> Session<'a> {
             return Err(defer(Reason::InstanceUnreachable, WHILE_OPEN));
         }
         if claims {
-            let claimed = ctx.requests.claim(self.id);
+            let claimed = self.limit.claim(self.id);
             claimed.map_err(|wait| defer(Reason::RequestsThrottled, wait))?;
         }
         self.ask(Admin::of(ctx, instance)).await

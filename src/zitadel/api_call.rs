@@ -14,11 +14,12 @@ use crate::zitadel::client::ZitadelClient;
 use crate::zitadel::http::Answer;
 use crate::zitadel::transport::Call;
 
-/// Entries of a page. The server's limit is 1000, and its default 100. A page of 250 manager roles has about 110 kB.
-const PAGE: usize = 250;
+/// Entries of a page. The server's limit is 1000, and its default 100. Names chosen to be long must not make a page longer
+/// than a response may be (256 KiB): a manager with the longest names has less than 5 kB.
+const PAGE: usize = 50;
 
 /// Most pages of a list.
-const MOST_PAGES: usize = 4;
+const MOST_PAGES: usize = 20;
 
 /// With this many entries, a list is not complete.
 pub const MOST_LISTED: usize = PAGE * MOST_PAGES;

@@ -549,6 +549,83 @@ async fn tenant_cannot_keep_a_role() {
     revoked().await;
 }
 
+/// ZITADEL replaces all roles of a user in an organization with each change.
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_with_one_user_do_not_write_back_each_others_roles() {
+    let (managed, organization) = owned("shared").await;
+    let world = &managed.world;
+    world.issuer.settings(json!({"projectionLagMillis": 1_000})).await;
+    let all = ["ORG_OWNER_VIEWER", "ORG_SETTINGS_MANAGER"];
+    managed.allow_roles(json!([allowed_on(&organization, &all)])).await;
+    let user = key_user(&managed).await;
+    for (name, role) in ["billing", "orders"].into_iter().zip(all) {
+        managed
+            .with_roles(name, &user, json!([roles_on(&organization, &[role])]))
+            .await;
+        managed.roles_are(name, "True", "ManagerRolesGranted").await;
+    }
+    has(&managed, &user.id, &organization, &all).await;
+    // Each of them still sees the role of the other one in ZITADEL, for some time.
+    for name in ["billing", "orders"] {
+        world.delete(name).await;
+    }
+    for name in ["billing", "orders"] {
+        world.user_gone(name).await;
+    }
+    has(&managed, &user.id, &organization, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn next_process_revokes_the_roles_of_an_unreadable_object() {
+    let (managed, organization) = owned("restart").await;
+    let allowed = json!([allowed_on(&organization, &["ORG_OWNER"])]);
+    managed.allow_roles(allowed).await;
+    let user = key_user(&managed).await;
+    let entry = json!([roles_on(&organization, &["ORG_OWNER"])]);
+    managed.with_roles("billing", &user, entry).await;
+    managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+    managed.operator.terminate().await;
+    let text = "\u{1}".repeat(16_000);
+    let mut large = one_token("billing-token");
+    large["tokens"][0]["secret"]["template"] = json!({"a": text, "b": text, "c": text, "d": text});
+    managed.world.merge("billing", json!({"spec": large})).await;
+    let operator = managed.world.rotating_operator_with(&CLUSTER).await;
+    let managed = Managed { operator, ..managed };
+    managed.world.ready("billing", "False", "ObjectUnreadable").await;
+    has(&managed, &user.id, &organization, &["ORG_OWNER"]).await;
+    managed.allow_roles(json!([])).await;
+    has(&managed, &user.id, &organization, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn token_requests_do_not_delay_a_withdrawn_privilege() {
+    let (managed, _) = owned("starved").await;
+    let world = &managed.world;
+    // The organization of the administrator is privileged.
+    let organization = managed.organization.clone();
+    let mut allowed = allowed_on(&organization, &["ORG_OWNER"]);
+    allowed["allowPrivileged"] = json!(true);
+    managed.allow_roles(json!([allowed])).await;
+    let user = key_user(&managed).await;
+    let entry = json!([roles_on(&organization, &["ORG_OWNER"])]);
+    managed.with_roles("billing", &user, entry).await;
+    managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+    // Tokens ask for more than the object may request.
+    for round in 0..5 {
+        let scope = if round % 2 == 0 { "openid" } else { "profile" };
+        let token = |i| json!({"name": format!("t{i}"), "projectIDs": ["1"], "scopes": [scope], "secret": {"name": format!("s{i}")}});
+        let tokens: Vec<Value> = (0..16).map(token).collect();
+        world.merge("billing", json!({"spec": {"tokens": tokens}})).await;
+        if round < 2 {
+            world.ready("billing", "True", "Issued").await;
+        }
+    }
+    world.ready("billing", "False", "RequestsThrottled").await;
+    allowed["allowPrivileged"] = json!(false);
+    managed.allow_roles(json!([allowed])).await;
+    has(&managed, &user.id, &organization, &[]).await;
+}
+
 /// A list of all roles of a user could be made too long by every user who may add members to some project.
 #[tokio::test(flavor = "multi_thread")]
 async fn revocation_lists_roles_scope_by_scope() {

@@ -111,7 +111,7 @@ impl<'a, H: Holder> Rotation<'a, H> {
             id,
             holder,
             keys,
-            session: Session::new(ctx, id),
+            session: Session::new(ctx, id, &ctx.requests),
             rotated: false,
             wants_key: false,
             written: Vec::new(),

@@ -56,6 +56,10 @@ pub fn awaits_instance(ctx: &Context, id: &ObjectRef) -> bool {
 /// Reads everything that the plan for `id` depends on.
 pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetries) -> Result<Gathered, ReadError> {
     let known = ctx.cache.user(id);
+    if let Some(known) = known.as_ref().filter(|known| known.holds.roles) {
+        // Also if the object cannot be read, or is not served: after a restart, nothing else remembers its roles.
+        ctx.memory.note_roles(id, &known.uid, true);
+    }
     if known
         .as_ref()
         .is_some_and(|user| user.deleting && (user.holds.keys || user.holds.roles))

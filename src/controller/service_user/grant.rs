@@ -190,6 +190,7 @@ impl Roles<'_> {
         } else {
             self.unprivileged(&admin, wanted, &ledger).await
         };
+        let mut recent = self.ctx.role_changes.lock(&ledger.issuer, user_id).await;
         let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
         failed = failed.or(unlisted);
         if only_revokes {
@@ -205,7 +206,8 @@ impl Roles<'_> {
         let mut needed = Vec::new();
         for change in changes {
             let granted = before.granted(&change.scope);
-            if let Some((since, at)) = change.lags(granted, now) {
+            let by_others = || recent.lags(&change.scope, &change.held, now);
+            if let Some((since, at)) = change.lags(granted, now).or_else(by_others) {
                 failed.get_or_insert(not_shown(since, at, now, &change.scope));
             } else if !change.is_needed() {
                 ledger.set(change.confirmed());
@@ -223,12 +225,14 @@ impl Roles<'_> {
         }
         let mut accepted = Vec::new();
         for change in needed {
+            recent.requested(&change.scope, &change.target, now);
             match self.session.ask(request(&admin, user_id, &change)).await {
                 Ok(()) => accepted.push(change),
                 Err(stop) => {
                     // ZITADEL may have carried out a request whose answer is lost.
                     if stop.0.reason.is_permanent() {
                         ledger.restore(&change.scope, &before);
+                        recent.shown(&change.scope);
                     }
                     failed.get_or_insert(at_scope(stop, &change.scope));
                 }
@@ -238,6 +242,7 @@ impl Roles<'_> {
             let shown = self.session.ask(roles_in(&admin, user_id, &change.scope)).await;
             if shown.is_ok_and(|shown| shown == change.target) {
                 ledger.set(change.confirmed());
+                recent.shown(&change.scope);
             } else {
                 failed.get_or_insert(not_shown(now, Timestamp::MAX, now, &change.scope));
             }

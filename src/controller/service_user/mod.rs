@@ -11,6 +11,7 @@ mod mint;
 mod privileged;
 mod provision;
 mod revoke;
+mod role_changes;
 mod roles;
 mod rotate;
 
@@ -22,6 +23,7 @@ pub use gather::{instance_of, key_ledger_name};
 pub use lost_roles::find as find_lost_roles;
 pub use memory::Memory;
 pub use provision::confirm;
+pub use role_changes::RoleChanges;
 
 use crate::api::service_user::{READY, UP_TO_DATE, ZitadelServiceUserStatus};
 use crate::controller::Context;

@@ -168,16 +168,22 @@ impl Roles<'_> {
         }
         // Other requests of the object must not delay this one.
         let admin = self.session.administrator(instance, false).await?;
+        let mut recent = self.ctx.role_changes.lock(&ledger.issuer, &ledger.user_id).await;
         let (changes, mut failed) = self.changes(&admin, &ledger, kept).await;
         let now = self.ctx.server_time(instance);
         for change in changes.into_iter().map(RoleChange::unproven) {
             // What the list does not show yet must not be taken for a role of someone else.
-            if let Some((since, at)) = change.lags(ledger.granted(&change.scope), now) {
+            let lag = change.lags(ledger.granted(&change.scope), now);
+            if let Some((since, at)) = lag.or_else(|| recent.lags(&change.scope, &change.held, now)) {
                 failed.get_or_insert(not_shown(since, at, now, &change.scope));
                 continue;
             }
             if change.is_needed() {
+                recent.requested(&change.scope, &change.target, now);
                 if let Err(stop) = self.session.ask(request(&admin, &ledger.user_id, &change)).await {
+                    if stop.0.reason.is_permanent() {
+                        recent.shown(&change.scope);
+                    }
                     failed.get_or_insert(at_scope(stop, &change.scope));
                     continue;
                 }

@@ -72,7 +72,7 @@ impl<'a> Roles<'a> {
             id,
             user,
             stored,
-            session: Session::new(ctx, id),
+            session: Session::new(ctx, id, &ctx.role_requests),
             written: Vec::new(),
         }
     }

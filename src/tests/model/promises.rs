@@ -139,6 +139,12 @@ impl State {
             > self.elapsed()
     }
 
+    /// Whether a token is valid, and the operator must know that.
+    fn is_fresh(&self, issued: &IssuedToken) -> bool {
+        let error = self.undetected_clock_step.max(issued.clock_uncertainty);
+        self.elapsed_at(issued.expires_at) > self.elapsed() + SLACK + error
+    }
+
     fn entry(&mut self, name: &str) -> &mut Entry {
         self.entries.entry(name.to_owned()).or_default()
     }
@@ -287,9 +293,11 @@ impl State {
                 issued.audience
             ));
         }
+        let response_is_lost = self.store.outage == Some(Outage::SecretResponseLost);
         let entry = self.entry(&token.name);
         let is_last = |entry: &Entry| entry.last.as_ref().is_some_and(|last| last.value == value);
-        if repairs {
+        // The operator does not know that it repaired a Secret if the response is lost.
+        if repairs && !response_is_lost {
             entry.repairs.push(now);
             let conflicts = [&entry.conflicts[..], &entry.repairs].concat();
             if within(&conflicts, now, Duration::from_mins(10)) > 5 {
@@ -425,6 +433,8 @@ impl State {
             let (reported, name) = (self.reported_reason(&token).to_owned(), &token.name);
             let denied = self.is_denied(&token);
             let good = valid && complete;
+            // The operator may find a token expired before the tolerance has passed.
+            let fresh = issued.as_ref().is_some_and(|issued| self.is_fresh(issued));
             all_valid &= valid && !denied;
             // The operator does not trust an edited record, even if the token is valid.
             let unedited = self
@@ -432,7 +442,7 @@ impl State {
                 .secrets
                 .get(&token.secret.name)
                 .is_some_and(|secret| secret.edit != Some(Edit::Token));
-            all_good &= good && unedited && !denied;
+            all_good &= good && fresh && unedited && !denied;
             let status_is_written = self.store.outage != Some(Outage::Down) && !self.is_clock_off();
             if reported == "Issued" && status_is_written && (!good || denied) {
                 self.violation(format!("{name} is reported as issued, but is not"));
