@@ -20,7 +20,7 @@ use crate::controller::metrics::objects::Objects;
 use crate::controller::metrics::{Metrics, Queues};
 use crate::controller::queue::Queue;
 use crate::controller::read::Reader;
-use crate::controller::service_user::{Memory, RoleChanges, TIME_TO_WRITE};
+use crate::controller::service_user::{Memory, TIME_TO_WRITE};
 use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests, instance, service_user};
@@ -194,7 +194,6 @@ async fn serve(arguments: Arguments, allowed: AllowList, panics: Counter) -> Res
         memory: Memory::default(),
         keys,
         key_generator: key_generator(&users, &instances),
-        role_changes: RoleChanges::default(),
         requests: Requests::default(),
         role_requests: Requests::default(),
         metrics,

@@ -33,7 +33,7 @@ use crate::controller::key_rotation::KeyMemory;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Queue;
 use crate::controller::read::Reader;
-use crate::controller::service_user::{Memory, RoleChanges};
+use crate::controller::service_user::Memory;
 use crate::controller::triggers::reference;
 use crate::controller::write::Writer;
 use crate::domain::allow_list::AllowList;
@@ -70,8 +70,6 @@ pub struct Context {
     pub keys: Arc<KeyMemory>,
     /// Generates keys for rotations.
     pub key_generator: Arc<KeyGenerator>,
-    /// What this process changed of late of manager roles.
-    pub role_changes: RoleChanges,
     /// The limit for token requests other than scheduled refreshes.
     pub requests: Requests,
     /// The limit for comparisons of manager roles, which token requests must not delay.

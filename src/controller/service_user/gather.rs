@@ -56,15 +56,14 @@ pub fn awaits_instance(ctx: &Context, id: &ObjectRef) -> bool {
 /// Reads everything that the plan for `id` depends on.
 pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetries) -> Result<Gathered, ReadError> {
     let known = ctx.cache.user(id);
-    if let Some(known) = known.as_ref().filter(|known| known.holds.roles) {
+    if let Some(known) = &known {
         // Also if the object cannot be read, or is not served: after a restart, nothing else remembers its roles.
-        ctx.memory.note_roles(id, &known.uid, true);
-    }
-    if known
-        .as_ref()
-        .is_some_and(|user| user.deleting && (user.holds.keys || user.holds.roles))
-    {
-        return deleted(ctx, id).await;
+        if known.holds.roles {
+            ctx.memory.note_roles(id, &known.uid, true);
+        }
+        if known.deleting && (known.holds.keys || known.holds.roles) {
+            return deleted(ctx, id).await;
+        }
     }
     // In a terminating namespace no Secret can be created, so a token would be lost.
     let known = known.filter(|user| !user.deleting);
@@ -107,11 +106,7 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
         return Ok(Gathered::Gone);
     }
     if refused {
-        if finalizer::is_set(&user, ROLES_FINALIZER) {
-            ctx.memory
-                .note_roles(id, user.metadata.uid.as_deref().unwrap_or_default(), true);
-        }
-        return Ok(over_limit(&user));
+        return Ok(over_limit(ctx, id, &user));
     }
     let clock = ctx.connections.skew(&instance_name);
     let instance = ctx.cache.instance(&instance_name);
@@ -161,7 +156,11 @@ pub async fn gather(ctx: &Context, id: &ObjectRef, pending_retries: PendingRetri
 }
 
 /// Refuses an object whose namespace has reached its memory limit.
-fn over_limit(user: &ZitadelServiceUser) -> Gathered {
+fn over_limit(ctx: &Context, id: &ObjectRef, user: &ZitadelServiceUser) -> Gathered {
+    if finalizer::is_set(user, ROLES_FINALIZER) {
+        let uid = user.metadata.uid.as_deref().unwrap_or_default();
+        ctx.memory.note_roles(id, uid, true);
+    }
     let (reason, generation) = (Reason::NamespaceLimit, user.metadata.generation);
     let status = user.status.as_ref();
     let status = status.filter(|status| status.observed_generation == generation);

@@ -190,7 +190,7 @@ impl Roles<'_> {
         } else {
             self.unprivileged(&admin, wanted, &ledger).await
         };
-        let mut recent = self.ctx.role_changes.lock(&ledger.issuer, user_id).await;
+        let mut recent = self.ctx.memory.role_changes.lock(&ledger.issuer, user_id).await;
         let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
         failed = failed.or(unlisted);
         if only_revokes {

@@ -8,6 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 use secrecy::ExposeSecret;
 use tokio::time::Instant;
 
+use crate::controller::service_user::role_changes::RoleChanges;
 use crate::domain::facts::{CONTEST_WINDOW, UnwrittenToken};
 use crate::domain::manager_role::RoleScope;
 use crate::domain::object_ref::ObjectRef;
@@ -22,6 +23,8 @@ const MAX_UNWRITTEN: usize = 1024 * 1024;
 pub struct Memory {
     tokens: Mutex<BTreeMap<ObjectRef, BTreeMap<String, TokenMemory>>>,
     roles: Mutex<BTreeMap<ObjectRef, RoleMemory>>,
+    /// The manager roles that were changed of late.
+    pub role_changes: RoleChanges,
 }
 
 /// The memory of the manager roles of one object.

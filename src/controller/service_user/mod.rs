@@ -23,7 +23,6 @@ pub use gather::{instance_of, key_ledger_name};
 pub use lost_roles::find as find_lost_roles;
 pub use memory::Memory;
 pub use provision::confirm;
-pub use role_changes::RoleChanges;
 
 use crate::api::service_user::{READY, UP_TO_DATE, ZitadelServiceUserStatus};
 use crate::controller::Context;

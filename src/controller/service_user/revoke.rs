@@ -168,7 +168,7 @@ impl Roles<'_> {
         }
         // Other requests of the object must not delay this one.
         let admin = self.session.administrator(instance, false).await?;
-        let mut recent = self.ctx.role_changes.lock(&ledger.issuer, &ledger.user_id).await;
+        let mut recent = self.ctx.memory.role_changes.lock(&ledger.issuer, &ledger.user_id).await;
         let (changes, mut failed) = self.changes(&admin, &ledger, kept).await;
         let now = self.ctx.server_time(instance);
         for change in changes.into_iter().map(RoleChange::unproven) {

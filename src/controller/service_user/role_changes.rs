@@ -18,7 +18,9 @@ const REMEMBERED: Duration = Duration::from_mins(1);
 
 /// The recent changes of all users, by issuer and id of the user.
 #[derive(Default)]
-pub struct RoleChanges(Mutex<BTreeMap<(String, String), Arc<tokio::sync::Mutex<Recent>>>>);
+pub struct RoleChanges(Mutex<BTreeMap<(String, String), OneUser>>);
+
+type OneUser = Arc<tokio::sync::Mutex<Recent>>;
 
 /// The recent changes of one user.
 #[derive(Default)]

@@ -35,7 +35,7 @@ use crate::controller::key_rotation::KeyMemory;
 use crate::controller::metrics::Metrics;
 use crate::controller::queue::Load;
 use crate::controller::read::Reader;
-use crate::controller::service_user::{self, Memory, RoleChanges};
+use crate::controller::service_user::{self, Memory};
 use crate::controller::triggers::Triggers;
 use crate::controller::write::Writer;
 use crate::controller::{Context, Requests};
@@ -64,6 +64,9 @@ const CLOCK_RECOVERY: Duration = Duration::from_mins(6);
 
 /// All tokens have recovered after this time: the longest backoff of a contested Secret.
 const RECOVERY: Duration = Duration::from_mins(30);
+
+/// A reconcile takes longer than this only if requests or writes hang.
+const LONG_RECONCILE: Duration = Duration::from_secs(4);
 
 /// The operator settles within this time unless requests hang.
 const SETTLE_TIMEOUT: Duration = Duration::from_mins(1);
@@ -256,7 +259,6 @@ impl Process {
             memory: Memory::default(),
             keys,
             key_generator: Arc::new(KeyGenerator::new(|| None, Box::new(|_| {}))),
-            role_changes: RoleChanges::default(),
             requests: Requests::default(),
             role_requests: Requests::default(),
             metrics: Metrics::register(&mut Registry::default(), Counter::default(), Arc::new(|| true)),
@@ -508,6 +510,14 @@ impl World {
         let (pending_retries, timer) = ctx.users.waits(&id());
         let soon = ctx.clock.now() + SignedDuration::from_millis(20);
         if timer.is_some_and(|timer| timer < soon) {
+            return;
+        }
+        // A reconcile that took long was planned by an earlier time.
+        let took = {
+            let state = lock(&self.shared);
+            state.elapsed().saturating_sub(state.reconcile_began)
+        };
+        if took > LONG_RECONCILE {
             return;
         }
         let counts = |state: &State| (state.store.mutations, state.zitadel.requests);
