@@ -278,8 +278,8 @@ reasons! {
         "ZITADEL rejects the credential in spec.adminCredential: it was removed or has expired, or its user is deactivated.",
         "Create a new key or personal access token for the administrator, and store it in the Secret.";
     KeyFileNeeded: Permanent, Object,
-        "The Secret in spec.adminCredential holds a personal access token, and spec.adminCredential.keyRotation is set. The operator rotates only keys.",
-        "Store a key file (JSON) of the administrator in the Secret, or remove keyRotation.";
+        "The Secret in spec.adminCredential holds a personal access token, with which the operator neither rotates keys of the administrator nor removes those that it has made.",
+        "Store a key file (JSON) of the administrator in the Secret. To use a token, first remove spec.adminCredential.keyRotation, and replace the content when the Secret admin-key-<name of the ZitadelInstance> is gone.";
     AdminForbidden: Permanent, Object,
         "The user of spec.adminCredential lacks the manager role that this needs.",
         "Give it a role that docs/managed-users.md lists for service users, or docs/manager-roles.md for manager roles.";

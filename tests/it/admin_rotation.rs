@@ -7,49 +7,9 @@ use serde_json::{Value, json};
 use zitadel_tokens::api::ZitadelInstance;
 use zitadel_tokens::api::instance::AdminCredentialStatus;
 
-use crate::support::managed::{CLUSTER, Managed, admin};
+use crate::support::managed::{CLUSTER, Managed, admin, admin_credential};
 use crate::support::world::{data, until};
 use crate::support::{SOON, eventually};
-
-fn instances(managed: &Managed) -> Api<ZitadelInstance> {
-    Api::all(managed.world.client.clone())
-}
-
-/// Applies the instance with this rotation of the administrator's key.
-async fn rotates(managed: &Managed, rotation: Value) {
-    let mut spec = managed.world.instance_spec();
-    spec["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}, "keyRotation": rotation});
-    managed.world.apply_instance(spec).await.expect("an instance");
-}
-
-/// Waits until `KeyRotated` has this status and reason, and returns what the status says about the credential.
-async fn rotated(managed: &Managed, status: &str, reason: &str) -> AdminCredentialStatus {
-    let is = |instance: &ZitadelInstance| {
-        let mut conditions = instance.status.iter().flat_map(|status| &status.conditions);
-        conditions.any(|c| c.type_ == "KeyRotated" && c.status == status && c.reason == reason)
-    };
-    let instance = until(instances(managed), &managed.world.instance, SOON, is).await;
-    credential(&instance).expect("a credential")
-}
-
-/// Requests a rotation and waits until it has happened. Returns the id of the new key.
-async fn rotate(managed: &Managed, request: &str) -> String {
-    let annotation = json!({"metadata": {"annotations": {"zitadel-tokens.dev/rotate-request": request}}});
-    let (api, name) = (instances(managed), &managed.world.instance);
-    let annotated = api
-        .patch(name, &PatchParams::default(), &Patch::Merge(&annotation))
-        .await;
-    annotated.expect("annotated");
-    let served = |instance: &ZitadelInstance| {
-        let rotation = credential(instance).and_then(|credential| credential.key_rotation);
-        rotation
-            .and_then(|rotation| rotation.last_handled_rotate_request)
-            .as_deref()
-            == Some(request)
-    };
-    let instance = until(api, name, SOON, served).await;
-    key_id(&credential(&instance).expect("a credential"))
-}
 
 /// Waits until the status describes the present spec.
 async fn has_generation(managed: &Managed) {
@@ -57,11 +17,7 @@ async fn has_generation(managed: &Managed) {
         let observed = instance.status.as_ref().and_then(|status| status.observed_generation);
         observed == instance.metadata.generation
     };
-    until(instances(managed), &managed.world.instance, SOON, is).await;
-}
-
-fn credential(instance: &ZitadelInstance) -> Option<AdminCredentialStatus> {
-    instance.status.as_ref()?.admin_credential.clone()
+    until(managed.instances(), &managed.world.instance, SOON, is).await;
 }
 
 fn key_id(credential: &AdminCredentialStatus) -> String {
@@ -101,8 +57,8 @@ fn every_hour() -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn administrator_works_with_rotated_keys() {
     let managed = Managed::new("admin-rotated").await;
-    rotates(&managed, every_hour()).await;
-    let first = key_id(&rotated(&managed, "True", "KeyRotationOnSchedule").await);
+    managed.rotates(every_hour()).await;
+    let first = key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await);
     assert_ne!(first, managed.admin.key_id);
     let stored = data(&ledger(&managed).await.expect("a ledger"));
     assert!(stored.contains_key("current.der") && !stored.contains_key("pending.der"));
@@ -110,7 +66,7 @@ async fn administrator_works_with_rotated_keys() {
     managed.user("billing", json!({})).await;
     managed.world.ready("billing", "True", "Issued").await;
 
-    let second = rotate(&managed, "1").await;
+    let second = managed.rotate_admin("1").await;
     has_keys(&managed, &managed.admin.id, &[&second]).await;
     // Another process finds the key in the ledger.
     managed.operator.terminate().await;
@@ -131,10 +87,10 @@ async fn administrator_works_with_rotated_keys() {
     managed.world.ready("third", "True", "Issued").await;
 
     // The ledger outlives the instance.
-    let (api, name) = (instances(&managed), &managed.world.instance);
+    let (api, name) = (managed.instances(), &managed.world.instance);
     api.delete(name, &DeleteParams::default()).await.expect("deleted");
-    rotates(&managed, every_hour()).await;
-    let status = rotated(&managed, "True", "KeyRotationOnSchedule").await;
+    managed.rotates(every_hour()).await;
+    let status = managed.key_rotated("True", "KeyRotationOnSchedule").await;
     assert_eq!(key_id(&status), second);
     managed.deleted("third").await;
 }
@@ -142,8 +98,8 @@ async fn administrator_works_with_rotated_keys() {
 #[tokio::test(flavor = "multi_thread")]
 async fn administrator_goes_back_to_the_key_of_the_secret() {
     let managed = Managed::new("admin-back").await;
-    rotates(&managed, json!({"interval": "1h"})).await;
-    let own = key_id(&rotated(&managed, "True", "KeyRotationOnSchedule").await);
+    managed.rotates(json!({"interval": "1h"})).await;
+    let own = key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await);
     has_keys(&managed, &managed.admin.id, &[&own, &managed.admin.key_id]).await;
 
     // Another administrator: the operator's keys of the former one are removed.
@@ -152,10 +108,10 @@ async fn administrator_goes_back_to_the_key_of_the_secret() {
     managed.credential(&other.key).await;
     has_keys(&managed, &managed.admin.id, &[&managed.admin.key_id]).await;
     let is_other = |instance: &ZitadelInstance| {
-        credential(instance).is_some_and(|it| it.user_id == other.id && it.key_id.as_ref() != Some(&other.key_id))
+        admin_credential(instance).is_some_and(|it| it.user_id == other.id && it.key_id.as_ref() != Some(&other.key_id))
     };
-    let instance = until(instances(&managed), &managed.world.instance, SOON, is_other).await;
-    let own = key_id(&credential(&instance).expect("a credential"));
+    let instance = until(managed.instances(), &managed.world.instance, SOON, is_other).await;
+    let own = key_id(&admin_credential(&instance).expect("a credential"));
     has_keys(&managed, &other.id, &[&own, &other.key_id]).await;
 
     managed.instance().await;
@@ -163,9 +119,9 @@ async fn administrator_goes_back_to_the_key_of_the_secret() {
     let is_back = |instance: &ZitadelInstance| {
         let conditions = instance.status.iter().flat_map(|status| &status.conditions);
         let about_keys = conditions.filter(|c| c.type_ == "KeyRotated").count();
-        about_keys == 0 && credential(instance).is_some_and(|it| it.key_id.as_ref() == Some(&other.key_id))
+        about_keys == 0 && admin_credential(instance).is_some_and(|it| it.key_id.as_ref() == Some(&other.key_id))
     };
-    until(instances(&managed), &managed.world.instance, SOON, is_back).await;
+    until(managed.instances(), &managed.world.instance, SOON, is_back).await;
     assert!(ledger(&managed).await.is_none());
     managed.user("billing", json!({})).await;
     managed.world.ready("billing", "True", "Issued").await;
@@ -176,21 +132,23 @@ async fn personal_access_token_is_not_rotated() {
     let managed = Managed::new("admin-token").await;
     let token = managed.world.issuer.personal_token(&managed.admin.id).await;
     managed.credential(&token).await;
-    rotates(&managed, json!({"interval": "1h"})).await;
-    let status = rotated(&managed, "False", "KeyFileNeeded").await;
+    managed.rotates(json!({"interval": "1h"})).await;
+    let status = managed.key_rotated("False", "KeyFileNeeded").await;
     assert_eq!((status.key_id, status.key_rotation), (None, None));
     managed.credential_is("True", "AdminCredentialReady").await;
     assert!(ledger(&managed).await.is_none());
     managed.credential(&managed.admin.key).await;
-    let own = key_id(&rotated(&managed, "True", "KeyRotationOnSchedule").await);
+    let own = key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await);
 
     // Without a key file, the operator cannot remove its own keys. It goes on to say so.
     managed.credential(&token).await;
-    rotated(&managed, "False", "KeyFileNeeded").await;
+    managed.key_rotated("False", "KeyFileNeeded").await;
     managed.instance().await;
     has_generation(&managed).await;
-    rotated(&managed, "False", "KeyFileNeeded").await;
+    managed.key_rotated("False", "KeyFileNeeded").await;
     has_keys(&managed, &managed.admin.id, &[&own, &managed.admin.key_id]).await;
+    managed.credential("unknown-token").await;
+    managed.key_rotated("False", "CredentialRejected").await;
     managed.credential(&managed.admin.key).await;
     has_keys(&managed, &managed.admin.id, &[&managed.admin.key_id]).await;
     eventually("no ledger", async || ledger(&managed).await.is_none()).await;
@@ -199,15 +157,15 @@ async fn personal_access_token_is_not_rotated() {
 #[tokio::test(flavor = "multi_thread")]
 async fn administrator_works_while_the_rotation_ends_and_keys_remain() {
     let managed = Managed::new("admin-ends").await;
-    rotates(&managed, json!({"interval": "1h"})).await;
-    let own = key_id(&rotated(&managed, "True", "KeyRotationOnSchedule").await);
+    managed.rotates(json!({"interval": "1h"})).await;
+    let own = key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await);
     // ZITADEL removes the key, and the operator does not learn of it.
     let path = format!("/v2/users/{}/keys/{own}", managed.admin.id);
     let lost = json!({"path": path, "afterHandling": true, "reset": true});
     managed.world.issuer.fault(lost).await;
     managed.instance().await;
     has_keys(&managed, &managed.admin.id, &[&managed.admin.key_id]).await;
-    let status = rotated(&managed, "False", "InstanceUnreachable").await;
+    let status = managed.key_rotated("False", "InstanceUnreachable").await;
     assert_eq!(key_id(&status), managed.admin.key_id);
     managed.credential_is("True", "AdminCredentialReady").await;
     managed.user("billing", json!({})).await;
@@ -219,8 +177,8 @@ async fn administrator_works_while_the_rotation_ends_and_keys_remain() {
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_of_a_former_administrator_that_stay_are_reported() {
     let managed = Managed::new("admin-former").await;
-    rotates(&managed, every_hour()).await;
-    let former = key_id(&rotated(&managed, "True", "KeyRotationOnSchedule").await);
+    managed.rotates(every_hour()).await;
+    let former = key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await);
     has_keys(&managed, &managed.admin.id, &[&former]).await;
     let issuer = &managed.world.issuer;
     issuer
@@ -229,7 +187,7 @@ async fn keys_of_a_former_administrator_that_stay_are_reported() {
     let resource = json!({"organizationId": managed.organization});
     let other = admin(&managed.world, resource, "ORG_USER_MANAGER").await;
     managed.credential(&other.key).await;
-    let status = rotated(&managed, "False", "OldKeysRemain").await;
+    let status = managed.key_rotated("False", "OldKeysRemain").await;
     assert_eq!((&status.user_id, key_id(&status)), (&other.id, other.key_id.clone()));
     assert_eq!(status.key_rotation, None);
     managed.user("billing", json!({})).await;
@@ -238,7 +196,7 @@ async fn keys_of_a_former_administrator_that_stay_are_reported() {
     let secrets: Api<Secret> = Api::namespaced(managed.world.client.clone(), &managed.world.home());
     let name = format!("admin-key-{}", managed.world.instance);
     secrets.delete(&name, &DeleteParams::default()).await.expect("deleted");
-    rotated(&managed, "True", "KeyRotationOnSchedule").await;
+    managed.key_rotated("True", "KeyRotationOnSchedule").await;
     has_keys(&managed, &managed.admin.id, &[&former]).await;
 }
 
@@ -265,18 +223,19 @@ async fn bootstrap_key_of_another_administrator_stays() {
         "apiVersion": "zitadel-tokens.dev/v1alpha1", "kind": "ZitadelInstance",
         "metadata": {"name": name, "labels": {"test": world.instance}}, "spec": spec,
     });
-    let applied = instances(&managed)
+    let applied = managed
+        .instances()
         .patch(&name, &params, &Patch::Apply(&instance))
         .await;
     applied.expect("an instance");
-    let is_ready = |instance: &ZitadelInstance| credential(instance).is_some();
-    until(instances(&managed), &name, SOON, is_ready).await;
+    let is_ready = |instance: &ZitadelInstance| admin_credential(instance).is_some();
+    until(managed.instances(), &name, SOON, is_ready).await;
 
-    rotates(&managed, every_hour()).await;
-    let own = key_id(&rotated(&managed, "False", "BootstrapKeyInUse").await);
+    managed.rotates(every_hour()).await;
+    let own = key_id(&managed.key_rotated("False", "BootstrapKeyInUse").await);
     has_keys(&managed, &managed.admin.id, &[&own, &managed.admin.key_id]).await;
-    let deleted = instances(&managed).delete(&name, &DeleteParams::default()).await;
+    let deleted = managed.instances().delete(&name, &DeleteParams::default()).await;
     deleted.expect("deleted");
-    let second = rotate(&managed, "1").await;
+    let second = managed.rotate_admin("1").await;
     has_keys(&managed, &managed.admin.id, &[&second]).await;
 }

@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod admin_rotation;
 mod api_server;
 mod failover;
 mod freshness;

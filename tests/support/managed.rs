@@ -1,9 +1,12 @@
 //! A world in which the operator creates service users in ZITADEL.
 
+use std::time::Duration;
+
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
+use zitadel_tokens::api::instance::AdminCredentialStatus;
 use zitadel_tokens::api::{ZitadelInstance, ZitadelServiceUser};
 
 use super::SOON;
@@ -97,13 +100,67 @@ impl Managed {
         self.world.apply_instance(spec).await.expect("an instance");
     }
 
+    pub fn instances(&self) -> Api<ZitadelInstance> {
+        Api::all(self.world.client.clone())
+    }
+
+    /// Applies the instance with this rotation of the administrator's key.
+    pub async fn rotates(&self, rotation: Value) {
+        let mut spec = self.world.instance_spec();
+        spec["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}, "keyRotation": rotation});
+        self.world.apply_instance(spec).await.expect("an instance");
+    }
+
+    /// Waits until the instance's `KeyRotated` has this status and reason, and returns what the status says about the
+    /// credential.
+    pub async fn key_rotated(&self, status: &str, reason: &str) -> AdminCredentialStatus {
+        let is = |instance: &ZitadelInstance| {
+            let mut conditions = instance.status.iter().flat_map(|status| &status.conditions);
+            conditions.any(|c| c.type_ == "KeyRotated" && c.status == status && c.reason == reason)
+        };
+        let instance = until(self.instances(), &self.world.instance, SOON, is).await;
+        admin_credential(&instance).unwrap_or_default()
+    }
+
+    /// Requests a rotation of the administrator's key.
+    pub async fn request_rotation(&self, request: &str) {
+        let annotation = json!({"metadata": {"annotations": {"zitadel-tokens.dev/rotate-request": request}}});
+        let (api, params) = (self.instances(), PatchParams::default());
+        let name = &self.world.instance;
+        let annotated = api.patch(name, &params, &Patch::Merge(&annotation)).await;
+        annotated.expect("annotated");
+    }
+
+    /// Waits until a requested rotation has happened. Returns the id of the new key.
+    pub async fn rotation_served(&self, request: &str, limit: Duration) -> String {
+        let served = |instance: &ZitadelInstance| {
+            let rotation = admin_credential(instance).and_then(|credential| credential.key_rotation);
+            rotation
+                .and_then(|rotation| rotation.last_handled_rotate_request)
+                .as_deref()
+                == Some(request)
+        };
+        let instance = until(self.instances(), &self.world.instance, limit, served).await;
+        let credential = admin_credential(&instance).expect("a credential");
+        credential.key_id.expect("a key id")
+    }
+
+    pub async fn rotate_admin(&self, request: &str) -> String {
+        self.request_rotation(request).await;
+        self.rotation_served(request, SOON).await
+    }
+
     /// Waits until the instance's `AdminCredentialReady` has this status and reason.
     pub async fn credential_is(&self, status: &str, reason: &str) -> ZitadelInstance {
-        let api: Api<ZitadelInstance> = Api::all(self.world.client.clone());
-        until(api, &self.world.instance, SOON, |instance: &ZitadelInstance| {
-            let mut conditions = instance.status.iter().flat_map(|status| &status.conditions);
-            conditions.any(|c| c.type_ == "AdminCredentialReady" && c.status == status && c.reason == reason)
-        })
+        until(
+            self.instances(),
+            &self.world.instance,
+            SOON,
+            |instance: &ZitadelInstance| {
+                let mut conditions = instance.status.iter().flat_map(|status| &status.conditions);
+                conditions.any(|c| c.type_ == "AdminCredentialReady" && c.status == status && c.reason == reason)
+            },
+        )
         .await
     }
 
@@ -179,4 +236,9 @@ pub async fn admin(world: &World, resource: Value, role: &str) -> User {
         .issuer
         .user(json!({"managerRoles": roles, "organizationId": organization}))
         .await
+}
+
+/// What the status says about the credential.
+pub fn admin_credential(instance: &ZitadelInstance) -> Option<AdminCredentialStatus> {
+    instance.status.as_ref()?.admin_credential.clone()
 }

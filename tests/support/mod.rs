@@ -30,7 +30,11 @@ use k8s_openapi::jiff::Timestamp;
 
 /// Polls until `done` returns true, for conditions that no watch reports.
 pub async fn eventually(what: &str, done: impl AsyncFn() -> bool) {
-    let deadline = std::time::Instant::now() + SOON;
+    eventually_within(what, SOON, done).await;
+}
+
+pub async fn eventually_within(what: &str, limit: Duration, done: impl AsyncFn() -> bool) {
+    let deadline = std::time::Instant::now() + limit;
     while !done().await {
         assert!(std::time::Instant::now() < deadline, "not in time: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;

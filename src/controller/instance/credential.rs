@@ -33,6 +33,15 @@ impl Credential {
         }
     }
 
+    /// Whether the operator holds keys of the administrator.
+    #[must_use]
+    pub fn holds_keys(&self) -> bool {
+        match self {
+            Self::Keys(keys) => !matches!(keys.ledger, Ok(None)),
+            Self::Token(_, holds_keys) => *holds_keys,
+        }
+    }
+
     /// The operator's keys.
     #[must_use]
     pub fn ledger(&self) -> Option<&Ledger> {
@@ -55,7 +64,11 @@ pub async fn read(ctx: &Context, instance: &ZitadelInstance) -> Result<Credentia
     let ledger = ctx.reader.key_ledger(namespace, &name).await.map_err(unreadable)?;
     Ok(match credential {
         AdminCredential::Token(token) => {
-            ctx.keys.forget(&reference(instance));
+            let id = reference(instance);
+            ctx.keys.forget(&id);
+            if let Ok(Some(stored)) = &ledger {
+                ctx.keys.learn_made(&id, stored.ledger.made_key_ids());
+            }
             Credential::Token(token, !matches!(ledger, Ok(None)))
         }
         AdminCredential::Key(key) => {

@@ -63,8 +63,7 @@ pub fn waits(instance: &ZitadelInstance, credential: Option<&Credential>, reason
         Some(Credential::Keys(keys)) => keys.ledger.as_ref().err().copied(),
         _ => None,
     };
-    let holds_keys = credential.is_some_and(|credential| credential.ledger().is_some());
-    let rotates = schedule(instance).is_some() || holds_keys || damaged.is_some();
+    let rotates = schedule(instance).is_some() || credential.is_some_and(Credential::holds_keys);
     rotates.then(|| Outcome::waiting(damaged.unwrap_or(reason)))
 }
 

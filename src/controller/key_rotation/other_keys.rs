@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::api::ZitadelInstance;
 use crate::controller::instance::credential;
 use crate::controller::key_rotation::{Holder, Rotation};
 use crate::controller::ledger;
 use crate::controller::read::{ReadError, ReadUser};
 use crate::controller::service_user::key_ledger_name;
+use crate::controller::triggers::reference;
 use crate::domain::key_ledger::BootstrapKey;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
@@ -62,24 +64,25 @@ impl<H: Holder> Rotation<'_, H> {
 
     /// Whether the administrator of another instance uses the bootstrap key.
     async fn is_used_by_administrator(&self, bootstrap: &BootstrapKey) -> Option<bool> {
-        for other in self.ctx.cache.instances() {
-            let Ok(instance) = self.ctx.cache.instance(&other.name) else {
-                continue;
-            };
-            if other == *self.id || instance.spec.admin_credential.is_none() {
-                continue;
-            }
+        for instance in self.other_administrators() {
             match credential::read(self.ctx, &instance).await {
                 Ok(_) => {}
                 Err(Reason::APIServerUnavailable) => return None,
                 // A credential that may not be used cannot be lost.
                 Err(_) => continue,
             }
-            if self.ctx.keys.uses_bootstrap(&other, bootstrap) == Some(true) {
+            if self.ctx.keys.uses_bootstrap(&reference(&*instance), bootstrap) == Some(true) {
                 return Some(true);
             }
         }
         Some(false)
+    }
+
+    /// The other instances that have an admin credential.
+    fn other_administrators(&self) -> impl Iterator<Item = Arc<ZitadelInstance>> {
+        let all = self.ctx.cache.instances().into_iter().filter(|other| other != self.id);
+        let all = all.filter_map(|other| self.ctx.cache.instance(&other.name).ok());
+        all.filter(|instance| instance.spec.admin_credential.is_some())
     }
 
     /// Whether the operator knows which keys it made for other objects. Otherwise these keys would look foreign.
@@ -88,6 +91,17 @@ impl<H: Holder> Rotation<'_, H> {
             return false;
         };
         let memory = &self.ctx.keys;
+        for instance in self.other_administrators() {
+            let unknown = !memory.knows_made(&reference(&*instance));
+            if unknown
+                && matches!(
+                    credential::read(self.ctx, &instance).await,
+                    Err(Reason::APIServerUnavailable)
+                )
+            {
+                return false;
+            }
+        }
         let unread = self
             .others()
             .filter(|(other, user)| user.holds.keys && !memory.knows_made(other));

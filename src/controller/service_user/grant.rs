@@ -190,12 +190,19 @@ impl Roles<'_> {
         } else {
             self.unprivileged(&admin, wanted, &ledger).await
         };
+        let grants_some = wanted.iter().any(|wanted| !wanted.roles.is_empty());
+        let is_new = ledger.scopes.is_empty() && grants_some;
+        if is_new {
+            // A key file with the id of another user must not delay changes of that user.
+            self.prove(facts, instance, &admin, user_id).await?;
+        }
         let mut recent = self.ctx.memory.role_changes.lock(&ledger.issuer, user_id).await;
         let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
         failed = failed.or(unlisted);
         if only_revokes {
             changes = changes.into_iter().map(RoleChange::unproven).collect();
-        } else if changes.iter().any(RoleChange::needs_proof)
+        } else if !is_new
+            && changes.iter().any(RoleChange::needs_proof)
             && let Err(reason) = self.prove(facts, instance, &admin, user_id).await
         {
             failed.get_or_insert(reason);
