@@ -18,11 +18,8 @@ use crate::zitadel::transport::Call;
 /// than a response may be (256 KiB): a manager with the longest names has less than 5 kB.
 const PAGE: usize = 50;
 
-/// Most pages of a list.
-const MOST_PAGES: usize = 20;
-
 /// With this many entries, a list is not complete.
-pub const MOST_LISTED: usize = PAGE * MOST_PAGES;
+pub const MOST_LISTED: usize = 1_000;
 
 /// Longest personal access token. ZITADEL's have about 70 characters.
 const MAX_TOKEN: usize = 4096;
@@ -117,7 +114,7 @@ impl ZitadelClient {
         token: &APIToken,
     ) -> Result<Vec<T>, APIError> {
         let mut all = Vec::new();
-        for _ in 0..MOST_PAGES {
+        for _ in 0..MOST_LISTED / PAGE {
             let mut body = json!({
                 "pagination": {"offset": all.len(), "limit": PAGE, "asc": true},
                 "filters": filters,
@@ -131,6 +128,10 @@ impl ZitadelClient {
             all.extend(page.result);
             if is_last {
                 return Ok(all);
+            }
+            // A server may send more than it was asked for.
+            if all.len() >= MOST_LISTED {
+                break;
             }
         }
         Err(APIError::TooMany)

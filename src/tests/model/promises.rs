@@ -336,7 +336,7 @@ impl State {
         }
         let issued = deleted.token().filter(|_| deleted.edit != Some(Edit::Token));
         let issued = issued.and_then(|value| self.zitadel.find(&value).cloned());
-        let Some(issued) = issued.filter(|issued| self.elapsed_at(issued.expires_at) > self.elapsed() + SLACK) else {
+        let Some(issued) = issued.filter(|issued| self.is_fresh(issued)) else {
             return;
         };
         for token in tokens {
