@@ -179,8 +179,8 @@ reasons! {
         "ZITADEL's list of the user's keys or personal access tokens has 1000 entries or more, or lacks the key that the operator signs with. The operator removes no key.",
         "Remove unused keys and personal access tokens of the user in ZITADEL.";
     BootstrapKeyInUse: Permanent, Object,
-        "The operator does not remove the bootstrap key at ZITADEL, because another ZitadelServiceUser or the administrator of a ZitadelInstance uses it too.",
-        "Create a key for each of them, or set keyRotation.deleteBootstrapKey to false.";
+        "The operator does not remove the bootstrap key at ZITADEL, because another ZitadelServiceUser or the administrator of a ZitadelInstance uses it too, or because the admin credential of a ZitadelInstance cannot be read.",
+        "Create a key for each of them and repair spec.adminCredential of each ZitadelInstance, or set keyRotation.deleteBootstrapKey to false.";
     BootstrapKeyNeeded: Permanent, Object,
         "keyRotation was removed from the spec, and the Secret that the spec names has no key that can take over. The operator keeps using its last key until that key expires.",
         "Create a key in ZITADEL and store its file in the Secret, or set keyRotation again.";

@@ -102,6 +102,13 @@ async fn administrator_goes_back_to_the_key_of_the_secret() {
     let own = key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await);
     has_keys(&managed, &managed.admin.id, &[&own, &managed.admin.key_id]).await;
 
+    // A user without roles cannot be the administrator.
+    let wrong = managed.world.issuer.user(json!({})).await;
+    managed.credential(&wrong.key).await;
+    managed.key_rotated("False", "AdminForbidden").await;
+    has_keys(&managed, &managed.admin.id, &[&own, &managed.admin.key_id]).await;
+    has_keys(&managed, &wrong.id, &[&wrong.key_id]).await;
+
     // Another administrator: the operator's keys of the former one are removed.
     let resource = json!({"organizationId": managed.organization});
     let other = admin(&managed.world, resource, "ORG_USER_MANAGER").await;

@@ -124,7 +124,7 @@ async fn check_admin(ctx: &Context, id: &ObjectRef, instance: &Arc<ZitadelInstan
         Err(reason) => Err((*reason).into()),
     };
     let rotation = match (&admin, &mut credential) {
-        (Ok(_), Ok(credential)) => rotate::rotate(ctx, id, instance, credential).await,
+        (Ok(admin), Ok(credential)) => rotate::rotate(ctx, id, instance, credential, admin).await,
         (Err(refused), credential) => rotate::waits(instance, credential.as_ref().ok(), refused.reason),
         (Ok(_), Err(_)) => None,
     };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kube::ResourceExt;
 
 use crate::api::ZitadelInstance;
+use crate::api::instance::AdminCredentialStatus;
 use crate::api::metadata::ADMIN_LEDGER_PREFIX;
 use crate::controller::Context;
 use crate::controller::instance::credential::Credential;
@@ -13,6 +14,7 @@ use crate::controller::session::{Stop, in_time};
 use crate::controller::write::WriteError;
 use crate::domain::facts::rotate_request;
 use crate::domain::key::ServiceKey;
+use crate::domain::key_ledger::Ledger;
 use crate::domain::key_rotation::{Outcome, Schedule};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
@@ -73,8 +75,14 @@ pub async fn rotate(
     id: &ObjectRef,
     instance: &Arc<ZitadelInstance>,
     credential: &mut Credential,
+    admin: &AdminCredentialStatus,
 ) -> Option<Outcome> {
     let schedule = schedule(instance);
+    let is_former = |ledger: &Ledger| !ledger.is_of(&instance.spec.issuer, &admin.user_id);
+    if credential.ledger().is_some_and(is_former) && admin.roles.is_empty() {
+        // A wrong file must not cost the former administrator its keys.
+        return Some(Outcome::new(Reason::AdminForbidden));
+    }
     let keys = match credential {
         Credential::Keys(keys) => keys,
         Credential::Token(_, holds_keys) => {

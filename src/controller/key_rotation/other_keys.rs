@@ -4,13 +4,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::api::ZitadelInstance;
 use crate::controller::instance::credential;
 use crate::controller::key_rotation::{Holder, Rotation};
 use crate::controller::ledger;
 use crate::controller::read::{ReadError, ReadUser};
 use crate::controller::service_user::key_ledger_name;
-use crate::controller::triggers::reference;
 use crate::domain::key_ledger::BootstrapKey;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
@@ -62,27 +60,28 @@ impl<H: Holder> Rotation<'_, H> {
         Some(false)
     }
 
-    /// Whether the administrator of another instance uses the bootstrap key.
+    /// Whether the administrator of another instance uses the bootstrap key. An instance or credential that cannot be read may
+    /// be repaired, and counts as a use unless this process knows better.
     async fn is_used_by_administrator(&self, bootstrap: &BootstrapKey) -> Option<bool> {
-        for instance in self.other_administrators() {
-            match credential::read(self.ctx, &instance).await {
-                Ok(_) => {}
-                Err(Reason::APIServerUnavailable) => return None,
-                // A credential that may not be used cannot be lost.
-                Err(_) => continue,
-            }
-            if self.ctx.keys.uses_bootstrap(&reference(&*instance), bootstrap) == Some(true) {
+        for other in self.other_instances() {
+            let is_read = match self.ctx.cache.instance(&other.name) {
+                Ok(instance) if instance.spec.admin_credential.is_none() => continue,
+                Ok(instance) => match credential::read(self.ctx, &instance).await {
+                    Err(Reason::APIServerUnavailable) => return None,
+                    read => read.is_ok(),
+                },
+                Err(_) => false,
+            };
+            if self.ctx.keys.uses_bootstrap(&other, bootstrap).unwrap_or(!is_read) {
                 return Some(true);
             }
         }
         Some(false)
     }
 
-    /// The other instances that have an admin credential.
-    fn other_administrators(&self) -> impl Iterator<Item = Arc<ZitadelInstance>> {
-        let all = self.ctx.cache.instances().into_iter().filter(|other| other != self.id);
-        let all = all.filter_map(|other| self.ctx.cache.instance(&other.name).ok());
-        all.filter(|instance| instance.spec.admin_credential.is_some())
+    fn other_instances(&self) -> impl Iterator<Item = ObjectRef> {
+        let all = self.ctx.cache.instances().into_iter();
+        all.filter(|other| other != self.id)
     }
 
     /// Whether the operator knows which keys it made for other objects. Otherwise these keys would look foreign.
@@ -91,14 +90,12 @@ impl<H: Holder> Rotation<'_, H> {
             return false;
         };
         let memory = &self.ctx.keys;
-        for instance in self.other_administrators() {
-            let unknown = !memory.knows_made(&reference(&*instance));
-            if unknown
-                && matches!(
-                    credential::read(self.ctx, &instance).await,
-                    Err(Reason::APIServerUnavailable)
-                )
-            {
+        for other in self.other_instances().filter(|other| !memory.knows_made(other)) {
+            let Ok(instance) = self.ctx.cache.instance(&other.name) else {
+                continue;
+            };
+            let read = credential::read(self.ctx, &instance).await;
+            if read.err() == Some(Reason::APIServerUnavailable) {
                 return false;
             }
         }

@@ -300,6 +300,8 @@ pub async fn read_roles(
     uid: &str,
 ) -> Result<Result<Option<StoredRoles>, Reason>, ReadError> {
     let Some(namespace) = &ctx.operator_namespace else {
+        // Without a namespace there are no ledgers.
+        ctx.memory.note_roles(id, uid, false);
         return Ok(Err(Reason::LedgerUnavailable));
     };
     let read = available(ctx.reader.role_ledger(namespace, &role_ledger_name(uid)).await)?;

@@ -191,12 +191,19 @@ impl Roles<'_> {
             self.unprivileged(&admin, wanted, &ledger).await
         };
         let grants_some = wanted.iter().any(|wanted| !wanted.roles.is_empty());
-        let is_new = ledger.scopes.is_empty() && grants_some;
+        if ledger.scopes.is_empty() && !grants_some {
+            return Ok(Applied::nothing(ledger, failed));
+        }
+        // A key file with the id of another user must not delay changes of that user.
+        let is_new = self.stored.is_none();
         if is_new {
-            // A key file with the id of another user must not delay changes of that user.
             self.prove(facts, instance, &admin, user_id).await?;
         }
         let mut recent = self.ctx.memory.role_changes.lock(&ledger.issuer, user_id).await;
+        if !is_current(self.ctx, self.id, facts) {
+            // The next reconcile, within seconds, decides anew.
+            return Err(Reason::APIServerUnavailable.into());
+        }
         let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
         failed = failed.or(unlisted);
         if only_revokes {
@@ -232,7 +239,7 @@ impl Roles<'_> {
         }
         let mut accepted = Vec::new();
         for change in needed {
-            recent.requested(&change.scope, &change.target, now);
+            recent.requested(&change.scope, &change.target);
             match self.session.ask(request(&admin, user_id, &change)).await {
                 Ok(()) => accepted.push(change),
                 Err(stop) => {
@@ -358,4 +365,14 @@ struct Applied {
     failed: Option<RoleOutcome>,
     /// The changes that ZITADEL accepted.
     accepted: Vec<RoleChange>,
+}
+
+impl Applied {
+    fn nothing(ledger: RoleLedger, failed: Option<RoleOutcome>) -> Self {
+        Self {
+            ledger,
+            failed,
+            accepted: Vec::new(),
+        }
+    }
 }

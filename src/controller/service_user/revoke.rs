@@ -179,7 +179,7 @@ impl Roles<'_> {
                 continue;
             }
             if change.is_needed() {
-                recent.requested(&change.scope, &change.target, now);
+                recent.requested(&change.scope, &change.target);
                 if let Err(stop) = self.session.ask(request(&admin, &ledger.user_id, &change)).await {
                     if stop.0.reason.is_permanent() {
                         recent.shown(&change.scope);

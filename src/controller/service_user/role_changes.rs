@@ -6,12 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
 use crate::domain::key_rotation::lags_until;
 use crate::domain::manager_role::RoleScope;
+use crate::domain::time::shifted;
 
 /// A change is remembered for this time, which is longer than any lag.
 const REMEMBERED: Duration = Duration::from_mins(1);
@@ -30,8 +31,7 @@ struct Change {
     scope: RoleScope,
     /// All roles that the user then has.
     roles: BTreeSet<String>,
-    /// When it was requested, by the server's clock and by that of this process.
-    since: Timestamp,
+    /// When it was requested.
     at: Instant,
 }
 
@@ -54,12 +54,11 @@ impl Recent {
     }
 
     /// Records a change that was requested, whether or not ZITADEL carried it out.
-    pub fn requested(&mut self, scope: &RoleScope, roles: &BTreeSet<String>, now: Timestamp) {
+    pub fn requested(&mut self, scope: &RoleScope, roles: &BTreeSet<String>) {
         self.shown(scope);
         self.0.push(Change {
             scope: scope.clone(),
             roles: roles.clone(),
-            since: now,
             at: Instant::now(),
         });
     }
@@ -69,13 +68,16 @@ impl Recent {
         self.0.retain(|change| change.scope != *scope);
     }
 
-    /// Since when ZITADEL does not show the last change in a scope, and until when that may last. `held` is what it shows.
+    /// Since when ZITADEL does not show the last change in a scope, and until when that may last, by the clock of `now`. `held`
+    /// is what it shows.
     #[must_use]
     pub fn lags(&self, scope: &RoleScope, held: &BTreeSet<String>, now: Timestamp) -> Option<(Timestamp, Timestamp)> {
         let change = self.0.iter().find(|change| change.scope == *scope)?;
         if change.roles == *held {
             return None;
         }
-        Some((change.since, lags_until(change.since, now)?))
+        let waited = SignedDuration::try_from(change.at.elapsed()).ok()?;
+        let since = shifted(now, -waited);
+        Some((since, lags_until(since, now)?))
     }
 }
