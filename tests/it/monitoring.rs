@@ -235,6 +235,7 @@ async fn served_metrics_match_the_metrics_table() {
     for line in [
         format!("instance_up{{zitadel_instance=\"{up}\",reason=\"InstanceReady\"}} 1"),
         format!("instance_up{{zitadel_instance=\"{down}\",reason=\"InstanceUnreachable\"}} 0"),
+        format!("admin_credential_up{{zitadel_instance=\"{up}\",reason=\"AdminCredentialReady\"}} 1"),
         format!("instance_circuit_open{{zitadel_instance=\"{up}\"}} 0"),
         format!("token_requests_total{{zitadel_instance=\"{up}\",result=\"success\",reason=\"Issued\"}} 3"),
         format!("key_rotations_total{{zitadel_instance=\"{up}\"}} 2"),
@@ -323,7 +324,8 @@ async fn series_end_with_their_objects_and_cannot_be_forged() {
 #[tokio::test(flavor = "multi_thread")]
 async fn dashboard_and_alerts_query_only_existing_series() {
     let world = world_with_all_series("dashboard").await;
-    let operator = world.operator().await;
+    let managed = operate(world, &[]).await;
+    let Managed { world, operator, .. } = &managed;
     world.ready("billing", "True", "Issued").await;
     world.ready("keyless", "False", "KeySecretMissing").await;
     let prometheus = Prometheus::start(&operator.address()).await;

@@ -1,6 +1,7 @@
 //! Reconciles instances: connects to ZITADEL and writes to the status whether the instance is ready.
 
 pub mod admin;
+mod check_admin;
 mod connect;
 pub mod credential;
 mod rotate;
@@ -9,28 +10,18 @@ use std::sync::Arc;
 
 pub use connect::{Connections, Wakeup, connect};
 
-use crate::api::ZitadelInstance;
-use crate::api::instance::AdminCredentialStatus;
 use crate::api::service_user::READY;
 use crate::controller::Context;
-use crate::controller::instance::admin::{Admin, Refused};
-use crate::controller::instance::credential::Credential;
+use crate::controller::instance::check_admin::check_admin;
 use crate::controller::queue::Done;
 use crate::domain::backoff::Recovery;
 use crate::domain::clock_skew::Skew;
 use crate::domain::failure::{Failure, classify};
-use crate::domain::instance_status::{AdminState, status};
-use crate::domain::key_ledger::Ledger;
-use crate::domain::key_rotation::BACKOFF;
-use crate::domain::key_rotation_report;
-use crate::domain::manager_role::ManagerRoles;
+use crate::domain::instance_status::status;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::report::refusal;
-use crate::domain::retry::{Failed, Wake};
-
-/// Most roles of the administrator that the status shows.
-const MOST_ROLES: usize = 16;
+use crate::domain::retry::Failed;
 
 /// Reconciles one instance: runs discovery, checks the issuer and the clock, and updates the status.
 pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
@@ -105,84 +96,6 @@ pub async fn reconcile(ctx: Arc<Context>, id: ObjectRef) -> Done {
         }
     }
     done
-}
-
-/// What a reconcile did with the admin credential.
-struct Checked {
-    state: AdminState,
-    /// When to check it again, by the clock of the server.
-    wake: Wake,
-    /// Whether this replica still leads.
-    leads: bool,
-}
-
-/// Finds out who the administrator is and what it may do, and rotates its key.
-async fn check_admin(ctx: &Context, id: &ObjectRef, instance: &Arc<ZitadelInstance>) -> Checked {
-    let mut credential = credential::read(ctx, instance).await;
-    let admin = match &credential {
-        Ok(credential) => who_is_admin(ctx, instance, credential).await,
-        Err(reason) => Err((*reason).into()),
-    };
-    let rotation = match (&admin, &mut credential) {
-        (Ok(admin), Ok(credential)) => rotate::rotate(ctx, id, instance, credential, admin).await,
-        (Err(refused), credential) => rotate::waits(instance, credential.as_ref().ok(), refused.reason),
-        (Ok(_), Err(_)) => None,
-    };
-    let credential = credential.ok();
-    let ledger = credential.as_ref().and_then(Credential::ledger);
-    // Keys of a former administrator are not shown as keys of this one.
-    let is_former = |ledger: &&Ledger| match &admin {
-        Ok(admin) => !ledger.is_of(&instance.spec.issuer, &admin.user_id),
-        Err(_) => false,
-    };
-    let ledger = ledger.filter(|ledger| !is_former(ledger));
-    let schedule = rotate::schedule(instance).and_then(Result::ok);
-    let accepted = admin.as_ref().map_err(|refused| refused.reason);
-    let accepted = accepted.map(|status| AdminCredentialStatus {
-        key_id: credential
-            .as_ref()
-            .and_then(|credential| credential.key_id(ctx, instance)),
-        key_rotation: ledger.map(|ledger| key_rotation_report::status(ledger, schedule.as_ref(), &id.name)),
-        ..status.clone()
-    });
-    let about_keys = rotation
-        .iter()
-        .flat_map(|outcome| key_rotation_report::conditions(ledger, outcome));
-    let state = AdminState {
-        accepted,
-        key_conditions: about_keys.collect(),
-    };
-    let failed = admin.err().map(|refused| Failed {
-        not_before: refused.not_before,
-        ..Failed::now("adminCredential", refused.reason)
-    });
-    let failed_rotation = rotation.as_ref().and_then(|outcome| outcome.failed(BACKOFF));
-    Checked {
-        state,
-        wake: Wake {
-            at: rotation.as_ref().and_then(|outcome| outcome.next),
-            failed: failed.into_iter().chain(failed_rotation).collect(),
-        },
-        leads: rotation.is_none_or(|outcome| outcome.reason != Reason::NotLeading),
-    }
-}
-
-/// The administrator and its roles.
-async fn who_is_admin(
-    ctx: &Context,
-    instance: &ZitadelInstance,
-    credential: &Credential,
-) -> Result<AdminCredentialStatus, Refused> {
-    let admin = Admin::with(ctx, instance, credential).await?;
-    let roles = admin.roles().await?;
-    let mut roles: Vec<String> = roles.iter().flat_map(ManagerRoles::lines).collect();
-    roles.sort_unstable();
-    roles.truncate(MOST_ROLES);
-    Ok(AdminCredentialStatus {
-        user_id: admin.user_id,
-        roles,
-        ..AdminCredentialStatus::default()
-    })
 }
 
 /// Handles an instance that does not match its schema. No tokens are requested from it. The status reports this by a

@@ -63,6 +63,8 @@ metrics! {
         "Number of namespaces with service users that the operator does not serve because the namespace has reached its memory limit";
     INSTANCE_UP: Gauge "zitadel_tokens_instance_up" ["zitadel_instance" "reason"]
         "1 if the condition Ready of the instance is True, otherwise 0; reason is the reason of the condition";
+    ADMIN_CREDENTIAL_UP: Gauge "zitadel_tokens_admin_credential_up" ["zitadel_instance" "reason"]
+        "1 if ZITADEL accepts the admin credential of the instance and its key is rotated on schedule, if at all, otherwise 0; reason is that of the condition AdminCredentialReady, or of KeyRotated if the rotation fails; absent without an admin credential";
     INSTANCE_CLOCK_SKEW: Gauge "zitadel_tokens_instance_clock_skew_seconds" ["zitadel_instance"]
         "How far the clock of the ZITADEL server is ahead of the operator's clock; negative if it is behind";
     INSTANCE_CIRCUIT_OPEN: Gauge "zitadel_tokens_instance_circuit_open" ["zitadel_instance"]

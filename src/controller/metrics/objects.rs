@@ -10,9 +10,12 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 
 use crate::api::ZitadelInstance;
+use crate::api::instance::ADMIN_CREDENTIAL_READY;
+use crate::api::service_user::KEY_ROTATED;
 use crate::controller::cache::Cache;
 use crate::controller::instance::Connections;
 use crate::controller::metrics::described;
+use crate::domain::key_rotation::replaces_in_time;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::summary::UserSummary;
@@ -112,6 +115,11 @@ impl Objects {
             Some(([*name, reason.map_or(UNKNOWN, Reason::name)], truth(is_ready)))
         });
         described::INSTANCE_UP.encode(encoder, reconciled)?;
+        let admins = known.iter().filter_map(|(name, instance)| {
+            let (is_up, reason) = admin_credential(instance)?;
+            Some(([*name, reason.map_or(UNKNOWN, Reason::name)], truth(is_up)))
+        });
+        described::ADMIN_CREDENTIAL_UP.encode(encoder, admins)?;
         // Only the leader sends requests to instances. The values of a former leader are outdated.
         let asked: Vec<_> = known
             .keys()
@@ -126,6 +134,23 @@ impl Objects {
             .iter()
             .map(|(name, open)| ([*name], truth(open.limits().breaker().is_open())));
         described::INSTANCE_CIRCUIT_OPEN.encode(encoder, breakers)
+    }
+}
+
+/// Whether the admin credential of an instance works and is rotated, and the reason. `None` if the instance has none.
+fn admin_credential(instance: &ZitadelInstance) -> Option<(bool, Option<Reason>)> {
+    let conditions = &instance.status.as_ref()?.conditions;
+    let condition = |kind: &str| conditions.iter().find(|condition| condition.type_ == kind);
+    let accepted = condition(ADMIN_CREDENTIAL_READY)?;
+    let reason = Reason::named(&accepted.reason);
+    if accepted.status != "True" {
+        return Some((false, reason));
+    }
+    let failing = condition(KEY_ROTATED).filter(|rotated| rotated.status == "False");
+    let failing = failing.map(|rotated| Reason::named(&rotated.reason));
+    match failing.filter(|reason| !reason.is_some_and(replaces_in_time)) {
+        Some(why) => Some((false, why)),
+        None => Some((true, reason)),
     }
 }
 
