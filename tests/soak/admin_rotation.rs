@@ -47,7 +47,7 @@ async fn a_kill_at_any_step_leaves_the_administrator_a_key_that_works_and_no_oth
     for (n, place) in places.iter().take(if reduced() { 2 } else { places.len() }).enumerate() {
         let (started, request) = (Instant::now(), n.to_string());
         killed_at(&mut managed, &proxy, *place, async |managed| {
-            managed.request_rotation(&request).await
+            managed.request_rotation(&request).await;
         })
         .await;
         let current = managed.rotation_served(&request, RECOVERED).await;
