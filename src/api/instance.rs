@@ -217,8 +217,8 @@ pub struct ZitadelInstanceStatus {
 
     /// `Ready`: the server's discovery document is available and states this issuer. `AdminCredentialReady`, with
     /// `spec.adminCredential` only: ZITADEL accepts the credential. `KeyRotated`, with `spec.adminCredential.keyRotation`,
-    /// or as long as the operator has keys of the administrator: it rotates the key on schedule. `ForeignCredentials`: the number of the
-    /// administrator's keys and personal access tokens that this operator did not make has grown.
+    /// or as long as the operator has keys of the administrator: it rotates the key on schedule. `ForeignCredentials`: the
+    /// number of the administrator's keys and personal access tokens that this operator did not make has grown.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use secrecy::SecretSlice;
 
 use crate::controller::Context;
-use crate::controller::write::{LedgerRef, WriteError};
+use crate::controller::write::WriteError;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
 use crate::domain::stored::Stored;
@@ -31,14 +31,11 @@ pub async fn store<L>(
     ledger: L,
     data: BTreeMap<&'static str, SecretSlice<u8>>,
 ) -> Result<Stored<L>, Reason> {
-    let at = LedgerRef {
-        namespace: namespace(ctx)?,
-        name: &place.name,
-        label: place.label,
-        key: place.key,
-        stored: stored.map(|stored| stored.secret(&place.name)),
-    };
-    let written = ctx.writer.write_ledger(&at, data).await;
+    let stored = stored.map(|stored| stored.secret(&place.name));
+    let written = ctx
+        .writer
+        .write_ledger(namespace(ctx)?, place, stored.as_ref(), data)
+        .await;
     let (uid, resource_version) = written.map_err(|error| failed(place.id, &error))?;
     Ok(Stored {
         ledger,

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 
 use crate::api::metadata::{GROUP, LABEL_MANAGED_BY, MANAGER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
+use crate::controller::ledger::Place;
 use crate::controller::triggers::reference;
 use crate::controller::watched::WatchedSecret;
 use crate::domain::allowance::Allowances;
@@ -190,7 +191,9 @@ impl Writer {
     /// another writer added. Returns the UID and the resource version of the Secret.
     pub async fn write_ledger(
         &self,
-        at: &LedgerRef<'_>,
+        namespace: &str,
+        place: &Place<'_>,
+        stored: Option<&SecretRef>,
         data: BTreeMap<&'static str, SecretSlice<u8>>,
     ) -> Result<(String, String), WriteError> {
         #[derive(Deserialize)]
@@ -206,13 +209,13 @@ impl Writer {
         let mut secret = json!({
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": {"name": at.name, "labels": {LABEL_MANAGED_BY: MANAGER, at.label: at.key}},
+            "metadata": {"name": place.name, "labels": {LABEL_MANAGED_BY: MANAGER, place.label: place.key}},
             "type": "Opaque",
         });
-        let request = Request::new(Secret::url_path(&(), Some(at.namespace)));
+        let request = Request::new(Secret::url_path(&(), Some(namespace)));
         if let Some(SecretRef {
             uid, resource_version, ..
-        }) = &at.stored
+        }) = stored
         {
             secret["metadata"]["uid"] = uid.as_str().into();
             secret["metadata"]["resourceVersion"] = resource_version.as_str().into();
@@ -223,8 +226,8 @@ impl Writer {
             field_manager: Some(MANAGER.into()),
             ..PostParams::default()
         };
-        let request = match &at.stored {
-            Some(_) => request.replace(at.name, &params, body),
+        let request = match stored {
+            Some(_) => request.replace(&place.name, &params, body),
             None => request.create(&params, body),
         };
         let mut request = request.map_err(|_| WriteError::Unavailable)?;
@@ -523,20 +526,6 @@ impl<'a> Applied<'a> {
             data: &draft.data,
         }
     }
-}
-
-/// Where a ledger is stored.
-pub struct LedgerRef<'a> {
-    /// The operator's namespace.
-    pub namespace: &'a str,
-    /// Name of the Secret.
-    pub name: &'a str,
-    /// Its label, ...
-    pub label: &'static str,
-    /// ... with this value.
-    pub key: &'a str,
-    /// The Secret that the write replaces. `None` to create it.
-    pub stored: Option<SecretRef>,
 }
 
 /// A Secret whose data are exposed only during serialization.

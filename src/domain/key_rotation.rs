@@ -79,6 +79,12 @@ impl KeyState {
         }
     }
 
+    /// The ledger, if there is one that can be read.
+    #[must_use]
+    pub fn stored(&self) -> Option<&StoredLedger> {
+        self.ledger.as_ref().ok()?.as_ref()
+    }
+
     /// Whether the operator knows which keys there are.
     #[must_use]
     pub fn are_read(&self) -> bool {

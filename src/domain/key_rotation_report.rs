@@ -229,8 +229,7 @@ fn warning(reason: Reason) -> EventDraft {
 }
 
 fn ledger(facts: &Facts) -> Option<&Ledger> {
-    let stored = facts.keys.ledger.as_ref().ok()?.as_ref()?;
-    Some(&stored.ledger)
+    facts.keys.stored().map(|stored| &stored.ledger)
 }
 
 #[cfg(test)]

@@ -6,13 +6,12 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use serde_json::json;
 
-use crate::managed_users::start;
+use crate::managed_users::{behind_proxy, kill};
 use crate::places::{Place, stop_at};
 use crate::reduced;
 use crate::support::eventually_within;
 use crate::support::managed::Managed;
 use crate::support::proxy::Proxy;
-use crate::support::world::World;
 
 /// A key that ZITADEL may have gets half a minute to show.
 const RECOVERED: Duration = Duration::from_secs(100);
@@ -21,11 +20,7 @@ const LEDGER: &str = "/secrets/admin-key-";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_at_any_step_leaves_the_administrator_a_key_that_works_and_no_other() {
-    let world = World::new("adminsteps").await;
-    world.namespace(&world.home()).await;
-    let proxy = Proxy::start(world.cluster, &world.name).await;
-    let operator = start(&world, &proxy).await;
-    let mut managed = Managed::with_operator(world, operator).await;
+    let (mut managed, proxy) = behind_proxy("adminsteps").await;
     let rotation = json!({"interval": "1h", "overlap": "10s"});
     managed.rotates(rotation.clone()).await;
     managed.key_rotated("True", "KeyRotationOnSchedule").await;
@@ -94,12 +89,7 @@ async fn a_kill_at_any_step_leaves_the_administrator_a_key_that_works_and_no_oth
 async fn killed_at(managed: &mut Managed, proxy: &Proxy, place: Place, begin: impl AsyncFnOnce(&Managed)) {
     let issuer = managed.world.issuer.clone();
     let hold = stop_at(&issuer, proxy, place, async || begin(managed).await).await;
-    let operator = start(&managed.world, proxy).await;
-    std::mem::replace(&mut managed.operator, operator).kill();
-    if let Some(hold) = hold {
-        hold.release();
-    }
-    managed.world.issuer.clear_faults().await;
+    kill(managed, proxy, hold).await;
 }
 
 /// Waits until ZITADEL has exactly these keys of the administrator.

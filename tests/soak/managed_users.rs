@@ -1,5 +1,6 @@
 //! Users that the operator creates in ZITADEL: a crash at each step of a creation, and many at once.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, stream};
@@ -12,7 +13,7 @@ use crate::reduced;
 use crate::support::eventually;
 use crate::support::managed::{CLUSTER, Managed};
 use crate::support::operator::Operator;
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Hold, Proxy};
 use crate::support::world::{World, condition, one_token, until};
 
 /// `None` is the moment after ZITADEL added the first key, whose path has the id of the user.
@@ -44,11 +45,7 @@ const STATUS: &str = "/status";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_at_any_step_of_a_creation_makes_no_second_user_and_loses_no_key() {
-    let world = World::new("usersteps").await;
-    world.namespace(&world.home()).await;
-    let proxy = Proxy::start(world.cluster, &world.name).await;
-    let operator = start(&world, &proxy).await;
-    let mut managed = Managed::with_operator(world, operator).await;
+    let (mut managed, proxy) = behind_proxy("usersteps").await;
     managed.credential_is("True", "AdminCredentialReady").await;
     let places = if reduced() { &PLACES[..4] } else { PLACES };
     for (n, place) in places.iter().enumerate() {
@@ -61,12 +58,7 @@ async fn a_kill_at_any_step_of_a_creation_makes_no_second_user_and_loses_no_key(
             stop_at_the_first_key(&managed, &proxy, &name).await;
             None
         };
-        let operator = start(&managed.world, &proxy).await;
-        std::mem::replace(&mut managed.operator, operator).kill();
-        if let Some(hold) = hold {
-            hold.release();
-        }
-        managed.world.issuer.clear_faults().await;
+        kill(&mut managed, &proxy, hold).await;
         // A key that ZITADEL may have gets half a minute to show.
         let object = until(managed.world.users(), &name, Duration::from_secs(100), is_served).await;
         let status = object.status.expect("a status");
@@ -96,8 +88,26 @@ async fn a_kill_at_any_step_of_a_creation_makes_no_second_user_and_loses_no_key(
     assert_eq!(managed.users().await, Vec::<Value>::new());
 }
 
-/// An operator that creates users and reaches the API server through the proxy.
-pub async fn start(world: &World, proxy: &Proxy) -> Operator {
+/// A world whose operator creates users and reaches the API server through a proxy.
+pub async fn behind_proxy(test: &str) -> (Managed, Proxy) {
+    let world = World::new(test).await;
+    world.namespace(&world.home()).await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let operator = start(&world, &proxy).await;
+    (Managed::with_operator(world, operator).await, proxy)
+}
+
+/// Kills the operator at the place where it is held, and starts another one.
+pub async fn kill(managed: &mut Managed, proxy: &Proxy, hold: Option<Arc<Hold>>) {
+    let operator = start(&managed.world, proxy).await;
+    std::mem::replace(&mut managed.operator, operator).kill();
+    if let Some(hold) = hold {
+        hold.release();
+    }
+    managed.world.issuer.clear_faults().await;
+}
+
+async fn start(world: &World, proxy: &Proxy) -> Operator {
     let home = world.home();
     let flags = [&["--namespace", &home], &CLUSTER[..]].concat();
     Operator::start_with(&proxy.kubeconfig, &world.selector(), &flags).await

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::managed_users::start;
+use crate::managed_users::{behind_proxy, kill};
 use crate::places::{Place, stop_at};
 use crate::reduced;
 use crate::support::managed::Managed;
@@ -47,11 +47,7 @@ const LIMIT: Duration = Duration::from_secs(100);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_at_any_step_of_a_grant_leaves_no_role_behind_and_takes_none_of_others() {
-    let world = World::new("rolesteps").await;
-    world.namespace(&world.home()).await;
-    let proxy = Proxy::start(world.cluster, &world.name).await;
-    let operator = start(&world, &proxy).await;
-    let mut managed = Managed::with_operator(world, operator).await;
+    let (mut managed, proxy) = behind_proxy("rolesteps").await;
     managed.promote("IAM_OWNER").await;
     managed.credential_is("True", "AdminCredentialReady").await;
     let [one, two] = [
@@ -95,12 +91,7 @@ async fn a_kill_at_any_step_of_a_grant_leaves_no_role_behind_and_takes_none_of_o
             }
         };
         let hold = stop_at(issuer, &proxy, *place, begin).await;
-        let operator = start(&managed.world, &proxy).await;
-        std::mem::replace(&mut managed.operator, operator).kill();
-        if let Some(hold) = hold {
-            hold.release();
-        }
-        managed.world.issuer.clear_faults().await;
+        kill(&mut managed, &proxy, hold).await;
         if !revokes {
             granted(&managed, &name, &user.id, &resources).await;
             managed.world.delete(&name).await;

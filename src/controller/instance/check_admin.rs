@@ -33,14 +33,15 @@ pub struct Checked {
 /// Finds out who the administrator is and what it may do, and rotates its key.
 pub async fn check_admin(ctx: &Context, id: &ObjectRef, instance: &Arc<ZitadelInstance>) -> Checked {
     let mut credential = credential::read(ctx, instance).await;
-    let admin = match &credential {
-        Ok(credential) => who_is_admin(ctx, instance, credential).await,
-        Err(reason) => Err((*reason).into()),
-    };
-    let rotation = match (&admin, &mut credential) {
-        (Ok(admin), Ok(credential)) => rotate::rotate(ctx, id, instance, credential, admin).await,
-        (Err(refused), credential) => rotate::waits(instance, credential.as_ref().ok(), refused.reason),
-        (Ok(_), Err(_)) => None,
+    let (admin, rotation) = match &mut credential {
+        Ok(credential) => match who_is_admin(ctx, instance, credential).await {
+            Ok(admin) => {
+                let rotation = rotate::rotate(ctx, id, instance, credential, &admin).await;
+                (Ok(admin), rotation)
+            }
+            Err(refused) => (Err(refused), rotate::waits(instance, Some(credential), refused.reason)),
+        },
+        Err(reason) => (Err((*reason).into()), rotate::waits(instance, None, *reason)),
     };
     let credential = credential.ok();
     let ledger = credential.as_ref().and_then(Credential::ledger);

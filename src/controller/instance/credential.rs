@@ -46,7 +46,7 @@ impl Credential {
     #[must_use]
     pub fn ledger(&self) -> Option<&Ledger> {
         match self {
-            Self::Keys(keys) => keys.ledger.as_ref().ok()?.as_ref().map(|stored| &stored.ledger),
+            Self::Keys(keys) => keys.stored().map(|stored| &stored.ledger),
             Self::Token(..) => None,
         }
     }

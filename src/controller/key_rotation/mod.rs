@@ -189,7 +189,7 @@ impl<'a, H: Holder> Rotation<'a, H> {
     }
 
     pub(in crate::controller) fn stored(&self) -> Option<&StoredLedger> {
-        self.keys.ledger.as_ref().ok()?.as_ref()
+        self.keys.stored()
     }
 
     pub(in crate::controller) fn ledger(&self) -> Result<Ledger, Stop> {

@@ -192,7 +192,12 @@ impl Roles<'_> {
         };
         let grants_some = wanted.iter().any(|wanted| !wanted.roles.is_empty());
         if ledger.scopes.is_empty() && !grants_some {
-            return Ok(Applied::nothing(ledger, failed));
+            let accepted = Vec::new();
+            return Ok(Applied {
+                ledger,
+                failed,
+                accepted,
+            });
         }
         // A key file with the id of another user must not delay changes of that user.
         let is_new = self.stored.is_none();
@@ -326,8 +331,7 @@ impl Roles<'_> {
     ) -> Result<(), RoleOutcome> {
         let key = facts.key.clone()?;
         if facts.user.spec.user.is_some() {
-            let ledger = facts.keys.ledger.as_ref().ok().and_then(Option::as_ref);
-            let managed = ledger.and_then(|stored| stored.ledger.managed.as_ref());
+            let managed = facts.keys.stored().and_then(|stored| stored.ledger.managed.as_ref());
             let managed = managed.filter(|managed| managed.created).ok_or(Reason::UserNotReady)?;
             let now = self.ctx.server_time(instance);
             self.session.ask(confirm(admin, user_id, managed, now)).await?;
@@ -365,14 +369,4 @@ struct Applied {
     failed: Option<RoleOutcome>,
     /// The changes that ZITADEL accepted.
     accepted: Vec<RoleChange>,
-}
-
-impl Applied {
-    fn nothing(ledger: RoleLedger, failed: Option<RoleOutcome>) -> Self {
-        Self {
-            ledger,
-            failed,
-            accepted: Vec::new(),
-        }
-    }
 }

@@ -32,8 +32,8 @@ impl Holder for Arc<ZitadelServiceUser> {
     }
 
     async fn bootstrap_key(&self, ctx: &Context) -> Result<Option<ServiceKey>, Stop> {
-        let reference_to_key = self.spec.key_secret_ref.as_ref();
-        let Some(key) = reference_to_key.filter(|_| validate::key_source(&self.spec).is_ok()) else {
+        let named = self.spec.key_secret_ref.as_ref();
+        let Some(key) = named.filter(|_| validate::key_source(&self.spec).is_ok()) else {
             return Ok(None);
         };
         match ctx.reader.key(&reference(self.as_ref()).namespace, key).await {
