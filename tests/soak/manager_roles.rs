@@ -8,8 +8,7 @@ use crate::managed_users::{behind_proxy, kill};
 use crate::places::{Place, stop_at};
 use crate::reduced;
 use crate::support::managed::Managed;
-use crate::support::proxy::Proxy;
-use crate::support::world::{World, condition, until};
+use crate::support::world::{condition, until};
 
 const CREATE: &str = "/zitadel.internal_permission.v2.InternalPermissionService/CreateAdministrator";
 const UPDATE: &str = "/zitadel.internal_permission.v2.InternalPermissionService/UpdateAdministrator";
