@@ -119,6 +119,27 @@ impl Election {
 
     /// Acquires or renews the lease. Returns when the request was sent if it succeeded.
     async fn claim(&mut self) -> Option<Duration> {
+        let mut claimed = self.write().await;
+        if matches!(claimed, Err(LeaseError::Changed)) {
+            // Another candidate was faster, or the response to an earlier request was lost. In the second case this
+            // process still leads, perhaps for less than `RETRY`.
+            self.read().await;
+            if self.guard.is_leading() {
+                claimed = self.write().await;
+            }
+        }
+        match claimed {
+            Ok(sent) => Some(sent),
+            Err(LeaseError::Changed) => None,
+            Err(error) => {
+                tracing::warn!(%error, "the lease could not be acquired or renewed");
+                None
+            }
+        }
+    }
+
+    /// Writes this process into the lease. Returns when the request was sent.
+    async fn write(&mut self) -> Result<Duration, LeaseError> {
         let sent = lease::now();
         let wanted = lease::claimed(self.observed.as_ref(), &self.name, &self.me, Timestamp::now());
         let params = PostParams::default();
@@ -127,16 +148,8 @@ impl Election {
         } else {
             bounded(self.leases.create(&params, &wanted)).await
         };
-        match written {
-            Ok(lease) => {
-                self.saw(Some(lease));
-                return Some(sent);
-            }
-            // Another candidate was faster, or the response to an earlier request was lost.
-            Err(LeaseError::Changed) => self.read().await,
-            Err(error) => tracing::warn!(%error, "the lease could not be acquired or renewed"),
-        }
-        None
+        self.saw(Some(written?));
+        Ok(sent)
     }
 
     /// Releases the lease, if this process holds it.

@@ -389,6 +389,38 @@ async fn an_outage_shorter_than_the_lease_keeps_the_leader() {
     assert_eq!(world.issuer.mints().await, 2);
 }
 
+/// After a lost answer the Lease has a version that the leader does not know. The leader may have less time left than
+/// it waits between two attempts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_renewal_was_handled_without_an_answer_renews_at_the_next_attempt() {
+    let world = World::new("answer").await;
+    let replicas = Replicas::of(&world).await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let leader = replicas.start_behind(&proxy, "leader").await;
+    let before = replicas.led_by("leader").await;
+
+    let unanswered = proxy.hold_after("PUT", "/leases/");
+    unanswered.reached().await;
+    let writes = || {
+        let mut all = replicas.audit().requests(&replicas.home);
+        all.retain(|r| r.resource == "leases" && r.writes());
+        all
+    };
+    eventually("the write with the old version is refused", async || {
+        writes().iter().any(|r| r.code == 409)
+    })
+    .await;
+    replicas.renewed().await;
+    let all = writes();
+    let refused = all.iter().position(|r| r.code == 409).expect("refused");
+    let (refused, renewed) = (&all[refused], &all[refused + 1]);
+    assert_eq!(renewed.code, 200);
+    let between = renewed.at.duration_since(refused.at);
+    assert!(between < SignedDuration::from_secs(1), "renewed {between} later");
+    assert_eq!(replicas.led_by("leader").await.acquire_time, before.acquire_time);
+    assert!(leader.log().iter().all(|l| !l.contains("leadership lost")));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outage_longer_than_the_lease_keeps_the_unwritten_token() {
     let world = World::new("long").await;

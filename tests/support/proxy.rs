@@ -45,7 +45,7 @@ struct Shared {
 /// Whether the proxy forwards requests.
 enum Way {
     Open,
-    /// The proxy refuses requests whose path contains this text, and ends their streams.
+    /// The proxy refuses requests whose path contains this text, and ends their watches.
     Refused(String),
     /// No answer arrives, and no connection ends.
     Silent,
@@ -192,7 +192,8 @@ impl Proxy {
         .await;
     }
 
-    /// Refuses requests whose path contains `path` (all if it is empty), and ends their open streams.
+    /// Refuses requests whose path contains `path` (all if it is empty), and ends their watches. Answers in flight
+    /// arrive.
     pub fn refuse(&self, path: &str) {
         self.shared.way.send_replace(Way::Refused(path.to_owned()));
     }
@@ -354,7 +355,7 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let ended = async move {
         // An error means that the proxy is gone.
         tokio::select! {
-            _ = way.wait_for(|way| way.is_refused(&path)) => {}
+            _ = way.wait_for(|way| way.is_refused(&path) && path.contains("watch=true")) => {}
             _ = hung_up.changed() => {}
         }
     };
