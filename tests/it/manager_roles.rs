@@ -549,6 +549,43 @@ async fn tenant_cannot_keep_a_role() {
     revoked().await;
 }
 
+/// What a reconcile has read is outdated when it acts.
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_cannot_keep_a_role_by_changing_the_object_all_the_time() {
+    let (managed, organization) = owned("edits").await;
+    let world: &World = &managed.world;
+    let user = key_user(&managed).await;
+    let entry = |roles: &[&str]| json!([roles_on(&organization, roles)]);
+    let edits = [
+        // Each edit changes the generation.
+        |round: usize| json!({"spec": {"suspend": if round.is_multiple_of(2) { json!(false) } else { Value::Null }}}),
+        // Each edit changes the version that the finalizer is set on.
+        |round: usize| json!({"metadata": {"finalizers": null, "annotations": {"round": round.to_string()}}}),
+    ];
+    for edit in edits {
+        managed
+            .allow_roles(json!([allowed_on(&organization, &["ORG_OWNER"])]))
+            .await;
+        managed.with_roles("billing", &user, entry(&["ORG_OWNER"])).await;
+        managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+        let editing = async {
+            let mut round = 0;
+            loop {
+                round += 1;
+                world.merge("billing", edit(round)).await;
+            }
+        };
+        let revoked = async {
+            managed.allow_roles(json!([])).await;
+            has(&managed, &user.id, &organization, &[]).await;
+        };
+        tokio::select! {
+            () = editing => {}
+            () = revoked => {}
+        }
+    }
+}
+
 /// ZITADEL replaces all roles of a user in an organization with each change.
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_with_one_user_do_not_write_back_each_others_roles() {

@@ -112,20 +112,35 @@ fn obstacle(facts: &Facts) -> Option<Outcome> {
     let ledger = facts.roles.as_ref().err().map(|reason| Outcome::new(*reason));
     let instance = facts.instance.as_ref().err();
     let others = instance.or(facts.allowed.as_ref().err());
-    ledger.or(others.map(|reason| Outcome::waiting(*reason)))
+    let invalid = || {
+        let checked = validate::manager_roles(&facts.user.spec).err();
+        checked.map(|_| Outcome::new(Reason::InvalidSpec))
+    };
+    let ledger = ledger.or(others.map(|reason| Outcome::waiting(*reason)));
+    ledger.or_else(invalid)
 }
 
 impl Roles<'_> {
-    /// Gives the user the roles of the spec that the policies allow, and takes those that the operator granted and that are
-    /// no longer among them. Returns nothing if the object no longer has roles.
+    /// Brings the roles in line with the spec, and keeps the finalizer as long as there is a ledger. Returns nothing if the
+    /// object no longer has roles.
     async fn advance(&mut self, facts: &Facts) -> Result<Option<RoleOutcome>, RoleOutcome> {
+        let advanced = self.bring_in_line(facts).await;
+        // Someone may have removed it. This comes last: a tenant who changes the object all the time can prevent it, and
+        // must not prevent a revocation with it.
+        let kept = match self.stored {
+            Some(_) => self.set_finalizer(true).await,
+            None => Ok(()),
+        };
+        let advanced = advanced?;
+        kept?;
+        Ok(advanced)
+    }
+
+    /// Gives the user the roles of the spec that the policies allow, and takes those that the operator granted and that are
+    /// no longer among them.
+    async fn bring_in_line(&mut self, facts: &Facts) -> Result<Option<RoleOutcome>, RoleOutcome> {
         let instance = facts.instance.clone()?;
         let allowed = facts.allowed.as_ref().map_err(|reason| *reason)?;
-        validate::manager_roles(&facts.user.spec).map_err(|_| Reason::InvalidSpec)?;
-        if self.stored.is_some() {
-            // Someone may have removed it.
-            self.set_finalizer(true).await?;
-        }
         self.revoke_former(facts, &instance).await?;
         let wanted = manager_role::wanted(&facts.user.spec, allowed);
         let in_ledger = self.stored.as_ref().map(|stored| stored.ledger.user_id.clone());
@@ -140,9 +155,9 @@ impl Roles<'_> {
                 None => grants_some,
             };
             if is_due {
-                if !is_current(self.ctx, self.id, facts) {
-                    // The next reconcile, within seconds, decides anew.
-                    return Err(Reason::APIServerUnavailable.into());
+                let has_some = self.stored.as_ref().is_some_and(|stored| !stored.ledger.scopes.is_empty());
+                if !has_some {
+                    self.is_current(facts)?;
                 }
                 let applied = self.apply(facts, &instance, wanted.clone(), user_id).await?;
                 self.confirm(applied, &hash, request, now).await?;
@@ -184,8 +199,8 @@ impl Roles<'_> {
         if admin.user_id == user_id {
             return Err(Reason::UserIsAdministrator.into());
         }
-        let only_revokes = throttled.is_some();
-        let (wanted, mut failed) = if only_revokes {
+        let is_throttled = throttled.is_some();
+        let (wanted, mut failed) = if is_throttled {
             (wanted, throttled)
         } else {
             self.unprivileged(&admin, wanted, &ledger).await
@@ -205,19 +220,18 @@ impl Roles<'_> {
             self.prove(facts, instance, &admin, user_id).await?;
         }
         let mut recent = self.ctx.memory.role_changes.lock(&ledger.issuer, user_id).await;
-        if !is_current(self.ctx, self.id, facts) {
-            // The next reconcile, within seconds, decides anew.
-            return Err(Reason::APIServerUnavailable.into());
-        }
         let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
         failed = failed.or(unlisted);
-        if only_revokes {
-            changes = changes.into_iter().map(RoleChange::unproven).collect();
-        } else if !is_new
-            && changes.iter().any(RoleChange::needs_proof)
-            && let Err(reason) = self.prove(facts, instance, &admin, user_id).await
-        {
+        // What is to be revoked does not wait for what a grant needs.
+        let only_revokes = if is_throttled {
+            true
+        } else if let Err(reason) = self.may_grant(facts, instance, &admin, user_id, &changes, is_new).await {
             failed.get_or_insert(reason);
+            true
+        } else {
+            false
+        };
+        if only_revokes {
             changes = changes.into_iter().map(RoleChange::unproven).collect();
         }
         let now = self.ctx.server_time(instance);
@@ -239,7 +253,6 @@ impl Roles<'_> {
             }
         }
         if !needed.is_empty() {
-            self.set_finalizer(true).await?;
             self.store(&ledger).await?;
         }
         let mut accepted = Vec::new();
@@ -271,6 +284,36 @@ impl Roles<'_> {
             failed,
             accepted,
         })
+    }
+
+    /// Whether `changes` may be made whole, and not only what they revoke: the facts still hold, the user is proven to be the
+    /// object's, and the object has the finalizer.
+    async fn may_grant(
+        &mut self,
+        facts: &Facts,
+        instance: &Arc<ZitadelInstance>,
+        admin: &Admin,
+        user_id: &str,
+        changes: &[RoleChange],
+        is_proven: bool,
+    ) -> Result<(), RoleOutcome> {
+        self.is_current(facts)?;
+        if !is_proven && changes.iter().any(RoleChange::needs_proof) {
+            self.prove(facts, instance, admin, user_id).await?;
+        }
+        if changes.iter().any(|change| change.added().next().is_some()) {
+            self.set_finalizer(true).await?;
+        }
+        Ok(())
+    }
+
+    /// Fails if the object, its policies or its instance changed meanwhile. The next reconcile, within seconds, decides anew.
+    fn is_current(&self, facts: &Facts) -> Result<(), RoleOutcome> {
+        if is_current(self.ctx, self.id, facts) {
+            Ok(())
+        } else {
+            Err(Reason::APIServerUnavailable.into())
+        }
     }
 
     /// Begins a session of the administrator. If the object has made too many requests, and there is something to revoke, the
@@ -311,7 +354,6 @@ impl Roles<'_> {
         }
         // After a failure, a new ledger without roles would say nothing.
         if self.stored.is_some() || failed.is_none() || !ledger.scopes.is_empty() {
-            self.set_finalizer(true).await?;
             self.store(&ledger).await?;
         }
         for change in &accepted {

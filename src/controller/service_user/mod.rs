@@ -98,7 +98,8 @@ async fn reconcile_once(ctx: &Context, id: &ObjectRef, pending_retries: PendingR
     }
     let leads = leads && rotated.outcome.as_ref().is_none_or(|o| o.reason != Reason::NotLeading);
     let mut granted = Granted::default();
-    if leads && !acted.outdated {
+    // Also for an outdated object: a tenant who changes it all the time must not keep a role.
+    if leads {
         granted = Box::pin(grant::grant(ctx, id, &mut facts)).await;
     }
     written.append(&mut rotated.written);
