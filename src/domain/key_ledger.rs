@@ -42,6 +42,10 @@ pub struct Ledger {
     pub issuer: String,
     /// The ZITADEL user that the keys belong to.
     pub user_id: String,
+    /// Where the operator may send what these keys sign, in the words of `admin_credential::destination`. Only of an
+    /// administrator's keys.
+    #[serde(default)]
+    pub send_to: Option<String>,
     /// The key that a person put in. `None` if the operator created the user.
     #[serde(default)]
     pub bootstrap: Option<BootstrapKey>,
@@ -208,6 +212,7 @@ impl Ledger {
             instance: instance.to_owned(),
             issuer: issuer.to_owned(),
             user_id,
+            send_to: None,
             bootstrap: None,
             managed: None,
             current: None,
@@ -334,6 +339,17 @@ impl Ledger {
     #[must_use]
     pub fn is_of(&self, issuer: &str, user_id: &str) -> bool {
         self.issuer == issuer && self.user_id == user_id
+    }
+
+    /// Whether the annotations of a Secret with this key may say where the operator sends what its own keys sign: the
+    /// destination is the one of the ledger, or the key is the one that the rotation began with. Otherwise whoever can create
+    /// a Secret for the instance could have assertions of the administrator sent to a host of their own.
+    #[must_use]
+    pub fn is_bound_by(&self, key: &ServiceKey, issuer: &str, destination: &str) -> bool {
+        let is_bootstrap = |own: &BootstrapKey| own.is(&BootstrapKey::of(key));
+        self.issuer != issuer
+            || self.send_to.as_deref() == Some(destination)
+            || self.bootstrap.as_ref().is_some_and(is_bootstrap)
     }
 
     /// Whether the operator has removed or replaced the key with this id, so that it must not sign with it again.

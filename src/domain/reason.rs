@@ -269,8 +269,8 @@ reasons! {
         "The ZitadelInstance has no spec.adminCredential, the Secret or entry that it names does not exist in the operator's namespace, several entries exist and none is named, or the operator does not know its own namespace.",
         "Set spec.adminCredential of the ZitadelInstance, create the Secret in the operator's namespace, and start the operator with --namespace.";
     CredentialNotBound: Permanent, Object,
-        "The annotations of the Secret in spec.adminCredential do not allow its use: they name another ZitadelInstance or another destination.",
-        "Annotate the Secret with zitadel-tokens.dev/instance: <name of the ZitadelInstance> and zitadel-tokens.dev/send-to: <issuer>, or <endpoint> for <issuer>; then \" as <tlsServerName>\" and \" via <proxy>\" if spec.connection sets them.";
+        "The annotations of the Secret in spec.adminCredential do not allow its use: they name another ZitadelInstance or another destination. Or the operator rotates the key, the destination changed, and the Secret no longer has the key that the rotation began with.",
+        "Annotate the Secret with zitadel-tokens.dev/instance: <name of the ZitadelInstance> and zitadel-tokens.dev/send-to: <issuer>, or <endpoint> for <issuer>; then \" as <tlsServerName>\" and \" via <proxy>\" if spec.connection sets them. After a change of the destination, store the key file that the rotation began with.";
     CredentialInvalid: Permanent, Object,
         "The Secret in spec.adminCredential holds neither a key file of ZITADEL nor a personal access token.",
         "Store a key file (JSON) or a personal access token in it, and nothing else.";

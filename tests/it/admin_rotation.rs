@@ -134,6 +134,46 @@ async fn administrator_goes_back_to_the_key_of_the_secret() {
     managed.world.ready("billing", "True", "Issued").await;
 }
 
+/// Someone may edit the instance and create a Secret, but cannot read the Secrets of the operator.
+#[tokio::test(flavor = "multi_thread")]
+async fn rotated_keys_sign_only_for_the_destination_of_the_bootstrap_key() {
+    let managed = Managed::new("admin-bound").await;
+    managed.rotates(every_hour()).await;
+    let own = key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await);
+    let issuer = &managed.world.issuer;
+    let stranger = issuer.user(json!({})).await;
+    let mut forged: Value = serde_json::from_str(&stranger.key).expect("a key file");
+    forged["userId"] = json!(managed.admin.id);
+    let forged = forged.to_string();
+    // With another file of the same user, the destination stays.
+    managed.credential(&forged).await;
+    managed.user("billing", json!({})).await;
+    managed.world.ready("billing", "True", "Issued").await;
+
+    let endpoint = issuer.url.replace("127.0.0.1", "localhost");
+    let destination = format!("{endpoint} for {}", issuer.url);
+    managed.bound_credential(&forged, &destination).await;
+    let mut spec = managed.world.instance_spec();
+    spec["connection"]["endpoint"] = json!(endpoint);
+    spec["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}, "keyRotation": every_hour()});
+    managed.world.apply_instance(spec).await.expect("an instance");
+    managed.credential_is("False", "CredentialNotBound").await;
+    has_generation(&managed).await;
+    let requests = requests_of(&managed, &managed.admin.id).await;
+    managed.user("orders", json!({})).await;
+    managed.user_is("orders", "False", "CredentialNotBound").await;
+    assert_eq!(requests_of(&managed, &managed.admin.id).await, requests);
+
+    // The platform team moves the endpoint.
+    managed.bound_credential(&managed.admin.key, &destination).await;
+    managed.credential_is("True", "AdminCredentialReady").await;
+    managed.world.ready("orders", "True", "Issued").await;
+    assert_eq!(key_id(&managed.key_rotated("True", "KeyRotationOnSchedule").await), own);
+    managed.bound_credential(&forged, &destination).await;
+    managed.user("third", json!({})).await;
+    managed.world.ready("third", "True", "Issued").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn personal_access_token_is_not_rotated() {
     let managed = Managed::new("admin-token").await;

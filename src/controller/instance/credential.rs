@@ -52,7 +52,7 @@ impl Credential {
     }
 }
 
-/// Reads the credential. The annotations of its Secret also say where the operator's own keys may be sent to.
+/// Reads the credential. The annotations of its Secret also bind the operator's own keys.
 pub async fn read(ctx: &Context, instance: &ZitadelInstance) -> Result<Credential, Reason> {
     let credential = instance.spec.admin_credential.as_ref();
     let secret = &credential.ok_or(Reason::CredentialMissing)?.secret_ref;
@@ -72,6 +72,11 @@ pub async fn read(ctx: &Context, instance: &ZitadelInstance) -> Result<Credentia
             Credential::Token(token, !matches!(ledger, Ok(None)))
         }
         AdminCredential::Key(key) => {
+            if let Ok(Some(stored)) = &ledger {
+                let destination = admin_credential::destination(&instance.spec);
+                let is_bound = stored.ledger.is_bound_by(&key, &instance.spec.issuer, &destination);
+                is_bound.then_some(()).ok_or(Reason::CredentialNotBound)?;
+            }
             let bootstrap = Ok(*key);
             let keys = KeyState { bootstrap, ledger };
             ctx.keys.uses(&reference(instance), &keys);

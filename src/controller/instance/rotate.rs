@@ -12,6 +12,7 @@ use crate::controller::instance::credential::Credential;
 use crate::controller::key_rotation::{Holder, Rotation, Terms};
 use crate::controller::session::{Stop, in_time};
 use crate::controller::write::WriteError;
+use crate::domain::admin_credential;
 use crate::domain::facts::rotate_request;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::Ledger;
@@ -49,6 +50,20 @@ impl Holder for Arc<ZitadelInstance> {
         } else {
             tracing::info!(object, %reason, "the key of the administrator: {}", event.text);
         }
+    }
+}
+
+impl Rotation<'_, Arc<ZitadelInstance>> {
+    /// Stores where the operator may send what its own keys sign. The key in the Secret has just been accepted for it.
+    async fn bind(&mut self, instance: &ZitadelInstance) -> Result<(), Stop> {
+        let Some(stored) = self.stored() else { return Ok(()) };
+        let send_to = Some(admin_credential::destination(&instance.spec));
+        if stored.ledger.issuer != instance.spec.issuer || stored.ledger.send_to == send_to {
+            return Ok(());
+        }
+        let mut ledger = stored.ledger.clone();
+        ledger.send_to = send_to;
+        self.store(ledger).await
     }
 }
 
@@ -104,8 +119,12 @@ pub async fn rotate(
         has_administrator: false,
         is_current: &is_current,
     };
-    let advanced = in_time(rotation.advance(&terms)).await;
-    let outcome = advanced.unwrap_or_else(|Stop(outcome)| Some(outcome));
+    let steps = async {
+        let advanced = rotation.advance(&terms).await;
+        let bound = rotation.bind(instance).await;
+        advanced.and_then(|outcome| bound.map(|()| outcome))
+    };
+    let outcome = in_time(steps).await.unwrap_or_else(|Stop(outcome)| Some(outcome));
     **keys = rotation.keys.clone();
     let rotated = rotation.ended(outcome, ctx.server_time(instance));
     if !rotated.wants_key {

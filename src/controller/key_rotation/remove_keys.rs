@@ -21,10 +21,11 @@ impl<H: Holder> Rotation<'_, H> {
             self.report_left_keys(&ledger).await;
             return self.drop_ledger().await;
         }
+        // Looked up before the first request: an instance that changes meanwhile may lead to another host.
+        let instance = self.instance_of(&ledger, Some(present));
         // A key that was put in by mistake must not cost the keys that work.
         let bootstrap = self.keys.bootstrap.clone()?;
         self.session.open(present, &bootstrap).await?;
-        let instance = self.instance_of(&ledger, Some(present));
         let instance = instance.ok_or(Reason::OldKeysRemain)?;
         let removed = self.remove_all(&instance, &ledger, false).await;
         removed.map_err(|Stop(outcome)| match outcome.reason {
