@@ -202,10 +202,10 @@ impl Cache {
 
     /// UIDs of the service users that show by their finalizer that they have manager roles.
     #[must_use]
-    pub fn holders_of_roles(&self) -> HashSet<Box<str>> {
+    pub fn holders_of_roles(&self) -> HashMap<Box<str>, ObjectRef> {
         let known = self.read();
-        let holders = known.users.values().filter(|user| user.holds.roles);
-        holders.map(|user| user.uid.clone()).collect()
+        let holders = known.users.iter().filter(|(_, user)| user.holds.roles);
+        holders.map(|(id, user)| (user.uid.clone(), id.clone())).collect()
     }
 
     /// The service users of an instance.

@@ -722,8 +722,12 @@ async fn roles_of_an_object_that_vanished_without_an_operator_are_revoked() {
     managed
         .allow_roles(json!([allowed_on(&organization, &["ORG_OWNER"])]))
         .await;
-    let users = [key_user(&managed).await, key_user(&managed).await];
-    for (name, user) in ["billing", "orders"].iter().zip(&users) {
+    let users = [
+        key_user(&managed).await,
+        key_user(&managed).await,
+        key_user(&managed).await,
+    ];
+    for (name, user) in ["billing", "orders", "shipping"].iter().zip(&users) {
         let entry = json!([roles_on(&organization, &["ORG_OWNER"])]);
         managed.with_roles(name, user, entry).await;
         managed.roles_are(name, "True", "ManagerRolesGranted").await;
@@ -736,7 +740,13 @@ async fn roles_of_an_object_that_vanished_without_an_operator_are_revoked() {
     }
     world.delete("billing").await;
     world.user_gone("billing").await;
+    // The operator reconciles no object before it has reached ZITADEL.
+    let slow = json!({"path": "/.well-known/openid-configuration", "times": 1, "latencyMillis": 3_000});
+    world.issuer.fault(slow).await;
     let operator = world.rotating_operator_with(&CLUSTER).await;
+    world.merge("shipping", dropped).await;
+    world.delete("shipping").await;
+    world.user_gone("shipping").await;
     let managed = Managed { operator, ..managed };
     for user in &users {
         has(&managed, &user.id, &organization, &[]).await;

@@ -16,8 +16,8 @@ use crate::domain::role_ledger::RoleLedger;
 /// How long to wait after a failure.
 const RETRY: Duration = Duration::from_mins(1);
 
-/// Reads the ledgers of objects that do not show that they have roles, and wakes these objects. Their reconcile revokes the
-/// roles.
+/// Remembers which objects have a ledger. Reads the ledgers of objects that do not show that they have roles, and wakes these
+/// objects. Their reconcile revokes the roles.
 pub async fn find(ctx: &Context) {
     let Some(namespace) = &ctx.operator_namespace else {
         return;
@@ -43,7 +43,12 @@ pub async fn find(ctx: &Context) {
         let mut failed = Vec::new();
         for secret in unread {
             let uid = secret.labels().get(LABEL_ROLE_LEDGER).cloned().unwrap_or_default();
-            if known.contains(&*uid) || secret.name_any() != gather::role_ledger_name(&uid) {
+            if secret.name_any() != gather::role_ledger_name(&uid) {
+                continue;
+            }
+            if let Some(id) = known.get(&*uid) {
+                // It may lose its finalizer, and be deleted, before its first reconcile.
+                ctx.memory.note_roles(id, &uid, true);
                 continue;
             }
             match ctx.reader.role_ledger(namespace, &secret.name_any()).await {

@@ -217,39 +217,56 @@ impl Roles<'_> {
         let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
             return Ok(());
         };
-        if matches!(present, Present::Unknown) && self.is_alive(&ledger).await? {
+        let life = match present {
+            Present::Unknown => self.life(&ledger).await?,
+            Present::Served(_) | Present::Refused => Life::Over,
+        };
+        if life == Life::GoesOn {
             return Ok(());
         }
         let instance = self.instance_of(&ledger, None).ok_or(Reason::InstanceMissing)?;
         // Of an unreadable object it is known which instance it names, so that changes of policies wake it.
         let known = self.ctx.cache.user(self.id);
-        if matches!(present, Present::Refused) && known.is_some_and(|known| *known.instance == *ledger.instance) {
+        let is_unreadable =
+            matches!(present, Present::Refused) && known.is_some_and(|known| *known.instance == *ledger.instance);
+        if is_unreadable || life == Life::Hidden {
             let allowed = self.ctx.cache.allowed(&ledger.instance, &self.id.namespace);
-            return self.revoke_denied(&instance, &ledger, &allowed).await;
+            self.revoke_denied(&instance, &ledger, &allowed).await?;
+            return if is_unreadable { Ok(()) } else { Err(Reason::SecretsForbidden.into()) };
         }
         self.revoke_all(&instance).await?;
         self.drop_ledger().await
     }
 
-    /// Whether the object exists after all, and still belongs to the instance of its ledger. Its event then wakes it.
-    async fn is_alive(&self, ledger: &RoleLedger) -> Result<bool, RoleOutcome> {
+    /// Whether an object that the operator does not know exists after all, and still belongs to the instance of its ledger.
+    async fn life(&self, ledger: &RoleLedger) -> Result<Life, RoleOutcome> {
         let read = match self.ctx.reader.user(self.id).await {
             Ok(read) => read,
             // The Role of the operator can be gone together with the namespace.
             Err(ReadError::Forbidden) => {
                 let namespace = &self.id.namespace;
                 let exists = self.ctx.cache.allowed(&ledger.instance, namespace) != Err(Reason::NamespaceMissing);
-                if !exists || self.ctx.cache.is_terminating(namespace) {
-                    return Ok(false);
-                }
-                return Err(Reason::SecretsForbidden.into());
+                let is_hidden = exists && !self.ctx.cache.is_terminating(namespace);
+                return Ok(if is_hidden { Life::Hidden } else { Life::Over });
             }
             Err(ReadError::Unavailable) => return Err(Reason::APIServerUnavailable.into()),
         };
         let Some(ReadUser::Readable(user)) = read else {
-            return Ok(false);
+            return Ok(Life::Over);
         };
         let is_same = user.metadata.uid.as_deref() == Some(self.uid()) && user.metadata.deletion_timestamp.is_none();
-        Ok(is_same && user.spec.instance_ref.name == ledger.instance)
+        let goes_on = is_same && user.spec.instance_ref.name == ledger.instance;
+        Ok(if goes_on { Life::GoesOn } else { Life::Over })
     }
+}
+
+/// What became of an object that the operator does not know.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Life {
+    /// It exists. Its event wakes it.
+    GoesOn,
+    /// It does not exist, or belongs to another instance now.
+    Over,
+    /// The operator lost its rights in the namespace.
+    Hidden,
 }
