@@ -9,6 +9,8 @@ use zitadel_tokens::api::ZitadelServiceUser;
 use crate::support::eventually;
 use crate::support::issuer::User;
 use crate::support::managed::{CLUSTER, Managed};
+use crate::support::operator::Operator;
+use crate::support::proxy::Proxy;
 use crate::support::world::{World, condition, one_token};
 
 const ADMINISTRATORS: &str = "/zitadel.internal_permission.v2.InternalPermissionService";
@@ -751,4 +753,43 @@ async fn roles_of_an_object_that_vanished_without_an_operator_are_revoked() {
     for user in &users {
         has(&managed, &user.id, &organization, &[]).await;
     }
+}
+
+/// With a Role for each namespace, people there may be able to remove it.
+#[tokio::test(flavor = "multi_thread")]
+async fn operator_without_rights_in_a_namespace_revokes_roles() {
+    let world = World::new("rights").await;
+    let home = world.home();
+    world.namespace(&home).await;
+    let proxy = Proxy::start(world.cluster, &world.name).await;
+    let flags = ["--namespace", &home, "--watch-namespaces", &world.name];
+    let flags = [&flags[..], &CLUSTER].concat();
+    let operator = Operator::start_with(&proxy.kubeconfig, &world.selector(), &flags).await;
+    let managed = Managed::with_operator(world, operator).await;
+    managed.promote("IAM_OWNER").await;
+    let world = &managed.world;
+    let organizations = [world.issuer.organization().await, world.issuer.organization().await];
+    let entry = |organization: &String| allowed_on(organization, &["ORG_OWNER"]);
+    managed.allow_roles(organizations.iter().map(entry).collect()).await;
+    let user = key_user(&managed).await;
+    let roles = organizations.iter().map(|id| roles_on(id, &["ORG_OWNER"])).collect();
+    managed.with_roles("billing", &user, roles).await;
+    managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+
+    proxy.answer("GET", &format!("/namespaces/{}/secrets/", world.name), 403, 1_000);
+    managed.allow_roles(json!([entry(&organizations[1])])).await;
+    has(&managed, &user.id, &organizations[0], &[]).await;
+    world.ready("billing", "False", "SecretsForbidden").await;
+    has(&managed, &user.id, &organizations[1], &["ORG_OWNER"]).await;
+
+    // The operator no longer sees the object either.
+    proxy.answer("GET", &format!("/namespaces/{}/", world.name), 403, 1_000);
+    proxy.hang_up();
+    let hidden = "an object that is not served could not be revoked";
+    eventually("the object is hidden", async || {
+        managed.operator.log().iter().any(|line| line.contains(hidden))
+    })
+    .await;
+    managed.allow_roles(json!([])).await;
+    has(&managed, &user.id, &organizations[1], &[]).await;
 }

@@ -260,7 +260,8 @@ impl Shared {
         this.times -= 1;
         let code = this.status;
         errors.retain(|e| e.times > 0);
-        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": "Made", "message": "made by a test"});
+        let reason = if code == 403 { "Forbidden" } else { "Made" };
+        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": "made by a test"});
         let code = StatusCode::from_u16(code).expect("a status");
         Some((code, [("content-type", "application/json")], status.to_string()).into_response())
     }
