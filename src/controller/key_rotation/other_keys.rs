@@ -60,20 +60,20 @@ impl<H: Holder> Rotation<'_, H> {
         Some(false)
     }
 
-    /// Whether the administrator of another instance uses the bootstrap key. An instance or credential that cannot be read may
-    /// be repaired, and counts as a use unless this process knows better.
+    /// Whether the administrator of another instance uses the bootstrap key. An instance or credential that cannot be read
+    /// counts as a use: what is in it now may be the key that someone is about to bind.
     async fn is_used_by_administrator(&self, bootstrap: &BootstrapKey) -> Option<bool> {
         for other in self.other_instances() {
-            let is_read = match self.ctx.cache.instance(&other.name) {
+            let read = match self.ctx.cache.instance(&other.name) {
                 Ok(instance) if instance.spec.admin_credential.is_none() => continue,
-                Ok(instance) => match credential::read(self.ctx, &instance).await {
-                    Err(Reason::APIServerUnavailable) => return None,
-                    read => read.is_ok(),
-                },
-                Err(_) => false,
+                Ok(instance) => credential::read(self.ctx, &instance).await,
+                Err(reason) => Err(reason),
             };
-            if self.ctx.keys.uses_bootstrap(&other, bootstrap).unwrap_or(!is_read) {
-                return Some(true);
+            match read {
+                Err(Reason::APIServerUnavailable) => return None,
+                Err(_) => return Some(true),
+                Ok(_) if self.ctx.keys.uses_bootstrap(&other, bootstrap) == Some(true) => return Some(true),
+                Ok(_) => {}
             }
         }
         Some(false)
