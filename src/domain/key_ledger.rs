@@ -130,6 +130,9 @@ pub struct Managed {
     /// When the user was last compared with the spec.
     #[serde(default)]
     pub checked: Option<Timestamp>,
+    /// The renew request at that time. Another one asks for another comparison.
+    #[serde(default)]
+    pub request: Option<String>,
 }
 
 /// A key that the operator made.
@@ -251,7 +254,8 @@ impl Ledger {
         let distinct = named.iter().collect::<BTreeSet<_>>().len() == named.len();
         let replaced = ledger.bootstrap.as_ref().is_some_and(|key| key.replaced_at.is_some());
         let consistent = distinct && (ledger.current.is_some() || !replaced);
-        let mut requests = ledger.request.iter().chain(&ledger.pending_request);
+        let renewed = ledger.managed.iter().filter_map(|managed| managed.request.as_ref());
+        let mut requests = ledger.request.iter().chain(&ledger.pending_request).chain(renewed);
         let requests = requests.all(|request| request.len() <= MAX_REQUEST);
         // Only a pending key may be unknown to ZITADEL.
         let known = [&ledger.current, &ledger.previous];

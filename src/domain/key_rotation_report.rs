@@ -67,14 +67,17 @@ pub fn conditions(ledger: Option<&Ledger>, rotation: &Outcome) -> Vec<KeyConditi
 }
 
 /// The conditions of a service user: [`conditions`], and with `spec.user` the condition `UserReady`, whether the user exists
-/// as the spec describes it. Its reason is `UserReady`, or why not.
+/// as the spec describes it and can get tokens. Its reason is `UserReady`, or why not. `is_inactive`: ZITADEL refuses a token
+/// because of the state of the user.
 #[must_use]
-pub fn user_conditions(facts: &Facts, rotation: &Outcome) -> Vec<KeyCondition> {
+pub fn user_conditions(facts: &Facts, rotation: &Outcome, is_inactive: bool) -> Vec<KeyCondition> {
     let mut all = conditions(ledger(facts), rotation);
     if facts.user.spec.user.is_some() {
         let exists = ledger(facts).and_then(|ledger| ledger.managed.as_ref());
         let is_ready = exists.is_some_and(|user| user.created) && facts.key.is_ok();
-        let user = if is_ready && !is_about_user(rotation.reason) {
+        let user = if is_inactive || rotation.reason == Reason::UserInactive {
+            (USER_READY, "False", Reason::UserInactive)
+        } else if is_ready && !is_about_user(rotation.reason) {
             (USER_READY, "True", Reason::UserReady)
         } else {
             (USER_READY, "False", rotation.reason)

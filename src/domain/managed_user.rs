@@ -28,6 +28,8 @@ pub struct Desired {
     is_set: IsSet,
     /// Cluster, namespace and name of the object, which the metadata of the user states.
     pub owner: String,
+    /// The renew request of the object, which also asks for a comparison.
+    request: Option<String>,
 }
 
 /// Which fields the spec sets. Of a user that existed before, the operator changes no others.
@@ -47,7 +49,13 @@ pub fn default_username(cluster: &str, id: &ObjectRef) -> String {
 impl Desired {
     /// What `user` asks for. A user that exists keeps its username, also if the cluster got another name.
     #[must_use]
-    pub fn of(user: &ManagedUser, cluster: &str, id: &ObjectRef, existing: Option<&Managed>) -> Self {
+    pub fn of(
+        user: &ManagedUser,
+        cluster: &str,
+        id: &ObjectRef,
+        existing: Option<&Managed>,
+        request: Option<String>,
+    ) -> Self {
         let username = existing.map(|managed| managed.username.clone());
         let username = username.or_else(|| user.username.clone());
         let username = username.unwrap_or_else(|| default_username(cluster, id));
@@ -69,6 +77,7 @@ impl Desired {
                 token_format: user.access_token_type.is_some(),
             },
             owner: format!("{cluster}/{}/{}", id.namespace, id.name),
+            request,
         }
     }
 
@@ -108,12 +117,23 @@ impl Desired {
         ])
     }
 
-    /// Whether ZITADEL has to be asked about the user: it does not exist yet, the spec changed, or nobody compared them for
-    /// long. Only a reconcile that has another cause compares them, so an idle object costs nothing.
+    /// Whether ZITADEL has to be asked about the user: it does not exist yet, the spec or the renew request changed, or nobody
+    /// compared them for long. Only a reconcile that has another cause compares them, so an idle object costs nothing.
     #[must_use]
     pub fn is_to_be_checked(&self, managed: &Managed, now: Timestamp) -> bool {
         let is_recent = |at: &Timestamp| shifted(*at, CHECKED_EVERY) > now && *at <= now;
-        !(self.is_applied(managed) && managed.checked.as_ref().is_some_and(is_recent))
+        let is_compared = managed.checked.as_ref().is_some_and(is_recent) && managed.request == self.request;
+        !(self.is_applied(managed) && is_compared)
+    }
+
+    /// The entry of the ledger after a comparison.
+    #[must_use]
+    pub fn compared(&self, managed: Managed, now: Timestamp) -> Managed {
+        Managed {
+            checked: Some(now),
+            request: self.request.clone(),
+            ..managed
+        }
     }
 
     /// Whether ZITADEL had the user as the spec describes it.
@@ -134,6 +154,7 @@ impl Desired {
             since: now,
             applied: None,
             checked: None,
+            request: None,
         }
     }
 }
@@ -149,7 +170,7 @@ mod tests {
     fn defaults_come_from_cluster_and_object() {
         let desired = |user: serde_json::Value| {
             let user: ManagedUser = serde_json::from_value(user).expect("a user");
-            Desired::of(&user, "prod", &ObjectRef::new("shop", "billing"), None)
+            Desired::of(&user, "prod", &ObjectRef::new("shop", "billing"), None, None)
         };
         let plain = desired(json!({"organizationID": "1"}));
         assert_eq!(
@@ -178,7 +199,7 @@ mod tests {
         // The cluster got another name.
         let user: ManagedUser = serde_json::from_value(json!({"organizationID": "1"})).expect("a user");
         let existing = plain.planned(at(0));
-        let renamed = Desired::of(&user, "other", &ObjectRef::new("shop", "billing"), Some(&existing));
+        let renamed = Desired::of(&user, "other", &ObjectRef::new("shop", "billing"), Some(&existing), None);
         assert_eq!((renamed.hash(), &renamed.username), (plain.hash(), &plain.username));
         let named =
             desired(json!({"organizationID": "1", "username": "ci", "displayName": "CI", "accessTokenType": "Opaque"}));
@@ -191,6 +212,12 @@ mod tests {
         managed.checked = Some(at(0));
         assert!(!plain.is_to_be_checked(&managed, at(6 * 3_600 - 1)));
         assert!(plain.is_to_be_checked(&managed, at(6 * 3_600)));
+        let renewed = Desired {
+            request: Some("1".into()),
+            ..plain.clone()
+        };
+        assert!(renewed.is_to_be_checked(&managed, at(0)));
+        assert!(!renewed.is_to_be_checked(&renewed.compared(managed.clone(), at(0)), at(0)));
         assert!(named.is_to_be_checked(&managed, at(0)));
         assert_eq!(
             plain.hash(),

@@ -249,9 +249,10 @@ fn conditions(
             &Reason::OldKeysRemain.advice(),
         );
     }
+    let is_inactive = outcomes.iter().any(|o| o.reason == Reason::UserInactive);
     for (kind, value, reason) in rotation
         .into_iter()
-        .flat_map(|r| key_rotation_report::user_conditions(facts, r))
+        .flat_map(|r| key_rotation_report::user_conditions(facts, r, is_inactive))
     {
         let message = if reason.retry() == Retry::No {
             reason.meaning().to_owned()

@@ -6,9 +6,9 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use zitadel_tokens::api::ZitadelServiceUser;
 
-use crate::support::eventually;
 use crate::support::managed::{CLUSTER, Managed, admin};
-use crate::support::world::{condition, one_token};
+use crate::support::world::{condition, one_token, until};
+use crate::support::{SOON, eventually};
 
 fn user_id(user: &ZitadelServiceUser) -> String {
     user.status
@@ -310,7 +310,7 @@ async fn existing_user_is_taken_over_only_if_its_metadata_names_the_object() {
     let keys = world.issuer.keys(&existing.id).await;
     assert_eq!(keys.iter().map(|key| &key.id).collect::<Vec<_>>(), [&existing.key_id]);
 
-    // A username that no policy allows, a user with roles of the instance, and the administrator itself.
+    // A username that no policy allows, and a user with roles of the instance.
     let named = user("root").await;
     world.issuer.change_metadata(&named.id, owner("named")).await;
     world.issuer.settled().await;
@@ -327,6 +327,132 @@ async fn existing_user_is_taken_over_only_if_its_metadata_names_the_object() {
     managed.user_is("holder", "False", "UserNotAdoptable").await;
     managed.deleted("holder").await;
     assert_eq!(world.issuer.keys(&holder.id).await.len(), 1);
+
+    // A person, and a user of another organization.
+    let refused = async |name: &str, fields: Value| {
+        let user = world.issuer.user(fields).await;
+        world.issuer.change_metadata(&user.id, owner(name)).await;
+        world.issuer.settled().await;
+        managed.user(name, json!({"existingUserID": user.id})).await;
+        managed.user_is(name, "False", "UserNotAdoptable").await;
+        assert_eq!(world.issuer.keys(&user.id).await.len(), 1);
+    };
+    let person = json!({"organizationId": managed.organization, "username": "ci-person", "human": true});
+    refused("person", person).await;
+    let elsewhere = json!({"organizationId": world.issuer.organization().await, "username": "ci-elsewhere"});
+    refused("elsewhere", elsewhere).await;
+}
+
+/// Its roles of the instance alone would keep it from being taken over, so it has none here.
+#[tokio::test(flavor = "multi_thread")]
+async fn administrator_takes_over_neither_itself_nor_what_it_cannot_check() {
+    let managed = Managed::new("itself").await;
+    let world = &managed.world;
+    managed
+        .allow(json!({"organizationIDs": [managed.organization], "usernamePattern": "*"}))
+        .await;
+    let owner = json!({"zitadel-tokens.dev/owner": format!("prod/{}/billing", world.name)});
+    world.issuer.change_metadata(&managed.admin.id, owner).await;
+    world.issuer.settled().await;
+    managed.user("billing", json!({"existingUserID": managed.admin.id})).await;
+    // It may not see who has roles of the instance.
+    managed.user_is("billing", "False", "AdminForbidden").await;
+    managed.promote("IAM_OWNER_VIEWER").await;
+    world.renew("billing").await;
+    managed.user_is("billing", "False", "UserNotAdoptable").await;
+    managed.deleted("billing").await;
+    assert_eq!(world.issuer.keys(&managed.admin.id).await.len(), 1);
+}
+
+/// People work in ZITADEL's console too.
+#[tokio::test(flavor = "multi_thread")]
+async fn user_changed_by_hand_is_corrected_or_reported() {
+    let managed = Managed::new("by-hand").await;
+    let world = &managed.world;
+    managed
+        .user("billing", json!({"description": "Invoices", "accessTokenType": "Opaque"}))
+        .await;
+    let object = world.ready("billing", "True", "Issued").await;
+    managed.user_is("billing", "True", "UserReady").await;
+    let user_id = user_id(&object);
+    let format = object.status.and_then(|status| status.tokens[0].format.clone());
+    assert_eq!(format.as_deref(), Some("Opaque"));
+
+    // A renew request also compares the user with the spec.
+    let by_hand = json!({"description": "By hand", "name": "By hand", "tokenType": "JWT"});
+    world.issuer.change_user(&user_id, by_hand).await;
+    world.annotate("billing", "renew-request", "1").await;
+    eventually("the user is corrected", async || {
+        let users = managed.users().await;
+        let name = format!("prod-{}-billing", world.name);
+        users[0]["description"] == "Invoices" && users[0]["name"] == name && users[0]["tokenType"] == "BEARER"
+    })
+    .await;
+
+    for (i, state) in ["inactive", "locked"].into_iter().enumerate() {
+        world.issuer.change_user(&user_id, json!({"state": state})).await;
+        world.annotate("billing", "renew-request", &format!("{state}-{i}")).await;
+        managed.user_is("billing", "False", "UserInactive").await;
+        // The state is a decision of a person.
+        assert_eq!(managed.users().await[0]["state"], state);
+        world.issuer.change_user(&user_id, json!({"state": "active"})).await;
+        world.annotate("billing", "renew-request", &format!("active-{i}")).await;
+        managed.user_is("billing", "True", "UserReady").await;
+        world.ready("billing", "True", "Issued").await;
+    }
+
+    // No second user is created for one that a person deleted.
+    world.issuer.delete_user(&user_id).await;
+    world.annotate("billing", "renew-request", "deleted").await;
+    let missing = |user: &ZitadelServiceUser| {
+        condition(user, "UserReady").is_some_and(|(status, reason, _)| (status, reason) == ("False", "UserMissing"))
+    };
+    // At first, ZITADEL may not show it yet.
+    until(world.users(), "billing", 2 * SOON, missing).await;
+    assert_eq!(managed.users().await, Vec::<Value>::new());
+    managed.deleted("billing").await;
+}
+
+/// Not to see a user does not mean that it is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn administrator_without_its_role_neither_creates_nor_forgets_a_user() {
+    let managed = Managed::new("no-role").await;
+    let world = &managed.world;
+    managed.user("billing", json!({})).await;
+    let object = world.ready("billing", "True", "Issued").await;
+    let resource = json!({"organizationId": managed.organization});
+    world.issuer.set_manager_roles(&managed.admin.id, &resource, &[]).await;
+    managed.user("billing", json!({"description": "Invoices"})).await;
+    managed.user_is("billing", "False", "AdminForbidden").await;
+    world.delete("billing").await;
+    world
+        .user_until("billing", |user| {
+            condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "AdminForbidden")
+        })
+        .await;
+    assert_eq!(managed.users().await.len(), 1);
+    assert!(world.ledger(&object).await.is_some());
+    world
+        .issuer
+        .set_manager_roles(&managed.admin.id, &resource, &["ORG_USER_MANAGER"])
+        .await;
+    // Nothing tells of the role. A change of the object ends the wait.
+    world.annotate("billing", "note", "retry").await;
+    world.user_gone("billing").await;
+    assert_eq!(managed.users().await, Vec::<Value>::new());
+    assert!(world.ledger(&object).await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn organization_that_does_not_exist_is_reported() {
+    let managed = Managed::new("nowhere").await;
+    managed.promote("IAM_OWNER").await;
+    managed.allow(json!({"organizationIDs": ["1"]})).await;
+    let mut spec = one_token("billing-token");
+    spec["user"] = json!({"organizationID": "1"});
+    managed.world.service_user("billing", spec).await.expect("accepted");
+    managed.user_is("billing", "False", "UserRejected").await;
+    managed.deleted("billing").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -149,6 +149,13 @@ impl Issuer {
         self.settled().await;
     }
 
+    /// Deletes a user, and waits until the token endpoint knows this.
+    pub async fn delete_user(&self, user: &str) {
+        self.call(reqwest::Method::DELETE, &format!("/users/{user}"), None)
+            .await;
+        self.settled().await;
+    }
+
     /// All users, as the control port shows them.
     pub async fn users(&self) -> Vec<Value> {
         let answer = self.call(reqwest::Method::GET, "/users", None).await;

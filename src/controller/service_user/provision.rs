@@ -20,7 +20,7 @@ use crate::domain::key_rotation::{self, Outcome};
 use crate::domain::managed_user::{Desired, default_username};
 use crate::domain::manager_role::RoleScope;
 use crate::domain::reason::Reason;
-use crate::domain::user::User;
+use crate::domain::user::{User, UserState};
 use crate::domain::validate;
 use crate::zitadel::{APIError, NewUser};
 
@@ -57,7 +57,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
             };
         };
         validate::key_source(&facts.user.spec).map_err(|_| Reason::InvalidSpec)?;
-        let desired = Desired::of(user, cluster, self.id, managed);
+        let desired = Desired::of(user, cluster, self.id, managed, facts.renew_request());
         let now = self.now(instance);
         if managed.is_some_and(|managed| !desired.is_to_be_checked(managed, now)) {
             return Ok(());
@@ -81,15 +81,9 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
         }
         match self.apply(instance, &desired, allowed, now).await {
             // Without the administrator, the user still rotates its own keys.
-            Err(Stop(outcome))
-                if is_applied
-                    && ![Reason::UserMissing, Reason::UserConflict, Reason::NotLeading].contains(&outcome.reason) =>
-            {
+            Err(Stop(outcome)) if is_applied && !stops_rotation(outcome.reason) => {
                 let mut ledger = self.ledger()?;
-                ledger.managed = ledger.managed.map(|managed| Managed {
-                    checked: Some(now),
-                    ..managed
-                });
+                ledger.managed = ledger.managed.map(|managed| desired.compared(managed, now));
                 self.store(ledger).await
             }
             ended => ended,
@@ -129,13 +123,13 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
             self.session.leading(created).await?;
         }
         let is_new = !managed.created;
-        ledger.managed = Some(Managed {
+        let managed = Managed {
             created: true,
             since: if is_new { now } else { managed.since },
             applied: Some(desired.hash()),
-            checked: Some(now),
             ..managed
-        });
+        };
+        ledger.managed = Some(desired.compared(managed, now));
         self.store(ledger).await?;
         if is_new {
             let adopted = desired.existing_id.is_some();
@@ -204,6 +198,12 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
         let text = format!("{} User {}.", reason.advice(), ledger.user_id);
         self.tell(true, reason, text).await;
     }
+}
+
+/// Whether the user's key cannot be rotated while the comparison fails for this reason.
+fn stops_rotation(reason: Reason) -> bool {
+    use Reason::{NotLeading, UserConflict, UserInactive, UserMissing, UserNotReady};
+    [NotLeading, UserConflict, UserInactive, UserMissing, UserNotReady].contains(&reason)
 }
 
 /// A user in ZITADEL, compared with the ledger.
@@ -285,6 +285,10 @@ async fn correct(
     now: Timestamp,
 ) -> Result<(), Refused> {
     let user = confirm(admin, user_id, managed, now).await?;
+    if [UserState::Inactive, UserState::Locked].contains(&user.state) {
+        // A person did that, on purpose.
+        return Err(Reason::UserInactive.into());
+    }
     let found = user.machine.ok_or(Reason::UserConflict)?;
     let wanted = desired.for_user(&found);
     if found == wanted {

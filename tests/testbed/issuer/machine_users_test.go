@@ -197,6 +197,7 @@ func TestListUsers(t *testing.T) {
 	manager := s.manager(onOrgA, "ORG_USER_MANAGER")
 	me := s.caller(`{"username":"robot","organizationId":"` + orgA + `"}`)
 	other := s.caller(`{"username":"other","organizationId":"` + orgB + `"}`)
+	person := s.caller(`{"username":"person","organizationId":"` + orgB + `","human":true}`)
 	for _, row := range []struct {
 		name, query, total string
 		caller             own
@@ -204,10 +205,10 @@ func TestListUsers(t *testing.T) {
 	}{
 		{"by username", `{"userNameQuery":{"userName":"robot","method":"TEXT_QUERY_METHOD_EQUALS"}}`, "1", admin, []string{me.UserID}},
 		{"by login name", `{"loginNameQuery":{"loginName":"robot"}}`, "1", admin, []string{me.UserID}},
-		{"by organization", `{"organizationIdQuery":{"organizationId":"` + orgB + `"}}`, "1", admin, []string{other.UserID}},
+		{"by organization", `{"organizationIdQuery":{"organizationId":"` + orgB + `"}}`, "2", admin, []string{other.UserID, person.UserID}},
 		{"by id", `{"inUserIdsQuery":{"userIds":["` + me.UserID + `","1"]}}`, "1", admin, []string{me.UserID}},
 		{"by two queries", `{"typeQuery":{"type":"TYPE_MACHINE"}},{"userNameQuery":{"userName":"robot"}}`, "1", admin, []string{me.UserID}},
-		{"people", `{"typeQuery":{"type":"TYPE_HUMAN"}}`, "", admin, nil},
+		{"people", `{"typeQuery":{"type":"TYPE_HUMAN"}}`, "1", admin, []string{person.UserID}},
 		{"everyone", `{"typeQuery":{"type":"TYPE_MACHINE"}}`, "4", admin, []string{admin.UserID, manager.UserID, me.UserID, other.UserID}},
 		{"own organization", `{"typeQuery":{"type":"TYPE_MACHINE"}}`, "4", manager, []string{manager.UserID, me.UserID}},
 		{"without roles", `{"typeQuery":{"type":"TYPE_MACHINE"}}`, "4", me, []string{me.UserID}},

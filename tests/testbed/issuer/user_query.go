@@ -25,13 +25,14 @@ func (u user) details() details {
 // userAnswer is a user in an answer. Like all JSON of ZITADEL's API, it has no field with an empty value, so the
 // default token type is absent.
 type userAnswer struct {
-	UserID             string        `json:"userId"`
-	Details            details       `json:"details"`
-	State              string        `json:"state"`
-	Username           string        `json:"username"`
-	LoginNames         []string      `json:"loginNames"`
-	PreferredLoginName string        `json:"preferredLoginName"`
-	Machine            machineAnswer `json:"machine"`
+	UserID             string         `json:"userId"`
+	Details            details        `json:"details"`
+	State              string         `json:"state"`
+	Username           string         `json:"username"`
+	LoginNames         []string       `json:"loginNames"`
+	PreferredLoginName string         `json:"preferredLoginName"`
+	Machine            *machineAnswer `json:"machine,omitempty"`
+	Human              *humanAnswer   `json:"human,omitempty"`
 
 	created time.Time
 }
@@ -42,23 +43,34 @@ type machineAnswer struct {
 	AccessTokenType string `json:"accessTokenType,omitempty"`
 }
 
+type humanAnswer struct {
+	Profile struct {
+		DisplayName string `json:"displayName,omitempty"`
+	} `json:"profile"`
+}
+
 func (u userAnswer) order() (time.Time, string) { return u.created, u.UserID }
 
 func (u user) answer() userAnswer {
-	shown := machineAnswer{Name: u.Name, Description: u.Description}
-	if u.TokenType == tokenTypeJWT {
-		shown.AccessTokenType = "ACCESS_TOKEN_TYPE_JWT"
-	}
-	return userAnswer{
+	shown := userAnswer{
 		UserID:             u.id,
 		Details:            u.details(),
 		State:              "USER_STATE_" + strings.ToUpper(u.State),
 		Username:           u.Username,
 		LoginNames:         []string{u.Username},
 		PreferredLoginName: u.Username,
-		Machine:            shown,
 		created:            u.created,
 	}
+	if u.Human {
+		shown.Human = &humanAnswer{}
+		shown.Human.Profile.DisplayName = u.Name
+		return shown
+	}
+	shown.Machine = &machineAnswer{Name: u.Name, Description: u.Description}
+	if u.TokenType == tokenTypeJWT {
+		shown.Machine.AccessTokenType = "ACCESS_TOKEN_TYPE_JWT"
+	}
+	return shown
 }
 
 // getUser is GetUserByID. An unknown user and a user that the caller may not see have different error ids.
@@ -116,7 +128,7 @@ func (q userQuery) check() error {
 	return nil
 }
 
-// matches reports whether a user fulfils the condition. All users of the stand-in are service users.
+// matches reports whether a user fulfils the condition.
 func (q userQuery) matches(u user) bool {
 	switch {
 	case q.UserNameQuery != nil:
@@ -128,7 +140,7 @@ func (q userQuery) matches(u user) bool {
 	case q.InUserIDsQuery != nil:
 		return slices.Contains(q.InUserIDsQuery.UserIDs, u.id)
 	}
-	return q.TypeQuery.Type == "TYPE_MACHINE"
+	return u.Human == (q.TypeQuery.Type == "TYPE_HUMAN")
 }
 
 // listDetails describe a page in the older form of ZITADEL's lists.

@@ -72,6 +72,7 @@ type userSettings struct {
 	LifetimeSeconds int64  `json:"lifetimeSeconds"` // 0: the value in settings
 	Name            string `json:"name"`
 	Description     string `json:"description"`
+	Human           bool   `json:"human"` // a person instead of a service user
 	// Refuses the user what it may do with its own keys and tokens, as a policy of the server would.
 	SelfManagementRefused bool `json:"selfManagementRefused"`
 }
