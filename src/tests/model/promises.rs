@@ -357,8 +357,10 @@ impl State {
     }
 
     /// Clears the history that the operator loses at a restart. A token that it did not write is lost, so the checks
-    /// expect another one.
+    /// expect another one. How far ZITADEL's clock is ahead is lost too.
     pub fn on_process_stopped(&mut self) {
+        self.undetected_clock_step += self.server_ahead.unsigned_abs();
+        self.dates_sent = 0;
         let tokens = self.tokens();
         for (name, entry) in &mut self.entries {
             let secret = tokens.iter().find(|token| token.name == *name);
