@@ -474,6 +474,17 @@ mod tests {
         ] {
             assert_eq!(schedule(invalid.clone()), None, "{invalid}");
         }
+        // The key of a created user has a bounded lifetime, also without keyRotation.
+        let spec = |user: serde_json::Value| {
+            let spec = json!({"instanceRef": {"name": "main"}, "tokens": [], "user": user});
+            serde_json::from_value(spec).expect("a spec")
+        };
+        let created = Schedule::of_spec(&spec(json!({"organizationID": "1"}))).flatten();
+        assert_eq!(
+            created.map(|s| (s.interval, s.lifetime)),
+            Some((hours(720), hours(2_160)))
+        );
+        assert_eq!(Schedule::of_spec(&spec(json!(null))), None);
     }
 
     proptest! {

@@ -199,7 +199,13 @@ mod tests {
         // The cluster got another name.
         let user: ManagedUser = serde_json::from_value(json!({"organizationID": "1"})).expect("a user");
         let existing = plain.planned(at(0));
-        let renamed = Desired::of(&user, "other", &ObjectRef::new("shop", "billing"), Some(&existing), None);
+        let renamed = Desired::of(
+            &user,
+            "other",
+            &ObjectRef::new("shop", "billing"),
+            Some(&existing),
+            None,
+        );
         assert_eq!((renamed.hash(), &renamed.username), (plain.hash(), &plain.username));
         let named =
             desired(json!({"organizationID": "1", "username": "ci", "displayName": "CI", "accessTokenType": "Opaque"}));

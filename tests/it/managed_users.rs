@@ -354,7 +354,9 @@ async fn administrator_takes_over_neither_itself_nor_what_it_cannot_check() {
     let owner = json!({"zitadel-tokens.dev/owner": format!("prod/{}/billing", world.name)});
     world.issuer.change_metadata(&managed.admin.id, owner).await;
     world.issuer.settled().await;
-    managed.user("billing", json!({"existingUserID": managed.admin.id})).await;
+    managed
+        .user("billing", json!({"existingUserID": managed.admin.id}))
+        .await;
     // It may not see who has roles of the instance.
     managed.user_is("billing", "False", "AdminForbidden").await;
     managed.promote("IAM_OWNER_VIEWER").await;
@@ -370,7 +372,10 @@ async fn user_changed_by_hand_is_corrected_or_reported() {
     let managed = Managed::new("by-hand").await;
     let world = &managed.world;
     managed
-        .user("billing", json!({"description": "Invoices", "accessTokenType": "Opaque"}))
+        .user(
+            "billing",
+            json!({"description": "Invoices", "accessTokenType": "Opaque"}),
+        )
         .await;
     let object = world.ready("billing", "True", "Issued").await;
     managed.user_is("billing", "True", "UserReady").await;
@@ -391,7 +396,9 @@ async fn user_changed_by_hand_is_corrected_or_reported() {
 
     for (i, state) in ["inactive", "locked"].into_iter().enumerate() {
         world.issuer.change_user(&user_id, json!({"state": state})).await;
-        world.annotate("billing", "renew-request", &format!("{state}-{i}")).await;
+        world
+            .annotate("billing", "renew-request", &format!("{state}-{i}"))
+            .await;
         managed.user_is("billing", "False", "UserInactive").await;
         // The state is a decision of a person.
         assert_eq!(managed.users().await[0]["state"], state);

@@ -143,6 +143,15 @@ async fn many_users_are_created_within_the_budget() {
         (500, Duration::from_mins(8))
     };
     let managed = Managed::new("userfleet").await;
+    // The budget that an instance has by default, except that the idle time before the test earns less.
+    let (per_second, burst) = (30, 30);
+    let mut spec = managed.world.instance_spec();
+    spec["connection"]["requestsPerSecond"] = json!(per_second);
+    spec["connection"]["burst"] = json!(burst);
+    spec["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}});
+    managed.world.apply_instance(spec).await.expect("an instance");
+    managed.world.instance_ready("True", "InstanceReady").await;
+    let before = managed.world.issuer.requests().await.len();
     let started = Instant::now();
     stream::iter(0..objects)
         .for_each_concurrent(8, async |n| managed.user(&format!("user-{n}"), json!({})).await)
@@ -163,7 +172,9 @@ async fn many_users_are_created_within_the_budget() {
     }
     let took = started.elapsed();
     assert_eq!(managed.users().await.len(), objects);
-    let requests = managed.world.issuer.requests().await.len();
+    let requests = managed.world.issuer.requests().await.len() - before;
+    let budget = burst + per_second * (usize::try_from(took.as_secs()).expect("minutes") + 1);
+    assert!(requests <= budget, "{requests} requests in {took:?}");
     println!(
         "{objects} users with a key and a token after {:.0} s; {requests} requests to ZITADEL",
         took.as_secs_f64()
@@ -201,11 +212,27 @@ async fn deletion_waits_for_zitadel_and_then_removes_user_and_role() {
     };
     until(world.users(), "billing", outage, waits).await;
     tokio::time::sleep(outage).await;
-    assert_eq!(managed.users().await.len(), 1);
+    let users = managed.users().await;
+    let [user] = &users[..] else { panic!("one user") };
+    let user = user["id"].as_str().expect("an id");
+    let scope = json!({"organizationId": organization});
+    assert_eq!(world.issuer.manager_roles(user, &scope).await, ["ORG_OWNER"]);
     let started = Instant::now();
     world.issuer.clear_faults().await;
     until_gone(world, "billing").await;
     assert_eq!(managed.users().await, Vec::<Value>::new());
+    // The role is revoked before the user is deleted.
+    let requests = world.issuer.requests().await;
+    let position = |path: &str| {
+        requests
+            .iter()
+            .position(|request| request.path.ends_with(path) && request.status == 200)
+    };
+    let revoked = position("/DeleteAdministrator").expect("revoked");
+    let deleted = requests
+        .iter()
+        .rposition(|request| request.method == "DELETE" && request.path.ends_with(user));
+    assert!(revoked < deleted.expect("deleted"));
     println!(
         "deleted {:.0} s after the end of the outage",
         started.elapsed().as_secs_f64()

@@ -32,6 +32,8 @@ pub struct Recorded {
     pub authorized: bool,
     pub query: String,
     pub form: Value,
+    /// The body, if it is JSON.
+    pub body: Value,
     pub assertion: Value,
     /// The user of the assertion, or else of the valid access token in the request.
     pub user_id: String,

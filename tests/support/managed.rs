@@ -100,6 +100,14 @@ impl Managed {
         self.world.apply_instance(spec).await.expect("an instance");
     }
 
+    /// Suspends the instance.
+    pub async fn suspended(&self) {
+        let mut spec = self.world.instance_spec();
+        spec["adminCredential"] = json!({"secretRef": {"name": "zitadel-admin"}});
+        spec["suspend"] = json!(true);
+        self.world.apply_instance(spec).await.expect("an instance");
+    }
+
     pub fn instances(&self) -> Api<ZitadelInstance> {
         Api::all(self.world.client.clone())
     }

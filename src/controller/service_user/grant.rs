@@ -155,7 +155,10 @@ impl Roles<'_> {
                 None => grants_some,
             };
             if is_due {
-                let has_some = self.stored.as_ref().is_some_and(|stored| !stored.ledger.scopes.is_empty());
+                let has_some = self
+                    .stored
+                    .as_ref()
+                    .is_some_and(|stored| !stored.ledger.scopes.is_empty());
                 if !has_some {
                     self.is_current(facts)?;
                 }

@@ -232,7 +232,11 @@ impl Roles<'_> {
         if is_unreadable || life == Life::Hidden {
             let allowed = self.ctx.cache.allowed(&ledger.instance, &self.id.namespace);
             self.revoke_denied(&instance, &ledger, &allowed).await?;
-            return if is_unreadable { Ok(()) } else { Err(Reason::SecretsForbidden.into()) };
+            return if is_unreadable {
+                Ok(())
+            } else {
+                Err(Reason::SecretsForbidden.into())
+            };
         }
         self.revoke_all(&instance).await?;
         self.drop_ledger().await

@@ -30,6 +30,7 @@ type record struct {
 	Authorized   bool       `json:"authorized"` // the request has an Authorization header
 	Query        string     `json:"query"`
 	Form         url.Values `json:"form"`
+	Body         any        `json:"body"` // of a request in JSON
 	Assertion    *assertion `json:"assertion,omitempty"`
 	UserID       string     `json:"userId"` // of the assertion, or else of the access token
 	Scopes       []string   `json:"scopes"`
@@ -80,6 +81,9 @@ func (l *recorder) arrived(r *http.Request, caller string) (*record, error) {
 		Query:        r.URL.RawQuery,
 		Form:         copied.Form,
 		Scopes:       strings.Fields(copied.Form.Get("scope")),
+	}
+	if json.Unmarshal(body, &now.Body) != nil {
+		now.Body = nil // not JSON
 	}
 	now.Assertion, now.UserID = readAssertion(copied.Form.Get("assertion"))
 	now.UserID = cmp.Or(now.UserID, caller)
