@@ -6,11 +6,15 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use secrecy::SecretSlice;
 use serde_json::json;
 
+use crate::api::metadata::{ANNOTATION_INSTANCE, ANNOTATION_SEND_TO};
 use crate::controller::read;
+use crate::domain::admin_credential;
 use crate::domain::answer::{self, Expected, accept, claims};
 use crate::domain::fixtures::{LIFETIME, at, facts, filled, keep_unwritten, key_file, request};
+use crate::domain::key_ledger::Ledger;
 use crate::domain::observed_secret::Wanted;
 use crate::domain::plan::{Step, plan};
 use crate::domain::{assertion, key};
@@ -18,6 +22,14 @@ use crate::zitadel::{Exchanged, Hosts, RequestBudget, Settings, ZitadelClient};
 
 /// Used as the token and as the proxy's password.
 const MARK: &str = "canary-that-nobody-may-see";
+
+/// The private key in a key file, as a ledger holds it.
+fn file_der(file: &str) -> Vec<u8> {
+    let file: serde_json::Value = serde_json::from_str(file).expect("JSON");
+    let pem = file["key"].as_str().expect("a PEM");
+    let text: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
+    STANDARD.decode(text).expect("base64")
+}
 
 /// The secret values as text, in base64, and as the list of numbers that `Debug` prints for bytes.
 fn marks() -> Vec<String> {
@@ -28,8 +40,7 @@ fn marks() -> Vec<String> {
     let each = lines
         .chain([MARK])
         .flat_map(|m| [m.to_owned(), STANDARD.encode(m), numbers(m)]);
-    let der = STANDARD.decode(pem.lines().filter(|line| !line.starts_with('-')).collect::<String>());
-    let der = der.expect("base64");
+    let der = file_der(&file.to_string());
     each.chain([format!("{:?}", &der[100..200]).replace(['[', ']'], "")])
         .collect()
 }
@@ -46,6 +57,23 @@ fn debug_output_contains_no_secret_value() {
         "an assertion",
         &assertion::sign(&parsed, "https://auth.example.com", at(0)),
     );
+
+    let annotations = [
+        (ANNOTATION_INSTANCE, "main"),
+        (ANNOTATION_SEND_TO, "https://auth.example.com"),
+    ];
+    let annotations = annotations.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let spec = serde_json::from_value(json!({"issuer": "https://auth.example.com"})).expect("a spec");
+    for entry in [&*file, MARK] {
+        let entry = SecretSlice::from(entry.as_bytes().to_vec());
+        let credential = admin_credential::read(&annotations.clone().into(), Some(&entry), "main", &spec);
+        show("AdminCredential", &credential.expect("a credential"));
+    }
+    let der = file_der(&file);
+    let mut ledger = Ledger::new(String::new(), "main", "https://auth.example.com", &parsed);
+    ledger.begin(der.into(), at(0), None, at(0));
+    show("Ledger, OwnKey", &ledger);
+    show("data of a ledger", &ledger.data());
 
     let body = json!({"access_token": MARK, "token_type": "Bearer", "expires_in": LIFETIME}).to_string();
     let answer = || answer::parse(body.as_bytes()).expect("an answer");

@@ -20,9 +20,10 @@ use zitadel_tokens::api::ZitadelInstance;
 
 use crate::support::child::Running;
 use crate::support::issuer::User;
+use crate::support::managed::{CLUSTER, Managed};
 use crate::support::operator::{Operator, binary};
 use crate::support::proxy::Proxy;
-use crate::support::world::{World, one_token};
+use crate::support::world::{World, data, one_token};
 use crate::support::{SOON, eventually};
 
 /// This many bytes of a secret, in any encoding, are a leak. Unrelated text does not contain them by chance.
@@ -437,6 +438,99 @@ async fn emitted(world: &World) -> Vec<(&'static str, String)> {
         ("metadata of Secrets", metadata),
         ("token Secrets, apart from the token", data),
     ]
+}
+
+/// The operator holds the keys of the administrator and of the users that it creates in Secrets of its own namespace.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_key_or_token_of_an_administrator_appears_outside_its_secrets() {
+    let world = World::new("admin-canary").await;
+    let home = world.home();
+    world.namespace(&home).await;
+    let environment = [("RUST_LOG", OsStr::new("trace"))];
+    let flags = ["--log-libraries", "trace", "--namespace", &home];
+    let flags = [&flags[..], &CLUSTER].concat();
+    let kubeconfig = &world.cluster.kubeconfig;
+    let operator = Operator::start_in(kubeconfig, &world.selector(), &flags, &environment).await;
+    let managed = Managed::with_operator(world, operator).await;
+    let world = &managed.world;
+    managed.promote("IAM_OWNER").await;
+    let roles = json!([{"organizationIDs": [managed.organization], "roles": ["ORG_OWNER_VIEWER"]}]);
+    managed.allow_roles(roles).await;
+    managed.rotates(json!({"interval": "1h", "overlap": "10s"})).await;
+    managed.key_rotated("True", "KeyRotationOnSchedule").await;
+    let mut spec = one_token("billing-token");
+    spec["user"] = json!({"organizationID": managed.organization});
+    spec["managerRoles"] = json!([{"organizationID": managed.organization, "roles": ["ORG_OWNER_VIEWER"]}]);
+    world.service_user("billing", spec).await.expect("accepted");
+    managed.roles_are("billing", "True", "ManagerRolesGranted").await;
+    world.ready("billing", "True", "Issued").await;
+    world.annotate("billing", "rotate-request", "1").await;
+    managed.rotate_admin("1").await;
+
+    let mut canary = Canary::default();
+    canary.key(&managed.admin.key);
+    let all = ListParams::default();
+    let ledgers: Api<Secret> = Api::namespaced(world.client.clone(), &home);
+    let mut private = 0;
+    for ledger in ledgers.list(&all).await.expect("listed").items {
+        for (entry, value) in ledger.data.unwrap_or_default() {
+            if entry.ends_with(".der") {
+                private += 1;
+                canary.secret(&value.0);
+            }
+        }
+    }
+    assert!(private >= 2, "{private} private keys");
+    // A key file that is cut off, a personal access token, and a private key without its file.
+    let cut = &managed.admin.key[..managed.admin.key.len() - 20];
+    let token = world.issuer.personal_token(&managed.admin.id).await;
+    canary.secret(token.as_bytes());
+    let bare = edited(&managed.admin.key, |file| *file = file["key"].take());
+    for (credential, status, reason) in [
+        (cut, "False", "CredentialInvalid"),
+        (&token, "True", "AdminCredentialReady"),
+        (&bare, "False", "CredentialInvalid"),
+    ] {
+        managed.credential(credential).await;
+        managed.credential_is(status, reason).await;
+    }
+    for request in world.issuer.requests().await {
+        if let Some(assertion) = request.form["assertion"][0].as_str() {
+            canary.secret(assertion.as_bytes());
+        }
+        if !request.access_token.is_empty() {
+            canary.secret(request.access_token.as_bytes());
+        }
+    }
+
+    let mut emitted = vec![("metrics", managed.operator.get("/metrics").await.1)];
+    let instance = managed.instances().get(&world.instance).await.expect("there");
+    emitted.push(("instance", text(&instance)));
+    let users = world.users().list(&all).await.expect("listed").items;
+    emitted.push(("service users", text(&users)));
+    let events: Api<Event> = Api::namespaced(world.client.clone(), &world.name);
+    let events = events.list(&all).await.expect("listed").items;
+    assert!(!events.is_empty());
+    emitted.push(("Events", text(&events)));
+    let mut secrets = String::new();
+    for mut secret in world.secrets().list(&all).await.expect("listed").items {
+        secret.data.get_or_insert_default().remove("token");
+        secrets += &text(&secret);
+    }
+    emitted.push(("Secrets of the tenant", secrets));
+    let mut kept = String::new();
+    for secret in ledgers.list(&all).await.expect("listed").items {
+        let ledger = data(&secret).remove("ledger.json");
+        kept += &format!("{} {}", text(&secret.metadata), ledger.unwrap_or_default());
+    }
+    emitted.push(("ledgers, apart from the private keys", kept));
+    let (log, stdout) = managed.operator.terminate_whole().await;
+    emitted.extend([("stdout", stdout), ("log", log.join("\n"))]);
+    for (place, text) in emitted {
+        assert_eq!(canary.find(&text), None, "the {place} contains a secret");
+    }
+    let billing = world.token("billing-token").await;
+    assert!(canary.find(&billing).is_some(), "the search finds secrets");
 }
 
 /// Deletes the test's cluster-scoped objects.
