@@ -71,7 +71,7 @@ reasons! {
         "The Secret holds a valid token.",
         "No action needed.";
     Suspended: No, Object,
-        "The object or its ZitadelInstance is suspended: the operator changes nothing and requests no tokens. It still revokes manager roles that no policy allows.",
+        "The object or its ZitadelInstance is suspended: the operator changes nothing and requests no tokens. If only the object is suspended, it still revokes manager roles that no policy allows.",
         "To resume, set spec.suspend to false or remove it, in both objects.";
     InvalidSpec: Permanent, Object,
         "A field violates a schema rule of this operator version, or sets a label or annotation key that the platform team does not allow.",

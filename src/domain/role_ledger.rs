@@ -24,7 +24,7 @@ const VERSION: u32 = 1;
 const LEDGER: &str = "ledger.json";
 
 /// Most scopes of a ledger. A spec has at most 16, and the rest are to be revoked.
-pub const MOST_SCOPES: usize = 64;
+const MOST_SCOPES: usize = 64;
 
 /// The roles are compared with ZITADEL this long after the last time.
 const CHECKED_EVERY: SignedDuration = SignedDuration::from_hours(6);
@@ -148,6 +148,13 @@ impl RoleLedger {
             || self.request.as_deref() != request
             || !self.checked.is_some_and(is_recent)
             || self.scopes.iter().any(|granted| granted.expected.is_some())
+    }
+
+    /// Whether the operator can still read the ledger, with room for what a revocation adds to it.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        let size: usize = self.data().values().map(|entry| entry.expose_secret().len()).sum();
+        self.scopes.len() <= MOST_SCOPES && size <= key::MAX_BYTES / 2
     }
 
     /// The entry of a scope.
@@ -506,5 +513,15 @@ mod tests {
             assert_eq!(RoleLedger::parse(&data(&edited)), Err(Reason::RoleLedgerInvalid));
         }
         assert_eq!(RoleLedger::parse(&BTreeMap::new()), Err(Reason::RoleLedgerInvalid));
+
+        assert!(ledger.has_room());
+        let long = |n: usize| format!("ROLE_{n:059}");
+        let many: BTreeSet<String> = (0..600).map(long).collect();
+        ledger.set(GrantedRoles {
+            scope: RoleScope::Instance,
+            roles: many,
+            expected: None,
+        });
+        assert!(!ledger.has_room());
     }
 }

@@ -22,7 +22,7 @@ use crate::domain::key_rotation::Outcome;
 use crate::domain::manager_role::{self, WantedRoles};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
-use crate::domain::role_ledger::{MOST_SCOPES, RoleChange, RoleLedger};
+use crate::domain::role_ledger::{RoleChange, RoleLedger};
 use crate::domain::role_report::{BACKOFF, RoleOutcome};
 use crate::domain::time::shifted;
 use crate::domain::validate;
@@ -247,12 +247,16 @@ impl Roles<'_> {
                 failed.get_or_insert(not_shown(since, at, now, &change.scope));
             } else if !change.is_needed() {
                 ledger.set(change.confirmed());
-            } else if granted.is_some() || ledger.scopes.len() < MOST_SCOPES {
-                ledger.set(change.intent(now));
-                needed.push(change);
             } else {
-                // The ledger is full until other roles are revoked.
-                failed.get_or_insert(at_scope(Reason::ManagerRolesNotShown.into(), &change.scope));
+                ledger.set(change.intent(now));
+                let takes_room = granted.is_none() || change.added().next().is_some();
+                if takes_room && !ledger.has_room() {
+                    // Until other roles are revoked.
+                    ledger.restore(&change.scope, &before);
+                    failed.get_or_insert(at_scope(Reason::ManagerRolesNotShown.into(), &change.scope));
+                    continue;
+                }
+                needed.push(change);
             }
         }
         if !needed.is_empty() {
