@@ -42,6 +42,17 @@ pub struct Entry {
     previous: Option<Box<Entry>>,
 }
 
+impl Entry {
+    /// Undoes the record of the last token. What happened since then stays.
+    fn undo(&mut self) {
+        let Some(previous) = self.previous.take() else { return };
+        self.last = previous.last;
+        self.conflicts.truncate(previous.conflicts.len());
+        self.expected |= previous.expected;
+        self.retry_after = self.retry_after.or(previous.retry_after);
+    }
+}
+
 fn within(times: &[Duration], now: Duration, window: Duration) -> usize {
     times.iter().filter(|at| **at + window > now).count()
 }
@@ -269,8 +280,8 @@ impl State {
         for token in self.tokens() {
             let entry = self.entry(&token.name);
             let lost = entry.last.as_ref().is_some_and(|last| last.audience == *requested);
-            if lost && let Some(previous) = entry.previous.take() {
-                *entry = *previous;
+            if lost {
+                entry.undo();
             }
         }
     }
@@ -308,11 +319,8 @@ impl State {
         }
         // If two entries have the same audience, `on_token_issued` may have recorded the token for the other one.
         for (other, entry) in &mut self.entries {
-            if *other != token.name
-                && is_last(entry)
-                && let Some(previous) = entry.previous.take()
-            {
-                *entry = *previous;
+            if *other != token.name && is_last(entry) {
+                entry.undo();
             }
         }
         let entry = self.entry(&token.name);
@@ -445,11 +453,11 @@ impl State {
                 .get(&token.secret.name)
                 .is_some_and(|secret| secret.edit != Some(Edit::Token));
             all_good &= good && fresh && unedited && !denied;
-            let status_is_written = self.store.outage != Some(Outage::Down) && !self.is_clock_off();
-            if reported == "Issued" && status_is_written && (!good || denied) {
+            let status_is_written = self.store.outage != Some(Outage::Down);
+            if reported == "Issued" && status_is_written && !self.is_clock_off() && (!good || denied) {
                 self.violation(format!("{name} is reported as issued, but is not"));
             }
-            if reported == "KeyExpired" && self.local_ahead() == 0 {
+            if reported == "KeyExpired" && status_is_written && self.local_ahead() == 0 {
                 self.violation("the key is reported as expired because of a wrong `Date`");
             }
             let throttled = reported == "RequestsThrottled" && self.zitadel.issued.len() > 40;
