@@ -11,6 +11,7 @@ pub mod ledger;
 pub mod metrics;
 pub mod queue;
 pub mod read;
+pub mod refused;
 pub mod service_user;
 pub mod session;
 pub mod triggers;

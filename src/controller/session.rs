@@ -12,6 +12,7 @@ use crate::api::ZitadelInstance;
 use crate::controller::evidence::{Evidence, judge, record_evidence};
 use crate::controller::instance::admin::Admin;
 use crate::controller::instance::connect;
+use crate::controller::refused::{self, Refused};
 use crate::controller::service_user::confirm;
 use crate::controller::{Context, Requests};
 use crate::domain::failure::classify;
@@ -49,9 +50,19 @@ impl From<Reason> for Stop {
     }
 }
 
+impl From<Refused> for Stop {
+    fn from(refused: Refused) -> Self {
+        let outcome = Outcome::new(refused.reason);
+        Self(Outcome {
+            not_before: refused.not_before,
+            ..outcome
+        })
+    }
+}
+
 impl From<APIError> for Stop {
     fn from(error: APIError) -> Self {
-        let outcome = Outcome::new(error.key_reason());
+        let outcome = Outcome::new(refused::about_keys(error));
         Self(Outcome {
             not_before: error.retry_after(),
             ..outcome

@@ -7,29 +7,13 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::domain::failure::{Failure, classify};
+use crate::domain::failure::Failure;
 use crate::domain::key::is_plain_id;
 use crate::domain::key_ledger::ListedKey;
-use crate::domain::reason::Reason;
 use crate::zitadel::api_call::{APIToken, done, user_path};
 use crate::zitadel::api_error::{APIError, error_id};
 use crate::zitadel::client::ZitadelClient;
 use crate::zitadel::transport::Call;
-
-impl APIError {
-    /// The reason to report if a user could not manage its own keys.
-    #[must_use]
-    pub fn key_reason(self) -> Reason {
-        match self {
-            Self::Unavailable => Reason::KeyManagementUnavailable,
-            Self::TooMany => Reason::KeyListIncomplete,
-            // The token is fresh, so the answer is not ZITADEL's.
-            Self::Unauthenticated => Reason::MalformedResponse,
-            Self::Failed(failure) => classify(failure, false),
-            _ => Reason::KeyManagementForbidden,
-        }
-    }
-}
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]

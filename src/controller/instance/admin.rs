@@ -3,17 +3,16 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use k8s_openapi::jiff::Timestamp;
-
 use crate::api::ZitadelInstance;
 use crate::controller::Context;
 use crate::controller::evidence::judge;
 use crate::controller::instance::connect;
 use crate::controller::instance::credential::{self, Credential};
+use crate::controller::refused::Refused;
 use crate::controller::session::note_rejection;
 use crate::controller::triggers::reference;
 use crate::domain::admin_credential;
-use crate::domain::failure::{Failure, classify};
+use crate::domain::failure::Failure;
 use crate::domain::key::ServiceKey;
 use crate::domain::manager_role::{ManagerRoles, RoleScope};
 use crate::domain::reason::Reason;
@@ -27,58 +26,6 @@ pub struct Admin {
     pub token: APIToken,
     /// The id of its user.
     pub user_id: String,
-}
-
-/// Why the administrator cannot do something.
-#[derive(Clone, Copy, Debug)]
-pub struct Refused {
-    /// The reason.
-    pub reason: Reason,
-    /// The earliest time of the next attempt.
-    pub not_before: Option<Timestamp>,
-}
-
-impl From<Reason> for Refused {
-    fn from(reason: Reason) -> Self {
-        Self {
-            reason,
-            not_before: None,
-        }
-    }
-}
-
-impl From<Failure> for Refused {
-    fn from(failure: Failure) -> Self {
-        Self::classified(classify(failure, false), failure)
-    }
-}
-
-impl From<APIError> for Refused {
-    fn from(error: APIError) -> Self {
-        match error {
-            APIError::Unavailable => Reason::NotSupportedByServer.into(),
-            APIError::Unauthenticated => Reason::CredentialRejected.into(),
-            APIError::Rejected | APIError::UnknownOrganization => Reason::UserRejected.into(),
-            APIError::UserIDTaken | APIError::UsernameTaken => Reason::UserConflict.into(),
-            APIError::TooMany => Reason::KeyListIncomplete.into(),
-            APIError::Failed(failure) => failure.into(),
-            // A 404 about an object that the operator knows means that the caller may not see it.
-            _ => Reason::AdminForbidden.into(),
-        }
-    }
-}
-
-impl Refused {
-    fn classified(reason: Reason, failure: Failure) -> Self {
-        let reason = match reason {
-            Reason::KeyRejected | Reason::UserInactive => Reason::CredentialRejected,
-            reason => reason,
-        };
-        Self {
-            reason,
-            not_before: failure.retry_after(),
-        }
-    }
 }
 
 impl Admin {
@@ -166,5 +113,5 @@ async fn token(
     };
     let (reason, _) = judge(ctx, client, failure).await;
     note_rejection(ctx, client, &id, &key.key_id, reason).await;
-    Err(Refused::classified(reason, failure))
+    Err(Refused::token(reason, failure))
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::controller::instance::admin::{Admin, Refused};
-use crate::controller::service_user::roles::{Roles, at_scope, refused};
+use crate::controller::instance::admin::Admin;
+use crate::controller::refused::{Refused, about_roles};
+use crate::controller::service_user::roles::{Roles, at_scope};
 use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::manager_role::{RoleScope, WantedRoles, takes_over_users};
 use crate::domain::reason::Reason;
@@ -64,10 +65,10 @@ struct Privileged {
 impl Privileged {
     /// Leaves out `user_id`, which cannot gain anything by taking over itself.
     async fn of(admin: &Admin, user_id: &str) -> Result<Self, Refused> {
-        let project_id = admin.client.project_id_as(&admin.token).await.map_err(refused)?;
+        let project_id = admin.client.project_id_as(&admin.token).await.map_err(about_roles)?;
         let organizations = match Self::organizations(admin, user_id, &project_id).await {
             Err(APIError::TooMany) => None,
-            found => found.map_err(refused)?,
+            found => found.map_err(about_roles)?,
         };
         Ok(Self {
             organizations,

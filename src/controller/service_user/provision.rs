@@ -8,31 +8,22 @@ use kube::ResourceExt;
 
 use crate::api::metadata::METADATA_OWNER;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
-use crate::controller::instance::admin::{Admin, Refused};
+use crate::controller::instance::admin::Admin;
 use crate::controller::key_rotation::{Rotation, random};
+use crate::controller::refused::Refused;
 use crate::controller::service_user::act::is_current;
 use crate::controller::session::Stop;
 use crate::domain::access::Allowed;
 use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{Ledger, Managed};
-use crate::domain::key_rotation::{self, Outcome};
+use crate::domain::key_rotation;
 use crate::domain::managed_user::{Desired, default_username};
 use crate::domain::manager_role::RoleScope;
 use crate::domain::reason::Reason;
 use crate::domain::user::{User, UserState};
 use crate::domain::validate;
 use crate::zitadel::{APIError, NewUser};
-
-impl From<Refused> for Stop {
-    fn from(refused: Refused) -> Self {
-        let outcome = Outcome::new(refused.reason);
-        Self(Outcome {
-            not_before: refused.not_before,
-            ..outcome
-        })
-    }
-}
 
 impl Rotation<'_, Arc<ZitadelServiceUser>> {
     /// Makes sure that the user in `spec.user` exists in ZITADEL as the spec describes it.

@@ -8,8 +8,9 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use crate::api::metadata::{LABEL_ROLE_LEDGER, ROLES_FINALIZER};
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
-use crate::controller::instance::admin::{Admin, Refused};
+use crate::controller::instance::admin::Admin;
 use crate::controller::ledger::{self, Place};
+use crate::controller::refused::{Refused, about_roles};
 use crate::controller::service_user::{finalizer, gather};
 use crate::controller::session::{Session, Stop};
 use crate::domain::key_rotation::Outcome;
@@ -20,7 +21,6 @@ use crate::domain::report::EventDraft;
 use crate::domain::role_ledger::{RoleChange, RoleLedger, StoredRoles};
 use crate::domain::role_report::RoleOutcome;
 use crate::domain::time::shifted;
-use crate::zitadel::APIError;
 
 /// When to look again for a change that ZITADEL does not show yet.
 const SHOWN_SOON: SignedDuration = SignedDuration::from_secs(1);
@@ -192,24 +192,9 @@ pub(super) fn at_scope(Stop(outcome): Stop, scope: &RoleScope) -> RoleOutcome {
     }
 }
 
-/// The reason of an error about manager roles.
-pub(super) fn refused(error: APIError) -> Refused {
-    match error {
-        APIError::Rejected
-        | APIError::UnknownOrganization
-        | APIError::UnknownProject
-        | APIError::UnknownProjectGrant
-        | APIError::UnknownRole => Reason::ManagerRolesRejected.into(),
-        APIError::UnknownUser => Reason::UserMissing.into(),
-        // The list was outdated or is cut short, or the administrator does not see the roles.
-        APIError::IsManager | APIError::IsNoManager | APIError::TooMany => Reason::ManagerRolesNotShown.into(),
-        error => error.into(),
-    }
-}
-
 pub(super) async fn roles_in(admin: &Admin, user_id: &str, scope: &RoleScope) -> Result<BTreeSet<String>, Refused> {
     let listed = admin.client.list_roles(&admin.token, user_id, scope).await;
-    listed.map_err(refused)
+    listed.map_err(about_roles)
 }
 
 pub(super) async fn request(admin: &Admin, user_id: &str, change: &RoleChange) -> Result<(), Refused> {
@@ -219,5 +204,5 @@ pub(super) async fn request(admin: &Admin, user_id: &str, change: &RoleChange) -
         (true, false) => client.create_roles(token, user_id, scope, &change.target).await,
         (false, false) => client.update_roles(token, user_id, scope, &change.target).await,
     };
-    done.map_err(refused)
+    done.map_err(about_roles)
 }
