@@ -37,7 +37,7 @@ pub const ANNOTATION_SEND_TO: &str = "zitadel-tokens.dev/send-to";
 pub const METADATA_OWNER: &str = "zitadel-tokens.dev/owner";
 
 /// Finalizer of a `ZitadelServiceUser` for which the operator has made keys at ZITADEL.
-pub const FINALIZER: &str = "zitadel-tokens.dev/keys";
+pub const KEYS_FINALIZER: &str = "zitadel-tokens.dev/keys";
 
 /// Label of a key ledger. The value is the UID of its `ZitadelServiceUser`, or the name of its `ZitadelInstance`.
 pub const LABEL_KEY_LEDGER: &str = "zitadel-tokens.dev/key-ledger";

@@ -20,11 +20,11 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 
 use crate::api::ZitadelServiceUser;
-use crate::api::metadata::{FINALIZER, GROUP, ROLES_FINALIZER, is_ours};
+use crate::api::metadata::{GROUP, KEYS_FINALIZER, ROLES_FINALIZER, is_ours};
 use crate::api::service_user::KeySecretRef;
 use crate::controller::guarded::Guarded;
 use crate::domain::key::{self, ServiceKey};
-use crate::domain::key_ledger::{Ledger, StoredLedger};
+use crate::domain::key_ledger::{KeyLedger, StoredKeys};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::{Controller, MAX_BYTES, ObservedSecret, Wanted};
 use crate::domain::reason::Reason;
@@ -142,8 +142,9 @@ impl Reader {
         &self,
         namespace: &str,
         name: &str,
-    ) -> Result<Result<Option<StoredLedger>, Reason>, ReadError> {
-        self.ledger(namespace, name, Ledger::has_entry, Ledger::parse).await
+    ) -> Result<Result<Option<StoredKeys>, Reason>, ReadError> {
+        self.ledger(namespace, name, KeyLedger::has_entry, KeyLedger::parse)
+            .await
     }
 
     /// Reads the role ledger with this name.
@@ -271,7 +272,7 @@ fn needed(metadata: ObjectMeta) -> ObjectMeta {
     let finalizers = metadata.finalizers.map(|mut finalizers| {
         let others = finalizers
             .iter_mut()
-            .filter(|finalizer| ![FINALIZER, ROLES_FINALIZER].contains(&finalizer.as_str()));
+            .filter(|finalizer| ![KEYS_FINALIZER, ROLES_FINALIZER].contains(&finalizer.as_str()));
         others.for_each(|other| *other = String::new());
         finalizers
     });

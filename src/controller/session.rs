@@ -17,7 +17,7 @@ use crate::controller::service_user::confirm;
 use crate::controller::{Context, Requests};
 use crate::domain::failure::classify;
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::{Ledger, ListedKey};
+use crate::domain::key_ledger::{KeyLedger, ListedKey};
 use crate::domain::key_rotation::Outcome;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
@@ -207,7 +207,7 @@ impl<'a> Session<'a> {
     pub async fn open_admin(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        ledger: &Ledger,
+        ledger: &KeyLedger,
         now: Timestamp,
     ) -> Result<(), Stop> {
         let user_id = &ledger.user_id;

@@ -18,7 +18,7 @@ const VERSION: u32 = 1;
 /// Entry of the Secret that holds everything but private keys.
 const LEDGER: &str = "ledger.json";
 
-/// Entries of the Secret that hold private keys (PKCS#8 DER), in the order of [`Ledger::own`].
+/// Entries of the Secret that hold private keys (PKCS#8 DER), in the order of [`KeyLedger::own`].
 const PRIVATE_KEYS: [&str; 3] = ["current.der", "pending.der", "previous.der"];
 
 /// Past keys that are remembered. The operator never signs with a key of these ids again. Those that ZITADEL may still
@@ -31,7 +31,7 @@ const MAX_REQUEST: usize = 256;
 /// All keys of one service user that the operator has made, and the bootstrap key. All times are by the server's clock.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(rename_all = "camelCase")]
-pub struct Ledger {
+pub struct KeyLedger {
     /// Version of this format.
     v: u32,
     /// Namespace and name of the object, for people who read the Secret.
@@ -183,13 +183,13 @@ pub struct ListedKey {
 }
 
 /// A key ledger in its Secret.
-pub type StoredLedger = Stored<Ledger>;
+pub type StoredKeys = Stored<KeyLedger>;
 
 fn missing() -> PrivateKey {
     SecretSlice::default()
 }
 
-impl Ledger {
+impl KeyLedger {
     /// A ledger without keys of the operator.
     #[must_use]
     pub fn new(object: String, instance: &str, issuer: &str, bootstrap: &ServiceKey) -> Self {
@@ -552,13 +552,13 @@ mod tests {
 
     static PRIVATE: LazyLock<PrivateKey> = LazyLock::new(|| key::generate().expect("a key"));
 
-    fn empty() -> Ledger {
+    fn empty() -> KeyLedger {
         let bootstrap = facts(&["a"]).key.expect("a key");
-        Ledger::new("shop/billing".into(), "main", "https://auth.example.com", &bootstrap)
+        KeyLedger::new("shop/billing".into(), "main", "https://auth.example.com", &bootstrap)
     }
 
     /// A ledger after `rotations` rotations, the last of them not settled. Key `n` has the id `own-n`.
-    fn rotated(rotations: i64) -> Ledger {
+    fn rotated(rotations: i64) -> KeyLedger {
         let mut ledger = empty();
         for n in 1..=rotations {
             ledger.begin(PRIVATE.clone(), expiry(n), None, at(n));
@@ -577,7 +577,7 @@ mod tests {
         ListedKey { key_id, expires_at }
     }
 
-    fn stored(ledger: &Ledger) -> BTreeMap<String, SecretSlice<u8>> {
+    fn stored(ledger: &KeyLedger) -> BTreeMap<String, SecretSlice<u8>> {
         let data = ledger.data().into_iter();
         data.map(|(entry, value)| (entry.to_owned(), value)).collect()
     }
@@ -586,12 +586,12 @@ mod tests {
     fn ledger_survives_its_secret() {
         let mut ledger = rotated(3);
         ledger.begin(PRIVATE.clone(), expiry(9), None, at(9));
-        let read = Ledger::parse(&stored(&ledger)).expect("a ledger");
+        let read = KeyLedger::parse(&stored(&ledger)).expect("a ledger");
         assert_eq!(
             read.data().into_keys().collect::<Vec<_>>(),
             ["current.der", "ledger.json", "pending.der", "previous.der"]
         );
-        let text = |ledger: &Ledger| serde_json::to_value(ledger).expect("JSON");
+        let text = |ledger: &KeyLedger| serde_json::to_value(ledger).expect("JSON");
         assert_eq!(text(&read), text(&ledger));
         assert_eq!(read.current_key().map(|key| key.key_id), Some("own-3".to_owned()));
         assert!(
@@ -605,7 +605,7 @@ mod tests {
     #[test]
     fn edited_ledger_is_invalid() {
         let good = stored(&rotated(2));
-        assert!(Ledger::parse(&good).is_ok());
+        assert!(KeyLedger::parse(&good).is_ok());
         let text = String::from_utf8(good[LEDGER].expose_secret().to_vec()).expect("text");
         let edits: [(&str, Option<String>); 7] = [
             (LEDGER, None),
@@ -623,7 +623,7 @@ mod tests {
                 None => data.remove(entry),
             };
             assert_eq!(
-                Ledger::parse(&data).err(),
+                KeyLedger::parse(&data).err(),
                 Some(Reason::KeyLedgerInvalid),
                 "{entry} {value:?}"
             );
@@ -638,7 +638,7 @@ mod tests {
         ledger.register("own-3", at(3));
         let mut data = stored(&ledger);
         data.insert("pending.der".into(), b"x".to_vec().into());
-        let read = Ledger::parse(&data).expect("a ledger");
+        let read = KeyLedger::parse(&data).expect("a ledger");
         assert_eq!(read.current_key().map(|key| key.key_id), Some("own-2".to_owned()));
         assert!(read.pending.is_none() && !read.settled);
         let list = [listed("own-2", Some(expiry(2))), listed("own-3", Some(expiry(3)))];
@@ -727,7 +727,7 @@ mod tests {
         let mut ledger = rotated(200);
         assert_eq!(ledger.past.len(), MOST_PAST);
         ledger.settle("");
-        assert!(Ledger::parse(&stored(&ledger)).is_ok());
+        assert!(KeyLedger::parse(&stored(&ledger)).is_ok());
         // Keys that ZITADEL may still have outlive those that are gone.
         for n in 0..20 {
             ledger.begin(PRIVATE.clone(), expiry(n), None, at(n));

@@ -7,7 +7,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use crate::api::service_user::{KeyRotation, ZitadelServiceUserSpec};
 use crate::domain::hash;
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::{BootstrapKey, Ledger, OwnKey, StoredLedger};
+use crate::domain::key_ledger::{BootstrapKey, KeyLedger, OwnKey, StoredKeys};
 use crate::domain::reason::{Reason, Subject};
 use crate::domain::retry::{Failed, Retry};
 use crate::domain::schedule::duration;
@@ -66,7 +66,7 @@ pub struct KeyState {
     /// The key in the Secret of the spec.
     pub bootstrap: Result<ServiceKey, Reason>,
     /// The ledger, if the operator has one for the object.
-    pub ledger: Result<Option<StoredLedger>, Reason>,
+    pub ledger: Result<Option<StoredKeys>, Reason>,
 }
 
 impl KeyState {
@@ -81,7 +81,7 @@ impl KeyState {
 
     /// The ledger, if there is one that can be read.
     #[must_use]
-    pub fn stored(&self) -> Option<&StoredLedger> {
+    pub fn stored(&self) -> Option<&StoredKeys> {
         self.ledger.as_ref().ok()?.as_ref()
     }
 
@@ -184,7 +184,7 @@ impl Schedule {
 
     /// When the keys that the last rotation replaced are to be removed.
     #[must_use]
-    fn settles(&self, ledger: &Ledger) -> Option<Timestamp> {
+    fn settles(&self, ledger: &KeyLedger) -> Option<Timestamp> {
         let overlapped = |since| shifted(since, self.overlap);
         if !ledger.settled {
             // An overdue bootstrap key waits too: it must not cut the overlap of the others short.
@@ -198,7 +198,7 @@ impl Schedule {
 
     /// Whether the bootstrap key is to be removed at ZITADEL.
     #[must_use]
-    pub fn removes_bootstrap(&self, ledger: &Ledger, now: Timestamp) -> bool {
+    pub fn removes_bootstrap(&self, ledger: &KeyLedger, now: Timestamp) -> bool {
         let bootstrap = ledger.bootstrap.as_ref().filter(|key| !key.removed);
         let replaced = bootstrap.and_then(|key| key.replaced_at);
         let overlapped = replaced.is_some_and(|at| shifted(at, self.overlap) <= now);
@@ -291,7 +291,7 @@ pub fn is_hopeless(pending: &OwnKey, schedule: &Schedule, now: Timestamp) -> boo
 /// key only if `is_unusable` says that ZITADEL rejects the current one for long or that it has expired, and never to a
 /// bootstrap key that it has retired. A bootstrap key of another user or issuer wins at once.
 pub fn signer(keys: &KeyState, issuer: &str, is_unusable: impl Fn(&ServiceKey) -> bool) -> Result<ServiceKey, Reason> {
-    let Ok(Some(StoredLedger { ledger, .. })) = &keys.ledger else {
+    let Ok(Some(StoredKeys { ledger, .. })) = &keys.ledger else {
         return keys.bootstrap.clone();
     };
     let bootstrap = keys.bootstrap.as_ref().ok();
@@ -426,14 +426,14 @@ mod tests {
     }
 
     /// The keys after `change` of a ledger whose current key `own-1` was proven at 0.
-    fn keys(change: impl FnOnce(&mut Ledger)) -> KeyState {
-        let mut ledger = Ledger::new("shop/billing".into(), "main", ISSUER, &bootstrap());
+    fn keys(change: impl FnOnce(&mut KeyLedger)) -> KeyState {
+        let mut ledger = KeyLedger::new("shop/billing".into(), "main", ISSUER, &bootstrap());
         add(&mut ledger, "own-1", 0);
         ledger.promote(at(0));
         change(&mut ledger);
         KeyState {
             bootstrap: Ok(bootstrap()),
-            ledger: Ok(Some(StoredLedger {
+            ledger: Ok(Some(StoredKeys {
                 ledger,
                 uid: "u".into(),
                 resource_version: "1".into(),
@@ -441,7 +441,7 @@ mod tests {
         }
     }
 
-    fn add(ledger: &mut Ledger, key_id: &str, second: i64) {
+    fn add(ledger: &mut KeyLedger, key_id: &str, second: i64) {
         let expires = marked_expiry(at(second), SignedDuration::from_hours(3), 7);
         ledger.begin(PRIVATE.clone(), expires, None, at(second));
         if !key_id.is_empty() {
@@ -491,7 +491,7 @@ mod tests {
         #[test]
         fn rotations_spread_and_precede_the_expiry(seed: u64, interval in 3_600..31_536_000_i64, lifetime in 1..4_i64) {
             let schedule = schedule(json!({"interval": format!("{interval}s"), "overlap": "10s"})).expect("a schedule");
-            let mut ledger = Ledger::new(String::new(), "main", ISSUER, &bootstrap());
+            let mut ledger = KeyLedger::new(String::new(), "main", ISSUER, &bootstrap());
             let expires = marked_expiry(at(0), SignedDuration::from_secs(interval * lifetime / 2 + 20), 7);
             ledger.begin(PRIVATE.clone(), expires, None, at(0));
             let key = ledger.pending.expect("a key");
@@ -699,7 +699,7 @@ mod tests {
     fn pending_key_is_given_up_when_it_is_rejected_for_long_or_too_old() {
         let rotation = hourly();
         let pending = |key_id| {
-            let mut ledger = Ledger::new(String::new(), "main", ISSUER, &bootstrap());
+            let mut ledger = KeyLedger::new(String::new(), "main", ISSUER, &bootstrap());
             add(&mut ledger, key_id, 0);
             ledger.pending.expect("a key")
         };

@@ -9,7 +9,7 @@ use crate::api::service_user::{
     FOREIGN_CREDENTIALS, KEY_ROTATED, KeyRotationStatus, READY, USER_READY, ZitadelServiceUserStatus,
 };
 use crate::domain::facts::Facts;
-use crate::domain::key_ledger::{Ledger, ListedKey, OwnKey};
+use crate::domain::key_ledger::{KeyLedger, ListedKey, OwnKey};
 use crate::domain::key_rotation::{Outcome, Schedule};
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
@@ -18,7 +18,7 @@ use crate::domain::time::whole_seconds;
 
 /// The part of the status of an object that has a ledger. `seed` is its UID.
 #[must_use]
-pub fn status(ledger: &Ledger, schedule: Option<&Schedule>, seed: &str) -> KeyRotationStatus {
+pub fn status(ledger: &KeyLedger, schedule: Option<&Schedule>, seed: &str) -> KeyRotationStatus {
     let time = |at| Time(whole_seconds(at));
     let current = ledger.current.as_ref();
     let due = schedule
@@ -49,7 +49,7 @@ pub type KeyCondition = (&'static str, &'static str, Reason);
 /// | `KeyRotated` | whether the key is rotated on schedule; `Unknown` while suspended | `KeyRotationOnSchedule`, or why not |
 /// | `ForeignCredentials` | whether the number of foreign credentials grew at the last count | `ForeignCredentials`, `NoForeignCredentials` |
 #[must_use]
-pub fn conditions(ledger: Option<&Ledger>, rotation: &Outcome) -> Vec<KeyCondition> {
+pub fn conditions(ledger: Option<&KeyLedger>, rotation: &Outcome) -> Vec<KeyCondition> {
     let value = match rotation.reason {
         Reason::Suspended => "Unknown",
         reason if reason.retry() == Retry::No => "True",
@@ -231,7 +231,7 @@ fn warning(reason: Reason) -> EventDraft {
     }
 }
 
-fn ledger(facts: &Facts) -> Option<&Ledger> {
+fn ledger(facts: &Facts) -> Option<&KeyLedger> {
     facts.keys.stored().map(|stored| &stored.ledger)
 }
 

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-use crate::api::metadata::{FINALIZER, ROLES_FINALIZER};
+use crate::api::metadata::{KEYS_FINALIZER, ROLES_FINALIZER};
 use crate::api::service_user::{KEY_ROTATED, READY, UP_TO_DATE};
 use crate::domain::key_rotation;
 use crate::domain::reason::Reason;
@@ -185,7 +185,7 @@ impl<'de> Deserialize<'de> for UserSummary {
         let has_finalizer = |name: &str| meta.finalizers.iter().flatten().any(|other| other == name);
         let mut summary = Self {
             holds: Holdings {
-                keys: has_finalizer(FINALIZER),
+                keys: has_finalizer(KEYS_FINALIZER),
                 roles: has_finalizer(ROLES_FINALIZER),
             },
             uid: meta.uid.into(),

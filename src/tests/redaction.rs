@@ -14,7 +14,7 @@ use crate::controller::read;
 use crate::domain::admin_credential;
 use crate::domain::answer::{self, Expected, accept, claims};
 use crate::domain::fixtures::{LIFETIME, at, facts, filled, keep_unwritten, key_file, request};
-use crate::domain::key_ledger::Ledger;
+use crate::domain::key_ledger::KeyLedger;
 use crate::domain::observed_secret::Wanted;
 use crate::domain::plan::{Step, plan};
 use crate::domain::{assertion, key};
@@ -70,9 +70,9 @@ fn debug_output_contains_no_secret_value() {
         show("AdminCredential", &credential.expect("a credential"));
     }
     let der = file_der(&file);
-    let mut ledger = Ledger::new(String::new(), "main", "https://auth.example.com", &parsed);
+    let mut ledger = KeyLedger::new(String::new(), "main", "https://auth.example.com", &parsed);
     ledger.begin(der.into(), at(0), None, at(0));
-    show("Ledger, OwnKey", &ledger);
+    show("KeyLedger, OwnKey", &ledger);
     show("data of a ledger", &ledger.data());
 
     let body = json!({"access_token": MARK, "token_type": "Bearer", "expires_in": LIFETIME}).to_string();

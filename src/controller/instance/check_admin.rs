@@ -10,7 +10,7 @@ use crate::controller::instance::credential::{self, Credential};
 use crate::controller::instance::rotate;
 use crate::controller::refused::Refused;
 use crate::domain::instance_status::AdminState;
-use crate::domain::key_ledger::Ledger;
+use crate::domain::key_ledger::KeyLedger;
 use crate::domain::key_rotation::BACKOFF;
 use crate::domain::key_rotation_report;
 use crate::domain::manager_role::ManagerRoles;
@@ -47,7 +47,7 @@ pub async fn check_admin(ctx: &Context, id: &ObjectRef, instance: &Arc<ZitadelIn
     let credential = credential.ok();
     let ledger = credential.as_ref().and_then(Credential::ledger);
     // Keys of a former administrator are not shown as keys of this one.
-    let is_former = |ledger: &&Ledger| match &admin {
+    let is_former = |ledger: &&KeyLedger| match &admin {
         Ok(admin) => !ledger.is_of(&instance.spec.issuer, &admin.user_id),
         Err(_) => false,
     };

@@ -12,7 +12,7 @@ use crate::controller::read::ReadError;
 use crate::controller::triggers::reference;
 use crate::domain::admin_credential::{self, AdminCredential};
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::Ledger;
+use crate::domain::key_ledger::KeyLedger;
 use crate::domain::key_rotation::KeyState;
 use crate::domain::reason::Reason;
 
@@ -44,7 +44,7 @@ impl Credential {
 
     /// The operator's keys.
     #[must_use]
-    pub fn ledger(&self) -> Option<&Ledger> {
+    pub fn ledger(&self) -> Option<&KeyLedger> {
         match self {
             Self::Keys(keys) => keys.stored().map(|stored| &stored.ledger),
             Self::Token(..) => None,

@@ -15,7 +15,7 @@ use crate::controller::write::WriteError;
 use crate::domain::admin_credential;
 use crate::domain::facts::rotate_request;
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::Ledger;
+use crate::domain::key_ledger::KeyLedger;
 use crate::domain::key_rotation::{Outcome, Schedule};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
@@ -93,7 +93,7 @@ pub async fn rotate(
     admin: &AdminCredentialStatus,
 ) -> Option<Outcome> {
     let schedule = schedule(instance);
-    let is_former = |ledger: &Ledger| !ledger.is_of(&instance.spec.issuer, &admin.user_id);
+    let is_former = |ledger: &KeyLedger| !ledger.is_of(&instance.spec.issuer, &admin.user_id);
     if credential.ledger().is_some_and(is_former) && admin.roles.is_empty() {
         // A wrong file must not cost the former administrator its keys.
         return Some(Outcome::new(Reason::AdminForbidden));

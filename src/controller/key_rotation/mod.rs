@@ -23,7 +23,7 @@ use crate::controller::session::{Session, Signer, Stop};
 use crate::controller::write::WriteError;
 use crate::domain::clock_skew::Skew;
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::{Ledger, StoredLedger};
+use crate::domain::key_ledger::{KeyLedger, StoredKeys};
 use crate::domain::key_rotation::{self, KeyState, Outcome, Schedule, Step};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::reason::Reason;
@@ -188,17 +188,17 @@ impl<'a, H: Holder> Rotation<'a, H> {
         }
     }
 
-    pub(in crate::controller) fn stored(&self) -> Option<&StoredLedger> {
+    pub(in crate::controller) fn stored(&self) -> Option<&StoredKeys> {
         self.keys.stored()
     }
 
-    pub(in crate::controller) fn ledger(&self) -> Result<Ledger, Stop> {
+    pub(in crate::controller) fn ledger(&self) -> Result<KeyLedger, Stop> {
         let stored = self.stored().ok_or(Reason::Internal)?;
         Ok(stored.ledger.clone())
     }
 
     /// Writes the ledger.
-    pub(in crate::controller) async fn store(&mut self, new: Ledger) -> Result<(), Stop> {
+    pub(in crate::controller) async fn store(&mut self, new: KeyLedger) -> Result<(), Stop> {
         let data = new.data();
         let stored = ledger::store(self.ctx, &self.place(), self.stored(), new, data).await?;
         self.keys.ledger = Ok(Some(stored));

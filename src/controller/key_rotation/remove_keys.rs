@@ -9,7 +9,7 @@ use crate::controller::key_rotation::{Holder, Rotation};
 use crate::controller::service_user::instance_of;
 use crate::controller::session::Stop;
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::Ledger;
+use crate::domain::key_ledger::KeyLedger;
 use crate::domain::key_rotation;
 use crate::domain::reason::Reason;
 
@@ -58,7 +58,7 @@ impl<H: Holder> Rotation<'_, H> {
     /// The instance that the keys of the ledger belong to.
     pub(in crate::controller) fn instance_of(
         &self,
-        ledger: &Ledger,
+        ledger: &KeyLedger,
         present: Option<&Arc<ZitadelInstance>>,
     ) -> Option<Arc<ZitadelInstance>> {
         instance_of(self.ctx, &ledger.instance, &ledger.issuer, present)
@@ -69,7 +69,7 @@ impl<H: Holder> Rotation<'_, H> {
     pub(in crate::controller) async fn remove_all(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        ledger: &Ledger,
+        ledger: &KeyLedger,
         with_bootstrap: bool,
     ) -> Result<(), Stop> {
         // It may be open for another user.
@@ -118,7 +118,7 @@ impl<H: Holder> Rotation<'_, H> {
     pub(in crate::controller) async fn remove_own(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        ledger: &Ledger,
+        ledger: &KeyLedger,
     ) -> Result<(), Stop> {
         let listed = match self.session.list().await {
             Ok(listed) => listed,
@@ -144,7 +144,7 @@ impl<H: Holder> Rotation<'_, H> {
     }
 
     /// Names the keys that stay at ZITADEL.
-    pub(in crate::controller) async fn report_left_keys(&self, ledger: &Ledger) {
+    pub(in crate::controller) async fn report_left_keys(&self, ledger: &KeyLedger) {
         let (keys, user_id) = (ledger.left_keys().join(", "), &ledger.user_id);
         if keys.is_empty() {
             return;

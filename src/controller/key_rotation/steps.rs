@@ -10,7 +10,7 @@ use crate::api::ZitadelInstance;
 use crate::controller::key_rotation::{Holder, Rotation, random};
 use crate::controller::session::{Signer, Stop};
 use crate::domain::key;
-use crate::domain::key_ledger::{BootstrapKey, Ledger, OwnKey, marked_expiry};
+use crate::domain::key_ledger::{BootstrapKey, KeyLedger, OwnKey, marked_expiry};
 use crate::domain::key_rotation::{self, Schedule};
 use crate::domain::key_rotation_report::Fate;
 use crate::domain::reason::Reason;
@@ -76,7 +76,7 @@ impl<H: Holder> Rotation<'_, H> {
         let now = self.now(instance);
         let mut ledger = match (self.stored(), bootstrap) {
             (Some(stored), _) => stored.ledger.clone(),
-            (None, Some(key)) => Ledger::new(id.to_string(), &instance.name_any(), &instance.spec.issuer, key),
+            (None, Some(key)) => KeyLedger::new(id.to_string(), &instance.name_any(), &instance.spec.issuer, key),
             (None, None) => return Err(Reason::Internal.into()),
         };
         if let Some(key) = bootstrap {
@@ -126,7 +126,7 @@ impl<H: Holder> Rotation<'_, H> {
     }
 
     /// Stores the id that ZITADEL gave to the pending key.
-    async fn registered(&mut self, mut ledger: Ledger, key_id: &str, now: Timestamp) -> Result<(), Stop> {
+    async fn registered(&mut self, mut ledger: KeyLedger, key_id: &str, now: Timestamp) -> Result<(), Stop> {
         if self.session.key_id() == Some(key_id) || ledger.key_ids().any(|known| known == key_id) {
             return Err(Reason::MalformedResponse.into());
         }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::api::ZitadelServiceUser;
-use crate::api::metadata::{FINALIZER, ROLES_FINALIZER};
+use crate::api::metadata::{KEYS_FINALIZER, ROLES_FINALIZER};
 use crate::api::service_user::UserDeletionPolicy;
 use crate::controller::Context;
 use crate::controller::key_rotation::Rotation;
@@ -53,7 +53,7 @@ pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUse
             return waiting(ctx, id, &user, (outcome, role_report::BACKOFF, scope), done).await;
         }
     }
-    if finalizer::is_set(&user, FINALIZER) {
+    if finalizer::is_set(&user, KEYS_FINALIZER) {
         let mut rotation = Rotation::new(ctx, id, user, KeyState::none(Reason::KeySecretMissing));
         let ended = if let Some(outcome) = waits(key_rotation::BACKOFF) {
             Err(Stop(outcome))

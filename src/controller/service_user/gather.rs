@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use kube::ResourceExt;
 
-use crate::api::metadata::{ANNOTATION_ABANDON, FINALIZER, KEY_LEDGER_PREFIX, ROLE_LEDGER_PREFIX, ROLES_FINALIZER};
+use crate::api::metadata::{
+    ANNOTATION_ABANDON, KEY_LEDGER_PREFIX, KEYS_FINALIZER, ROLE_LEDGER_PREFIX, ROLES_FINALIZER,
+};
 use crate::api::service_user::Token;
 use crate::api::{ZitadelInstance, ZitadelServiceUser};
 use crate::controller::Context;
@@ -15,7 +17,7 @@ use crate::controller::service_user::finalizer;
 use crate::controller::triggers::reference;
 use crate::domain::facts::Facts;
 use crate::domain::key::ServiceKey;
-use crate::domain::key_ledger::StoredLedger;
+use crate::domain::key_ledger::StoredKeys;
 use crate::domain::key_rotation::KeyState;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::observed_secret::Wanted;
@@ -257,11 +259,11 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
 pub async fn key_ledger(
     ctx: &Context,
     user: &ZitadelServiceUser,
-) -> Result<Result<Option<StoredLedger>, Reason>, ReadError> {
+) -> Result<Result<Option<StoredKeys>, Reason>, ReadError> {
     // A replacement of the object by a manifest drops the finalizer, but not the keys.
     let has_made = || ctx.keys.has_made(&reference(user));
     let makes_keys = user.spec.key_rotation.is_some() || user.spec.user.is_some();
-    if !makes_keys && !finalizer::is_set(user, FINALIZER) && !has_made() {
+    if !makes_keys && !finalizer::is_set(user, KEYS_FINALIZER) && !has_made() {
         return Ok(Ok(None));
     }
     let (Some(namespace), Some(uid)) = (&ctx.operator_namespace, &user.metadata.uid) else {
@@ -326,7 +328,7 @@ pub fn signer(ctx: &Context, id: &ObjectRef, facts: &Facts) -> Result<ServiceKey
 
 /// Whether the deletion of the object waits until the operator has removed what it made for it.
 fn is_finalized(user: &ZitadelServiceUser) -> bool {
-    [FINALIZER, ROLES_FINALIZER]
+    [KEYS_FINALIZER, ROLES_FINALIZER]
         .iter()
         .any(|ours| finalizer::is_set(user, ours))
 }

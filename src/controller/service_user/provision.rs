@@ -16,7 +16,7 @@ use crate::controller::session::Stop;
 use crate::domain::access::Allowed;
 use crate::domain::admin_credential::sees_all_managers;
 use crate::domain::facts::Facts;
-use crate::domain::key_ledger::{Ledger, Managed};
+use crate::domain::key_ledger::{KeyLedger, Managed};
 use crate::domain::key_rotation;
 use crate::domain::managed_user::{Desired, default_username};
 use crate::domain::manager_role::RoleScope;
@@ -95,7 +95,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
             let user_id = desired.existing_id.clone().or_else(random_id).ok_or(Reason::Internal)?;
             let instance_name = instance.metadata.name.as_deref().unwrap_or_default();
             let (object, issuer) = (self.id.to_string(), &instance.spec.issuer);
-            let ledger = Ledger::of_user(object, instance_name, issuer, user_id, desired.planned(now));
+            let ledger = KeyLedger::of_user(object, instance_name, issuer, user_id, desired.planned(now));
             self.store(ledger).await?;
         }
         let mut ledger = self.ledger()?;
@@ -139,7 +139,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
     pub(super) async fn delete_user(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        ledger: &Ledger,
+        ledger: &KeyLedger,
         managed: &Managed,
     ) -> Result<(), Stop> {
         let now = self.now(instance);
@@ -165,7 +165,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
     async fn leave_user(
         &mut self,
         instance: &Arc<ZitadelInstance>,
-        ledger: &Ledger,
+        ledger: &KeyLedger,
         managed: &Managed,
         now: Timestamp,
     ) -> Result<(), Stop> {
@@ -184,7 +184,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
     }
 
     /// Names the user that stays in ZITADEL.
-    pub(super) async fn report_left_user(&self, ledger: &Ledger) {
+    pub(super) async fn report_left_user(&self, ledger: &KeyLedger) {
         let reason = Reason::UserLeftBehind;
         let text = format!("{} User {}.", reason.advice(), ledger.user_id);
         self.tell(true, reason, text).await;

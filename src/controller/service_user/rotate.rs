@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::api::ZitadelServiceUser;
-use crate::api::metadata::{FINALIZER, KEY_LEDGER_PREFIX};
+use crate::api::metadata::{KEY_LEDGER_PREFIX, KEYS_FINALIZER};
 use crate::controller::Context;
 use crate::controller::key_rotation::{Holder, Rotated, Rotation, Terms};
 use crate::controller::read::ReadError;
@@ -28,7 +28,7 @@ impl Holder for Arc<ZitadelServiceUser> {
     }
 
     async fn set_finalizer(&mut self, ctx: &Context, present: bool) -> Result<Option<String>, WriteError> {
-        finalizer::set(ctx, self, FINALIZER, present).await
+        finalizer::set(ctx, self, KEYS_FINALIZER, present).await
     }
 
     async fn bootstrap_key(&self, ctx: &Context) -> Result<Option<ServiceKey>, Stop> {
@@ -55,7 +55,7 @@ impl Holder for Arc<ZitadelServiceUser> {
 /// Does what is due of the object's key rotation, after its tokens ended with `tokens`. Updates the keys in `facts`.
 pub async fn rotate(ctx: &Context, id: &ObjectRef, facts: &mut Facts, tokens: &[TokenOutcome]) -> Rotated {
     let schedule = Schedule::of_spec(&facts.user.spec);
-    if schedule.is_none() && matches!(facts.keys.ledger, Ok(None)) && !finalizer::is_set(&facts.user, FINALIZER) {
+    if schedule.is_none() && matches!(facts.keys.ledger, Ok(None)) && !finalizer::is_set(&facts.user, KEYS_FINALIZER) {
         return Rotated::default();
     }
     let now = facts.clock.theirs(ctx.clock.now());
