@@ -121,7 +121,7 @@ pub struct Managed {
     #[serde(default)]
     pub adopted: bool,
     /// Whether ZITADEL has the user and its metadata.
-    pub created: bool,
+    pub confirmed: bool,
     /// When the user entered its present state.
     pub since: Timestamp,
     /// A hash of the fields that were applied last.

@@ -74,7 +74,7 @@ pub fn user_conditions(facts: &Facts, rotation: &Outcome, is_inactive: bool) -> 
     let mut all = conditions(ledger(facts), rotation);
     if facts.user.spec.user.is_some() {
         let exists = ledger(facts).and_then(|ledger| ledger.managed.as_ref());
-        let is_ready = exists.is_some_and(|user| user.created) && facts.key.is_ok();
+        let is_ready = exists.is_some_and(|user| user.confirmed) && facts.key.is_ok();
         let user = if is_inactive || rotation.reason == Reason::UserInactive {
             (USER_READY, "False", Reason::UserInactive)
         } else if is_ready && !is_about_user(rotation.reason) {

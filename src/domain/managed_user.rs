@@ -139,7 +139,7 @@ impl Desired {
     /// Whether ZITADEL had the user as the spec describes it.
     #[must_use]
     pub fn is_applied(&self, managed: &Managed) -> bool {
-        managed.created && managed.applied.as_ref() == Some(&self.hash())
+        managed.confirmed && managed.applied.as_ref() == Some(&self.hash())
     }
 
     /// The entry of the ledger for a user that does not exist yet.
@@ -150,7 +150,7 @@ impl Desired {
             username: self.username.clone(),
             owner: self.owner.clone(),
             adopted: self.existing_id.is_some(),
-            created: false,
+            confirmed: false,
             since: now,
             applied: None,
             checked: None,
@@ -213,7 +213,7 @@ mod tests {
         assert_ne!(plain.hash(), named.hash());
         let mut managed = plain.planned(at(0));
         assert!(plain.is_to_be_checked(&managed, at(0)));
-        managed.created = true;
+        managed.confirmed = true;
         managed.applied = Some(plain.hash());
         managed.checked = Some(at(0));
         assert!(!plain.is_to_be_checked(&managed, at(6 * 3_600 - 1)));

@@ -118,7 +118,7 @@ async fn remove(rotation: &mut Rotation<'_, Arc<ZitadelServiceUser>>, left: bool
         if left {
             rotation.report_left_keys(&ledger).await;
             // A user that was not taken over is none of the operator's.
-            let is_left = |managed: &Managed| managed.created || !managed.adopted;
+            let is_left = |managed: &Managed| managed.confirmed || !managed.adopted;
             if ledger.managed.as_ref().is_some_and(is_left) {
                 rotation.report_left_user(&ledger).await;
             }

@@ -381,7 +381,7 @@ impl Roles<'_> {
         let key = facts.key.clone()?;
         if facts.user.spec.user.is_some() {
             let managed = facts.keys.stored().and_then(|stored| stored.ledger.managed.as_ref());
-            let managed = managed.filter(|managed| managed.created).ok_or(Reason::UserNotReady)?;
+            let managed = managed.filter(|managed| managed.confirmed).ok_or(Reason::UserNotReady)?;
             let now = self.ctx.server_time(instance);
             self.session.ask(confirm(admin, user_id, managed, now)).await?;
             return Ok(());

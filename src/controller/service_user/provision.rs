@@ -38,7 +38,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
             return Err(Reason::OldKeysRemain.into());
         }
         let managed = self.stored().and_then(|stored| stored.ledger.managed.as_ref());
-        let exists = managed.is_some_and(|managed| managed.created);
+        let exists = managed.is_some_and(|managed| managed.confirmed);
         let Some(cluster) = self.ctx.cluster_name.as_deref() else {
             // The user still rotates its own keys.
             return if exists {
@@ -101,7 +101,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
         let mut ledger = self.ledger()?;
         let mut managed = ledger.managed.clone().ok_or(Reason::KeyLedgerInvalid)?;
         let user_id = ledger.user_id.clone();
-        if managed.created {
+        if managed.confirmed {
             let corrected = correct(&admin, &user_id, &managed, desired, now);
             self.session.leading(corrected).await?;
         } else if managed.adopted {
@@ -113,9 +113,9 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
             let created = create(&admin, &user_id, &managed, desired);
             self.session.leading(created).await?;
         }
-        let is_new = !managed.created;
+        let is_new = !managed.confirmed;
         let managed = Managed {
-            created: true,
+            confirmed: true,
             since: if is_new { now } else { managed.since },
             applied: Some(desired.hash()),
             ..managed
@@ -169,7 +169,7 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
         managed: &Managed,
         now: Timestamp,
     ) -> Result<(), Stop> {
-        if !managed.created {
+        if !managed.confirmed {
             return Ok(());
         }
         match self.session.open_admin(instance, ledger, now).await {
@@ -217,7 +217,7 @@ async fn find(admin: &Admin, user_id: &str, managed: &Managed) -> Result<Found, 
     };
     let is_owner = match client.metadata(token, user_id, METADATA_OWNER).await? {
         Some(owner) => owner == managed.owner.as_bytes(),
-        None if managed.created || managed.adopted => return Ok(Found::Unclear),
+        None if managed.confirmed || managed.adopted => return Ok(Found::Unclear),
         // Nobody else knows the id before the metadata is set.
         None => true,
     };
@@ -319,7 +319,7 @@ async fn delete(admin: &Admin, user_id: &str, managed: &Managed, now: Timestamp)
         (Found::Foreign, _) => return Ok(false),
         (Found::Ours(_), _) => client.delete_user(token, user_id).await?,
         // A request that created it may have ended a moment ago. A deletion finds what a list does not show yet.
-        (Found::Absent, _) if !managed.created => client.delete_user(token, user_id).await?,
+        (Found::Absent, _) if !managed.confirmed => client.delete_user(token, user_id).await?,
         (_, Some(lag)) => return Err(lag),
         (Found::Unclear, None) => return Err(Reason::AdminForbidden.into()),
         (Found::Absent, None) => {}
