@@ -18,8 +18,8 @@ use crate::controller::{Context, Requests};
 use crate::domain::failure::classify;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::{KeyLedger, ListedKey};
-use crate::domain::key_rotation::Outcome;
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::time::later;
 use crate::zitadel::{APIError, APIToken, ZitadelClient};
@@ -31,29 +31,29 @@ const WHILE_OPEN: Duration = Duration::from_secs(10);
 const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// Why a step could not be done.
-pub struct Stop(pub Outcome);
+pub struct Stop(pub Progress);
 
 impl Stop {
     /// The step was not attempted. It is due at this time.
     #[must_use]
     pub fn deferred(reason: Reason, at: Timestamp) -> Self {
-        Self(Outcome {
+        Self(Progress {
             not_before: Some(at),
-            ..Outcome::deferred(reason)
+            ..Progress::deferred(reason)
         })
     }
 }
 
 impl From<Reason> for Stop {
     fn from(reason: Reason) -> Self {
-        Self(Outcome::new(reason))
+        Self(Progress::new(reason))
     }
 }
 
 impl From<Refused> for Stop {
     fn from(refused: Refused) -> Self {
-        let outcome = Outcome::new(refused.reason);
-        Self(Outcome {
+        let outcome = Progress::new(refused.reason);
+        Self(Progress {
             not_before: refused.not_before,
             ..outcome
         })
@@ -62,8 +62,8 @@ impl From<Refused> for Stop {
 
 impl From<APIError> for Stop {
     fn from(error: APIError) -> Self {
-        let outcome = Outcome::new(refused::about_keys(error));
-        Self(Outcome {
+        let outcome = Progress::new(refused::about_keys(error));
+        Self(Progress {
             not_before: error.retry_after(),
             ..outcome
         })
@@ -196,8 +196,8 @@ impl<'a> Session<'a> {
         };
         record_evidence(ctx, &client, permit, evidence);
         note_rejection(ctx, &client, self.id, &key.key_id, reason).await;
-        let outcome = Outcome::new(reason);
-        Err(Stop(Outcome {
+        let outcome = Progress::new(reason);
+        Err(Stop(Progress {
             not_before: failure.retry_after(),
             ..outcome
         }))

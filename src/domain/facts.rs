@@ -96,7 +96,7 @@ pub struct CurrentToken {
 
 /// The result for one token in this reconcile.
 #[derive(Clone, Debug)]
-pub struct Outcome {
+pub struct TokenOutcome {
     /// Index of the token in the spec.
     pub token: usize,
     /// The reason to report.
@@ -111,7 +111,7 @@ pub struct Outcome {
     pub refused_by: Option<Refuser>,
 }
 
-impl Outcome {
+impl TokenOutcome {
     /// The outcome of an attempt with this reason.
     #[must_use]
     pub fn new(token: usize, reason: Reason, current: Option<CurrentToken>) -> Self {

@@ -9,7 +9,6 @@ use crate::domain::hash;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::{BootstrapKey, KeyLedger, OwnKey, StoredKeys};
 use crate::domain::reason::{Reason, Subject};
-use crate::domain::retry::{Failed, Retry};
 use crate::domain::schedule::duration;
 use crate::domain::time::shifted;
 
@@ -33,9 +32,6 @@ const SHOWN_AFTER: SignedDuration = SignedDuration::from_secs(30);
 
 /// A time this far in the future was written by a wrong clock.
 const CLOCK_ERROR: SignedDuration = SignedDuration::from_mins(10);
-
-/// A failed rotation or deletion is retried within this time once the operator holds keys of the object.
-const RETRIED_WITHIN: SignedDuration = SignedDuration::from_mins(10);
 
 /// A new key that ZITADEL still rejects after this time is given up.
 const PROVEN_WITHIN: SignedDuration = SignedDuration::from_mins(10);
@@ -321,79 +317,6 @@ pub fn replaces_in_time(reason: Reason) -> bool {
         reason,
         KeyRotationOnSchedule | KeyRotationInProgress | BootstrapKeyInUse
     )
-}
-
-/// How a rotation stands after a reconcile.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// Whether the key is rotated on schedule, or why not.
-    pub reason: Reason,
-    /// When the next step is due.
-    pub next: Option<Timestamp>,
-    /// The earliest time of the next attempt after a failure.
-    pub not_before: Option<Timestamp>,
-    /// The latest time of the next attempt after a failure. A key of the operator that waits longer could expire.
-    pub not_after: Option<Timestamp>,
-    /// Not attempted in this reconcile.
-    pub deferred: bool,
-    /// Whether this reconcile replaced the key.
-    pub rotated: bool,
-    /// Whether the rotation waits for something else, which has a retry of its own.
-    pub waits: bool,
-}
-
-impl Outcome {
-    /// The outcome of an attempt.
-    #[must_use]
-    pub fn new(reason: Reason) -> Self {
-        Self {
-            reason,
-            next: None,
-            not_before: None,
-            not_after: None,
-            deferred: false,
-            rotated: false,
-            waits: false,
-        }
-    }
-
-    /// The outcome of a rotation that waits for something else to be repaired.
-    #[must_use]
-    pub fn waiting(reason: Reason) -> Self {
-        Self {
-            waits: true,
-            ..Self::new(reason)
-        }
-    }
-
-    /// The same for an object whose keys the operator holds.
-    #[must_use]
-    pub fn with_keys(self, now: Timestamp) -> Self {
-        Self {
-            not_after: Some(shifted(now, RETRIED_WITHIN)),
-            ..self
-        }
-    }
-
-    /// The outcome of a rotation that this reconcile did not attempt.
-    #[must_use]
-    pub fn deferred(reason: Reason) -> Self {
-        Self {
-            deferred: true,
-            ..Self::new(reason)
-        }
-    }
-
-    /// What the queue retries, under this name. `None` if nothing failed.
-    #[must_use]
-    pub fn failed(&self, what: &str) -> Option<Failed> {
-        (self.reason.retry() != Retry::No && !self.waits).then(|| Failed {
-            not_before: self.not_before,
-            not_after: self.not_after,
-            deferred: self.deferred,
-            ..Failed::now(what, self.reason)
-        })
-    }
 }
 
 #[cfg(test)]

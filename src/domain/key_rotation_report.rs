@@ -10,7 +10,8 @@ use crate::api::service_user::{
 };
 use crate::domain::facts::Facts;
 use crate::domain::key_ledger::{KeyLedger, ListedKey, OwnKey};
-use crate::domain::key_rotation::{Outcome, Schedule};
+use crate::domain::key_rotation::Schedule;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::retry::Retry;
@@ -49,7 +50,7 @@ pub type KeyCondition = (&'static str, &'static str, Reason);
 /// | `KeyRotated` | whether the key is rotated on schedule; `Unknown` while suspended | `KeyRotationOnSchedule`, or why not |
 /// | `ForeignCredentials` | whether the number of foreign credentials grew at the last count | `ForeignCredentials`, `NoForeignCredentials` |
 #[must_use]
-pub fn conditions(ledger: Option<&KeyLedger>, rotation: &Outcome) -> Vec<KeyCondition> {
+pub fn conditions(ledger: Option<&KeyLedger>, rotation: &Progress) -> Vec<KeyCondition> {
     let value = match rotation.reason {
         Reason::Suspended => "Unknown",
         reason if reason.retry() == Retry::No => "True",
@@ -70,7 +71,7 @@ pub fn conditions(ledger: Option<&KeyLedger>, rotation: &Outcome) -> Vec<KeyCond
 /// as the spec describes it and can get tokens. Its reason is `UserReady`, or why not. `is_inactive`: ZITADEL refuses a token
 /// because of the state of the user.
 #[must_use]
-pub fn user_conditions(facts: &Facts, rotation: &Outcome, is_inactive: bool) -> Vec<KeyCondition> {
+pub fn user_conditions(facts: &Facts, rotation: &Progress, is_inactive: bool) -> Vec<KeyCondition> {
     let mut all = conditions(ledger(facts), rotation);
     if facts.user.spec.user.is_some() {
         let exists = ledger(facts).and_then(|ledger| ledger.managed.as_ref());
@@ -116,7 +117,7 @@ pub fn is_about_user(reason: Reason) -> bool {
 /// An Event for each key that was replaced, for each reason why a rotation fails, and for foreign credentials.
 #[must_use]
 pub fn events(
-    rotation: &Outcome,
+    rotation: &Progress,
     status: &ZitadelServiceUserStatus,
     before: &ZitadelServiceUserStatus,
 ) -> Vec<EventDraft> {

@@ -28,6 +28,7 @@ pub mod object_ref;
 pub mod observed_secret;
 pub mod plan;
 pub mod priority;
+pub mod progress;
 pub mod reason;
 pub mod record;
 pub mod refuser;

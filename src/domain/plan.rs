@@ -7,7 +7,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::api::ZitadelInstance;
 use crate::api::service_user::Token;
 use crate::domain::answer::{self, Expected, Format};
-use crate::domain::facts::{CurrentToken, Facts, Outcome, UnwrittenToken};
+use crate::domain::facts::{CurrentToken, Facts, TokenOutcome, UnwrittenToken};
 use crate::domain::key::ServiceKey;
 use crate::domain::observed_secret::{ObservedSecret, SecretRef};
 use crate::domain::reason::Reason;
@@ -114,7 +114,7 @@ pub fn plan(facts: &Facts, now: Timestamp) -> Plan {
 pub fn deletable<'a>(
     facts: &Facts,
     deletes: &'a [SecretRef],
-    outcomes: &[Outcome],
+    outcomes: &[TokenOutcome],
     now: Option<Timestamp>,
 ) -> Vec<&'a SecretRef> {
     // Usually there is nothing to delete, and the checks below are done for every token.

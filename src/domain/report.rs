@@ -7,9 +7,10 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use crate::api::service_user::{
     KEY_ROTATED, KEY_VALID, MANAGER_ROLES_GRANTED, READY, Token, TokenStatus, UP_TO_DATE, ZitadelServiceUserStatus,
 };
-use crate::domain::facts::{CurrentToken, Facts, Outcome};
-use crate::domain::key_rotation::{self, Outcome as Rotation};
+use crate::domain::facts::{CurrentToken, Facts, TokenOutcome};
+use crate::domain::key_rotation;
 use crate::domain::key_rotation_report;
+use crate::domain::progress::Progress;
 use crate::domain::reason::{Reason, Subject};
 use crate::domain::retry::{Failed, Retry, Wake};
 use crate::domain::role_report::{self, RoleOutcome};
@@ -49,8 +50,8 @@ pub struct EventDraft {
 #[must_use]
 pub fn report(
     facts: &Facts,
-    outcomes: &[Outcome],
-    rotation: Option<&Rotation>,
+    outcomes: &[TokenOutcome],
+    rotation: Option<&Progress>,
     roles: Option<&RoleOutcome>,
     now: Timestamp,
 ) -> Report {
@@ -107,14 +108,14 @@ pub fn refusal(reason: Reason, failed: &[&str], generation: Option<i64>, now: Ti
 
 /// Whether the Secret holds a valid token for the spec. A token that this reconcile kept or wrote counts even if it
 /// expired meanwhile: the next reconcile follows at once.
-fn is_ready(outcome: &Outcome, now: Timestamp) -> bool {
+fn is_ready(outcome: &TokenOutcome, now: Timestamp) -> bool {
     outcome.reason == Reason::Issued || outcome.current.is_some_and(|h| h.schedule.is_valid(now))
 }
 
 fn line(
     facts: &Facts,
     token: &Token,
-    outcome: &Outcome,
+    outcome: &TokenOutcome,
     before: &ZitadelServiceUserStatus,
     now: Timestamp,
 ) -> TokenStatus {
@@ -144,7 +145,7 @@ fn line(
 }
 
 /// A sentence for each token whose refresh time in the spec does not fit its lifetime.
-fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
+fn clamped(facts: &Facts, outcomes: &[TokenOutcome]) -> String {
     let those = outcomes
         .iter()
         .filter(|o| o.current.is_some_and(|h| h.schedule.clamped));
@@ -168,13 +169,13 @@ fn clamped(facts: &Facts, outcomes: &[Outcome]) -> String {
 /// | `ManagerRolesGranted` | with manager roles only: whether the user has them; `Unknown` while suspended | `ManagerRolesGranted`, or why not |
 fn conditions(
     facts: &Facts,
-    outcomes: &[Outcome],
-    (rotation, roles): (Option<&Rotation>, Option<&RoleOutcome>),
+    outcomes: &[TokenOutcome],
+    (rotation, roles): (Option<&Progress>, Option<&RoleOutcome>),
     status: &mut ZitadelServiceUserStatus,
     before: &ZitadelServiceUserStatus,
     now: Timestamp,
 ) -> Option<Timestamp> {
-    let failed = |o: &&Outcome| o.reason.retry() != Retry::No;
+    let failed = |o: &&TokenOutcome| o.reason.retry() != Retry::No;
     // Tokens that are not ready decide before others, failures before the rest, then the order of the spec.
     let not_ready = || outcomes.iter().filter(|o| !is_ready(o, now));
     let missing = not_ready().find(failed).or_else(|| not_ready().next());
@@ -276,7 +277,7 @@ fn conditions(
 /// When keys of a former user that cannot be removed become `Stalled`: only a person can help.
 fn rotation_stalls(
     before: &ZitadelServiceUserStatus,
-    rotation: Option<&Rotation>,
+    rotation: Option<&Progress>,
     now: Timestamp,
 ) -> Option<Timestamp> {
     rotation.filter(|rotation| rotation.reason == Reason::OldKeysRemain)?;
@@ -289,7 +290,7 @@ fn rotation_stalls(
 }
 
 /// What is wrong with a token of the spec, and the remedy.
-fn sentence(facts: &Facts, outcome: &Outcome) -> String {
+fn sentence(facts: &Facts, outcome: &TokenOutcome) -> String {
     let (spec, reason) = (&facts.user.spec, outcome.reason);
     let name = spec.tokens.get(outcome.token).map_or("", |t| t.name.as_str());
     match (
@@ -318,7 +319,7 @@ fn sentence(facts: &Facts, outcome: &Outcome) -> String {
 
 /// The audiences that no access policy allows. Their IDs match the schema's pattern: otherwise the reason is
 /// `InvalidSpec`.
-fn denied(facts: &Facts, outcome: &Outcome) -> String {
+fn denied(facts: &Facts, outcome: &TokenOutcome) -> String {
     let token = facts.user.spec.tokens.get(outcome.token);
     let denied = token.zip(facts.allowed.as_ref().ok());
     let denied = denied.map(|(token, allowed)| allowed.denied(token, facts.zitadel_project_id()));
@@ -331,7 +332,7 @@ fn denied(facts: &Facts, outcome: &Outcome) -> String {
 }
 
 /// The state of the key: from its own expiration date, and from ZITADEL's responses to token requests.
-fn key_state(facts: &Facts, outcomes: &[Outcome], rotation: Option<&Rotation>, now: Timestamp) -> Reason {
+fn key_state(facts: &Facts, outcomes: &[TokenOutcome], rotation: Option<&Progress>, now: Timestamp) -> Reason {
     match &facts.key {
         Err(reason) => *reason,
         Ok(key) if key.expires.is_some_and(|expires| expires <= now) => {
@@ -352,13 +353,13 @@ const WARNINGS: [(SignedDuration, Reason); 2] = [
 ];
 
 /// When the key expires, if the operator does not replace it before.
-fn key_ends(facts: &Facts, rotation: Option<&Rotation>) -> Option<Timestamp> {
+fn key_ends(facts: &Facts, rotation: Option<&Progress>) -> Option<Timestamp> {
     let replaced = rotation.is_some_and(|rotation| key_rotation::replaces_in_time(rotation.reason));
     let expires = facts.key.as_ref().ok().and_then(|key| key.expires);
     expires.filter(|_| !replaced)
 }
 
-fn ends_soon(facts: &Facts, rotation: Option<&Rotation>, now: Timestamp) -> Option<Reason> {
+fn ends_soon(facts: &Facts, rotation: Option<&Progress>, now: Timestamp) -> Option<Reason> {
     let expires = key_ends(facts, rotation)?;
     // A clock that is not trusted warns of nothing.
     facts.clock.check().ok()?;
@@ -370,7 +371,7 @@ fn ends_soon(facts: &Facts, rotation: Option<&Rotation>, now: Timestamp) -> Opti
 /// An Event for each token whose outcome changed. Failures that are retried within seconds (`Retry::Soon`) get none.
 fn events(
     facts: &Facts,
-    outcomes: &[Outcome],
+    outcomes: &[TokenOutcome],
     status: &ZitadelServiceUserStatus,
     before: &ZitadelServiceUserStatus,
 ) -> Vec<EventDraft> {
@@ -427,8 +428,8 @@ fn latest_try(current: CurrentToken, now: Timestamp) -> Timestamp {
 
 fn wake(
     facts: &Facts,
-    outcomes: &[Outcome],
-    rotation: Option<&Rotation>,
+    outcomes: &[TokenOutcome],
+    rotation: Option<&Progress>,
     stalls_at: Option<Timestamp>,
     now: Timestamp,
 ) -> Wake {

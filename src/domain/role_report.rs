@@ -2,8 +2,8 @@
 
 use crate::api::service_user::{MANAGER_ROLES_GRANTED, ZitadelServiceUserStatus};
 use crate::domain::facts::Facts;
-use crate::domain::key_rotation::Outcome;
 use crate::domain::manager_role::{RoleScope, wanted};
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::retry::{Failed, Retry};
@@ -19,13 +19,13 @@ const MOST_DENIED: usize = 4;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoleOutcome {
     /// Whether the user has its roles, or why not.
-    pub outcome: Outcome,
+    pub outcome: Progress,
     /// The scope that the reason concerns, if it concerns one.
     pub scope: Option<Box<RoleScope>>,
 }
 
-impl From<Outcome> for RoleOutcome {
-    fn from(outcome: Outcome) -> Self {
+impl From<Progress> for RoleOutcome {
+    fn from(outcome: Progress) -> Self {
         Self { outcome, scope: None }
     }
 }
@@ -125,7 +125,7 @@ mod tests {
         ]))
         .expect("roles");
         let outcome = |reason, scope| RoleOutcome {
-            outcome: Outcome::new(reason),
+            outcome: Progress::new(reason),
             scope,
         };
         let organization = |id: &str| Some(Box::new(RoleScope::Organization(id.into())));

@@ -16,8 +16,9 @@ use crate::domain::admin_credential;
 use crate::domain::facts::rotate_request;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::KeyLedger;
-use crate::domain::key_rotation::{Outcome, Schedule};
+use crate::domain::key_rotation::Schedule;
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 
@@ -74,14 +75,14 @@ pub fn schedule(instance: &ZitadelInstance) -> Option<Result<Schedule, Reason>> 
 }
 
 /// How the rotation stands while ZITADEL does not accept the credential for this reason. Nothing if the key is not rotated.
-pub fn waits(instance: &ZitadelInstance, credential: Option<&Credential>, reason: Reason) -> Option<Outcome> {
+pub fn waits(instance: &ZitadelInstance, credential: Option<&Credential>, reason: Reason) -> Option<Progress> {
     // Without a usable ledger, that is the more important reason.
     let damaged = match credential {
         Some(Credential::Keys(keys)) => keys.ledger.as_ref().err().copied(),
         _ => None,
     };
     let rotates = schedule(instance).is_some() || credential.is_some_and(Credential::holds_keys);
-    rotates.then(|| Outcome::waiting(damaged.unwrap_or(reason)))
+    rotates.then(|| Progress::waiting(damaged.unwrap_or(reason)))
 }
 
 /// Does what is due of the rotation, and updates the keys. Returns nothing if the key is not rotated.
@@ -91,24 +92,24 @@ pub async fn rotate(
     instance: &Arc<ZitadelInstance>,
     credential: &mut Credential,
     admin: &AdminCredentialStatus,
-) -> Option<Outcome> {
+) -> Option<Progress> {
     let schedule = schedule(instance);
     let is_former = |ledger: &KeyLedger| !ledger.is_of(&instance.spec.issuer, &admin.user_id);
     if credential.ledger().is_some_and(is_former) && admin.roles.is_empty() {
         // A wrong file must not cost the former administrator its keys.
-        return Some(Outcome::new(Reason::AdminForbidden));
+        return Some(Progress::new(Reason::AdminForbidden));
     }
     let keys = match credential {
         Credential::Keys(keys) => keys,
         Credential::Token(_, holds_keys) => {
-            return (schedule.is_some() || *holds_keys).then(|| Outcome::new(Reason::KeyFileNeeded));
+            return (schedule.is_some() || *holds_keys).then(|| Progress::new(Reason::KeyFileNeeded));
         }
     };
     let schedule = match schedule {
         None if matches!(keys.ledger, Ok(None)) => return None,
         None => None,
         Some(Ok(schedule)) => Some(schedule),
-        Some(Err(reason)) => return Some(Outcome::new(reason)),
+        Some(Err(reason)) => return Some(Progress::new(reason)),
     };
     let mut rotation = Rotation::new(ctx, id, instance.clone(), (**keys).clone());
     let is_current = || ctx.cache.instance(&id.name).is_ok_and(|now| now.spec == instance.spec);

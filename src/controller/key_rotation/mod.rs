@@ -24,8 +24,9 @@ use crate::controller::write::WriteError;
 use crate::domain::clock_skew::Skew;
 use crate::domain::key::ServiceKey;
 use crate::domain::key_ledger::{KeyLedger, StoredKeys};
-use crate::domain::key_rotation::{self, KeyState, Outcome, Schedule, Step};
+use crate::domain::key_rotation::{self, KeyState, Schedule, Step};
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::time::later;
@@ -37,7 +38,7 @@ const MOST_STEPS: usize = 8;
 #[derive(Default)]
 pub struct Rotated {
     /// How the rotation stands. `None` if the object does not rotate its key.
-    pub outcome: Option<Outcome>,
+    pub outcome: Option<Progress>,
     /// Resource versions of the object that this wrote.
     pub written: Vec<String>,
     /// Number of requests to ZITADEL.
@@ -120,7 +121,7 @@ impl<'a, H: Holder> Rotation<'a, H> {
 
     /// Takes one step after the other until there is none to take now. Returns nothing if the object no longer rotates its
     /// key.
-    pub async fn advance(&mut self, terms: &Terms<'_>) -> Result<Option<Outcome>, Stop> {
+    pub async fn advance(&mut self, terms: &Terms<'_>) -> Result<Option<Progress>, Stop> {
         let instance = &terms.instance;
         let issuer = &*instance.spec.issuer;
         // Whether this reconcile generated the pending key, so that ZITADEL cannot have it yet.
@@ -161,8 +162,8 @@ impl<'a, H: Holder> Rotation<'a, H> {
                     self.settle(instance, &key, in_secret.as_deref(), schedule).await?;
                 }
                 (Step::Wait(next), Some(_)) => {
-                    let on_schedule = Outcome::new(Reason::KeyRotationOnSchedule);
-                    return Ok(Some(Outcome { next, ..on_schedule }));
+                    let on_schedule = Progress::new(Reason::KeyRotationOnSchedule);
+                    return Ok(Some(Progress { next, ..on_schedule }));
                 }
                 (_, None) => {
                     // The object no longer rotates its key, and the operator holds none for it.
@@ -176,12 +177,18 @@ impl<'a, H: Holder> Rotation<'a, H> {
     }
 
     /// What the reconcile did, with this outcome.
-    pub fn ended(self, outcome: Option<Outcome>, now: Timestamp) -> Rotated {
+    pub fn ended(self, outcome: Option<Progress>, now: Timestamp) -> Rotated {
         let rotated = self.rotated;
-        let outcome = outcome.map(|outcome| Outcome { rotated, ..outcome });
+        let outcome = outcome.map(|outcome| Progress { rotated, ..outcome });
         let holds_keys = self.stored().is_some();
         Rotated {
-            outcome: outcome.map(|outcome| if holds_keys { outcome.with_keys(now) } else { outcome }),
+            outcome: outcome.map(|outcome| {
+                if holds_keys {
+                    outcome.retried_in_time(now)
+                } else {
+                    outcome
+                }
+            }),
             written: self.written,
             requests: self.session.requests(),
             wants_key: self.wants_key,

@@ -10,7 +10,7 @@ use crate::api::service_user::Token;
 use crate::controller::Context;
 use crate::controller::write::WriteError;
 use crate::domain::answer::{Format, Minted};
-use crate::domain::facts::{CurrentToken, Facts, Outcome, UnwrittenToken};
+use crate::domain::facts::{CurrentToken, Facts, TokenOutcome, UnwrittenToken};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::{self, MintRequest, Plan, Step};
 use crate::domain::reason::{Reason, Subject};
@@ -24,7 +24,7 @@ pub const TIME_TO_WRITE: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub struct Acted {
     /// One for each token.
-    pub outcomes: Vec<Outcome>,
+    pub outcomes: Vec<TokenOutcome>,
     /// Resource versions of the Secrets that were written.
     pub written: Vec<String>,
     /// Number of token requests.
@@ -113,8 +113,8 @@ impl Job<'_> {
     }
 
     /// Leaves the token to the next reconcile, which may follow at once.
-    fn defer(&self, current: Option<CurrentToken>) -> Outcome {
-        Outcome {
+    fn defer(&self, current: Option<CurrentToken>) -> TokenOutcome {
+        TokenOutcome {
             not_before: Some(self.facts.clock.theirs(self.ctx.clock.now())),
             deferred: true,
             ..self.outcome(Reason::InstanceUnreachable, current)
@@ -122,7 +122,7 @@ impl Job<'_> {
     }
 
     /// The outcome, and the resource version of the Secret if it was written.
-    async fn carry_out(&self, step: Step) -> (Outcome, Option<String>) {
+    async fn carry_out(&self, step: Step) -> (TokenOutcome, Option<String>) {
         match step {
             Step::Keep { current } => {
                 self.ctx.memory.written(self.id, &self.token.name);
@@ -133,12 +133,12 @@ impl Job<'_> {
                     Ok(instance) => self.refused(instance, reason),
                     Err(_) => self.outcome(reason, None),
                 };
-                (Outcome { current, ..outcome }, None)
+                (TokenOutcome { current, ..outcome }, None)
             }
             Step::Wait { reason, current } => {
                 let deferred = true;
                 let outcome = self.outcome(reason, current);
-                (Outcome { deferred, ..outcome }, None)
+                (TokenOutcome { deferred, ..outcome }, None)
             }
             Step::Write {
                 draft,
@@ -157,20 +157,20 @@ impl Job<'_> {
                     Err(refused) => {
                         // A token that is no longer allowed does not count as ready, though it stays until it expires.
                         let current = request.fallback.filter(|_| refused.reason != Reason::AccessDenied);
-                        (Outcome { current, ..refused }, None)
+                        (TokenOutcome { current, ..refused }, None)
                     }
                 }
             }
         }
     }
 
-    pub(super) fn outcome(&self, reason: Reason, current: Option<CurrentToken>) -> Outcome {
-        Outcome::new(self.index, reason, current)
+    pub(super) fn outcome(&self, reason: Reason, current: Option<CurrentToken>) -> TokenOutcome {
+        TokenOutcome::new(self.index, reason, current)
     }
 
     /// The outcome of a refusal. An instance that is Ready is reconciled again if the reason concerns it, since the operator
     /// does not poll it.
-    pub(super) fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> Outcome {
+    pub(super) fn refused(&self, instance: &ZitadelInstance, reason: Reason) -> TokenOutcome {
         let name = instance.metadata.name.as_deref().unwrap_or_default();
         if reason == Reason::TLSFailure {
             self.ctx.connections.reload_certificates(name);
@@ -181,7 +181,7 @@ impl Job<'_> {
         self.outcome(reason, None)
     }
 
-    async fn write_minted(&self, request: MintRequest, minted: Minted) -> (Outcome, Option<String>) {
+    async fn write_minted(&self, request: MintRequest, minted: Minted) -> (TokenOutcome, Option<String>) {
         let (ctx, id, facts, name) = (self.ctx, self.id, self.facts, &self.token.name);
         let record = secret_draft::record(facts, &request.request_hash, &request.template_hash, &minted);
         let draft = secret_draft::draft(facts, self.token, &minted.token, &record);
@@ -201,7 +201,7 @@ impl Job<'_> {
         draft: &SecretDraft,
         current: CurrentToken,
         fallback: Option<CurrentToken>,
-    ) -> (Outcome, Option<String>) {
+    ) -> (TokenOutcome, Option<String>) {
         let (ctx, id, name) = (self.ctx, self.id, &self.token.name);
         if draft.is_too_large() {
             return (self.outcome(Reason::SecretTooLarge, fallback), None);
@@ -221,10 +221,10 @@ impl Job<'_> {
         }
     }
 
-    pub(super) fn write_failed(&self, error: WriteError, current: Option<CurrentToken>) -> Outcome {
+    pub(super) fn write_failed(&self, error: WriteError, current: Option<CurrentToken>) -> TokenOutcome {
         self.ctx.memory.write_failed(self.id, &self.token.name);
         let outcome = self.outcome(error.reason(), current);
-        Outcome {
+        TokenOutcome {
             refused_by: error.refused_by(),
             ..outcome
         }

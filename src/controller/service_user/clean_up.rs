@@ -14,10 +14,11 @@ use crate::controller::queue::Done;
 use crate::controller::service_user::{finalizer, gather, revoke};
 use crate::controller::session::{Stop, in_time};
 use crate::domain::key_ledger::Managed;
-use crate::domain::key_rotation::{self, KeyState, Outcome};
+use crate::domain::key_rotation::{self, KeyState};
 use crate::domain::key_rotation_report;
 use crate::domain::manager_role::RoleScope;
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::retry::{Failed, PendingRetries, Wake};
@@ -30,7 +31,7 @@ pub async fn clean_up(ctx: &Context, id: &ObjectRef, user: Arc<ZitadelServiceUse
     let waits = |what: &str| {
         let retry = pending.get(what)?;
         let goes_on = abandoned && what == key_rotation::BACKOFF;
-        (retry.until > ctx.clock.now() && !goes_on).then(|| Outcome::deferred(retry.reason))
+        (retry.until > ctx.clock.now() && !goes_on).then(|| Progress::deferred(retry.reason))
     };
     let mut done = Done::forget();
     let mut user = user;
@@ -76,10 +77,10 @@ async fn waiting(
     ctx: &Context,
     id: &ObjectRef,
     user: &ZitadelServiceUser,
-    (outcome, what, scope): (Outcome, &str, Option<Box<RoleScope>>),
+    (outcome, what, scope): (Progress, &str, Option<Box<RoleScope>>),
     done: Done,
 ) -> Done {
-    let outcome = outcome.with_keys(ctx.clock.now());
+    let outcome = outcome.retried_in_time(ctx.clock.now());
     let mut failed: Vec<Failed> = outcome.failed(what).into_iter().collect();
     let mut written = done.written;
     if outcome.reason != Reason::NotLeading {

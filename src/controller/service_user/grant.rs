@@ -18,9 +18,9 @@ use crate::controller::service_user::revoke::{Present, revoke_lost};
 use crate::controller::service_user::roles::{Granted, Roles, at_scope, not_shown, request, roles_in};
 use crate::controller::session::{Stop, in_time};
 use crate::domain::facts::Facts;
-use crate::domain::key_rotation::Outcome;
 use crate::domain::manager_role::{self, WantedRoles};
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::role_ledger::{RoleChange, RoleLedger};
 use crate::domain::role_report::{BACKOFF, RoleOutcome};
@@ -41,7 +41,7 @@ pub async fn grant(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Granted 
         return grant_served(ctx, id, facts, waits).await;
     }
     if let Some(reason) = waits {
-        let outcome = Outcome::deferred(reason);
+        let outcome = Progress::deferred(reason);
         return Granted {
             outcome: Some(outcome.into()),
             ..Granted::default()
@@ -77,7 +77,7 @@ async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts, waits: O
     let mut roles = Roles::new(ctx, id, facts.user.clone(), stored);
     let outcome = if let Some(reason) = waits {
         Some(RoleOutcome {
-            outcome: Outcome::deferred(reason),
+            outcome: Progress::deferred(reason),
             scope: ctx.memory.failed_role(id),
         })
     } else {
@@ -93,7 +93,11 @@ async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts, waits: O
     // What is to be revoked must not wait for hours.
     let holds_roles = roles.stored.is_some();
     let outcome = outcome.map(|RoleOutcome { outcome, scope }| RoleOutcome {
-        outcome: if holds_roles { outcome.with_keys(now) } else { outcome },
+        outcome: if holds_roles {
+            outcome.retried_in_time(now)
+        } else {
+            outcome
+        },
         scope,
     });
     Granted {
@@ -104,19 +108,19 @@ async fn grant_served(ctx: &Context, id: &ObjectRef, facts: &mut Facts, waits: O
 }
 
 /// Why the roles have to wait, if they have.
-fn obstacle(facts: &Facts) -> Option<Outcome> {
+fn obstacle(facts: &Facts) -> Option<Progress> {
     if facts.is_suspended() {
-        return Some(Outcome::waiting(Reason::Suspended));
+        return Some(Progress::waiting(Reason::Suspended));
     }
     // Nothing tells that the Secret was repaired.
-    let ledger = facts.roles.as_ref().err().map(|reason| Outcome::new(*reason));
+    let ledger = facts.roles.as_ref().err().map(|reason| Progress::new(*reason));
     let instance = facts.instance.as_ref().err();
     let others = instance.or(facts.allowed.as_ref().err());
     let invalid = || {
         let checked = validate::manager_roles(&facts.user.spec).err();
-        checked.map(|_| Outcome::new(Reason::InvalidSpec))
+        checked.map(|_| Progress::new(Reason::InvalidSpec))
     };
-    let ledger = ledger.or(others.map(|reason| Outcome::waiting(*reason)));
+    let ledger = ledger.or(others.map(|reason| Progress::waiting(*reason)));
     ledger.or_else(invalid)
 }
 
@@ -177,7 +181,7 @@ impl Roles<'_> {
         }
         if let Some(denied) = wanted.into_iter().find(|wanted| !wanted.denied.is_empty()) {
             return Err(RoleOutcome {
-                outcome: Outcome::new(Reason::ManagerRolesDenied),
+                outcome: Progress::new(Reason::ManagerRolesDenied),
                 scope: Some(Box::new(denied.scope)),
             });
         }
@@ -381,7 +385,9 @@ impl Roles<'_> {
         let key = facts.key.clone()?;
         if facts.user.spec.user.is_some() {
             let managed = facts.keys.stored().and_then(|stored| stored.ledger.managed.as_ref());
-            let managed = managed.filter(|managed| managed.confirmed).ok_or(Reason::UserNotReady)?;
+            let managed = managed
+                .filter(|managed| managed.confirmed)
+                .ok_or(Reason::UserNotReady)?;
             let now = self.ctx.server_time(instance);
             self.session.ask(confirm(admin, user_id, managed, now)).await?;
             return Ok(());

@@ -12,7 +12,7 @@ use crate::controller::service_user::act::Job;
 use crate::controller::session::note_rejection;
 use crate::domain::answer::{Expected, Minted, accept};
 use crate::domain::clock_skew::is_news;
-use crate::domain::facts::Outcome;
+use crate::domain::facts::TokenOutcome;
 use crate::domain::failure::{Failure, classify};
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::{self, MintRequest};
@@ -49,7 +49,7 @@ struct Classified {
 
 impl Job<'_> {
     /// Requests the token. An error is an outcome without a current token.
-    pub(super) async fn mint(&self, request: &MintRequest) -> Result<Minted, Outcome> {
+    pub(super) async fn mint(&self, request: &MintRequest) -> Result<Minted, TokenOutcome> {
         let instance = self.facts.instance.as_deref();
         let instance = instance.map_err(|reason| self.outcome(*reason, None))?;
         let admitted = self.admit(instance, request).await?;
@@ -57,7 +57,7 @@ impl Job<'_> {
         let classified = self.classify(&admitted.client, sent).await;
         self.note_key(&admitted.client, &classified).await;
         self.record(admitted, classified.evidence);
-        classified.result.map_err(|reason| Outcome {
+        classified.result.map_err(|reason| TokenOutcome {
             not_before: classified.not_before,
             ..self.refused(instance, reason)
         })
@@ -65,7 +65,7 @@ impl Job<'_> {
 
     /// Checks everything that may forbid the request: leadership, the write of the Secret, the token buckets, and the
     /// circuit breaker.
-    async fn admit(&self, instance: &ZitadelInstance, request: &MintRequest) -> Result<Admitted, Outcome> {
+    async fn admit(&self, instance: &ZitadelInstance, request: &MintRequest) -> Result<Admitted, TokenOutcome> {
         let (ctx, facts, name) = (self.ctx, self.facts, &self.token.name);
         let client = connect(ctx, instance).await;
         let client = client.map_err(|failure| self.refused(instance, classify(failure, false)))?;
@@ -75,7 +75,7 @@ impl Job<'_> {
             let tried = ctx.writer.try_secret(&draft).await;
             tried.map_err(|error| self.write_failed(error, None))?;
         }
-        let defer = |reason, wait| Outcome {
+        let defer = |reason, wait| TokenOutcome {
             not_before: Some(later(client.skew().theirs(ctx.clock.now()), wait)),
             deferred: true,
             ..self.outcome(reason, None)

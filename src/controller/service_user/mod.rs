@@ -30,10 +30,11 @@ use crate::controller::key_rotation::Rotated;
 use crate::controller::queue::Done;
 use crate::controller::write::WriteError;
 use crate::domain::facts::Facts;
-use crate::domain::key_rotation::{self, Outcome};
+use crate::domain::key_rotation;
 use crate::domain::key_rotation_report::is_about_user;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::plan::plan;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::report::{Report, refusal, report};
 use crate::domain::retry::{Failed, PendingRetries};
@@ -194,14 +195,15 @@ async fn revoke_lost(
         return done;
     }
     let failed = if let Some(retry) = waits {
-        let outcome = Outcome::deferred(retry.reason);
+        let outcome = Progress::deferred(retry.reason);
         Some(RoleOutcome::from(outcome))
     } else {
         Box::pin(revoke::revoke_lost(ctx, id, present)).await.outcome
     };
     // What is to be revoked must not wait for hours.
     let now = ctx.clock.now();
-    let failed = failed.and_then(|RoleOutcome { outcome, .. }| outcome.with_keys(now).failed(role_report::BACKOFF));
+    let failed =
+        failed.and_then(|RoleOutcome { outcome, .. }| outcome.retried_in_time(now).failed(role_report::BACKOFF));
     let Some(failed) = failed else {
         ctx.memory.forget(id);
         return done;

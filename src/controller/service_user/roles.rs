@@ -13,9 +13,9 @@ use crate::controller::ledger::{self, Place};
 use crate::controller::refused::{Refused, about_roles};
 use crate::controller::service_user::{finalizer, gather};
 use crate::controller::session::{Session, Stop};
-use crate::domain::key_rotation::Outcome;
 use crate::domain::manager_role::{RoleScope, WantedRoles, shown};
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::progress::Progress;
 use crate::domain::reason::Reason;
 use crate::domain::report::EventDraft;
 use crate::domain::role_ledger::{RoleChange, RoleLedger, StoredRoles};
@@ -56,7 +56,7 @@ impl From<Stop> for RoleOutcome {
 
 impl From<Reason> for RoleOutcome {
     fn from(reason: Reason) -> Self {
-        Outcome::new(reason).into()
+        Progress::new(reason).into()
     }
 }
 

@@ -12,10 +12,11 @@ use crate::controller::service_user::{finalizer, gather};
 use crate::controller::session::{Stop, in_time};
 use crate::controller::triggers::reference;
 use crate::controller::write::WriteError;
-use crate::domain::facts::{Facts, Outcome as TokenOutcome, rotate_request};
+use crate::domain::facts::{Facts, TokenOutcome, rotate_request};
 use crate::domain::key::ServiceKey;
-use crate::domain::key_rotation::{self, Outcome, Schedule};
+use crate::domain::key_rotation::{self, Schedule};
 use crate::domain::object_ref::ObjectRef;
+use crate::domain::progress::Progress;
 use crate::domain::reason::{Reason, Subject};
 use crate::domain::report::EventDraft;
 use crate::domain::validate;
@@ -63,11 +64,11 @@ pub async fn rotate(ctx: &Context, id: &ObjectRef, facts: &mut Facts, tokens: &[
     let waits = waits.filter(|retry| retry.until > now).map(|retry| retry.reason);
     let mut rotation = Rotation::new(ctx, id, facts.user.clone(), facts.keys.clone());
     let outcome = match (obstacle(facts, tokens), schedule, waits) {
-        (Some(reason), ..) => Some(Outcome::waiting(reason)),
-        (None, Some(None), _) => Some(Outcome::new(Reason::KeyRotationInvalid)),
+        (Some(reason), ..) => Some(Progress::waiting(reason)),
+        (None, Some(None), _) => Some(Progress::new(Reason::KeyRotationInvalid)),
         (None, _, Some(reason)) => {
             rotation.wants_key = ctx.key_generator.serves(id);
-            Some(Outcome::deferred(reason))
+            Some(Progress::deferred(reason))
         }
         (None, schedule, None) => {
             let advanced = in_time(advance(&mut rotation, facts, schedule.flatten())).await;
@@ -106,7 +107,7 @@ async fn advance(
     rotation: &mut Rotation<'_, Arc<ZitadelServiceUser>>,
     facts: &Facts,
     schedule: Option<Schedule>,
-) -> Result<Option<Outcome>, Stop> {
+) -> Result<Option<Progress>, Stop> {
     let instance = facts.instance.clone()?;
     if rotation.stored().is_some() {
         // Someone may have removed it.

@@ -552,7 +552,7 @@ fn old_secret_stays_until_all_tokens_exist_or_its_token_has_expired() {
     }];
     user(&mut facts).spec.tokens.truncate(1);
     let left = |facts: &Facts, current: Option<CurrentToken>, seconds| {
-        let outcomes = [Outcome::new(0, Reason::AccessDenied, current)];
+        let outcomes = [TokenOutcome::new(0, Reason::AccessDenied, current)];
         deletable(facts, &facts.leftovers, &outcomes, Some(at(seconds))).len()
     };
     let current = facts.recorded(&facts.user.spec.tokens[0]);
@@ -572,13 +572,13 @@ fn old_secret_stays_until_all_tokens_exist_or_its_token_has_expired() {
         (0, 1),
         "the new Secret is missing"
     );
-    let outcomes = [Outcome::new(0, Reason::ClockSkew, None)];
+    let outcomes = [TokenOutcome::new(0, Reason::ClockSkew, None)];
     assert_eq!(
         deletable(&facts, &facts.leftovers, &outcomes, None).len(),
         0,
         "no trusted time"
     );
-    let outcomes = [Outcome::new(0, Reason::Issued, current)];
+    let outcomes = [TokenOutcome::new(0, Reason::Issued, current)];
     assert_eq!(
         deletable(&facts, &facts.leftovers, &outcomes, None).len(),
         1,

@@ -21,9 +21,9 @@ use Reason::{
 const NONE: i64 = 0;
 
 /// An outcome. `expires` is in seconds after the issue, or [`NONE`].
-fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome {
+fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> TokenOutcome {
     let schedule = |expires| facts.schedule(&facts.user.spec.tokens[token], at(0), at(expires));
-    Outcome {
+    TokenOutcome {
         token,
         reason,
         current: (expires != NONE).then(|| CurrentToken {
@@ -37,7 +37,7 @@ fn outcome(facts: &Facts, token: usize, reason: Reason, expires: i64) -> Outcome
 }
 
 /// Computes the report and feeds its status back through JSON. The time is never a whole second.
-fn reconcile(facts: &mut Facts, seconds: i64, outcomes: &[Outcome]) -> Report {
+fn reconcile(facts: &mut Facts, seconds: i64, outcomes: &[TokenOutcome]) -> Report {
     let now = at(seconds) + SignedDuration::from_millis(700);
     let first = report(facts, outcomes, None, None, now);
     let json = serde_json::to_value(&first.status).expect("JSON");
@@ -402,7 +402,7 @@ fn owner_is_warned_before_the_key_expires() {
         assert_eq!(warnings(&report), Vec::from_iter(warning), "{day}");
     }
     // The operator replaces a key that it rotates on schedule.
-    let rotation = Rotation::new(Reason::KeyRotationOnSchedule);
+    let rotation = Progress::new(Reason::KeyRotationOnSchedule);
     let report = report(&facts, &issued, Some(&rotation), None, at(30 * DAY));
     assert_eq!(
         condition(&report.status, "KeyValid").map(|key| &*key.reason),
@@ -415,9 +415,9 @@ fn rotation_has_conditions_events_and_a_retry_of_its_own() {
     let mut facts = filled(&["a"]);
     let issued = [outcome(&facts, 0, Issued, 9)];
     let mut shown = |reason, next| {
-        let rotation = Rotation {
+        let rotation = Progress {
             next,
-            ..Rotation::new(reason)
+            ..Progress::new(reason)
         };
         let report = report(&facts, &issued, Some(&rotation), None, at(9));
         let user = user(&mut facts);
@@ -574,7 +574,7 @@ fn next_reconcile_after_failures() {
         let each = outcomes
             .iter()
             .enumerate()
-            .map(|(i, (reason, expires, not_before))| Outcome {
+            .map(|(i, (reason, expires, not_before))| TokenOutcome {
                 not_before: (*not_before > 0).then(|| at(*not_before)),
                 ..outcome(&facts, i, *reason, *expires)
             });
@@ -667,7 +667,7 @@ fn kept_token_is_reported_as_recorded_in_the_secret() {
             let Step::Keep { current } = step else {
                 panic!("{step:?}")
             };
-            Outcome {
+            TokenOutcome {
                 token,
                 reason: Issued,
                 current: Some(current),
@@ -712,7 +712,7 @@ proptest! {
             let now = at(seconds) + SignedDuration::from_millis(700);
             // Suspension applies to all tokens of an object.
             let suspended = outcomes.iter().any(|(reason, ..)| *reason == Suspended);
-            let outcomes: Vec<_> = outcomes.into_iter().enumerate().map(|(i, (reason, expires, not_before))| Outcome {
+            let outcomes: Vec<_> = outcomes.into_iter().enumerate().map(|(i, (reason, expires, not_before))| TokenOutcome {
                 reason: if suspended { Suspended } else { reason },
                 not_before: not_before.map(at),
                 ..outcome(&facts, i, reason, expires.unwrap_or(NONE))
@@ -720,10 +720,10 @@ proptest! {
             let Report { status, wake, .. } = reconcile(&mut facts, seconds, &outcomes);
             shown(&status);
             let on = |kind| condition(&status, kind).is_some_and(|c| c.status == "True");
-            let ready = |o: &Outcome| o.reason == Issued || o.current.is_some_and(|h| h.schedule.expires > now);
+            let ready = |o: &TokenOutcome| o.reason == Issued || o.current.is_some_and(|h| h.schedule.expires > now);
             prop_assert_eq!(on("Ready"), outcomes.iter().all(ready));
             prop_assert!(u8::from(on("Ready")) + u8::from(on("Reconciling")) + u8::from(on("Stalled")) <= 1);
-            let failing = |o: &Outcome| o.reason.retry() != Retry::No;
+            let failing = |o: &TokenOutcome| o.reason.retry() != Retry::No;
             if !on("Ready") && outcomes.iter().any(|o| !ready(o) && failing(o)) {
                 prop_assert!(on("Reconciling") || on("Stalled"));
             }
