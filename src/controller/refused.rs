@@ -63,6 +63,7 @@ impl From<APIError> for Refused {
 }
 
 /// The administrator asked about manager roles.
+#[must_use]
 pub fn about_roles(error: APIError) -> Refused {
     match error {
         APIError::Rejected
