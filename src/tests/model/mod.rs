@@ -100,6 +100,8 @@ struct State {
     recent_events: Vec<Duration>,
     /// Time of the last change of a fault, an outage or a clock.
     healthy_since: Duration,
+    /// End of the last `Retry-After` that ZITADEL sent.
+    throttled_until: Duration,
     /// How long a wrong clock may delay refreshes after it is correct again.
     clock_recovery: Duration,
     /// Sum of the steps of ZITADEL's clock that the operator cannot have detected yet.
@@ -434,6 +436,7 @@ impl World {
             last_event: Duration::ZERO,
             recent_events: Vec::new(),
             healthy_since: Duration::ZERO,
+            throttled_until: Duration::ZERO,
             clock_recovery: Duration::ZERO,
             undetected_clock_step: Duration::ZERO,
             dates_sent: 0,

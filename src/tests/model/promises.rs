@@ -190,6 +190,7 @@ impl State {
     /// Records a `Retry-After`.
     pub fn on_throttled(&mut self, requested: &BTreeSet<String>, seconds: u32) {
         let until = self.elapsed() + Duration::from_secs(seconds.min(900).into());
+        self.throttled_until = self.throttled_until.max(until);
         if let [one] = &self.tokens_with_audience(requested)[..] {
             self.entry(&one.name).retry_after = Some(until);
         }
@@ -242,6 +243,8 @@ impl State {
         if due && undisturbed {
             self.check_refreshed_in_time(&token);
         }
+        // With a wrong `Date`, the operator cannot tell whether the token is valid, and drops it.
+        let served = undisturbed && !self.is_clock_off();
         let entry = self.entry(&token.name);
         // Keeps one previous state only.
         entry.previous = None;
@@ -251,7 +254,7 @@ impl State {
             entry.conflicts.push(now);
         }
         entry.last = Some(issued);
-        entry.expected &= !undisturbed;
+        entry.expected &= !served;
         entry.retry_after = None;
         // After a restart the operator cannot recognize the first conflict.
         if within(&entry.conflicts, now, Duration::from_mins(10)) > 5 {
@@ -471,7 +474,9 @@ impl State {
             }
             if let Some(issued) = issued {
                 let ends = self.elapsed_at(issued.expires_at);
-                if !valid && ends > self.healthy_since + SLACK + self.clock_recovery {
+                // The operator waits as long as ZITADEL says, also if a token expires meanwhile.
+                let healthy_since = self.healthy_since.max(self.throttled_until);
+                if !valid && ends > healthy_since + SLACK + self.clock_recovery {
                     self.violation(format!(
                         "{name} expired at {ends:?} although nothing fails since {:?}",
                         self.healthy_since
