@@ -263,7 +263,7 @@ reasons! {
         "The operator does not know the name of its cluster, which is part of the name and the metadata of each service user in spec.user.",
         "Start the operator with --cluster-name.";
     AdminCredentialReady: No, Object,
-        "ZITADEL accepts the credential in spec.adminCredential.",
+        "ZITADEL accepts the credential in spec.adminCredential. What its user may do is in status.adminCredential.roles.",
         "No action needed.";
     CredentialMissing: Permanent, Object,
         "The ZitadelInstance has no spec.adminCredential, the Secret or entry that it names does not exist in the operator's namespace, several entries exist and none is named, or the operator does not know its own namespace.",

@@ -176,7 +176,7 @@ async fn the_state_of_a_user_is_visible() {
 }
 
 #[tokio::test]
-async fn drift_of_a_user_is_corrected() {
+async fn update_of_a_user_can_be_repeated() {
     on_any_server(async |server| {
         let Some(made) = Made::on(server).await else { return };
         for changed in [
