@@ -55,7 +55,7 @@ impl Holder for Arc<ZitadelInstance> {
 }
 
 impl Rotation<'_, Arc<ZitadelInstance>> {
-    /// Stores where the operator may send what its own keys sign. The key in the Secret has just been accepted for it.
+    /// Stores where the operator may send what its own keys sign. Reading the credential has shown that the Secret may say so.
     async fn bind(&mut self, instance: &ZitadelInstance) -> Result<(), Stop> {
         let Some(stored) = self.stored() else { return Ok(()) };
         let send_to = Some(admin_credential::destination(&instance.spec));

@@ -254,13 +254,18 @@ impl Roles<'_> {
             } else {
                 ledger.set(change.intent(now));
                 let takes_room = granted.is_none() || change.added().next().is_some();
-                if takes_room && !ledger.has_room() {
-                    // Until other roles are revoked.
-                    ledger.restore(&change.scope, &before);
-                    failed.get_or_insert(at_scope(Reason::ManagerRolesNotShown.into(), &change.scope));
+                if !takes_room || ledger.has_room() {
+                    needed.push(change);
                     continue;
                 }
-                needed.push(change);
+                // The ledger is full until other roles are revoked.
+                failed.get_or_insert(at_scope(Reason::ManagerRolesNotShown.into(), &change.scope));
+                ledger.restore(&change.scope, &before);
+                let change = change.unproven();
+                if change.is_needed() {
+                    ledger.set(change.intent(now));
+                    needed.push(change);
+                }
             }
         }
         if !needed.is_empty() {
@@ -297,8 +302,8 @@ impl Roles<'_> {
         })
     }
 
-    /// Whether `changes` may be made whole, and not only what they revoke: the facts still hold, the user is proven to be the
-    /// object's, and the object has the finalizer.
+    /// Whether `changes` may be made whole, and not only what they revoke: the user is proven to be the object's, the object has
+    /// the finalizer, and the facts still hold.
     async fn may_grant(
         &mut self,
         facts: &Facts,
@@ -308,14 +313,13 @@ impl Roles<'_> {
         changes: &[RoleChange],
         is_proven: bool,
     ) -> Result<(), RoleOutcome> {
-        self.is_current(facts)?;
         if !is_proven && changes.iter().any(RoleChange::needs_proof) {
             self.prove(facts, instance, admin, user_id).await?;
         }
         if changes.iter().any(|change| change.added().next().is_some()) {
             self.set_finalizer(true).await?;
         }
-        Ok(())
+        self.is_current(facts)
     }
 
     /// Fails if the object, its policies or its instance changed meanwhile. The next reconcile, within seconds, decides anew.

@@ -12,6 +12,7 @@ use crate::controller::Context;
 use crate::controller::service_user::gather;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::role_ledger::RoleLedger;
+use crate::domain::summary::UserSummary;
 
 /// How long to wait after a failure.
 const RETRY: Duration = Duration::from_mins(1);
@@ -47,8 +48,12 @@ pub async fn find(ctx: &Context) {
                 continue;
             }
             if let Some(id) = known.get(&*uid) {
-                // It may lose its finalizer, and be deleted, before its first reconcile.
+                // It may lose its finalizer, and be deleted, before its first reconcile, or since `known`.
                 ctx.memory.note_roles(id, &uid, true);
+                let holds = |user: &UserSummary| *user.uid == *uid && user.holds.roles;
+                if !ctx.cache.user(id).is_some_and(|user| holds(&user)) {
+                    ctx.users.changed(id, None);
+                }
                 continue;
             }
             match ctx.reader.role_ledger(namespace, &secret.name_any()).await {

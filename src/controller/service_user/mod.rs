@@ -28,6 +28,7 @@ use crate::api::service_user::{READY, UP_TO_DATE, ZitadelServiceUserStatus};
 use crate::controller::Context;
 use crate::controller::key_rotation::Rotated;
 use crate::controller::queue::Done;
+use crate::controller::read::ReadError;
 use crate::controller::write::WriteError;
 use crate::domain::facts::Facts;
 use crate::domain::key_rotation;
@@ -176,7 +177,12 @@ async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingR
         }
         Err(error) => {
             tracing::warn!(object = %id, %error, "could not read the state of the service user");
-            Done::aborted(Some(Reason::APIServerUnavailable))
+            let done = Done::aborted(Some(Reason::APIServerUnavailable));
+            match error {
+                // Whoever takes the operator's rights in a namespace must not keep the roles there.
+                ReadError::Forbidden => revoke_lost(ctx, id, pending_retries, (done, Present::Unknown)).await,
+                ReadError::Unavailable => done,
+            }
         }
     };
     Err(done)

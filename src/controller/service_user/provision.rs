@@ -74,7 +74,11 @@ impl Rotation<'_, Arc<ZitadelServiceUser>> {
             // Without the administrator, the user still rotates its own keys.
             Err(Stop(outcome)) if is_applied && !stops_rotation(outcome.reason) => {
                 let mut ledger = self.ledger()?;
-                ledger.managed = ledger.managed.map(|managed| desired.compared(managed, now));
+                // A renew request is not served: the next reconcile compares again.
+                ledger.managed = ledger.managed.map(|managed| Managed {
+                    checked: Some(now),
+                    ..managed
+                });
                 self.store(ledger).await
             }
             ended => ended,
