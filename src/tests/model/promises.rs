@@ -191,7 +191,10 @@ impl State {
     pub fn on_throttled(&mut self, requested: &BTreeSet<String>, seconds: u32) {
         let until = self.elapsed() + Duration::from_secs(seconds.min(900).into());
         self.throttled_until = self.throttled_until.max(until);
-        if let [one] = &self.tokens_with_audience(requested)[..] {
+        // A request by an earlier spec may have been for another token.
+        if self.is_undisturbed()
+            && let [one] = &self.tokens_with_audience(requested)[..]
+        {
             self.entry(&one.name).retry_after = Some(until);
         }
     }
