@@ -150,9 +150,26 @@ impl RoleLedger {
             || self.scopes.iter().any(|granted| granted.expected.is_some())
     }
 
-    /// Whether the operator can still read the ledger, with room for what a revocation adds to it.
+    /// Names what a change is about to do. A full ledger has room only for what the change revokes. Returns what is left of the
+    /// change, and whether the ledger is full.
     #[must_use]
-    pub fn has_room(&self) -> bool {
+    pub fn intend(&mut self, change: RoleChange, now: Timestamp) -> (RoleChange, bool) {
+        let before = self.clone();
+        let takes_room = self.granted(&change.scope).is_none() || change.added().next().is_some();
+        self.set(change.intent(now));
+        if !takes_room || self.has_room() {
+            return (change, false);
+        }
+        self.restore(&change.scope, &before);
+        let rest = change.unproven();
+        if rest.is_needed() {
+            self.set(rest.intent(now));
+        }
+        (rest, true)
+    }
+
+    /// Whether the operator can still read the ledger, with room for what a revocation adds to it.
+    fn has_room(&self) -> bool {
         let size: usize = self.data().values().map(|entry| entry.expose_secret().len()).sum();
         self.scopes.len() <= MOST_SCOPES && size <= key::MAX_BYTES / 2
     }
@@ -477,6 +494,11 @@ mod tests {
         }
     }
 
+    fn data(ledger: &RoleLedger) -> BTreeMap<String, SecretSlice<u8>> {
+        let data = ledger.data();
+        data.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+
     #[test]
     fn ledger_survives_storage_and_edits_are_noticed() {
         let mut ledger = ledger(set(&["ORG_OWNER"]));
@@ -489,10 +511,6 @@ mod tests {
             roles: set(&["PROJECT_GRANT_OWNER"]),
             expected: None,
         });
-        let data = |ledger: &RoleLedger| -> BTreeMap<String, SecretSlice<u8>> {
-            let data = ledger.data();
-            data.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
-        };
         assert_eq!(RoleLedger::parse(&data(&ledger)), Ok(ledger.clone()));
         let edits: [fn(&mut RoleLedger); 4] = [
             |ledger| ledger.v = 2,
@@ -513,15 +531,29 @@ mod tests {
             assert_eq!(RoleLedger::parse(&data(&edited)), Err(Reason::RoleLedgerInvalid));
         }
         assert_eq!(RoleLedger::parse(&BTreeMap::new()), Err(Reason::RoleLedgerInvalid));
+    }
 
-        assert!(ledger.has_room());
+    #[test]
+    fn full_ledger_has_room_for_revocations_only() {
+        let mut ledger = ledger(set(&["A"]));
+        let grant = change(&["A"], &["A"], Some((&["B"], false)));
+        assert_eq!(ledger.clone().intend(grant.clone(), at(0)), (grant.clone(), false));
         let long = |n: usize| format!("ROLE_{n:059}");
-        let many: BTreeSet<String> = (0..600).map(long).collect();
         ledger.set(GrantedRoles {
             scope: RoleScope::Instance,
-            roles: many,
+            roles: (0..600).map(long).collect(),
             expected: None,
         });
-        assert!(!ledger.has_room());
+        let (rest, is_full) = ledger.intend(grant.clone(), at(0));
+        assert!(is_full && rest.added().next().is_none());
+        assert_eq!(rest.removed().collect::<Vec<_>>(), ["A"]);
+        assert!(RoleLedger::parse(&data(&ledger)).is_ok());
+        let elsewhere = RoleChange {
+            scope: RoleScope::Project("9".into()),
+            ..change(&[], &[], Some((&["B"], false)))
+        };
+        let (rest, is_full) = ledger.intend(elsewhere, at(0));
+        assert!(is_full && !rest.is_needed());
+        assert_eq!(ledger.granted(&rest.scope), None);
     }
 }

@@ -252,18 +252,11 @@ impl Roles<'_> {
             } else if !change.is_needed() {
                 ledger.set(change.confirmed());
             } else {
-                ledger.set(change.intent(now));
-                let takes_room = granted.is_none() || change.added().next().is_some();
-                if !takes_room || ledger.has_room() {
-                    needed.push(change);
-                    continue;
+                let (change, is_full) = ledger.intend(change, now);
+                if is_full {
+                    failed.get_or_insert(at_scope(Reason::ManagerRolesNotShown.into(), &change.scope));
                 }
-                // The ledger is full until other roles are revoked.
-                failed.get_or_insert(at_scope(Reason::ManagerRolesNotShown.into(), &change.scope));
-                ledger.restore(&change.scope, &before);
-                let change = change.unproven();
                 if change.is_needed() {
-                    ledger.set(change.intent(now));
                     needed.push(change);
                 }
             }
