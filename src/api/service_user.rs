@@ -108,9 +108,7 @@ pub struct ZitadelServiceUserSpec {
     #[x_kube(validation = scopes_once())]
     pub manager_roles: Vec<ManagerRole>,
 
-    /// What happens at ZITADEL to what the operator made when this object is deleted. `Delete` (the default) deletes the
-    /// user in `spec.user` that the operator created, or removes the keys. `Orphan` leaves the user, and the keys until they
-    /// expire. The roles in `spec.managerRoles` are revoked in any case.
+    /// See [`UserDeletionPolicy`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion_policy: Option<UserDeletionPolicy>,
 
@@ -294,7 +292,9 @@ pub struct KeyRotation {
     pub delete_bootstrap_key: Option<bool>,
 }
 
-/// What happens at ZITADEL to what the operator made when the object is deleted.
+/// What happens at ZITADEL to what the operator made when this object is deleted. `Delete` (the default) deletes the user in
+/// `spec.user` that the operator created, or removes the keys. `Orphan` leaves the user, and the keys until they expire. The
+/// roles in `spec.managerRoles` are revoked in any case.
 #[derive(schemars::JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserDeletionPolicy {
     /// The operator removes it before the object disappears.

@@ -243,7 +243,7 @@ reasons! {
         "Ask the platform team for a ZitadelAccessPolicy with managerRoles, or remove the roles from spec.managerRoles.";
     PrivilegedRolesDenied: Permanent, Object,
         "With this role, the user could act as a user with roles of the instance, as the administrator in spec.adminCredential, or as any user who logs in to ZITADEL's console. Or that administrator may not list the users with roles of the instance.",
-        "Grant the role in another organization or project. Or ask the platform team for a ZitadelAccessPolicy with managerRoles[].allowPrivileged, or for an administrator with a role that docs/manager-roles.md lists for this. That needs ZITADEL 4.6.";
+        "Grant the role in another organization or project. Or ask the platform team for a ZitadelAccessPolicy with managerRoles[].allowPrivileged, or for IAM_OWNER_VIEWER for that administrator. To find out where roles are privileged, the operator needs ZITADEL 4.6.";
     UserIsAdministrator: Permanent, Object,
         "The key belongs to the administrator in spec.adminCredential of the ZitadelInstance, whose roles the operator does not change.",
         "Use a service user of its own for the workload.";
@@ -282,7 +282,7 @@ reasons! {
         "Store a key file (JSON) of the administrator in the Secret. To use a token, first remove spec.adminCredential.keyRotation, and replace the content when the Secret admin-key-<name of the ZitadelInstance> is gone.";
     AdminForbidden: Permanent, Object,
         "The user of spec.adminCredential lacks the manager role that this needs.",
-        "Give it a role that docs/managed-users.md lists for service users, or docs/manager-roles.md for manager roles.";
+        "Give it the role that docs/admin-credential.md lists for this.";
     NotSupportedByServer: Rare, Object,
         "The server lacks an API that this needs. ZITADEL has all of them since version 4.6.",
         "Upgrade ZITADEL.";
