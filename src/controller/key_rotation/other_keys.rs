@@ -71,7 +71,11 @@ impl<H: Holder> Rotation<'_, H> {
             };
             match read {
                 Err(Reason::APIServerUnavailable) => return None,
-                Err(_) => return Some(true),
+                Err(reason) => {
+                    let (object, instance) = (self.id, &other.name);
+                    tracing::warn!(%object, %instance, %reason, "the bootstrap key stays: the admin credential of this instance cannot be read");
+                    return Some(true);
+                }
                 Ok(_) if self.ctx.keys.uses_bootstrap(&other, bootstrap) == Some(true) => return Some(true),
                 Ok(_) => {}
             }
