@@ -123,7 +123,7 @@ impl Context {
     /// Says in the log and in an Event what the operator has done for a service user at ZITADEL.
     pub async fn tell(&self, user: &ZitadelServiceUser, action: &str, event: EventDraft) {
         tracing::info!(object = %reference(user), reason = %event.reason, "{}", event.text);
-        self.writer.event(user, action, event).await;
+        self.writer.event_of_its_own(user, action, event).await;
     }
 
     /// Whether this operator watches the service users of a namespace.

@@ -125,12 +125,8 @@ impl Writer {
     /// A writer that writes only while `leadership` allows it.
     #[must_use]
     pub fn new(client: Client, leadership: LeadershipGuard) -> Self {
-        let reporter = Reporter {
-            controller: MANAGER.into(),
-            instance: None,
-        };
         Self {
-            recorder: Recorder::new(client.clone(), reporter),
+            recorder: Recorder::new(client.clone(), reporter()),
             client,
             leadership,
             accepts_secrets: Mutex::default(),
@@ -359,9 +355,26 @@ impl Writer {
             .await
     }
 
-    /// Publishes an Event. Events are informational, so a failure is only logged. Events beyond the rate limits are
-    /// dropped.
+    /// Publishes an Event, or counts it as a repetition of one with the same reason. Events are informational, so a failure
+    /// is only logged. Events beyond the rate limits are dropped.
     pub async fn event<K>(&self, object: &K, action: &str, note: EventDraft)
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        self.publish(&self.recorder, object, action, note).await;
+    }
+
+    /// Publishes an Event whose note matters. A repetition keeps the note of the first one: kube's recorder compares the
+    /// reasons, not the notes.
+    pub async fn event_of_its_own<K>(&self, object: &K, action: &str, note: EventDraft)
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        let recorder = Recorder::new(self.client.clone(), reporter());
+        self.publish(&recorder, object, action, note).await;
+    }
+
+    async fn publish<K>(&self, recorder: &Recorder, object: &K, action: &str, note: EventDraft)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
     {
@@ -382,7 +395,7 @@ impl Writer {
             secondary: None,
         };
         let reference = object.object_ref(&());
-        if let Err(error) = self.bounded(self.recorder.publish(&event, &reference)).await {
+        if let Err(error) = self.bounded(recorder.publish(&event, &reference)).await {
             tracing::warn!(%error, "could not publish an Event");
         }
     }
@@ -396,6 +409,13 @@ impl Writer {
             Ok(done) => Ok(done?),
             Err(_) => Err(WriteError::Unavailable),
         }
+    }
+}
+
+fn reporter() -> Reporter {
+    Reporter {
+        controller: MANAGER.into(),
+        instance: None,
     }
 }
 

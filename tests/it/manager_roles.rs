@@ -231,6 +231,15 @@ async fn policy_decides_and_its_withdrawal_revokes() {
     managed.allow_roles(json!([])).await;
     has(&managed, &user.id, &organization, &[]).await;
     managed.roles_are("billing", "False", "ManagerRolesDenied").await;
+    // An Event for each change, also within a few minutes.
+    for change in [
+        "granted ORG_OWNER.",
+        "granted ORG_OWNER_VIEWER.",
+        "revoked ORG_OWNER, ORG_OWNER_VIEWER.",
+    ] {
+        let text = format!("Manager roles, organization {organization}: {change}");
+        eventually(&text, async || world.notes("billing").await.contains(&text)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use k8s_openapi::api::core::v1::{Namespace, Secret};
+use k8s_openapi::api::events::v1::Event;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Resource};
@@ -365,12 +366,22 @@ impl World {
 
     /// The Events on a service user, as `type reason`; repeats are a series of one Event.
     pub async fn events(&self, name: &str) -> BTreeSet<String> {
-        let api: Api<k8s_openapi::api::events::v1::Event> = Api::namespaced(self.client.clone(), &self.name);
-        let all = api.list(&ListParams::default()).await.expect("Events");
-        all.into_iter()
-            .filter(|e| e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(name))
-            .map(|e| format!("{} {}", e.type_.unwrap_or_default(), e.reason.unwrap_or_default()))
+        let all = self.all_events(name).await.into_iter();
+        all.map(|e| format!("{} {}", e.type_.unwrap_or_default(), e.reason.unwrap_or_default()))
             .collect()
+    }
+
+    /// The notes of the Events of an object.
+    pub async fn notes(&self, name: &str) -> BTreeSet<String> {
+        let all = self.all_events(name).await.into_iter();
+        all.filter_map(|e| e.note).collect()
+    }
+
+    async fn all_events(&self, name: &str) -> Vec<Event> {
+        let api: Api<Event> = Api::namespaced(self.client.clone(), &self.name);
+        let mut all = api.list(&ListParams::default()).await.expect("Events").items;
+        all.retain(|e| e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(name));
+        all
     }
 }
 
