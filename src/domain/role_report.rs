@@ -146,7 +146,7 @@ mod tests {
                 Reason::AdminForbidden,
                 organization("2"),
                 "Roles to revoke, organization 2: ",
-                "Give it a role",
+                "Give it the role",
             ),
             (
                 Reason::CredentialMissing,
