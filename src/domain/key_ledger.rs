@@ -9,6 +9,7 @@ use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::key::{self, PrivateKey, ServiceKey};
+use crate::domain::managed_user::Managed;
 use crate::domain::reason::Reason;
 use crate::domain::stored::Stored;
 
@@ -105,34 +106,6 @@ pub struct BootstrapKey {
     pub replaced_at: Option<Timestamp>,
     /// Whether the operator removed it at ZITADEL.
     pub removed: bool,
-}
-
-/// A user that the operator created or took over, or is about to.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct Managed {
-    /// Its organization.
-    pub organization_id: String,
-    /// Its username.
-    pub username: String,
-    /// What its metadata states: cluster, namespace and name of the object.
-    pub owner: String,
-    /// Whether the user existed before. The operator never deletes it.
-    #[serde(default)]
-    pub adopted: bool,
-    /// Whether ZITADEL has the user and its metadata.
-    pub confirmed: bool,
-    /// When the user entered its present state.
-    pub since: Timestamp,
-    /// A hash of the fields that were applied last.
-    #[serde(default)]
-    pub applied: Option<String>,
-    /// When the user was last compared with the spec.
-    #[serde(default)]
-    pub checked: Option<Timestamp>,
-    /// The renew request at that time. Another one asks for another comparison.
-    #[serde(default)]
-    pub request: Option<String>,
 }
 
 /// A key that the operator made.
@@ -346,8 +319,8 @@ impl KeyLedger {
     }
 
     /// Whether the annotations of a Secret with this key may say where the operator sends what its own keys sign: the
-    /// destination is the one of the ledger, or the key is the one that the rotation began with. Otherwise whoever can create
-    /// a Secret for the instance could have assertions of the administrator sent to a host of their own.
+    /// destination is the one of the ledger, or the key is the one that the rotation began with. Otherwise a person who
+    /// can create a Secret for the instance could have assertions of the administrator sent to a host of their own.
     #[must_use]
     pub fn is_bound_by(&self, key: &ServiceKey, issuer: &str, destination: &str) -> bool {
         let is_bootstrap = |own: &BootstrapKey| own.is(&BootstrapKey::of(key));

@@ -1,11 +1,11 @@
 //! The service user that `spec.user` describes: what the operator creates in ZITADEL, and how it recognises it later.
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
 
 use crate::api::service_user::{AccessTokenType, ManagedUser};
 use crate::domain::answer::Format;
 use crate::domain::hash;
-use crate::domain::key_ledger::Managed;
 use crate::domain::object_ref::ObjectRef;
 use crate::domain::time::shifted;
 use crate::domain::user::Machine;
@@ -38,6 +38,34 @@ struct IsSet {
     name: bool,
     description: bool,
     token_format: bool,
+}
+
+/// A user that the operator created or took over, or is about to.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Managed {
+    /// Its organization.
+    pub organization_id: String,
+    /// Its username.
+    pub username: String,
+    /// What its metadata states: cluster, namespace and name of the object.
+    pub owner: String,
+    /// Whether the user existed before. The operator never deletes it.
+    #[serde(default)]
+    pub adopted: bool,
+    /// Whether ZITADEL has the user and its metadata.
+    pub confirmed: bool,
+    /// When the user entered its present state.
+    pub since: Timestamp,
+    /// A hash of the fields that were applied last.
+    #[serde(default)]
+    pub applied: Option<String>,
+    /// When the user was last compared with the spec.
+    #[serde(default)]
+    pub checked: Option<Timestamp>,
+    /// The renew request at that time. Another one asks for another comparison.
+    #[serde(default)]
+    pub request: Option<String>,
 }
 
 /// The default username.

@@ -22,6 +22,7 @@ mod main_job;
 mod managed_users;
 mod manager_roles;
 mod monitoring;
+mod role_revocation;
 mod rotation;
 mod schema;
 mod secrecy;

@@ -231,12 +231,7 @@ async fn deletion_waits_for_a_working_credential() {
     managed.user("billing", json!({})).await;
     world.ready("billing", "True", "Issued").await;
     world.issuer.remove_key(&managed.admin.id, &managed.admin.key_id).await;
-    world.delete("billing").await;
-    world
-        .user_until("billing", |user| {
-            condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "CredentialRejected")
-        })
-        .await;
+    managed.deletion_waits("billing", "CredentialRejected").await;
     let (_, key) = world.issuer.key(&managed.admin.id, json!({})).await;
     managed.credential(&key).await;
     world.user_gone("billing").await;
@@ -431,12 +426,7 @@ async fn administrator_without_its_role_neither_creates_nor_forgets_a_user() {
     world.issuer.set_manager_roles(&managed.admin.id, &resource, &[]).await;
     managed.user("billing", json!({"description": "Invoices"})).await;
     managed.user_is("billing", "False", "AdminForbidden").await;
-    world.delete("billing").await;
-    world
-        .user_until("billing", |user| {
-            condition(user, "Ready").is_some_and(|(_, reason, _)| reason == "AdminForbidden")
-        })
-        .await;
+    managed.deletion_waits("billing", "AdminForbidden").await;
     assert_eq!(managed.users().await.len(), 1);
     assert!(world.ledger(&object).await.is_some());
     world

@@ -230,6 +230,13 @@ impl Managed {
         here.filter(|user| user["id"] != *self.admin.id).collect()
     }
 
+    /// Deletes a service user, and waits until it says that the deletion waits for this reason.
+    pub async fn deletion_waits(&self, name: &str, reason: &str) {
+        self.world.delete(name).await;
+        let waits = |user: &ZitadelServiceUser| condition(user, "Ready").is_some_and(|(_, r, _)| r == reason);
+        self.world.user_until(name, waits).await;
+    }
+
     pub async fn deleted(&self, name: &str) {
         self.world.delete(name).await;
         self.world.user_gone(name).await;

@@ -22,6 +22,7 @@ pub mod operator;
 pub mod prometheus;
 pub mod proxy;
 pub mod replicas;
+pub mod roles;
 pub mod world;
 
 use std::time::Duration;

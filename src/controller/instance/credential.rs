@@ -74,8 +74,9 @@ pub async fn read(ctx: &Context, instance: &ZitadelInstance) -> Result<Credentia
         AdminCredential::Key(key) => {
             if let Ok(Some(stored)) = &ledger {
                 let destination = admin_credential::destination(&instance.spec);
-                let is_bound = stored.ledger.is_bound_by(&key, &instance.spec.issuer, &destination);
-                is_bound.then_some(()).ok_or(Reason::CredentialNotBound)?;
+                if !stored.ledger.is_bound_by(&key, &instance.spec.issuer, &destination) {
+                    return Err(Reason::CredentialNotBound);
+                }
             }
             let bootstrap = Ok(*key);
             let keys = KeyState { bootstrap, ledger };

@@ -56,10 +56,11 @@ impl Holder for Arc<ZitadelInstance> {
 
 impl Rotation<'_, Arc<ZitadelInstance>> {
     /// Stores where the operator may send what its own keys sign. Reading the credential has shown that the Secret may say so.
-    async fn bind(&mut self, instance: &ZitadelInstance) -> Result<(), Stop> {
+    async fn bind(&mut self) -> Result<(), Stop> {
         let Some(stored) = self.stored() else { return Ok(()) };
-        let send_to = Some(admin_credential::destination(&instance.spec));
-        if stored.ledger.issuer != instance.spec.issuer || stored.ledger.send_to == send_to {
+        let spec = &self.holder.spec;
+        let send_to = Some(admin_credential::destination(spec));
+        if stored.ledger.issuer != spec.issuer || stored.ledger.send_to == send_to {
             return Ok(());
         }
         let mut ledger = stored.ledger.clone();
@@ -122,7 +123,7 @@ pub async fn rotate(
     };
     let steps = async {
         let advanced = rotation.advance(&terms).await;
-        let bound = rotation.bind(instance).await;
+        let bound = rotation.bind().await;
         advanced.and_then(|outcome| bound.map(|()| outcome))
     };
     let outcome = in_time(steps).await.unwrap_or_else(|Stop(outcome)| Some(outcome));

@@ -217,7 +217,7 @@ async fn read_secrets(ctx: &Context, id: &ObjectRef, facts: &mut Facts) -> Resul
     for leftover in &leftovers {
         secrets.insert(&leftover.name, None);
     }
-    // In the operator's namespace: whoever takes its rights in this one must not stop a revocation with it.
+    // It is in the operator's namespace. A tenant who takes the operator's rights in this one must not stop a revocation.
     facts.roles = role_ledger(ctx, &facts.user).await?;
     // Read sequentially, so that each object uses at most one slot for reads.
     let read = async {

@@ -135,9 +135,13 @@ impl Roles<'_> {
             Some(_) => self.set_finalizer(true).await,
             None => Ok(()),
         };
-        let advanced = advanced?;
-        kept?;
-        Ok(advanced)
+        advanced.and_then(|outcome| kept.map(|()| outcome))
+    }
+
+    /// Whether the ledger names no roles, or there is none.
+    fn has_granted_none(&self) -> bool {
+        let stored = self.stored.as_ref();
+        stored.is_none_or(|stored| stored.ledger.scopes.is_empty())
     }
 
     /// Gives the user the roles of the spec that the policies allow, and takes those that the operator granted and that are
@@ -159,11 +163,7 @@ impl Roles<'_> {
                 None => grants_some,
             };
             if is_due {
-                let has_some = self
-                    .stored
-                    .as_ref()
-                    .is_some_and(|stored| !stored.ledger.scopes.is_empty());
-                if !has_some {
+                if self.has_granted_none() {
                     self.is_current(facts)?;
                 }
                 let applied = self.apply(facts, &instance, wanted.clone(), user_id).await?;
@@ -172,8 +172,7 @@ impl Roles<'_> {
         } else if grants_some {
             return Err(user_id.err().unwrap_or(Reason::Internal).into());
         }
-        let is_empty = self.stored.as_ref().is_none_or(|s| s.ledger.scopes.is_empty());
-        if is_empty && !grants_some {
+        if self.has_granted_none() && !grants_some {
             self.forget().await?;
             if facts.user.spec.manager_roles.is_empty() {
                 return Ok(None);
@@ -206,8 +205,8 @@ impl Roles<'_> {
         if admin.user_id == user_id {
             return Err(Reason::UserIsAdministrator.into());
         }
-        let is_throttled = throttled.is_some();
-        let (wanted, mut failed) = if is_throttled {
+        let mut only_revokes = throttled.is_some();
+        let (wanted, mut failed) = if only_revokes {
             (wanted, throttled)
         } else {
             self.unprivileged(&admin, wanted, &ledger).await
@@ -230,14 +229,10 @@ impl Roles<'_> {
         let (mut changes, unlisted) = self.changes(&admin, &ledger, &wanted).await;
         failed = failed.or(unlisted);
         // What is to be revoked does not wait for what a grant needs.
-        let only_revokes = if is_throttled {
-            true
-        } else if let Err(reason) = self.may_grant(facts, instance, &admin, user_id, &changes, is_new).await {
+        if !only_revokes && let Err(reason) = self.may_grant(facts, instance, &admin, user_id, &changes, is_new).await {
             failed.get_or_insert(reason);
-            true
-        } else {
-            false
-        };
+            only_revokes = true;
+        }
         if only_revokes {
             changes = changes.into_iter().map(RoleChange::unproven).collect();
         }

@@ -179,7 +179,7 @@ async fn facts_or_done(ctx: &Context, id: &ObjectRef, pending_retries: &PendingR
             tracing::warn!(object = %id, %error, "could not read the state of the service user");
             let done = Done::aborted(Some(Reason::APIServerUnavailable));
             match error {
-                // Whoever takes the operator's rights in a namespace must not keep the roles there.
+                // A tenant who takes the operator's rights in a namespace must not keep the roles there.
                 ReadError::Forbidden => revoke_lost(ctx, id, pending_retries, (done, Present::Unknown)).await,
                 ReadError::Unavailable => done,
             }

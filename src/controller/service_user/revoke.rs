@@ -217,19 +217,19 @@ impl Roles<'_> {
         let Some(ledger) = self.stored.as_ref().map(|stored| stored.ledger.clone()) else {
             return Ok(());
         };
-        let life = match present {
-            Present::Unknown => self.life(&ledger).await?,
-            Present::Served(_) | Present::Refused => Life::Over,
+        let is_hidden = match present {
+            Present::Unknown => match self.life(&ledger).await? {
+                Life::GoesOn => return Ok(()),
+                life => life == Life::Hidden,
+            },
+            Present::Served(_) | Present::Refused => false,
         };
-        if life == Life::GoesOn {
-            return Ok(());
-        }
         let instance = self.instance_of(&ledger, None).ok_or(Reason::InstanceMissing)?;
         // Of an unreadable object it is known which instance it names, so that changes of policies wake it.
         let known = self.ctx.cache.user(self.id);
         let is_unreadable =
             matches!(present, Present::Refused) && known.is_some_and(|known| *known.instance == *ledger.instance);
-        if is_unreadable || life == Life::Hidden {
+        if is_unreadable || is_hidden {
             let allowed = self.ctx.cache.allowed(&ledger.instance, &self.id.namespace);
             self.revoke_denied(&instance, &ledger, &allowed).await?;
             return if is_unreadable {
